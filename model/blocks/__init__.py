@@ -1,0 +1,1 @@
+"""The vocabulary of blocks: each part is a small frozen dataclass with its Linen module in the same file."""

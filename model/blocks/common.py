@@ -1,0 +1,48 @@
+"""What every block module needs of the model around it, and how it declares a parameter."""
+
+# B batch, T tokens, D model width
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.sharding import ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The model-wide settings that a block's module is built with."""
+
+    width: int
+    num_blocks: int
+    dtype: jnp.dtype  # of the computation
+    param_dtype: jnp.dtype  # of freshly made parameters
+    rules: ShardingRules | None = None
+
+
+@flax.struct.dataclass
+class TokenInfo:
+    """What every block must know of the tokens in front of it."""
+
+    positions: jax.Array  # [B, T] int32
+    segment_ids: jax.Array | None  # [B, T] int32, 0 is padding
+    page_table: jax.Array | None = None  # [B, P] int32, set when there is a cache
+    write_page: jax.Array | None = None  # [B, T] int32 page of the cache that takes this token; out of range: none
+    write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
+
+
+def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
+    """Normal with standard deviation scale / sqrt(fan_in), cut at two deviations."""
+    return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
+
+
+def param(module: nn.Module, ctx: Context, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
+    """Declare a parameter with logical axis names and give it in the dtype of the computation."""
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)
+    return jnp.asarray(value, ctx.dtype)

@@ -1,0 +1,139 @@
+"""ModelConfig: a model is a list of blocks, frozen and hashable, readable and writable as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+
+from model.blocks.attention import Attention
+from model.blocks.ffn import SwiGLU
+from model.blocks.norms import RMSNorm
+from model.blocks.positions import Llama3Scaling, Rope
+
+# The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
+PARTS = {cls.__name__: cls for cls in (Attention, SwiGLU, RMSNorm, Rope, Llama3Scaling)}
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One residual block: x + mixer(norm(x)), then x + ffn(norm(x))."""
+
+    mixer: Attention
+    ffn: SwiGLU
+    norm: RMSNorm = RMSNorm()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalarHead:
+    """A linear map of the final hidden state to one number a token, float32: `out.heads[name]` is [B, T]."""
+
+    name: str  # "value", "reward"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """All that defines the pure function. `scan` and `dtype` change how it runs, not what it computes."""
+
+    vocab_size: int
+    width: int
+    blocks: tuple[Block, ...]
+    final_norm: RMSNorm = RMSNorm()
+    tied_head: bool = True  # logits through the transposed embedding
+    heads: tuple[ScalarHead, ...] = ()
+    max_length: int = 2048  # longest context that the model is meant for, tokens
+    dtype: str = "float32"  # of the computation
+    param_dtype: str = "float32"  # of freshly made parameters
+    scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
+    remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
+
+    def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(DTYPES)}.")
+        if self.remat not in ("none", "full"):
+            raise ValueError(f"remat={self.remat!r} is not one of none, full.")
+        if not self.blocks or self.vocab_size < 1 or self.width < 1:
+            raise ValueError(
+                f"a model needs at least one block, token and channel; given {len(self.blocks)} blocks, "
+                f"vocab_size={self.vocab_size}, width={self.width}."
+            )
+
+    def runs(self) -> list[tuple[str, Block, range]]:
+        """Name, block and layer numbers of each parameter group: equal neighbours together when scanned."""
+        if not self.scan:
+            return [(f"block_{i}", block, range(i, i + 1)) for i, block in enumerate(self.blocks)]
+        runs, start = [], 0
+        for block, group in itertools.groupby(self.blocks):
+            count = len(list(group))
+            runs.append((f"run_{len(runs)}", block, range(start, start + count)))
+            start += count
+        return runs
+
+    def replace(self, **changes) -> ModelConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; nested parts carry the name of their class under "kind"."""
+        return _to_jsonable(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; an unknown part or field is a ValueError that names it."""
+        config = _from_jsonable(saved)
+        if not isinstance(config, cls):
+            raise ValueError(f"a saved model config has kind ModelConfig; this one is {saved.get('kind')!r}.")
+        return config
+
+
+def decoder(
+    vocab_size: int,
+    width: int,
+    layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ffn_width: int,
+    *,
+    rope_theta: float = 10_000.0,
+    qk_norm: bool = False,
+    norm_eps: float = 1e-5,
+    **model,
+) -> ModelConfig:
+    """A Llama-like decoder of `layers` equal blocks; `model` are further fields of `ModelConfig`."""
+    norm = RMSNorm(norm_eps)
+    mixer = Attention(num_heads, num_kv_heads, head_dim, Rope(rope_theta), qk_norm=norm if qk_norm else None)
+    block = Block(mixer, SwiGLU(ffn_width), norm)
+    return ModelConfig(vocab_size, width, (block,) * layers, final_norm=norm, **model)
+
+
+def dtype_of(name: str) -> jnp.dtype:
+    return jnp.dtype(name)
+
+
+def _to_jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [_to_jsonable(v) for v in value]
+    return value
+
+
+def _from_jsonable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_jsonable(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, ScalarHead)}
+    cls = kinds.get(value.get("kind"))
+    if cls is None:
+        raise ValueError(f"unknown model part {value.get('kind')!r}. Known parts: {', '.join(sorted(kinds))}.")
+    unknown = set(value) - {"kind"} - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; the file was written by another version.")
+    return cls(**{k: _from_jsonable(v) for k, v in value.items() if k != "kind"})

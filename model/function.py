@@ -1,0 +1,178 @@
+"""The pure function: every forward pass anywhere (loss, rollout, serving, evaluation, reward) is `apply`."""
+
+# B batch, T tokens, D model width, V vocabulary, N chosen positions
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.cache import Cache, page_size_of
+from model.config import Block, ModelConfig
+from model.sharding import ShardingRules, constrain
+
+EMBEDDING_STD = 0.02
+
+Params = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Output:
+    logits: jax.Array  # [B, T, V] float32 ([B, N, V] when `logits_at` was given)
+    hidden: jax.Array  # [B, T, D] after the final norm
+    cache: Cache | None = None
+    aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
+    heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32
+
+
+def init(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters, `cfg.param_dtype`; a nested dict of arrays."""
+    return nn.meta.unbox(_init_boxed(cfg, key))
+
+
+def apply(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+    *,
+    logits_at: jax.Array | None = None,
+    rules: ShardingRules | None = None,
+) -> Output:
+    """Run the model.
+
+    Args:
+      tokens: [B, T] int32.
+      positions: [B, T] int32; default: 0, 1, ... or, with a cache, counted on from `cache.length`.
+      segment_ids: [B, T] int32; tokens see their own segment only, 0 is padding. With a cache, 0 keeps a token
+        out of the cache and any other number means a real token.
+      cache: keys and values of what came before; the one in the output holds these tokens too.
+      logits_at: [B, N] int32 indices into T: logits at these tokens only.
+      rules: sharding of activations, for use under `jax.set_mesh`.
+    """
+    module = Transformer(cfg, rules)
+    return module.apply({"params": params}, tokens, positions, segment_ids, cache, logits_at)
+
+
+def logical_axes(cfg: ModelConfig) -> Params:
+    """The tree of `init` with a tuple of logical axis names at each leaf."""
+    boxed = jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def param_shapes(cfg: ModelConfig) -> Params:
+    """The tree of `init` as ShapeDtypeStructs; allocates nothing."""
+    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+
+
+def _init_boxed(cfg: ModelConfig, key: jax.Array):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(cfg).init(key, tokens, None, None, None, None)["params"]
+
+
+class BlockModule(nn.Module):
+    spec: Block
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
+        spec, ctx = self.spec, self.ctx
+        y_BTD, state = spec.mixer.module(ctx, "mixer")(spec.norm.module(ctx, "mixer_norm")(x_BTD), info, state)
+        x_BTD = constrain(x_BTD + y_BTD, ctx.rules, "batch", "length", "act_embed")
+        y_BTD, aux = spec.ffn.module(ctx, "ffn")(spec.norm.module(ctx, "ffn_norm")(x_BTD))
+        x_BTD = constrain(x_BTD + y_BTD, ctx.rules, "batch", "length", "act_embed")
+        return x_BTD, (state, aux)
+
+
+class Transformer(nn.Module):
+    cfg: ModelConfig
+    rules: ShardingRules | None = None
+
+    @nn.compact
+    def __call__(self, tokens, positions, segment_ids, cache, logits_at) -> Output:
+        cfg = self.cfg
+        ctx = Context(cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules)
+        info = _token_info(cfg, tokens, positions, segment_ids, cache)
+        init = nn.initializers.normal(EMBEDDING_STD)
+        embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
+        x_BTD = constrain(jnp.take(embedding_VD, tokens, axis=0), ctx.rules, "batch", "length", "act_embed")
+
+        states, aux = {}, {}
+        for name, block, numbers in cfg.runs():
+            run = self._run(ctx, name, block, len(numbers))
+            x_BTD, (states[name], run_aux) = run(x_BTD, cache.layers[name] if cache is not None else None, info)
+            if cfg.scan:
+                run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
+            for key, value in run_aux.items():
+                aux[key] = aux[key] + value if key in aux else value
+
+        hidden_BTD = cfg.final_norm.module(ctx, "final_norm")(x_BTD)
+        return Output(
+            logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
+            hidden=hidden_BTD,
+            cache=_advance(cache, states, tokens, segment_ids),
+            aux=aux,
+            heads={head.name: self._scalar_head(ctx, head.name, hidden_BTD) for head in cfg.heads},
+        )
+
+    def _run(self, ctx: Context, name: str, block: Block, count: int):
+        module = BlockModule
+        if self.cfg.remat == "full":
+            module = nn.remat(module, prevent_cse=not self.cfg.scan)
+        if not self.cfg.scan:
+            return module(block, ctx, name=name)
+        scanned = nn.scan(
+            module,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=count,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(block, ctx, name=name)
+
+    def _logits(self, ctx: Context, embedding_VD, hidden_BTD, logits_at) -> jax.Array:
+        if logits_at is not None:
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, logits_at[:, :, None], axis=1)
+        if self.cfg.tied_head:
+            head_VD = embedding_VD
+        else:
+            shape = (self.cfg.vocab_size, self.cfg.width)
+            head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(self.cfg.width))
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+        return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
+
+    def _scalar_head(self, ctx: Context, name: str, hidden_BTD: jax.Array) -> jax.Array:
+        w_D = param(self, ctx, f"{name}_head", (ctx.width,), ("norm",), nn.initializers.zeros)
+        bias = param(self, ctx, f"{name}_head_bias", (), (), nn.initializers.zeros)
+        return jnp.einsum("BTD,D->BT", hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
+
+
+def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None) -> TokenInfo:
+    B, T = tokens.shape
+    if positions is None:
+        start = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
+        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+    if cache is None:
+        return TokenInfo(positions, segment_ids)
+    num_pages, page_size = page_size_of(cache.layers, cfg.scan)
+    column = jnp.minimum(positions // page_size, cache.page_table.shape[1] - 1)
+    page = jnp.take_along_axis(cache.page_table, column, axis=1)
+    beyond = positions >= cache.page_table.shape[1] * page_size
+    skipped = beyond if segment_ids is None else beyond | (segment_ids == 0)
+    page = jnp.where(skipped, num_pages, page)
+    return TokenInfo(positions, segment_ids, cache.page_table, page, positions % page_size)
+
+
+def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:
+    if cache is None:
+        return None
+    added = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+    return cache.replace(layers=states, length=cache.length + added)

@@ -1,0 +1,90 @@
+"""Sharding is a table: logical axis names of parameters and activations, each mapped to mesh axes.
+
+Layers name their axes ("embed", "heads", "batch"); `ShardingRules` says which mesh axes carry each name. A change
+of parallelism changes the table and the mesh, never a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """For each logical axis, the mesh axes that split it; () keeps it whole on every device."""
+
+    # activations
+    batch: Axes = ("data", "fsdp")
+    length: Axes = ("context",)
+    act_embed: Axes = ()
+    act_heads: Axes = ("tensor",)
+    act_kv_heads: Axes = ("tensor",)
+    act_mlp: Axes = ("tensor",)
+    act_vocab: Axes = ("tensor",)
+    # parameters
+    vocab: Axes = ("tensor",)
+    embed: Axes = ("fsdp",)
+    heads: Axes = ("tensor",)
+    kv_heads: Axes = ("tensor",)
+    head_dim: Axes = ()
+    mlp: Axes = ("tensor",)
+    norm: Axes = ()
+    layers: Axes = ("stage",)
+
+    def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
+        """Logical names, one for each array axis (None: whole), to a `PartitionSpec` over mesh axes."""
+        return PartitionSpec(*(self._mesh_axes(name) for name in names))
+
+    def _mesh_axes(self, name: str | None) -> Axes | None:
+        if name is None:
+            return None
+        axes = getattr(self, name, None)
+        if axes is None:
+            known = ", ".join(f.name for f in dataclasses.fields(self))
+            raise ValueError(f"ShardingRules has no logical axis {name!r}. Known axes: {known}.")
+        return axes or None
+
+
+def constrain(x: jax.Array, rules: ShardingRules | None, *names: str | None) -> jax.Array:
+    """Fix the layout of an activation on the mesh set with `jax.set_mesh`; the identity without rules."""
+    if rules is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, rules.spec(names))
+
+
+def named_sharding(mesh: Mesh, rules: ShardingRules, names: tuple[str | None, ...]) -> NamedSharding:
+    return NamedSharding(mesh, rules.spec(names))
+
+
+def check_divisible(shapes, axes, rules: ShardingRules, mesh: Mesh) -> None:
+    """Every array axis must divide by the devices that split it.
+
+    Args:
+      shapes: tree of arrays or ShapeDtypeStructs.
+      axes: the same tree with a tuple of logical names at each leaf (see `model.logical_axes`).
+
+    Raises:
+      ValueError: names the parameter, its axis, the mesh axes and the sizes that would do.
+    """
+
+    def check(path, names, leaf):
+        for name, size in zip(names, leaf.shape, strict=True):
+            mesh_axes = getattr(rules, name) if name else ()
+            ways = math.prod(mesh.shape[a] for a in mesh_axes)
+            if size % ways:
+                fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= 4 * ways)
+                raise ValueError(
+                    f"mesh axes {'*'.join(mesh_axes)} = {ways} do not divide the axis {name!r} ({size}) of parameter "
+                    f"{jax.tree_util.keystr(path)}. Use one of {fitting}, or keep the axis whole with "
+                    f"sharding.{name}=()."
+                )
+
+    jax.tree_util.tree_map_with_path(check, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
