@@ -1,0 +1,137 @@
+"""Checkpoints: every call to Orbax is in this file.
+
+A checkpoint is an Orbax folder, written under a temporary name and renamed when complete:
+
+    params/  optimizer/            arrays (the optimizer only in a training run)
+    train/state.json               step, data position, rng
+    meta/model.json                the model's config; its presence marks the folder as a Crucible checkpoint
+    tokenizer/                     the tokenizer's files and the chat template
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+from orbax.checkpoint import v1 as ocp
+
+from model.config import ModelConfig
+from model.function import Params, param_shapes
+
+FORMAT_VERSION = 1
+
+Files = dict[str, bytes]  # relative file name -> content
+
+
+class Checkpoints:
+    """The `checkpoints/` of a run folder: asynchronous atomic saves, old steps dropped by policy."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, keep_every: int = 0):
+        """Keep the newest `keep` checkpoints, and for good each one whose step `keep_every` divides (0: none)."""
+        policies = ocp.training.preservation_policies
+        policy = policies.LatestN(keep)
+        if keep_every:
+            policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
+        self._checkpointer = ocp.training.Checkpointer(
+            Path(folder).absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policy,
+            cleanup_tmp_directories=True,
+        )
+        self._pending = None
+
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, cfg: ModelConfig, params: Params, optimizer: Any, train: dict, tokenizer: Files) -> None:
+        """Start writing in the background; waits first for an earlier save that still runs."""
+        self.wait()
+        progress = _Folder({"state.json": json.dumps(train, indent=1).encode()})
+        items = _model_items(cfg, params, tokenizer) | {"optimizer": optimizer, "train": progress}
+        self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, overwrite=True)
+
+    def restore(self, step: int, params: Params, optimizer: Any) -> tuple[Params, Any, dict]:
+        """(params, optimizer, train) at `step`; the given trees of ShapeDtypeStructs say shapes and shardings."""
+        train = _Folder({})
+        wanted = {"params": params, "optimizer": optimizer, "train": train}
+        items = self._checkpointer.load_checkpointables(step, wanted)
+        return items["params"], items["optimizer"], json.loads(train.files["state.json"])
+
+    def wait(self) -> None:
+        """Until what was saved is on disk under its final name."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+
+def save_native(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: Files) -> None:
+    """Write one checkpoint with neither optimizer nor data position at exactly `path`; replaces what was there."""
+    ocp.save_checkpointables(Path(path).absolute(), _model_items(cfg, params, tokenizer), overwrite=True)
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    return ModelConfig.from_dict(json.loads((Path(path) / "meta" / "model.json").read_text())["model"])
+
+
+def load_native(path: str | Path, shardings: Any = None, dtype: str | None = None) -> tuple[ModelConfig, Params]:
+    """Read a checkpoint's model.
+
+    Args:
+      path: the checkpoint's own folder.
+      shardings: one `Sharding` for all, or a tree of them like the parameters; default: the first device.
+      dtype: cast parameters to this while reading.
+    """
+    cfg = load_config(path)
+    shapes = param_shapes(cfg)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _, s=shardings: s, shapes)
+    abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings)
+    return cfg, ocp.load_checkpointables(Path(path).absolute(), {"params": abstract})["params"]
+
+
+def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str, Any]:
+    meta = {"format": "crucible", "version": FORMAT_VERSION, "model": cfg.to_dict()}
+    return {
+        "params": params,
+        "meta": _Folder({"model.json": json.dumps(meta, indent=1).encode()}),
+        "tokenizer": _Folder(tokenizer),
+    }
+
+
+class _Folder:
+    """Plain files as one item of an Orbax checkpoint (a `StatefulCheckpointable`)."""
+
+    def __init__(self, files: Files):
+        self.files = files
+
+    async def save(self, directory) -> Awaitable[None]:
+        async def write():
+            folder = await directory.await_creation()
+            for name, content in self.files.items():
+                target = Path(folder) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+
+        return write()
+
+    async def load(self, directory) -> Awaitable[None]:
+        async def read():
+            root = Path(directory)
+            self.files = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+        return read()
+
+
+logging.getLogger("orbax").setLevel(logging.ERROR)

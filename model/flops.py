@@ -1,0 +1,78 @@
+"""Floating-point operations of the model, from its config alone, and the peak rate of the chip under it.
+
+A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal attention counts
+half of the square. The backward pass is twice the forward pass; recomputation (remat) is not useful work and does not
+count. So MFU = tokens/s * train_flops_per_token / (peak flops/s of all devices). Chowdhery et al. 2022, arXiv:2204.02311.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+
+from model.blocks.attention import Attention
+from model.blocks.ffn import SwiGLU
+from model.config import ModelConfig
+
+MFU_FORMULA = "MFU = tokens/s * 3 * (2 * matrix parameters + causal attention) / peak flops/s"
+
+# bf16 dense peak of one chip by jax's device_kind, flops/s (vendors' data sheets)
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Mean over the tokens of a full row of `seq_len` tokens."""
+    per_block = {block: _mixer(block.mixer, cfg.width, seq_len) + _ffn(block.ffn, cfg.width) for block in set(cfg.blocks)}
+    return sum(per_block[block] for block in cfg.blocks) + 2 * cfg.width * cfg.vocab_size
+
+
+def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    return 3 * forward_flops_per_token(cfg, seq_len)
+
+
+@functools.cache
+def peak_flops_per_device() -> float:
+    """Of the default device; on a chip outside the table (a CPU) the rate of a float32 matrix product, measured."""
+    device = jax.devices()[0]
+    if device.device_kind in PEAK_FLOPS:
+        return PEAK_FLOPS[device.device_kind]
+    return _measured_matmul_rate() / jax.local_device_count()
+
+
+def _measured_matmul_rate(n: int = 1536, repeats: int = 4) -> float:
+    multiply = jax.jit(lambda a: a @ a)
+    a = jnp.ones((n, n), jnp.float32)
+    multiply(a).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _mixer(spec: Attention, width: int, seq_len: int) -> float:
+    projections = 2 * width * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+    mean_context = (seq_len + 1) / 2
+    return projections + 2 * 2 * mean_context * spec.num_heads * spec.head_dim
+
+
+def _ffn(spec: SwiGLU, width: int) -> float:
+    return 2 * 3 * width * spec.width

@@ -1,0 +1,80 @@
+"""Plain generation for a few prompts at once: one prefill, then one compiled loop. The engine in serve/ is for many."""
+
+# B prompts, T prompt length, V vocabulary
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.cache import init_cache
+from model.config import ModelConfig
+from model.function import Params, apply
+
+
+def generate(
+    cfg: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continue each prompt; greedy at temperature 0.
+
+    Returns:
+      the new token ids of each prompt, its stop token included when it was reached.
+
+    Raises:
+      ValueError: an empty prompt.
+    """
+    if not prompts or any(len(p) == 0 for p in prompts):
+        raise ValueError("generate needs at least one prompt and at least one token in each; begin with tokenizer.bos_id.")
+    longest = max(len(p) for p in prompts)
+    width = 1 << (longest - 1).bit_length()  # few shapes to compile
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    stops = np.array(sorted(stop_ids) or [-1], np.int32)
+    new = np.asarray(_generate(cfg, params, tokens, lengths, stops, max_new_tokens, temperature, jax.random.key(seed)))
+    return [_until_stop(row.tolist(), set(stop_ids)) for row in new]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperature, key):
+    B, T = tokens_BT.shape
+    real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
+    cache = init_cache(cfg, B, T + max_new_tokens)
+    out = apply(cfg, params, tokens_BT, segment_ids=real_BT, cache=cache, logits_at=lengths_B[:, None] - 1)
+
+    def choose(logits_BV, i):
+        noise_BV = jax.random.gumbel(jax.random.fold_in(key, i), logits_BV.shape)
+        return jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(jnp.int32)
+
+    def more(carry):
+        i, _, _, _, done_B = carry
+        return (i < max_new_tokens) & ~jnp.all(done_B)
+
+    def step(carry):
+        i, cache, token_B, new_BN, done_B = carry
+        new_BN = new_BN.at[:, i].set(jnp.where(done_B, stops[0], token_B))
+        done_B = done_B | jnp.isin(token_B, stops)
+        out = apply(cfg, params, token_B[:, None], cache=cache)
+        return i + 1, out.cache, choose(out.logits[:, 0], i + 1), new_BN, done_B
+
+    start = (0, out.cache, choose(out.logits[:, 0], 0), jnp.full((B, max_new_tokens), stops[0]), jnp.zeros((B,), bool))
+    return jax.lax.while_loop(more, step, start)[3]
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in stops:
+            return ids[: i + 1]
+    return ids
