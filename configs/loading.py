@@ -40,7 +40,7 @@ class Flag:
 
 
 class Parsed(NamedTuple, Generic[T]):
-    """What a command line said. `workdir` is None only where the stage does not require one; `flags` by name."""
+    """What a command line said; `workdir` is None only where the stage does not require one."""
 
     config: T
     workdir: Path | None

@@ -108,7 +108,7 @@ def apply(
 
 
 def read_text(tp: Any, text: str, where: str) -> Any:
-    """A value of type `tp` from the text of a flag: None, true, 3e-4, (1, 2) or 1,2, {'web': 0.5}, JSON too."""
+    """A value of type `tp` from a flag's text: None, true, 3e-4, (1, 2) or 1,2, {'web': 0.5}, or JSON."""
     members = choices(tp)
     if type(None) in typing.get_args(tp) and text in ("None", "none", "null"):
         return None

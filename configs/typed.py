@@ -1,5 +1,4 @@
-"""Frozen dataclasses from plain mappings and back: strict types, and errors that name the key and its
-neighbours.
+"""Frozen dataclasses from plain mappings and back: strict types, errors that name the key and its like.
 
 What a field may be: `int`, `float`, `bool`, `str`, `Any`, `Literal`, `tuple[T, ...]`, `tuple[A, B]`,
 `dict[str, T]`, `T | None`, a dataclass, or a union of dataclasses. A value of such a union is written as a
@@ -22,7 +21,7 @@ KIND = "kind"  # the key that names the class where a field is a union of datacl
 
 
 class ConfigError(ValueError):
-    """A config, an override or a path that the user has to mend; its message stands alone, without a trace."""
+    """A config, an override or a path that the user has to mend; its message needs no trace."""
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str = "config") -> T:
@@ -35,9 +34,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "config") -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested JSON-able mapping (tuples as lists, unions tagged) from which `build` makes an equal
-    instance.
-    """
+    """The JSON-able mapping (tuples as lists, unions tagged) from which `build` makes an equal instance."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"to_dict wants a dataclass instance, not {config!r}")
     return _to_plain(type(config), config)
@@ -75,7 +72,7 @@ def nearest(given: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The last sentence of an error about an unknown key: the nearest keys, or all of them when they are few."""
+    """The last sentence of an error about an unknown key: the nearest keys, or those that there are."""
     known = sorted(known)
     if close := nearest(given, known):
         return "Did you mean " + " or ".join(close) + "?"
@@ -111,7 +108,7 @@ def init_fields(cls: type) -> list[dataclasses.Field]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """A field's default, made anew when it has a factory; `dataclasses.MISSING` when the field is required."""
+    """A field's default, made anew when it has a factory; `dataclasses.MISSING` when it is required."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
@@ -305,7 +302,7 @@ def _to_plain(tp: Any, value: Any) -> Any:
 
 
 def _item_types(tp: Any, container: type) -> Any:
-    """index -> declared type of the item in a tuple or dict type (looked for inside a union too), else Any."""
+    """index -> declared type of an item in a tuple or dict type (looked for in a union too), else Any."""
     for member in choices(tp):
         origin, args = typing.get_origin(member), typing.get_args(member)
         if container is tuple and origin is tuple and args:
