@@ -1,0 +1,56 @@
+"""Raw text to a curated corpus, a tokenizer, and deterministic batches.
+
+Everything is exported lazily, so that `import data` stays light: the module behind a name is imported when
+the name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+_HOME = {
+    "Tokenizer": "data.tokenizer",
+    "StreamDecoder": "data.tokenizer",
+    "load_tokenizer": "data.load",
+    "train_tokenizer": "data.tokenizer_training",
+    "ChatTemplateError": "data.templates",
+    "DEFAULT_CHAT_TEMPLATE": "data.chat",
+    "write_dataset": "data.shards",
+    "open_dataset": "data.shards",
+    "Dataset": "data.shards",
+    "DatasetError": "data.shards",
+    "tokenize_dataset": "data.tokenize",
+    "write_chat_dataset": "data.tokenize",
+    "write_preference_dataset": "data.tokenize",
+    "make_batches": "data.batches",
+    "Problem": "data.tasks",
+    "TaskSpec": "data.tasks",
+    "curate": "data.curate",
+}
+
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from data.batches import make_batches
+    from data.chat import DEFAULT_CHAT_TEMPLATE
+    from data.curate import curate
+    from data.load import load_tokenizer
+    from data.shards import Dataset, DatasetError, open_dataset, write_dataset
+    from data.tasks import Problem, TaskSpec
+    from data.templates import ChatTemplateError
+    from data.tokenize import tokenize_dataset, write_chat_dataset, write_preference_dataset
+    from data.tokenizer import StreamDecoder, Tokenizer
+    from data.tokenizer_training import train_tokenizer
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'data' has no attribute {name!r}; it exports {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

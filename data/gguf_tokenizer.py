@@ -1,0 +1,148 @@
+"""The tokenizer inside a GGUF file (ggml-org/ggml, docs/gguf.md): byte-level BPE ("gpt2") or SentencePiece ("llama")."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.tokenizer import Tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# Files often give one stop token where the model was taught several; these names stop in every model that has them.
+_STOP_NAMES = {
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>",
+    "<|end_of_text|>", "<EOT>", "_<EOT>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "</s>",
+    "<｜end▁of▁sentence｜>",
+}  # fmt: skip
+
+
+class GGUFTokenizerError(ValueError):
+    """The file's tokenizer is missing, damaged, or of a kind that is not known."""
+
+
+def load_gguf_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer in a GGUF file, with its chat template and stop tokens. Raises GGUFTokenizerError."""
+    from configs import gguf
+
+    return from_metadata(gguf.read(path).metadata, str(path))
+
+
+def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer that GGUF `metadata` describes; `where` names the file in errors."""
+    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in builders:
+        raise GGUFTokenizerError(
+            f"{where}: tokenizer.ggml.model is {model!r}. Known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)."
+        )
+    tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
+    types = [int(t) for t in metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))]
+    if len(types) != len(tokens):
+        raise GGUFTokenizerError(f"{where}: {len(tokens)} tokens but {len(types)} token types")
+
+    def name_of(key: str) -> str | None:
+        token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is None:
+            return None
+        if not 0 <= int(token_id) < len(tokens):
+            raise GGUFTokenizerError(
+                f"{where}: {key}_token_id {token_id} is outside the {len(tokens)} tokens"
+            )
+        return tokens[int(token_id)]
+
+    bos, pad = name_of("bos"), name_of("padding")
+    stops = [name for name in (name_of("eos"), name_of("eot"), name_of("eom")) if name is not None]
+    for name in [bos, pad, *stops]:
+        if name is not None:
+            types[tokens.index(name)] = CONTROL  # older files type these as normal tokens
+    stops += sorted(t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL and t in _STOP_NAMES)
+    template = metadata.get("tokenizer.chat_template")
+    names = {"bos": bos, "eos": stops, "pad": pad, "chat_template": template}
+    try:
+        return builders[model](metadata, tokens, types, where, names)
+    except GGUFTokenizerError:
+        raise
+    except Exception as error:  # the backends raise bare Exception
+        raise GGUFTokenizerError(f"{where}: the tokenizer can't be built: {error}") from error
+
+
+def _strings(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:
+    values = metadata.get(key)
+    if values is None or isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
+        raise GGUFTokenizerError(f"{where}: {key} is missing or empty, so the file has no vocabulary")
+    return [str(value) for value in values]
+
+
+def _byte_level_bpe(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], where: str, names: dict[str, Any]
+) -> Tokenizer:
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models
+
+    from data.huggingface_tokenizer import HuggingFaceTokenizer
+    from data.pretokenizers import GGUF_PRETOKENIZERS
+
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre not in GGUF_PRETOKENIZERS:
+        raise GGUFTokenizerError(
+            f"{where}: the pre-tokenizer tokenizer.ggml.pre={pre!r} is not known, so its ids would be wrong. "
+            f"Known: {', '.join(sorted(GGUF_PRETOKENIZERS))}."
+        )
+    merges = [tuple(merge.split(" ", 1)) for merge in _strings(metadata, "tokenizer.ggml.merges", where)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise GGUFTokenizerError(
+            f"{where}: {len(tokens) - len(vocabulary)} tokens occur twice in the vocabulary"
+        )
+    unknown = next(
+        (m for m in merges if len(m) != 2 or any(p not in vocabulary for p in (*m, "".join(m)))), None
+    )
+    if unknown is not None:
+        raise GGUFTokenizerError(
+            f"{where}: the merge {' '.join(unknown)!r} is not made of tokens of the vocabulary"
+        )
+    style = GGUF_PRETOKENIZERS[pre]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=style.ignore_merges)
+    )
+    backend.pre_tokenizer, backend.decoder = style.build(), decoders.ByteLevel()
+    if style.nfc:
+        backend.normalizer = style.normalizer()
+    by_kind = {kind: [t for t, own in zip(tokens, types, strict=True) if own == kind] for kind in set(types)}
+    backend.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in by_kind.get(CONTROL, [])]
+    )
+    backend.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t in by_kind.get(USER_DEFINED, [])]
+    )
+    return HuggingFaceTokenizer(backend, **names)
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], where: str, names: dict[str, Any]
+) -> Tokenizer:
+    from sentencepiece import sentencepiece_model_pb2 as pb
+
+    from data.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    scores = [float(s) for s in metadata.get("tokenizer.ggml.scores", ())]
+    if len(scores) != len(tokens):
+        raise GGUFTokenizerError(f"{where}: {len(tokens)} tokens but {len(scores)} scores")
+    if UNKNOWN not in types:
+        types[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))] = UNKNOWN
+    proto = pb.ModelProto()
+    proto.trainer_spec.model_type = pb.TrainerSpec.BPE
+    proto.trainer_spec.vocab_size = len(tokens)
+    proto.trainer_spec.byte_fallback = BYTE in types
+    proto.trainer_spec.unk_id = types.index(UNKNOWN)
+    proto.trainer_spec.unk_piece = tokens[types.index(UNKNOWN)]
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    proto.normalizer_spec.remove_extra_whitespaces = bool(
+        metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
+    )
+    for token, score, kind in zip(tokens, scores, types, strict=True):
+        proto.pieces.add(piece=token, score=score, type=kind)
+    return SentencePieceTokenizer(proto.SerializeToString(), **names)
