@@ -31,6 +31,7 @@ __all__ = [
     "init_cache",
     "init_pages",
     "load",
+    "load_config",
     "logical_axes",
     "param_shapes",
     "save",
@@ -42,6 +43,13 @@ def load(path, **options):
     from model.storage import load as load_model
 
     return load_model(path, **options)
+
+
+def load_config(path):
+    """The `ModelConfig` of what `load` takes; reads no weights."""
+    from model.storage import load_config as load_model_config
+
+    return load_model_config(path)
 
 
 def save(path, cfg, params, format="native", **options):

@@ -1,0 +1,108 @@
+"""`load` and `save`: one front door to run folders, checkpoints, Hugging Face folders and GGUF files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from configs.paths import ModelPath, resolve_model
+from model import checkpoint
+from model.config import ModelConfig
+from model.function import Params
+from model.layout import relayout
+
+Format = Literal["native", "huggingface", "gguf"]
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The model's config alone; reads no weights."""
+    return _load_config(resolve_model(path))
+
+
+def load(
+    path: str | Path, *, cfg: ModelConfig | None = None, shardings: Any = None, dtype: str | None = None
+) -> tuple[ModelConfig, Params]:
+    """Read a model.
+
+    Args:
+      path: run folder (its newest checkpoint), checkpoint, Hugging Face folder or GGUF file.
+      cfg: run it under this config instead of the stored one; may differ in `scan`, `dtype`, `remat` and such.
+      shardings: a `Sharding` or a tree of them in the layout of `cfg`; default: the first device.
+      dtype: of the parameters in memory, e.g. "bfloat16"; default: as stored (GGUF: float32).
+
+    Raises:
+      FileNotFoundError, ValueError: nothing usable at `path`, or a file that is damaged; says what was found.
+    """
+    found = resolve_model(path)
+    if found.kind == "native":
+        stored = checkpoint.load_config(found.weights)
+        same_layout = cfg is None or cfg.scan == stored.scan
+        stored, params = checkpoint.load_native(found.weights, shardings if same_layout else None, dtype)
+    elif found.kind == "huggingface":
+        from model import huggingface
+
+        stored, params = huggingface.load(found.weights, dtype)
+    else:
+        from model import gguf
+
+        stored, params = gguf.load(found.weights, dtype)
+    if cfg is None:
+        cfg = stored
+    _check_same_model(path, stored, cfg)
+    _, params = relayout(stored, params, scan=cfg.scan)
+    if shardings is not None:
+        params = jax.device_put(params, shardings)
+    return cfg, params
+
+
+def save(
+    path: str | Path,
+    cfg: ModelConfig,
+    params: Params,
+    format: Format = "native",
+    *,
+    tokenizer: dict[str, bytes] | None = None,
+) -> None:
+    """Write a model; what was at `path` before is replaced only once the new one is complete.
+
+    Args:
+      tokenizer: its files by name, to lie beside the weights; see `data.Tokenizer.save`.
+
+    Raises:
+      ValueError: a format that can't hold this model.
+    """
+    if format == "native":
+        checkpoint.save_native(path, cfg, params, tokenizer or {})
+    elif format == "huggingface":
+        from model import huggingface
+
+        huggingface.save(path, cfg, params, tokenizer or {})
+    elif format == "gguf":
+        from model import gguf
+
+        gguf.save(path, cfg, params, tokenizer or {})
+    else:
+        raise ValueError(f"format={format!r} is not one of native, huggingface, gguf.")
+
+
+def _load_config(found: ModelPath) -> ModelConfig:
+    if found.kind == "native":
+        return checkpoint.load_config(found.weights)
+    if found.kind == "huggingface":
+        from model import huggingface
+
+        return huggingface.load_config(found.weights)
+    from model import gguf
+
+    return gguf.load_config(found.weights)
+
+
+def _check_same_model(path, stored: ModelConfig, wanted: ModelConfig) -> None:
+    free = {"scan": False, "dtype": "float32", "param_dtype": "float32", "remat": "none", "max_length": 1}
+    if stored.replace(**free) != wanted.replace(**free):
+        raise ValueError(
+            f"{path} holds another model than the config asks for: stored {stored.replace(**free)}, "
+            f"wanted {wanted.replace(**free)}."
+        )

@@ -1,0 +1,27 @@
+"""`python -m train --config=configs/pretrain/tiny.py --workdir=runs/tiny [--config.key=value ...]`"""
+
+import sys
+
+import configs
+from train.config import TrainConfig
+
+DESCRIPTION = """Train a model: pretraining, fine-tuning or preferences, by config.objective and the dataset.
+
+The run folder keeps config.json, metrics.jsonl, tensorboard/, samples.jsonl and checkpoints/. The same command,
+given again, goes on from the newest checkpoint."""
+
+
+def main(config: TrainConfig, workdir) -> int:
+    from train.trainer import TrainingDiverged, train
+
+    try:
+        final = train(config, workdir)
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(configs.run(main, TrainConfig, description=DESCRIPTION))

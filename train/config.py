@@ -1,0 +1,142 @@
+"""What one training run is: frozen dataclasses, filled from a config file and command-line overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
+import jax
+
+from model import ModelConfig, ShardingRules, decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The dimensions of a fresh Llama-like decoder; passed over when `init_from` names a model."""
+
+    width: int = 256
+    layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    ffn_width: int = 704
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
+    tied_head: bool = True
+    max_length: int = 2048  # tokens of context that the model is meant for
+    vocab_multiple: int = 64  # the vocabulary is padded up to this, so that it splits over devices
+
+    def build(self, vocab_size: int, run: Execution) -> ModelConfig:
+        padded = -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+        cfg = decoder(
+            padded,
+            self.width,
+            self.layers,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.ffn_width,
+            rope_theta=self.rope_theta,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
+            tied_head=self.tied_head,
+            max_length=self.max_length,
+        )
+        return run.of(cfg)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How the model runs; changes speed and memory, not what is computed (beyond rounding)."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
+    scan: bool | None = None  # stack equal blocks in one scan; None: on TPU and GPU yes, on CPU no
+    remat: Literal["none", "full"] = "none"
+
+    def of(self, cfg: ModelConfig) -> ModelConfig:
+        scan = jax.default_backend() != "cpu" if self.scan is None else self.scan
+        return cfg.replace(dtype=self.dtype, param_dtype="float32", scan=scan, remat=self.remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Token datasets (folders written by data/), mixed by weight."""
+
+    mixture: dict[str, float] = field(default_factory=dict)  # folder -> weight
+    validation: dict[str, float] = field(default_factory=dict)  # folder -> weight; empty: no validation loss
+    seq_len: int = 256  # tokens a row
+    batch_size: int = 16  # rows a step over all devices; for preferences two rows are one pair
+    seed: int = 0  # of the shuffle
+    validation_batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW with decoupled decay on matrices only. Loshchilov and Hutter 2017, arXiv:1711.05101."""
+
+    peak_lr: float = 1e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after a linear warmup
+    warmup_steps: int = 100
+    decay_steps: int = 0  # of "wsd": length of the last, linear decay; 0: a fifth of all steps
+    final_lr_fraction: float = 0.1  # of the peak, at the last step
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSpec:
+    """Devices along each axis; one of them may be -1: all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    stage: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSpec:
+    every: int = 500  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # steps divisible by this are kept for good; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+    every: int = 0  # steps; 0: no samples
+    prompts: tuple[str, ...] = ()  # continued as text; with `chat`, each is a user's message
+    chat: bool = False
+    max_new_tokens: int = 48
+    temperature: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run: an objective on a mixture of datasets."""
+
+    objective: Literal["lm", "dpo"] = "lm"  # lm: pretraining and fine-tuning, the dataset's mask says on which tokens
+    init_from: str | None = None  # run folder, checkpoint, Hugging Face folder or GGUF file to start from
+    tokenizer: str | None = None  # default: that of init_from
+    steps: int = 1000
+    seed: int = 0
+    microbatches: int = 1  # the batch is split into this many parts whose gradients are added
+    z_loss: float = 0.0  # coefficient of log(Z)^2; 1e-4 is usual
+    dpo_beta: float = 0.1  # strength of the pull towards the reference
+    dpo_label_smoothing: float = 0.0  # above 0: conservative DPO
+    max_bad_steps: int = 10  # steps in a row without a finite loss and gradient before the run stops
+    log_every: int = 10
+    validate_every: int = 0  # steps; 0: at the end only
+    model: ModelSpec = ModelSpec()
+    run: Execution = Execution()
+    data: DataSpec = DataSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    mesh: MeshSpec = MeshSpec()
+    sharding: ShardingRules = ShardingRules()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    samples: SampleSpec = SampleSpec()

@@ -1,0 +1,68 @@
+"""The mesh, and the placement of a train state and of batches on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model import MESH_AXES, ModelConfig, ShardingRules, logical_axes, param_shapes
+from model.function import Params
+from model.sharding import check_divisible, named_sharding
+from train.config import MeshSpec
+
+
+def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
+    """The mesh over all devices, axes data, fsdp, stage, context, expert, tensor.
+
+    Raises:
+      ValueError: the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dataclasses.asdict(spec)
+    free = [name for name in MESH_AXES if sizes[name] == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    shown = ", ".join(f"{name}={sizes[name]}" for name in MESH_AXES)
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {shown}: sizes are at least 1, and at most one axis may be -1.")
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ValueError(
+            f"mesh {shown} asks for {'a multiple of ' if free else ''}{fixed} devices, and there are {len(devices)}. "
+            "Set config.mesh.data=-1 to use what is left."
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> Params:
+    """A `NamedSharding` for each parameter; an axis that does not divide is an error that names it."""
+    axes = logical_axes(cfg)
+    check_divisible(param_shapes(cfg), axes, rules, mesh)
+    return jax.tree.map(
+        lambda names: named_sharding(mesh, rules, names), axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
+    """Shardings of a whole train state: whatever has the tree of the parameters is laid out like them."""
+    structure = jax.tree.structure(shardings)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def is_params(x):
+        return jax.tree.structure(x) == structure
+
+    return jax.tree.map(
+        lambda x: shardings if is_params(x) else whole, abstract_state, is_leaf=lambda x: is_params(x)
+    )
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) -> dict[str, jax.Array]:
+    """This host's rows as its part of the global batch."""
+    sharding = NamedSharding(mesh, rules.spec(("batch",)))
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,118 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+import configs
+from model import WeightedSum
+
+
+class MetricsLog:
+    """Writes a run's metrics; after a resume, rows of steps that will be taken again are dropped first."""
+
+    def __init__(self, workdir: Path, resumed_step: int, *, write: bool = True):
+        self._write = write
+        if not write:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / "metrics.jsonl"
+        _drop_rows_after(self._path, resumed_step)
+        _drop_rows_after(workdir / "samples.jsonl", resumed_step)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._samples = open(workdir / "samples.jsonl", "a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        if not self._write:
+            return
+        self._file.write(json.dumps({"step": step, "split": split} | _finite(values)) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def write_sample(self, row: dict) -> None:
+        """A row of samples.jsonl; it must have "step"."""
+        if self._write:
+            self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._samples.flush()
+
+    def close(self) -> None:
+        if self._write:
+            self._file.close()
+            self._samples.close()
+            self._board.close()
+
+
+class Window:
+    """Metrics added up between two log lines."""
+
+    def __init__(self):
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: dict[str, WeightedSum]) -> dict[str, float]:
+        """Add one step's metrics (this waits for the device) and give that step's own means."""
+        host = jax.device_get(metrics)
+        means = {}
+        for name, value in host.items():
+            total, weight = float(value.total), float(value.weight)
+            old = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (old[0] + total, old[1] + weight)
+            means[name] = total / max(weight, 1e-9)
+        return means
+
+    def means(self) -> dict[str, float]:
+        """Means since the last call; starts a new window."""
+        means = {name: total / max(weight, 1e-9) for name, (total, weight) in self._sums.items()}
+        self._sums = {}
+        return means
+
+
+class Progress:
+    """One line on the terminal, rewritten in place on a tty: step, numbers, rate, time left."""
+
+    def __init__(self, steps: int, start: int):
+        self._steps, self._start, self._began = steps, start, time.monotonic()
+
+    def show(self, step: int, **numbers: str) -> None:
+        done = step - self._start
+        left = (time.monotonic() - self._began) / max(done, 1) * (self._steps - step)
+        shown = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  left {clock(left)}"
+        print("\r\x1b[K" + line if sys.stdout.isatty() else line, end="" if self._on_tty(step) else "\n", flush=True)
+
+    def _on_tty(self, step: int) -> bool:
+        return sys.stdout.isatty() and step < self._steps
+
+
+def clock(seconds: float) -> str:
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Keeps the rows up to `step`; a last line that was cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    configs.atomic_write(path, "".join(kept))

@@ -1,0 +1,78 @@
+"""Objectives: `objective(params, batch) -> (WeightedSum, dict[str, WeightedSum])`, not yet divided.
+
+A batch is a dict of [B, T] arrays: tokens, targets, loss_weights, segment_ids, positions.
+"""
+
+# B rows, T tokens, N preference pairs (B = 2 N)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from model import ModelConfig, ShardingRules, WeightedSum, apply
+from model.function import Params
+from model.logprobs import token_logprobs
+
+Batch = dict[str, jax.Array]
+Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]]
+
+
+def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: ShardingRules | None = None):
+    """(log p of the targets, log-normaliser), both [B, T] float32 nats, for a packed batch."""
+    out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"], rules=rules)
+    return token_logprobs(out.logits, batch["targets"])
+
+
+def language_modelling(cfg: ModelConfig, rules: ShardingRules | None = None, z_loss: float = 0.0) -> Objective:
+    """Cross-entropy over the tokens that `loss_weights` counts, plus z_loss * log(Z)^2.
+
+    Pretraining and supervised fine-tuning differ in the dataset's mask only. Z-loss: Chowdhery et al. 2022,
+    arXiv:2204.02311.
+    """
+
+    def objective(params: Params, batch: Batch):
+        logprobs_BT, log_z_BT = batch_logprobs(cfg, params, batch, rules)
+        weights_BT = batch["loss_weights"]
+        nll = WeightedSum.of(-logprobs_BT, weights_BT)
+        loss = WeightedSum(nll.total + z_loss * jnp.sum(weights_BT * log_z_BT**2), nll.weight)
+        return loss, {"nll": nll}
+
+    return objective
+
+
+def dpo(
+    cfg: ModelConfig, rules: ShardingRules | None = None, beta: float = 0.1, label_smoothing: float = 0.0
+) -> Objective:
+    """Direct preference optimisation; Rafailov et al. 2023, arXiv:2305.18290.
+
+    Rows 2n and 2n + 1 are the chosen and the rejected completion of one prompt. The batch also carries
+    `reference_logprobs` [B, T], the frozen model's log-probabilities of the same targets (see `with_reference`).
+    Label smoothing e gives conservative DPO: (1 - e) L(delta) + e L(-delta).
+    """
+
+    def objective(params: Params, batch: Batch):
+        weights_BT = batch["loss_weights"]
+        logprobs_BT, _ = batch_logprobs(cfg, params, batch, rules)
+        ratio_B = jnp.sum((logprobs_BT - batch["reference_logprobs"]) * weights_BT, axis=1)
+        chosen_N, rejected_N = ratio_B.reshape(-1, 2).T
+        margin_N = beta * (chosen_N - rejected_N)
+        loss_N = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_N) - label_smoothing * jax.nn.log_sigmoid(-margin_N)
+        real_N = (jnp.sum(weights_BT, axis=1).reshape(-1, 2).min(axis=1) > 0).astype(jnp.float32)
+        metrics = {
+            "accuracy": WeightedSum.of(margin_N > 0, real_N),
+            "margin": WeightedSum.of(margin_N, real_N),
+            "chosen_reward": WeightedSum.of(beta * chosen_N, real_N),
+            "rejected_reward": WeightedSum.of(beta * rejected_N, real_N),
+        }
+        return WeightedSum.of(loss_N, real_N), metrics
+
+    return objective
+
+
+def with_reference(cfg: ModelConfig, reference: Params, batch: Batch, rules: ShardingRules | None = None) -> Batch:
+    """The batch with `reference_logprobs` of the frozen model."""
+    logprobs_BT, _ = batch_logprobs(cfg, reference, batch, rules)
+    return batch | {"reference_logprobs": jax.lax.stop_gradient(logprobs_BT)}

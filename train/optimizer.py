@@ -1,0 +1,47 @@
+"""AdamW, its decay mask and its schedules, on optax."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from model import ModelConfig, logical_axes
+from train.config import OptimizerSpec
+
+
+def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
+    """Linear warmup, then cosine, constant, or warmup-stable-decay (Hu et al. 2024, arXiv:2404.06395)."""
+    final = spec.peak_lr * spec.final_lr_fraction
+    warmup = min(spec.warmup_steps, steps)
+    rise = optax.linear_schedule(spec.peak_lr / max(warmup, 1), spec.peak_lr, max(warmup - 1, 1))
+    rest = max(steps - warmup, 1)
+    if spec.schedule == "cosine":
+        after = optax.cosine_decay_schedule(spec.peak_lr, rest, alpha=spec.final_lr_fraction)
+    elif spec.schedule == "wsd":
+        decay = min(spec.decay_steps or max(steps // 5, 1), rest)
+        stable = optax.constant_schedule(spec.peak_lr)
+        fall = optax.linear_schedule(spec.peak_lr, final, decay)
+        after = optax.join_schedules([stable, fall], [rest - decay])
+    else:
+        after = optax.constant_schedule(spec.peak_lr)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def adamw(spec: OptimizerSpec, steps: int, cfg: ModelConfig) -> optax.GradientTransformation:
+    """Clipping by the global norm, Adam, decay of matrices, the schedule."""
+    parts = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
+    parts += [
+        optax.scale_by_adam(spec.b1, spec.b2, spec.eps),
+        optax.add_decayed_weights(spec.weight_decay, decay_mask(cfg)),
+        optax.scale_by_learning_rate(learning_rate(spec, steps)),
+    ]
+    return optax.chain(*parts)
+
+
+def decay_mask(cfg: ModelConfig):
+    """True for matrices; norms, biases and scalars are not decayed, however they are stacked."""
+
+    def is_matrix(path, names):
+        return len([n for n in names if n != "layers"]) >= 2 and not str(path[-1].key).endswith("bias")
+
+    return jax.tree_util.tree_map_with_path(is_matrix, logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple))

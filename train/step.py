@@ -1,0 +1,84 @@
+"""The train step: any objective, any optimizer, on the mesh that is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from model import ShardingRules, WeightedSum
+from model.function import Params
+from model.sharding import constrain
+from train.objectives import Batch, Objective
+
+Metrics = dict[str, WeightedSum]
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array  # int32, steps taken, the skipped ones too
+    params: Params
+    opt_state: optax.OptState
+    skipped: jax.Array  # int32, steps whose loss or gradient was not finite
+
+
+def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), zero)
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    rules: ShardingRules | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step as a pure function; jit it with the state donated.
+
+    A step whose loss or gradient is not finite changes neither parameters nor optimizer and counts in `skipped`.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        grads, (loss, metrics) = accumulate(objective, state.params, batch, microbatches, rules)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.params, state.opt_state))
+        bad = 1 - finite.astype(jnp.int32)
+        state = TrainState(state.step + 1, params, opt_state, state.skipped + bad)
+        extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
+        return state, metrics | extra
+
+    return train_step
+
+
+def accumulate(
+    objective: Objective, params: Params, batch: Batch, microbatches: int, rules: ShardingRules | None = None
+) -> tuple[Params, tuple[WeightedSum, Metrics]]:
+    """The gradient of the loss' total and the summed metrics over equal parts of the batch; nothing is divided."""
+
+    def total(params, part):
+        loss, metrics = objective(params, part)
+        return loss.total, (loss, metrics)
+
+    grad = jax.grad(total, has_aux=True)
+    if microbatches == 1:
+        return grad(params, batch)
+
+    def split(x):
+        x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+        return constrain(x, rules, None, "batch", *[None] * (x.ndim - 2))
+
+    parts = jax.tree.map(split, batch)
+    first = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+
+    def body(carry, part):
+        return jax.tree.map(jnp.add, carry, grad(params, part)), None
+
+    return jax.lax.scan(body, zeros, parts)[0]

@@ -1,0 +1,347 @@
+"""One trainer for every objective: build, restore, step, log, validate, sample, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+import configs
+import data
+import model
+from data import Tokenizer
+from model import ModelConfig
+from model.checkpoint import Checkpoints
+from model.compilation import enable_compilation_cache
+from model.flops import MFU_FORMULA, peak_flops_per_device, train_flops_per_token
+from train import objectives
+from train.config import TrainConfig
+from train.mesh import make_mesh, param_shardings, place_batch, state_shardings
+from train.metrics import MetricsLog, Progress, Window
+from train.optimizer import adamw, learning_rate
+from train.sampling import draw_samples
+from train.step import TrainState, make_train_step, new_state
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row without a finite loss and gradient."""
+
+
+@dataclasses.dataclass
+class Setup:
+    """What a run is made of once the config has been understood."""
+
+    config: TrainConfig
+    cfg: ModelConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    objective: objectives.Objective
+    prepare: Callable[[dict], dict]  # a placed batch to the batch that the objective takes
+    initial_params: Callable[[], Any]
+
+
+def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dict[str, float]:
+    """Train until `config.steps`, from the newest checkpoint in `workdir` when there is one.
+
+    Args:
+      stop_at: leave after this step as an interruption would (the schedule still spans `config.steps`).
+
+    Returns:
+      final figures: step, loss, tokens_per_second, mfu, and the last validation metrics.
+
+    Raises:
+      TrainingDiverged: `config.max_bad_steps` steps in a row were not finite.
+      ValueError: the mesh, the data or the model do not fit together; says how to mend it.
+    """
+    enable_compilation_cache()
+    setup = prepare_run(config)
+    with jax.set_mesh(setup.mesh):
+        return _Run(setup, Path(workdir)).loop(stop_at or config.steps)
+
+
+def prepare_run(config: TrainConfig) -> Setup:
+    mesh = make_mesh(config.mesh)
+    source = config.tokenizer or config.init_from
+    if source is None:
+        raise configs.ConfigError("give config.tokenizer (a tokenizer or run folder) or config.init_from.")
+    tokenizer = data.load_tokenizer(source)
+    _check_batch(config, mesh)
+    if config.init_from is None:
+        cfg = config.model.build(tokenizer.vocab_size, config.run)
+    else:
+        cfg = config.run.of(model.load_config(config.init_from))
+    if cfg.vocab_size < tokenizer.vocab_size:
+        raise configs.ConfigError(
+            f"the tokenizer {source} has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size} rows for them. "
+            "Use the tokenizer that the model was trained with."
+        )
+    shardings = param_shardings(cfg, mesh, config.sharding)
+
+    def load_initial():
+        if config.init_from is None:
+            make = jax.jit(lambda key: model.init(cfg, key), out_shardings=shardings)
+            return make(jax.random.key(config.seed))
+        return model.load(config.init_from, cfg=cfg, shardings=shardings)[1]
+
+    optimizer = adamw(config.optimizer, config.steps, cfg)
+    objective, prepare = _objective(config, cfg, load_initial)
+    return Setup(config, cfg, tokenizer, mesh, optimizer, objective, prepare, load_initial)
+
+
+def _objective(config: TrainConfig, cfg: ModelConfig, load_initial):
+    rules = config.sharding
+    if config.objective == "lm":
+        return objectives.language_modelling(cfg, rules, config.z_loss), lambda batch: batch
+    if config.init_from is None:
+        raise configs.ConfigError("objective dpo compares with a frozen reference: give config.init_from.")
+    reference = load_initial()
+    with_reference = jax.jit(functools.partial(objectives.with_reference, cfg, rules=rules))
+    objective = objectives.dpo(cfg, rules, config.dpo_beta, config.dpo_label_smoothing)
+    return objective, lambda batch: with_reference(reference, batch)
+
+
+def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = 2 if config.objective == "dpo" else 1
+    unit = ways * rows * config.microbatches
+    if config.data.batch_size % unit:
+        raise configs.ConfigError(
+            f"config.data.batch_size={config.data.batch_size} is not a multiple of {unit} = data*fsdp devices ({ways}) "
+            f"* microbatches ({config.microbatches}) * rows a unit ({rows}). Use "
+            f"{max(unit, config.data.batch_size // unit * unit)}."
+        )
+    if not config.data.mixture:
+        raise configs.ConfigError("config.data.mixture is empty: name at least one token dataset and its weight.")
+
+
+class _Run:
+    def __init__(self, setup: Setup, workdir: Path):
+        self.setup, self.config, self.workdir = setup, setup.config, workdir
+        workdir.mkdir(parents=True, exist_ok=True)
+        _save_config(self.config, workdir)
+        spec = self.config.checkpoint
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=spec.keep, keep_every=spec.keep_every)
+        self.tokenizer_files = _files_of(setup.tokenizer)
+        self.state, self.examples = self._restore_or_init()
+        rules = self.config.sharding
+        step = make_train_step(setup.objective, setup.optimizer, self.config.microbatches, rules)
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self.eval_step = jax.jit(lambda params, batch: setup.objective(params, batch))
+        self.schedule = learning_rate(self.config.optimizer, self.config.steps)
+        self.log = MetricsLog(workdir, int(self.state.step), write=jax.process_index() == 0)
+        self.stopping = False
+
+    def loop(self, stop_at: int) -> dict[str, float]:
+        config, start = self.config, int(self.state.step)
+        self._announce(start)
+        progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
+        pending, bad_in_a_row, last = None, 0, {}
+        with _sigterm(self):
+            batches = self._batches(config.data.mixture, self.examples) if start < stop_at else iter(())
+            for step in range(start + 1, stop_at + 1):
+                batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
+                self.state, metrics = self.train_step(self.state, batch)
+                self.examples += config.data.batch_size
+                if pending is not None:  # the step before: the host never waits for the one just started
+                    bad_in_a_row = self._count_bad(window.add(pending), bad_in_a_row)
+                pending = metrics
+                if step % config.log_every == 0 or step == stop_at:
+                    bad_in_a_row = self._count_bad(window.add(pending), bad_in_a_row)
+                    pending = None
+                    last = window.means() | clock.tick(step - start) | {"lr": float(self.schedule(step - 1))}
+                    self.log.write(step, "train", last)
+                    self._show(progress, step, last)
+                with clock.paused():
+                    self._occasionally(step, stop_at)
+                if self.stopping:
+                    print(f"\nstopping after step {step}; the same command goes on from here.")
+                    break
+        self.checkpoints.close()
+        final = last | self._last_validation()
+        self.log.close()
+        return final | {"step": int(self.state.step)} | clock.overall()
+
+    def _occasionally(self, step: int, stop_at: int) -> None:
+        config, end = self.config, step == self.config.steps
+        if end or (config.validate_every and step % config.validate_every == 0):
+            self._validate(step)
+        if config.samples.prompts and (end or (config.samples.every and step % config.samples.every == 0)):
+            for row in draw_samples(self.setup.cfg, self.state.params, self.setup.tokenizer, config.samples):
+                self.log.write_sample({"step": step} | row)
+        if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
+            self._save(step)
+
+    def _restore_or_init(self) -> tuple[TrainState, int]:
+        setup, step = self.setup, self.checkpoints.latest_step()
+        params = setup.initial_params() if step is None else model.param_shapes(setup.cfg)
+        abstract = jax.eval_shape(lambda p: new_state(p, setup.optimizer), params)
+        layout = param_shardings(setup.cfg, setup.mesh, self.config.sharding)
+        shardings = state_shardings(abstract, layout, setup.mesh)
+        if step is None:
+            return jax.jit(lambda p: new_state(p, setup.optimizer), out_shardings=shardings)(params), 0
+        wanted = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
+        rest = {"opt_state": wanted.opt_state, "step": wanted.step, "skipped": wanted.skipped}
+        params, rest, progress = self.checkpoints.restore(step, wanted.params, rest)
+        return TrainState(params=params, **rest), progress["examples"]
+
+    def _save(self, step: int) -> None:
+        state = self.state
+        rest = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+        progress = {"step": step, "examples": self.examples, "seed": self.config.seed}
+        self.checkpoints.save(step, self.setup.cfg, state.params, rest, progress, self.tokenizer_files)
+
+    def _batches(self, mixture: dict[str, float], start: int, **options) -> Iterator[dict[str, np.ndarray]]:
+        spec = self.config.data
+        kind = "preference" if self.config.objective == "dpo" else "lm"
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return iter(
+            data.make_batches(
+                mixture, spec.batch_size, spec.seq_len, spec.seed, start=start, kind=kind, **hosts, **options
+            )
+        )
+
+    def _validate(self, step: int) -> None:
+        spec, window = self.config.data, Window()
+        if not spec.validation:
+            return
+        batches = self._batches(spec.validation, 0)
+        for _ in range(spec.validation_batches):
+            batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, self.config.sharding))
+            loss, metrics = self.eval_step(self.state.params, batch)
+            window.add(metrics | {"loss": loss})
+        means = window.means()
+        self.log.write(step, "validation", means)
+        self.validation = {f"validation_{name}": value for name, value in means.items()}
+        print(f"\nvalidation at step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+
+    def _last_validation(self) -> dict[str, float]:
+        return getattr(self, "validation", {})
+
+    def _count_bad(self, means: dict[str, float], in_a_row: int) -> int:
+        if not means["skipped"]:
+            return 0
+        in_a_row += 1
+        if in_a_row >= self.config.max_bad_steps:
+            self.checkpoints.close()
+            raise TrainingDiverged(
+                f"{in_a_row} steps in a row had no finite loss or gradient (last loss {means['loss']}); their updates "
+                f"were skipped. Lower config.optimizer.peak_lr (now {self.config.optimizer.peak_lr:g}), lengthen the "
+                "warmup, set config.z_loss=1e-4, or look at the batch; the newest checkpoint is from before."
+            )
+        return in_a_row
+
+    def _announce(self, start: int) -> None:
+        setup, spec = self.setup, self.config.data
+        count = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(model.param_shapes(setup.cfg)))
+        axes = " ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
+        print(f"model {count / 1e6:.2f}M parameters, mesh {axes}, batch {spec.batch_size} x {spec.seq_len} tokens")
+        print(f"{MFU_FORMULA}; peak {peak_flops_per_device() / 1e9:,.0f} GFLOP/s a device")
+        if start:
+            print(f"going on from step {start} in {self.workdir}")
+
+    def _show(self, progress: Progress, step: int, last: dict[str, float]) -> None:
+        shown = {"loss": f"{last['loss']:.4f}"}
+        if "accuracy" in last:
+            shown["accuracy"] = f"{last['accuracy']:.3f}"
+        rate = {"tokens/s": f"{last['tokens_per_second']:,.0f}", "MFU": f"{last['mfu']:.1%}"}
+        skipped = {"skipped": str(int(self.state.skipped))} if last["skipped"] else {}
+        progress.show(step, **shown, **rate, **skipped)
+
+
+class _Rate:
+    """Tokens a second and MFU between log lines and overall, without the time of validation and checkpoints."""
+
+    def __init__(self, setup: Setup):
+        spec = setup.config.data
+        self._tokens = spec.batch_size * spec.seq_len
+        flops = train_flops_per_token(setup.cfg, spec.seq_len)
+        self._mfu = flops / (peak_flops_per_device() * setup.mesh.size)
+        self._mark, self._steps = time.monotonic(), 0
+        self._seconds, self._counted = 0.0, 0
+
+    def tick(self, steps: int) -> dict[str, float]:
+        now, done = time.monotonic(), steps - self._steps
+        seconds = now - self._mark
+        if self._steps:  # the first window holds the compilation
+            self._seconds, self._counted = self._seconds + seconds, self._counted + done
+        self._mark, self._steps = now, steps
+        return self._figures(done, seconds)
+
+    def overall(self) -> dict[str, float]:
+        return self._figures(self._counted, self._seconds) if self._counted else {}
+
+    def paused(self):
+        rate = self
+
+        class Pause:
+            def __enter__(self):
+                self.began = time.monotonic()
+
+            def __exit__(self, *_):
+                rate._mark += time.monotonic() - self.began
+
+        return Pause()
+
+    def _figures(self, steps: int, seconds: float) -> dict[str, float]:
+        tokens_per_second = steps * self._tokens / max(seconds, 1e-9)
+        return {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * self._mfu}
+
+
+class _sigterm:  # noqa: N801 - reads as a statement
+    """Within it, SIGTERM (a preemption notice) asks the run to save and leave after the step in hand."""
+
+    def __init__(self, run: _Run):
+        self._run = run
+
+    def __enter__(self):
+        def ask(*_):
+            self._run.stopping = True
+
+        try:
+            self._old = signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not the main thread
+            self._old = None
+
+    def __exit__(self, *_):
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+
+def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        root = Path(folder)
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def _save_config(config: TrainConfig, workdir: Path) -> None:
+    """Write config.json; say what differs from the one that the run began with."""
+    path, new = workdir / "config.json", configs.to_dict(config)
+    if path.exists():
+        old = _flat(json.loads(path.read_text()))
+        for key, value in _flat(new).items():
+            if old.get(key) != value:
+                print(f"config.{key} is now {value!r}; this run had {old.get(key)!r} before.")
+    if jax.process_index() == 0:
+        configs.save(config, path)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
