@@ -204,8 +204,8 @@ def _convert_union(tp: Any, value: Any, where: str) -> Any:
     if cls is not None:
         return _convert(cls, body, where)
     members = choices(tp)
-    if len(members) == 1:
-        return _convert(members[0], value, where)
+    if len(members) == 1 and (is_config(members[0]) or typing.get_origin(members[0]) in (tuple, dict)):
+        return _convert(members[0], value, where)  # whose error may be deeper inside
     if type(value) is int and int in members:  # an int meant as such, in `float | int`
         return value
     for member in members:
@@ -264,7 +264,7 @@ def _json_value(value: Any, where: str) -> Any:
         return [_json_value(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _json_value(item, f"{where}.{key}") for key, item in value.items()}
-    raise ConfigError(f"{where}={value!r} is a {type(value).__name__}; wanted what JSON can hold.")
+    raise ConfigError(f"{where}={value!r} is of type {type(value).__name__}; wanted what JSON can hold.")
 
 
 def _int_as_float(value: int, where: str) -> float:
@@ -315,7 +315,7 @@ def _item_types(tp: Any, container: type) -> Any:
 def _a_mapping(cls: type, value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(
-            f"{where}={value!r} is a {type(value).__name__}; wanted a mapping of {cls.__name__}'s keys."
+            f"{where}={value!r} is of type {type(value).__name__}; wanted a mapping of {cls.__name__}'s keys."
         )
     return value
 
@@ -330,4 +330,4 @@ def _check_keys(cls: type, mapping: Mapping[str, Any], where: str) -> None:
 
 
 def _wrong_type(tp: Any, value: Any, where: str) -> ConfigError:
-    return ConfigError(f"{where}={value!r} is a {type(value).__name__}; wanted {type_name(tp)}.")
+    return ConfigError(f"{where}={value!r} is of type {type(value).__name__}; wanted {type_name(tp)}.")

@@ -1,0 +1,28 @@
+"""What every test has: eight fake CPU devices, a cache of compiled functions, real data where it is there."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    )
+_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "crucible" / "jax-tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))  # tests' subprocesses use it too
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402  (jax reads the variables above when it is imported)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data beside the project; a test that reads it is skipped where it is absent."""
+    folder = Path(os.environ.get("CRUCIBLE_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data" / "MANIFEST.md").is_file():
+        pytest.skip(f"the shared data folder {folder} is not here (set CRUCIBLE_SHARED to one)")
+    return folder
