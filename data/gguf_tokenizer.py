@@ -130,14 +130,18 @@ def _sentencepiece(
     scores = [float(s) for s in metadata.get("tokenizer.ggml.scores", ())]
     if len(scores) != len(tokens):
         raise GGUFTokenizerError(f"{where}: {len(tokens)} tokens but {len(scores)} scores")
-    if UNKNOWN not in types:
-        types[int(metadata.get("tokenizer.ggml.unknown_token_id", 0))] = UNKNOWN
+    first = types.index(UNKNOWN) if UNKNOWN in types else 0
+    unknown = int(metadata.get("tokenizer.ggml.unknown_token_id", first))
+    if not 0 <= unknown < len(tokens):
+        raise GGUFTokenizerError(f"{where}: unknown_token_id {unknown} is outside the {len(tokens)} tokens")
+    types = [UNUSED if kind == UNKNOWN else kind for kind in types]  # SentencePiece wants exactly one unknown
+    types[unknown] = UNKNOWN
     proto = pb.ModelProto()
     proto.trainer_spec.model_type = pb.TrainerSpec.BPE
     proto.trainer_spec.vocab_size = len(tokens)
     proto.trainer_spec.byte_fallback = BYTE in types
-    proto.trainer_spec.unk_id = types.index(UNKNOWN)
-    proto.trainer_spec.unk_piece = tokens[types.index(UNKNOWN)]
+    proto.trainer_spec.unk_id = unknown
+    proto.trainer_spec.unk_piece = tokens[unknown]
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     proto.normalizer_spec.remove_extra_whitespaces = bool(

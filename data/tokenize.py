@@ -1,0 +1,160 @@
+"""From text, dialogues and preferences to token datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.shards import Dataset, TokenRecord, hash_of, is_current, open_dataset, write_dataset
+from data.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def tokenize_dataset(
+    text_folder: str | os.PathLike,
+    tokenizer: Tokenizer,
+    out_folder: str | os.PathLike,
+    split: str | None = None,
+) -> Dataset:
+    """Tokenises a text dataset (or its sub-folder `split`) for pretraining: bos, text, end token, where the vocabulary
+    has them. The manifest says tokens and bytes of text. Done already with the same input and tokenizer: returned.
+
+    Raises DatasetError when the folder is no text dataset.
+    """
+    text = open_dataset(Path(text_folder) / split if split else text_folder)
+    if text.kind != "text":
+        raise ValueError(f"{text.folder} is a dataset of kind {text.kind!r}; tokenize_dataset wants 'text'")
+    key = hash_of("tokens", text.manifest["sha256"], fingerprint(tokenizer))
+    if is_current(out_folder, key):
+        return open_dataset(out_folder)
+    count = _Count()
+    inherited = {
+        name: text.manifest[name] for name in ("sources", "stages", "dropped") if name in text.manifest
+    }
+    # Filled in as the records pass, and written after them.
+    facts = {
+        "key": key,
+        **_describe(tokenizer),
+        "input": text.manifest["sha256"],
+        **inherited,
+        "totals": count,
+    }
+    return write_dataset(out_folder, _document_records(text, tokenizer, count), "tokens", facts)
+
+
+class _Count(dict):
+    """tokens and bytes seen so far."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens=0, trained_tokens=0, bytes=0)
+
+    def add(self, tokens: int, trained: int, size: int = 0) -> None:
+        self["tokens"] += tokens
+        self["trained_tokens"] += trained
+        self["bytes"] += size
+
+
+def _document_records(text: Dataset, tokenizer: Tokenizer, count: _Count) -> Iterator[TokenRecord]:
+    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    tail = list(tokenizer.eos_ids[:1])
+    for documents in _chunks((document["text"] for document in text), 512):
+        for document, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
+            tokens = np.asarray([*head, *ids, *tail], np.int32)
+            count.add(len(tokens), max(len(tokens) - 1, 0), len(document.encode("utf-8")))
+            yield TokenRecord(tokens)
+
+
+def write_chat_dataset(
+    conversations: Iterable[Messages | Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    out_folder: str | os.PathLike,
+    manifest: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Dialogues through the tokenizer's chat template; trained on what the assistant wrote.
+
+    A conversation is a list of messages, or {"messages": [...], "tools": [...]}. `manifest`: more keys, e.g. sources.
+    Raises ChatTemplateError, naming the conversation's number.
+    """
+    count = _Count()
+
+    def records() -> Iterator[TokenRecord]:
+        for i, conversation in enumerate(conversations):
+            record = _chat_record(conversation, tokenizer, f"conversation {i}")
+            count.add(len(record.tokens), int(record.mask[1:].sum()))
+            yield record
+
+    return write_dataset(
+        out_folder, records(), "chat", lambda: count | _describe(tokenizer) | dict(manifest or {})
+    )
+
+
+def write_preference_dataset(
+    pairs: Iterable[tuple[Messages, str | Mapping[str, Any], str | Mapping[str, Any]]],
+    tokenizer: Tokenizer,
+    out_folder: str | os.PathLike,
+    manifest: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Pairs of (prompt messages, chosen, rejected); an answer is text or an assistant message.
+
+    Only the answer is trained on, also when earlier assistant messages are in the prompt.
+    Raises ChatTemplateError, naming the pair's number.
+    """
+    count = _Count()
+
+    def answer(i: int, prompt: Messages, reply: str | Mapping[str, Any]) -> TokenRecord:
+        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else dict(reply)
+        record = _chat_record([*prompt, message], tokenizer, f"pair {i}")
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], record.mask.astype(np.int8), [0]])) == 1)
+        mask = record.mask.copy()
+        mask[: ends[-1] if len(ends) else 0] = False  # earlier turns of the assistant
+        count.add(len(record.tokens), int(mask[1:].sum()))
+        return TokenRecord(record.tokens, mask)
+
+    def records() -> Iterator[tuple[TokenRecord, TokenRecord]]:
+        for i, (prompt, chosen, rejected) in enumerate(pairs):
+            yield answer(i, prompt, chosen), answer(i, prompt, rejected)
+
+    facts = _describe(tokenizer) | dict(manifest or {})
+    return write_dataset(out_folder, records(), "preference", lambda: count | facts)
+
+
+def _chat_record(conversation: Messages | Mapping[str, Any], tokenizer: Tokenizer, where: str) -> TokenRecord:
+    from data.templates import ChatTemplateError
+
+    tools = None
+    if isinstance(conversation, Mapping):
+        conversation, tools = conversation["messages"], conversation.get("tools")
+    try:
+        ids, mask = tokenizer.apply_chat_template(conversation, tools, add_generation_prompt=False)
+    except ChatTemplateError as error:
+        raise ChatTemplateError(f"{where}: {error}") from error
+    return TokenRecord(np.asarray(ids, np.int32), np.asarray(mask, bool))
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A short hash of what a tokenizer does: vocabulary, special tokens, template, and the ids of a probe text."""
+    probe = "It's 1234567 o'clock:\n\n\tdef f(x): return x  # \u00e9\u4e2d\u6587\U0001f600 don't"
+    digest = hashlib.sha256()
+    for i in range(tokenizer.vocab_size):
+        digest.update(tokenizer.token_of(i).encode("utf-8", "surrogatepass") + b"\0")
+    roles = [tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id]
+    return hash_of(
+        digest.hexdigest(), tokenizer.special_tokens, roles, tokenizer.chat_template, tokenizer.encode(probe)
+    )
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"tokenizer": fingerprint(tokenizer), "vocab_size": tokenizer.vocab_size}
+
+
+def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
