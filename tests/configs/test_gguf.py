@@ -118,7 +118,7 @@ def test_a_tensor_of_another_type_is_listed_but_its_bytes_are_refused(tmp_path):
     (2, 256, 144), (3, 256, 160), (12, 256, 144), (14, 256, 210),
 ])  # fmt: skip
 def test_bytes_of_a_tensor_follow_its_types_blocks(tmp_path, kind, elements, nbytes):
-    # llama.cpp's own structs: block_q8_0 is 34 bytes, block_q4_K 2 + 2 + 12 + 128, block_q6_K 128 + 64 + 16 + 2
+    # llama.cpp: block_q8_0 is 34 bytes, block_q4_K 2 + 2 + 12 + 128, block_q6_K 128 + 64 + 16 + 2
     file = gguf.read(write(tmp_path, make((), [entry("t", (elements,), kind, 0)], b"x" * nbytes)))
     assert file.tensors["t"].nbytes == nbytes == file.raw("t").size
     refused(tmp_path, make((), [entry("t", (elements,), kind, 0)], b"x" * (nbytes - 1)))
