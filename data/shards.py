@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.files import atomic_write
+from configs.typed import ConfigError
 
 FORMAT, VERSION = "crucible-dataset", 1
 KINDS = ("text", "tokens", "chat", "preference")
 MANIFEST, LENGTHS = "manifest.json", "lengths.npy"
 
 
-class DatasetError(ValueError):
+class DatasetError(ConfigError):
     """A dataset folder that is missing, incomplete or damaged: what, and the mend."""
 
 
