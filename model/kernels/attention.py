@@ -10,7 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 128  # queries that share one slice of keys; a causal block skips the keys after it
+MAX_QUERY_BLOCKS = 16  # a causal row is cut into at most this many blocks of queries
+MIN_QUERY_BLOCK = 64  # and into none shorter than this
 
 _MASKED = -1e30  # finite, so that a row with no key at all gives an average instead of NaN
 
@@ -21,14 +22,8 @@ def attention(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS:
     Returns:
       [B, T, H, C] in the dtype of `q`.
     """
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C)
-    scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * C**-0.5, _MASKED)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKC.dtype)
-    out_BTKGC = jnp.einsum("BKGTS,BSKC->BTKGC", probs_BKGTS, v_BSKC)
-    return out_BTKGC.reshape(B, T, H, C)
+    q_BKGTC, k_BKSC, v_BKSC = _heads_first(q_BTHC, k_BSKC, v_BSKC)
+    return _tokens_first(_attend(q_BKGTC, k_BKSC, v_BKSC, mask_BTS))
 
 
 def causal_attention(
@@ -40,11 +35,36 @@ def causal_attention(
       segment_ids_BT: int32; a token sees only tokens of its own segment. None: each row is one document.
     """
     T = q_BTHC.shape[1]
-    blocks = []
-    for start in range(0, T, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, T)
+    block = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
+    q_BKGTC, k_BKSC, v_BKSC = _heads_first(q_BTHC, k_BTKC, v_BTKC)
+    outputs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
         mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None]
         if segment_ids_BT is not None:
             mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop])
-        blocks.append(attention(q_BTHC[:, start:stop], k_BTKC[:, :stop], v_BTKC[:, :stop], mask_BTS))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+        outputs.append(_attend(q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, :stop], v_BKSC[:, :, :stop], mask_BTS))
+    return _tokens_first(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3))
+
+
+def _attend(q_BKGTC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * q_BKGTC.shape[-1] ** -0.5, _MASKED)
+    weights_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True)))
+    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    out_BKGTC = jnp.einsum(
+        "BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
+    )
+    return (out_BKGTC / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over C numbers instead of S
+
+
+def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array):
+    B, T, H, C = q_BTHC.shape
+    K = k_BSKC.shape[2]
+    q_BKGTC = q_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    return q_BKGTC, k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
+
+
+def _tokens_first(out_BKGTC: jax.Array) -> jax.Array:
+    B, K, G, T, C = out_BKGTC.shape
+    return out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, C)
