@@ -1,4 +1,4 @@
-"""The distribution `crucible-lm`: one top-level package for each stage; constraints.txt has exact versions."""
+"""The distribution `crucible-lm`: one top-level package a stage. Exact tested versions: constraints.txt."""
 
 from setuptools import find_namespace_packages, setup
 
@@ -50,7 +50,7 @@ DEV = [
     "hypothesis",  # properties and state machines
     "ruff",  # lint and format
     "import-linter",  # the floors between the stages
-    "pyright",  # types
+    "pyright[nodejs]",  # types; with its own node
     "chex",  # assertions about arrays
     "httpx",  # requests to the server under test
     "openai",  # the official client against our API

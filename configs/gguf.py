@@ -128,7 +128,7 @@ class _Cursor:
 
     def __init__(self, path: Path, data: np.ndarray):
         self.path = path
-        self.view = memoryview(data)
+        self.view = memoryview(data)  # type: ignore[arg-type]  # an array is a buffer
         self.position = 0
 
     def left(self) -> int:

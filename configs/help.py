@@ -119,8 +119,9 @@ def _doc_at(cls: type, mapping: Mapping[str, Any], path: str) -> str:
         names = tagged(tp)
         if last == KIND and part == parts[-1] and names:
             return field_docs(cls).get(part, "")
-        cls = names[value[KIND]] if names else next(member for member in choices(tp) if is_config(member))
-        mapping = value if isinstance(value, Mapping) else {}
+        fields = value if isinstance(value, Mapping) else {}
+        chosen = names[str(fields[KIND])] if names else next(filter(is_config, choices(tp)))
+        cls, mapping = chosen, fields
     return field_docs(cls).get(last, "")
 
 

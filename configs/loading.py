@@ -182,7 +182,7 @@ def _parse_flags(
             f"{rest[1]!r} is not a flag. Write --workdir=FOLDER, --config=FILE or --config.key=value."
         )
     names = ["workdir", *stage]
-    return dict(values["config"].override_values), {name: values[name].value for name in names}
+    return config_flags.get_override_values(values["config"]), {name: values[name].value for name in names}
 
 
 def _flag_error(message: str, wanted: list[overrides.Override]) -> str:

@@ -214,7 +214,7 @@ def _resolve(cls: type, mapping: Any, path: str, keys: tuple, kinds: Mapping[tup
         names = tagged(tp)
         if names and key == KIND and depth + 1 == len(keys):
             return Literal[tuple(names)], True
-        chosen = names.get(kinds[done], None) if names and done in kinds else _chosen(tp, value)
+        chosen = names.get(kinds[done] or "") if names and done in kinds else _chosen(tp, value)
         if names and done in kinds and chosen is None:
             bad = ".".join(map(str, done))
             raise ConfigError(
@@ -242,7 +242,7 @@ def _chosen(tp: Any, value: Any) -> type | None:
     """The dataclass that a value of type `tp` has or, where it is None, would have."""
     names = tagged(tp)
     if names:
-        return names.get(value.get(KIND)) if isinstance(value, Mapping) else None
+        return names.get(str(value.get(KIND))) if isinstance(value, Mapping) else None
     return next((member for member in choices(tp) if is_config(member)), None)
 
 
