@@ -1,5 +1,6 @@
 """What installing and importing brings, and what it must not."""
 
+import functools
 import os
 import re
 import subprocess
@@ -46,8 +47,9 @@ def test_importing_a_stage_takes_under_three_seconds_and_brings_no_other_framewo
         assert of_ours < 0.6 * jax_alone, f"{stage}: {total:.1f} s in all, jax {jax_alone:.1f} s"
 
 
+@functools.cache
 def _seconds_to_import(name, after="sys"):
-    """(seconds, those of HEAVY that came with it), the quickest of three."""
+    """(seconds, those of HEAVY that came with it), the quicker of two."""
     script = (
         f"import sys, time, {after}\n"
         "start = time.process_time()\n"
@@ -55,7 +57,7 @@ def _seconds_to_import(name, after="sys"):
         f"print(time.process_time() - start, [name for name in {HEAVY} if name in sys.modules])"
     )
     runs = []
-    for _ in range(3):
+    for _ in range(2):
         run = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
         )
