@@ -27,13 +27,38 @@ _HOME = {
     "Problem": "data.tasks",
     "TaskSpec": "data.tasks",
     "curate": "data.curate",
+    "Corpus": "data.corpus",
+    "CorpusConfig": "data.corpus",
+    "build_corpus": "data.corpus",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "ChatTemplateError",
+    "Corpus",
+    "CorpusConfig",
+    "DEFAULT_CHAT_TEMPLATE",
+    "Dataset",
+    "DatasetError",
+    "Problem",
+    "StreamDecoder",
+    "TaskSpec",
+    "Tokenizer",
+    "build_corpus",
+    "curate",
+    "load_tokenizer",
+    "make_batches",
+    "open_dataset",
+    "tokenize_dataset",
+    "train_tokenizer",
+    "write_chat_dataset",
+    "write_dataset",
+    "write_preference_dataset",
+]
 
 if TYPE_CHECKING:
     from data.batches import make_batches
     from data.chat import DEFAULT_CHAT_TEMPLATE
+    from data.corpus import Corpus, CorpusConfig, build_corpus
     from data.curate import curate
     from data.load import load_tokenizer
     from data.shards import Dataset, DatasetError, open_dataset, write_dataset

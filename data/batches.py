@@ -1,8 +1,9 @@
-"""Deterministic batches from token datasets through Grain: packed, mixed by weight, sharded by host, resumed exactly.
+"""Deterministic batches from token datasets through Grain: packed, mixed by weight, sharded by host, resumed
+exactly.
 
-Example g of a run is a pure function of (datasets, seq_len, seed, g). A step takes the next `batch_size` examples and
-host p of P takes the p-th block of them, so the global batch does not depend on the number of hosts, and the position
-is one number: how many examples came before.
+Example g of a run is a pure function of (datasets, seq_len, seed, g). A step takes the next `batch_size`
+examples and host p of P takes the p-th block of them, so the global batch does not depend on the number of
+hosts, and the position is one number: how many examples came before.
 """
 
 from __future__ import annotations
@@ -42,25 +43,38 @@ def make_batches(
 
     A batch is a dict of [batch_size / process_count, seq_len] arrays:
         tokens int32; targets int32, the next token of the same document (`pad_id` where there is none);
-        loss_weights float32, 1 where a target counts, 0 on padding, on a document's last token and where its mask
-        says so; segment_ids int32, 1, 2, ... for the documents of a row, 0 on padding; positions int32, from 0 in
-        each segment. In kind "preference" rows 2i and 2i + 1 are the chosen and the rejected answer of one pair.
+        loss_weights float32, 1 where a target counts, 0 on padding, on a document's last token and where its
+        mask says so; segment_ids int32, 1, 2, ... for the documents of a row, 0 on padding; positions int32,
+        from 0 in each segment. In kind "preference" rows 2i and 2i + 1 are the chosen and the rejected answer
+        of one pair.
 
     Args:
         mixture: dataset folder to weight; rows are drawn in proportion. Weights need not sum to one.
         batch_size: rows of a global batch; for preferences even, also per host.
         start: rows of this run that were consumed before (`iterator.position`); finding it costs nothing.
-        num_epochs: None runs for ever. A number ends there, the last batch filled up with empty rows of weight 0;
-            a mixture ends when its first dataset does.
-        too_long: dialogues of more than `seq_len` tokens are left out or cut off; `iterator.report` counts them.
+        num_epochs: None runs for ever. A number ends there, the last batch filled up with empty rows of
+            weight 0; a mixture ends when its first dataset does.
+        too_long: dialogues of more than `seq_len` tokens are left out or cut off; `iterator.report` counts
+            them.
 
     Raises DatasetError for folders that do not fit, ValueError for sizes that do not divide.
     """
     dataset, report = grain_dataset(
-        mixture, batch_size, seq_len, seed, start=start, process_index=process_index, process_count=process_count,
-        kind=kind, shuffle=shuffle, num_epochs=num_epochs, too_long=too_long, pad_id=pad_id, num_threads=num_threads,
+        mixture,
+        batch_size,
+        seq_len,
+        seed,
+        start=start,
+        process_index=process_index,
+        process_count=process_count,
+        kind=kind,
+        shuffle=shuffle,
+        num_epochs=num_epochs,
+        too_long=too_long,
+        pad_id=pad_id,
+        num_threads=num_threads,
         prefetch=prefetch,
-    )  # fmt: skip
+    )
     return BatchIterator(iter(dataset), batch_size, start, report)
 
 
@@ -139,7 +153,8 @@ def _check_sizes(
     if batch_size % (process_count * rows_per_example):
         what = f"{process_count} hosts" + (" of whole pairs" if rows_per_example == 2 else "")
         raise ValueError(
-            f"batch_size={batch_size} can't be shared by {what}: use a multiple of {process_count * rows_per_example}"
+            f"batch_size={batch_size} can't be shared by {what}: use a multiple of "
+            f"{process_count * rows_per_example}"
         )
     if start < 0 or start % rows_per_example:
         raise ValueError(
@@ -182,7 +197,8 @@ def _open_source(
     if source.packer.rows_per_epoch == 0:
         raise DatasetError(
             f"{dataset.folder}: no row can be made of its {len(dataset)} records "
-            f"({source.packer.dropped} are longer than seq_len={seq_len}). Raise seq_len or set too_long='truncate'."
+            f"({source.packer.dropped} are longer than seq_len={seq_len}). Raise seq_len or set "
+            "too_long='truncate'."
         )
     return source
 
@@ -280,7 +296,8 @@ def make_row(pieces: list[Piece], records: list[TokenRecord], seq_len: int, pad_
         tokens[at : at + n] = record.tokens[piece.start : piece.stop]
         segment_ids[at : at + n] = segment
         positions[at : at + n] = np.arange(n)
-        # The token after a cut is still a target: it is the document's next token, though it is in another row.
+        # The token after a cut is still a target: it is the document's next token, though it is in another
+        # row.
         following = slice(piece.start + 1, piece.stop + 1)
         m = len(record.tokens[following])
         targets[at : at + m] = record.tokens[following]

@@ -1,7 +1,8 @@
 """Dialogues to token ids and a loss mask, through a chat template that message contents can't break out of.
 
-Contents are kept apart from structure: before rendering, every special-token string inside the messages is broken by
-a character that occurs nowhere else; after rendering, only unbroken ones are special tokens, and the character goes.
+Contents are kept apart from structure: before rendering, every special-token string inside the messages is
+broken by a character that occurs nowhere else; after rendering, only unbroken ones are special tokens, and
+the character goes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 
-# ChatML (openai/openai-python, chatml.md) with tools as Hermes has them (NousResearch/Hermes-Function-Calling).
+# ChatML (openai/openai-python, chatml.md) with tools as Hermes has them
+# (NousResearch/Hermes-Function-Calling).
 DEFAULT_CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- if tools %}
@@ -29,7 +31,8 @@ DEFAULT_CHAT_TEMPLATE = """\
     {%- for tool in tools %}
         {{- tool | tojson + '\\n' }}
     {%- endfor %}
-    {{- '</tools>\\nTo call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>.<|im_end|>\\n' }}
+    {{- '</tools>\\nTo call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>.<|im_end|>\\n'
+    }}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
@@ -38,7 +41,8 @@ DEFAULT_CHAT_TEMPLATE = """\
             {{- message.content or '' }}
             {%- for call in message.tool_calls or [] %}
                 {%- set call = call.function or call %}
-                {{- '\\n<tool_call>' + {'name': call.name, 'arguments': call.arguments} | tojson + '</tool_call>' }}
+                {{- '\\n<tool_call>' + {'name': call.name, 'arguments': call.arguments} | tojson +
+                '</tool_call>' }}
             {%- endfor %}
             {{- '<|im_end|>' }}
         {%- endgeneration %}
@@ -121,7 +125,9 @@ class _Guard:
         self.marks = (marks[0], marks[1])
 
     def broken(self, value: Any) -> Any:
-        """`value` with every special-token string inside, or begun at an edge of a string, broken by the sentinel."""
+        """`value` with every special-token string inside, or begun at an edge of a string, broken by the
+        sentinel.
+        """
         if isinstance(value, str):
             return self._broken_text(value)
         if isinstance(value, Mapping):
@@ -132,7 +138,8 @@ class _Guard:
 
     def _broken_text(self, text: str) -> str:
         text = self._specials.sub(lambda match: match[0][:1] + self.sentinel + match[0][1:], text)
-        # Two contents side by side could spell a token between them, also once the template has stripped them.
+        # Two contents side by side could spell a token between them, also once the template has stripped
+        # them.
         body = text.rstrip()
         if any(body[-n:] in self._heads for n in range(1, min(self._longest, len(body) + 1))):
             text = body + self.sentinel + text[len(body) :]
@@ -192,8 +199,10 @@ def _prefix_spans(
         before, after = text_of(i, True) if i else "", text_of(i + 1, False)
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= position):
             raise ChatTemplateError(
-                f"the chat template renders messages[{i}] differently when more messages follow (or none), so what the "
-                "assistant wrote can't be found. Mark it with {% generation %}...{% endgeneration %} in the template."
+                f"the chat template renders messages[{i}] differently when more messages follow (or none), "
+                "so what the "
+                "assistant wrote can't be found. Mark it with {% generation %}...{% endgeneration %} in the "
+                "template."
             )
         stop = _end_of_turn(after, len(before), tokenizer)
         spans += [(whole[position : len(before)], 0), (whole[len(before) : stop], 1)]
@@ -202,7 +211,9 @@ def _prefix_spans(
 
 
 def _end_of_turn(text: str, start: int, tokenizer: Tokenizer) -> int:
-    """Where the answer that begins at `start` ends: after its last stop token if only white space follows that."""
+    """Where the answer that begins at `start` ends: after its last stop token if only white space follows
+    that.
+    """
     body = text.rstrip()
     ends = any(body.endswith(name) for name, i in tokenizer.special_tokens.items() if i in tokenizer.eos_ids)
     return max(len(body), start) if ends else len(text)
@@ -211,7 +222,9 @@ def _end_of_turn(text: str, start: int, tokenizer: Tokenizer) -> int:
 def _encode(
     tokenizer: Tokenizer, spans: Iterable[tuple[str, int]], guard: _Guard
 ) -> tuple[list[int], list[int]]:
-    """Ids and mask. Parts are encoded on their own, so an answer's ids are those the model would have sampled."""
+    """Ids and mask. Parts are encoded on their own, so an answer's ids are those the model would have
+    sampled.
+    """
     parts = [[part, special, mask] for text, mask in spans for part, special in guard.split(text)]
     for i, (name, special, _) in enumerate(parts):
         left, right = tokenizer.strips.get(name, (False, False)) if special else (False, False)

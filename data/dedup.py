@@ -1,5 +1,5 @@
-"""Deduplication, exact and near. What stays depends on the set of documents alone, not on their order or on workers:
-of each group of duplicates the one with the smallest id."""
+"""Deduplication, exact and near. What stays depends on the set of documents alone, not on their order or on
+workers: of each group of duplicates the one with the smallest id."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class ExactDedup:
 
 @dataclasses.dataclass(frozen=True)
 class MinHashDedup:
-    """MinHash with banding (Broder 1997; FineWeb's bands, Penedo et al. 2024, arXiv:2406.17557): pairs that share a
-    band are candidates, and candidates are verified by the true Jaccard similarity of their shingles."""
+    """MinHash with banding (Broder 1997; FineWeb's bands, Penedo et al. 2024, arXiv:2406.17557): pairs that
+    share a band are candidates, and candidates are verified by the true Jaccard similarity of their
+    shingles."""
 
     shingle_words: int = 5
     bands: int = 14
@@ -63,7 +64,9 @@ class MinHashDedup:
         return keys.astype("<u8").tobytes()
 
     def shingles(self, text: str) -> np.ndarray:
-        """Hashes of the distinct runs of `shingle_words` words, sorted, uint64; all words of a shorter text as one."""
+        """Hashes of the distinct runs of `shingle_words` words, sorted, uint64; all words of a shorter text
+        as one.
+        """
         words = re.findall(r"\w+", text.lower())
         if not words:
             return np.zeros(0, np.uint64)

@@ -1,5 +1,6 @@
-"""Normalisation and heuristic quality filters. A stage is a small frozen dataclass: `apply(text)` gives (text, None) for
-what stays and (text, reason) for what goes. `applies_to` is the type of document it looks at."""
+"""Normalisation and heuristic quality filters. A stage is a small frozen dataclass: `apply(text)` gives
+(text, None) for what stays and (text, reason) for what goes. `applies_to` is the type of document it looks
+at."""
 
 from __future__ import annotations
 
@@ -81,9 +82,9 @@ class GopherQuality:
 class GopherRepetition:
     """Rae et al. 2021, arXiv:2112.11446, table A1: lines, paragraphs and n-grams that repeat.
 
-    A duplicate line is any occurrence after the first. The top n-gram fraction is occurrences times length of the
-    most frequent n-gram over all word characters; the duplicate n-gram fraction is the word characters inside any
-    n-gram that occurs more than once, each character once.
+    A duplicate line is any occurrence after the first. The top n-gram fraction is occurrences times length of
+    the most frequent n-gram over all word characters; the duplicate n-gram fraction is the word characters
+    inside any n-gram that occurs more than once, each character once.
     """
 
     applies_to: DocumentType = "prose"
@@ -125,8 +126,8 @@ class GopherRepetition:
 
 @dataclasses.dataclass(frozen=True)
 class CodeQuality:
-    """Line lengths and characters as for Codex (Chen et al. 2021, arXiv:2107.03374, section 3.1) and StarCoder
-    (Li et al. 2023, arXiv:2305.06161, appendix A)."""
+    """Line lengths and characters as for Codex (Chen et al. 2021, arXiv:2107.03374, section 3.1) and
+    StarCoder (Li et al. 2023, arXiv:2305.06161, appendix A)."""
 
     applies_to: DocumentType = "code"
     min_characters: int = 100

@@ -1,4 +1,6 @@
-"""The tokenizer inside a GGUF file (ggml-org/ggml, docs/gguf.md): byte-level BPE ("gpt2") or SentencePiece ("llama")."""
+"""The tokenizer inside a GGUF file (ggml-org/ggml, docs/gguf.md): byte-level BPE ("gpt2") or SentencePiece
+("llama").
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from data.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-# Files often give one stop token where the model was taught several; these names stop in every model that has them.
+# Files often give one stop token where the model was taught several; these names stop in every model that has
+# them.
 _STOP_NAMES = {
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>",
     "<|end_of_text|>", "<EOT>", "_<EOT>", "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>", "</s>",
@@ -35,7 +38,8 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
     if model not in builders:
         raise GGUFTokenizerError(
-            f"{where}: tokenizer.ggml.model is {model!r}. Known are 'gpt2' (byte-level BPE) and 'llama' (SentencePiece)."
+            f"{where}: tokenizer.ggml.model is {model!r}. Known are 'gpt2' (byte-level BPE) and 'llama' "
+            "(SentencePiece)."
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
     types = [int(t) for t in metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))]

@@ -16,8 +16,8 @@ from data.tokenizer import Tokenizer
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` behind our interface.
 
-    Tokens that the file marks as special are control tokens; its other added tokens (runs of spaces, `<think>`)
-    are text like any other, as in transformers.
+    Tokens that the file marks as special are control tokens; its other added tokens (runs of spaces,
+    `<think>`) are text like any other, as in transformers.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ def _token_bytes(
         spell = piece_bytes
     else:
         raise ValueError(
-            f"tokenizer.json has the decoder {sorted(kinds) or decoder}, which does not say what bytes a token is. "
+            f"tokenizer.json has the decoder {sorted(kinds) or decoder}, which does not say what bytes a "
+            "token is. "
             "Known: ByteLevel (GPT-2 style) and ByteFallback or Metaspace (SentencePiece style)."
         )
     table = {i: spell(token) for token, i in vocabulary.items() if i not in added}

@@ -18,7 +18,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     folder (tokenizer.json or tokenizer.model, with tokenizer_config.json, special_tokens_map.json,
     generation_config.json and chat_template.jinja where present), or a GGUF file.
 
-    Raises FileNotFoundError when nothing is there, ValueError for files that are damaged or of an unknown kind.
+    Raises FileNotFoundError when nothing is there, ValueError for files that are damaged or of an unknown
+    kind.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":

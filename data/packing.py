@@ -1,7 +1,8 @@
-"""Which tokens go into which row: a pure function of document lengths, seed and epoch, so any row can be found at once.
+"""Which tokens go into which row: a pure function of document lengths, seed and epoch, so any row can be
+found at once.
 
-A row is a list of pieces (document, start, stop). Pretraining concatenates the shuffled documents and cuts every T
-tokens, so nothing is lost and only the last row has padding. Dialogues are never cut: first fit.
+A row is a list of pieces (document, start, stop). Pretraining concatenates the shuffled documents and cuts
+every T tokens, so nothing is lost and only the last row has padding. Dialogues are never cut: first fit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Piece(NamedTuple):
 
 
 def shuffled(n: int, *seeds: int) -> np.ndarray:
-    """A permutation of range(n), int64 [n]: the order of a hash of each index. The same on every machine and version."""
+    """A permutation of range(n), int64 [n]: the order of a hash of each index. The same on every machine and
+    version.
+    """
     keys = np.arange(n, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for seed in seeds:
@@ -89,7 +92,9 @@ class FirstFit:
     def __init__(
         self, lengths: np.ndarray, seq_len: int, seed: int, shuffle: bool, too_long: TooLong = "drop"
     ):
-        """`too_long`: what happens to dialogues of more than T tokens; `dropped` or `truncated` counts them."""
+        """`too_long`: what happens to dialogues of more than T tokens; `dropped` or `truncated` counts
+        them.
+        """
         self.seed, self.shuffle = seed, shuffle
         lengths = np.asarray(lengths, np.int64)
         long = lengths > seq_len
@@ -120,7 +125,9 @@ class FirstFit:
 
 
 class PairOrder:
-    """Preference pairs in shuffled order; a pair with an answer of more than T tokens is left out or cut off."""
+    """Preference pairs in shuffled order; a pair with an answer of more than T tokens is left out or cut
+    off.
+    """
 
     def __init__(
         self, lengths: np.ndarray, seq_len: int, seed: int, shuffle: bool, too_long: TooLong = "drop"

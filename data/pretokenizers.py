@@ -1,5 +1,5 @@
-"""How byte-level BPE cuts text into words before it merges: our own pattern, and those of published models by the
-name that GGUF files give them (`tokenizer.ggml.pre`; llama.cpp, src/llama-vocab.cpp)."""
+"""How byte-level BPE cuts text into words before it merges: our own pattern, and those of published models by
+the name that GGUF files give them (`tokenizer.ggml.pre`; llama.cpp, src/llama-vocab.cpp)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class PreTokenizer:
 
 
 def digits_pattern(digits: int) -> str:
-    """GPT-4's pattern with numbers cut into groups of up to `digits` digits (1, 2 or 3), as Llama 3 has it with 3.
+    """GPT-4's pattern with numbers cut into groups of up to `digits` digits (1, 2 or 3), as Llama 3 has it
+    with 3.
 
     Raises ValueError for another count.
     """
@@ -50,12 +51,17 @@ _O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
     rf"|\p{{N}}{{1,3}}|{_O200K_TAIL}"
 )
-_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_O200K_TAIL}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    rf"|\p{{N}}|{_O200K_TAIL}"
+)
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    (
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 )
 
 _gpt2 = PreTokenizer((_GPT2,))

@@ -1,5 +1,5 @@
-"""SentencePiece tokenizers (BPE and unigram): our own lossless ones, a Hugging Face tokenizer.model, or pieces from a
-GGUF file."""
+"""SentencePiece tokenizers (BPE and unigram): our own lossless ones, a Hugging Face tokenizer.model, or
+pieces from a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model behind our interface. Kudo and Richardson 2018, arXiv:1808.06226.
 
     SentencePiece itself spells a space as '▁' and so can't tell the two apart; here a '▁' in the text is
-    written as its three bytes, and text survives unchanged when the model's own normalisation is the identity.
+    written as its three bytes, and text survives unchanged when the model's own normalisation is the
+    identity.
     """
 
     def __init__(

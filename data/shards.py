@@ -1,4 +1,5 @@
-"""A dataset on disk: a folder of ArrayRecord shards with a `manifest.json` that says what is in it and where it is from.
+"""A dataset on disk: a folder of ArrayRecord shards with a `manifest.json` that says what is in it and where
+it is from.
 
 Kinds and their records:
     text        a JSON object {"id", "text", "source", "licence", "metadata"}
@@ -49,12 +50,14 @@ def write_dataset(
     *,
     shard_bytes: int = 64 << 20,
 ) -> Dataset:
-    """Writes shards and manifest, whole or not at all: the folder appears (or is replaced) when all is written.
+    """Writes shards and manifest, whole or not at all: the folder appears (or is replaced) when all is
+    written.
 
     Args:
-        records: dicts for "text", TokenRecords for "tokens" and "chat", pairs of TokenRecords for "preference".
-        manifest: more keys for manifest.json (sources, stages, dropped, key, ...); a function is called after the
-            last record, when it can say totals.
+        records: dicts for "text", TokenRecords for "tokens" and "chat", pairs of TokenRecords for
+            "preference".
+        manifest: more keys for manifest.json (sources, stages, dropped, key, ...); a function is called after
+            the last record, when it can say totals.
         shard_bytes: a shard is closed when its records reach this size.
     """
     if kind not in KINDS:
@@ -167,7 +170,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def is_current(folder: str | os.PathLike, key: str) -> bool:
-    """Whether `folder` holds a whole dataset that was written under the same `key` (a hash of inputs and config)."""
+    """Whether `folder` holds a whole dataset that was written under the same `key` (a hash of inputs and
+    config).
+    """
     try:
         return open_dataset(folder).manifest.get("key") == key
     except DatasetError:
@@ -255,7 +260,8 @@ def _check_file(path: Path, size: int) -> None:
         raise DatasetError(f"{path} is missing, though the manifest lists it. Write the dataset again.")
     if path.stat().st_size != size:
         raise DatasetError(
-            f"{path} has {path.stat().st_size} bytes where the manifest says {size}: it is truncated or changed. "
+            f"{path} has {path.stat().st_size} bytes where the manifest says {size}: it is truncated or "
+            "changed. "
             "Write the dataset again."
         )
 

@@ -1,6 +1,7 @@
 """Where documents come from: text, JSONL, Parquet, a folder of files, and the Python standard library itself.
 
-A source is a small frozen dataclass with `documents()`. It yields a Document, or a Rejected where something can't be
+A source is a small frozen dataclass with `documents()`. It yields a Document, or a Rejected where something
+can't be
 read: one bad file or line never stops a run.
 """
 
@@ -26,8 +27,8 @@ _SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json", ".parquet", ".py")
 
 
 class Document(TypedDict):
-    """One text. `metadata["type"]` is "prose" or "code" and decides which filters look at it; documents of one
-    `metadata["group"]` (default: the id) fall into the same split."""
+    """One text. `metadata["type"]` is "prose" or "code" and decides which filters look at it; documents of
+    one `metadata["group"]` (default: the id) fall into the same split."""
 
     id: str
     text: str
@@ -152,7 +153,9 @@ class Parquet:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Every file of a folder that matches `glob`, each read by its suffix: .jsonl and .parquet row by row, others whole."""
+    """Every file of a folder that matches `glob`, each read by its suffix: .jsonl and .parquet row by row,
+    others whole.
+    """
 
     path: str
     glob: str = "**/*"

@@ -1,7 +1,7 @@
 """Procedural tasks with verifiers, from reasoning-gym: problems for dialogues, for rewards, and for scores.
 
-Stojanovski et al. 2025, "Reasoning Gym", arXiv:2505.24760. The split of a problem is a hash of its question, so train,
-validation and test share no question, whatever the seeds and sizes.
+Stojanovski et al. 2025, "Reasoning Gym", arXiv:2505.24760. The split of a problem is a hash of its question,
+so train, validation and test share no question, whatever the seeds and sizes.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class Problem:
 def generate(
     specs: Sequence[TaskSpec], split: Split, size: int, seed: int, *, unique: bool = True
 ) -> list[Problem]:
-    """`size` problems of a split, shared between the tasks by weight and shuffled; the same for the same arguments.
+    """`size` problems of a split, shared between the tasks by weight and shuffled; the same for the same
+    arguments.
 
-    `unique`: no question twice. Raises ValueError for an unknown task or setting, and for a task that has fewer
-    questions than asked (`unique=False` repeats them then).
+    `unique`: no question twice. Raises ValueError for an unknown task or setting, and for a task that has
+    fewer questions than asked (`unique=False` repeats them then).
     """
     if split not in ("train", *_HELD_OUT):
         raise ValueError(f"split={split!r}; there are train, validation and test")
@@ -109,9 +110,9 @@ def dialogue(problem: Problem, instruction: str = INSTRUCTION, reasoning: str = 
 def preference_pairs(
     problems: Sequence[Problem], instruction: str = INSTRUCTION
 ) -> list[tuple[Messages, str, str]]:
-    """(prompt, chosen, rejected) of each problem: the right answer in the asked format is chosen; rejected is, in turn,
-    the right answer without the format, and in the format the answer to the next problem of the same task that is
-    wrong here. A problem for which there is no wrong answer takes the first kind."""
+    """(prompt, chosen, rejected) of each problem: the right answer in the asked format is chosen; rejected
+    is, in turn, the right answer without the format, and in the format the answer to the next problem of the
+    same task that is wrong here. A problem for which there is no wrong answer takes the first kind."""
     pairs = []
     for i, problem in enumerate(problems):
         wrong = None
@@ -147,7 +148,8 @@ def _generate_one(
     if len(problems) == count:
         return problems
     raise ValueError(
-        f"task {spec.name} with {spec.config or 'default settings'}: {tries} tries gave {len(problems)} different "
+        f"task {spec.name} with {spec.config or 'default settings'}: {tries} tries gave {len(problems)} "
+        "different "
         f"{split} questions where {count} were asked. Ask for fewer, widen its settings, or allow repeats."
     )
 

@@ -1,7 +1,7 @@
 """Chat templates in a sandbox: Jinja as transformers runs it, bounded in steps, time, and size.
 
-A template comes with a downloaded model and is code. It sees no attribute that leads out (jinja2's immutable sandbox),
-and every loop turn, call, operator and printed value is counted, so that it ends or raises.
+A template comes with a downloaded model and is code. It sees no attribute that leads out (jinja2's immutable
+sandbox), and every loop turn, call, operator and printed value is counted, so that it ends or raises.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ MAX_SECONDS = 5.0  # of CPU time of the rendering thread
 MAX_DIGITS_BITS = 4096  # of an integer product
 
 _FILTERS = (
-    "abs capitalize count d default dictsort e escape first float groupby indent int items join last length list lower "
-    "map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim truncate "
+    "abs capitalize count d default dictsort e escape first float groupby indent int items join last length "
+    "list lower "
+    "map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim "
+    "truncate "
     "unique upper wordcount"
 ).split()
 _STRING_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit isidentifier islower isnumeric isspace "
-    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit "
+    "capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit isidentifier islower "
+    "isnumeric isspace "
+    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
+    "rsplit "
     "rstrip split splitlines startswith strip swapcase title upper format".split()
 )
 
@@ -253,7 +257,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             return False  # among them center, ljust, zfill, format: a small number makes a huge string
         return super().is_safe_attribute(obj, attr, value)
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _BUDGET.get().step()
         for value in (*args, *kwargs.values()):
             _sized(value)

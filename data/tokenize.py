@@ -23,8 +23,9 @@ def tokenize_dataset(
     out_folder: str | os.PathLike,
     split: str | None = None,
 ) -> Dataset:
-    """Tokenises a text dataset (or its sub-folder `split`) for pretraining: bos, text, end token, where the vocabulary
-    has them. The manifest says tokens and bytes of text. Done already with the same input and tokenizer: returned.
+    """Tokenises a text dataset (or its sub-folder `split`) for pretraining: bos, text, end token, where the
+    vocabulary has them. The manifest says tokens and bytes of text. Done already with the same input and
+    tokenizer: returned.
 
     Raises DatasetError when the folder is no text dataset.
     """
@@ -38,15 +39,9 @@ def tokenize_dataset(
     inherited = {
         name: text.manifest[name] for name in ("sources", "stages", "dropped") if name in text.manifest
     }
-    # Filled in as the records pass, and written after them.
-    facts = {
-        "key": key,
-        **_describe(tokenizer),
-        "input": text.manifest["sha256"],
-        **inherited,
-        "totals": count,
-    }
-    return write_dataset(out_folder, _document_records(text, tokenizer, count), "tokens", facts)
+    facts = {"key": key, **_describe(tokenizer), "input": text.manifest["sha256"], **inherited}
+    records = _document_records(text, tokenizer, count)
+    return write_dataset(out_folder, records, "tokens", lambda: count | facts)
 
 
 class _Count(dict):
@@ -79,8 +74,8 @@ def write_chat_dataset(
 ) -> Dataset:
     """Dialogues through the tokenizer's chat template; trained on what the assistant wrote.
 
-    A conversation is a list of messages, or {"messages": [...], "tools": [...]}. `manifest`: more keys, e.g. sources.
-    Raises ChatTemplateError, naming the conversation's number.
+    A conversation is a list of messages, or {"messages": [...], "tools": [...]}. `manifest`: more keys, e.g.
+    sources. Raises ChatTemplateError, naming the conversation's number.
     """
     count = _Count()
 
@@ -139,7 +134,9 @@ def _chat_record(conversation: Messages | Mapping[str, Any], tokenizer: Tokenize
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A short hash of what a tokenizer does: vocabulary, special tokens, template, and the ids of a probe text."""
+    """A short hash of what a tokenizer does: vocabulary, special tokens, template, and the ids of a probe
+    text.
+    """
     probe = "It's 1234567 o'clock:\n\n\tdef f(x): return x  # \u00e9\u4e2d\u6587\U0001f600 don't"
     digest = hashlib.sha256()
     for i in range(tokenizer.vocab_size):

@@ -1,4 +1,6 @@
-"""The one interface of every tokenizer: text to ids and back without loss, special tokens that text can't forge."""
+"""The one interface of every tokenizer: text to ids and back without loss, special tokens that text can't
+forge.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ class Tokenizer(abc.ABC):
         vocab_size: the largest id plus one.
         bos_id: what a document begins with, or None when the vocabulary has no such token.
         eos_ids: every id at which generation stops; `eos_ids[0]` ends a document. May be empty.
-        pad_id: what fills a row: the pad token, else `eos_ids[0]`, else 0. Padding has loss weight 0 and segment 0.
+        pad_id: what fills a row: the pad token, else `eos_ids[0]`, else 0. Padding has loss weight 0 and
+            segment 0.
         chat_template: Jinja source, or None for a tokenizer without one.
-        strips: special token to (left, right): whether it swallows the white space beside it in a rendered chat.
+        strips: special token to (left, right): whether it swallows the white space beside it in a rendered
+            chat.
     """
 
     special_tokens: dict[str, int]
@@ -55,7 +59,9 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _encode(self, texts: list[str], continuation: bool) -> list[list[int]]:
-        """Ids of each text. `continuation`: the text goes on after other text, so no prefix space is added."""
+        """Ids of each text. `continuation`: the text goes on after other text, so no prefix space is
+        added.
+        """
 
     @abc.abstractmethod
     def token_of(self, token_id: int) -> str:
@@ -103,7 +109,9 @@ class Tokenizer(abc.ABC):
         return pieces
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD. Special tokens are left out, or spelled if asked."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Special tokens are left out, or spelled if
+        asked.
+        """
         decoder = StreamDecoder(self, keep_special)
         return "".join([decoder.push(int(i)) for i in ids]) + decoder.finish()
 
@@ -131,8 +139,9 @@ class Tokenizer(abc.ABC):
         return next((name for name, i in self.special_tokens.items() if i == token_id), None)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a Hugging Face tokenizer folder: the vocabulary, tokenizer_config.json, special_tokens_map.json,
-        generation_config.json (stop ids; other keys of an existing file are kept) and chat_template.jinja."""
+        """Writes a Hugging Face tokenizer folder: the vocabulary, tokenizer_config.json,
+        special_tokens_map.json, generation_config.json (stop ids; other keys of an existing file are kept)
+        and chat_template.jinja."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = self._save_vocabulary(folder)
@@ -188,7 +197,9 @@ class StreamDecoder:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when the file is absent; ValueError naming the file when it is not one."""
+    """The object in a JSON file; None when the file is absent; ValueError naming the file when it is not
+    one.
+    """
     if not path.exists():
         return None
     try:

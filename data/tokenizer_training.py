@@ -1,4 +1,6 @@
-"""Training a tokenizer: byte-level BPE (`tokenizers`) or SentencePiece BPE and unigram, with settings that lose nothing."""
+"""Training a tokenizer: byte-level BPE (`tokenizers`) or SentencePiece BPE and unigram, with settings that
+lose nothing.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,12 @@ def train_tokenizer(
     """Trains a tokenizer; the same texts in the same order give the same tokenizer.
 
     Args:
-        kind: "bpe" (byte-level), "sentencepiece_bpe" or "sentencepiece_unigram" (identity normalisation, byte fallback).
-        vocab_size: ids in all, special tokens and the 256 bytes among them. A text too small for it is an error.
-        special_tokens: control tokens, first in the vocabulary. `bos`, `eos` (all stop; the first ends a document)
-            and `pad` must be among them.
+        kind: "bpe" (byte-level), "sentencepiece_bpe" or "sentencepiece_unigram" (identity normalisation, byte
+            fallback).
+        vocab_size: ids in all, special tokens and the 256 bytes among them. A text too small for it is an
+            error.
+        special_tokens: control tokens, first in the vocabulary. `bos`, `eos` (all stop; the first ends a
+            document) and `pad` must be among them.
         digits: numbers are cut into groups of up to 1, 2 or 3 digits ("bpe"; SentencePiece: 1 or none).
         max_bytes: stop reading texts after so many bytes of UTF-8; bounds memory.
 
@@ -128,6 +132,7 @@ def _train_sentencepiece(
         )
     except RuntimeError as error:
         raise ValueError(
-            f"SentencePiece could not train {vocab_size} pieces: {error}. Give more text or ask for a smaller vocabulary."
+            f"SentencePiece could not train {vocab_size} pieces: {error}. Give more text or ask for a "
+            "smaller vocabulary."
         ) from error
     return SentencePieceTokenizer(model.getvalue(), **names)

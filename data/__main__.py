@@ -1,0 +1,32 @@
+"""`python -m data --config=configs/data/stdlib.py --workdir=runs/corpus`: raw text to token datasets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import configs
+from data.corpus import CorpusConfig, build_corpus
+
+DESCRIPTION = """\
+Curates text, trains a tokenizer on it, and writes token datasets to train on.
+
+  workdir/text/{train,validation,test}     curated documents
+  workdir/dropped/                         every document that a stage dropped, with its reason (Parquet)
+  workdir/manifest.json                    sources with licences, counts and config hash of every stage
+  workdir/tokenizer                        a Hugging Face tokenizer folder
+  workdir/tokens/{train,validation,test}   token ids, for `python -m train`
+
+Try configs/data/stdlib.py (needs no data: the Python library itself) or configs/data/folder.py (your own
+files: --config=configs/data/folder.py:FOLDER).
+The same command again redoes only what changed."""
+
+
+def main(config: CorpusConfig, workdir: Path) -> int:
+    corpus = build_corpus(config, workdir, log=lambda line: print(line, file=sys.stderr, flush=True))
+    print(corpus.table())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(configs.run(main, CorpusConfig, description=DESCRIPTION))
