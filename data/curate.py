@@ -187,8 +187,8 @@ def _write_splits(
         if len(datasets[split]) == 0:
             raise ConfigError(
                 f"no document is left for {split}: {reports[0].documents_out} came in, "
-                f"{reports[-1].documents_out} passed all stages. See {workdir / 'dropped'} for the reasons; give "
-                "more text, or a larger fraction."
+                f"{reports[-1].documents_out} passed all stages. See {workdir / 'dropped'} for the "
+                "reasons; give more text, or a larger fraction."
             )
     return datasets
 

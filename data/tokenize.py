@@ -14,6 +14,7 @@ import numpy as np
 from data.shards import Dataset, TokenRecord, hash_of, is_current, open_dataset, write_dataset
 from data.tokenizer import Tokenizer
 
+_CODE_VERSION = 1  # raise it when the records change for the same input
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -32,7 +33,7 @@ def tokenize_dataset(
     text = open_dataset(Path(text_folder) / split if split else text_folder)
     if text.kind != "text":
         raise ValueError(f"{text.folder} is a dataset of kind {text.kind!r}; tokenize_dataset wants 'text'")
-    key = hash_of("tokens", text.manifest["sha256"], fingerprint(tokenizer))
+    key = hash_of("tokens", _CODE_VERSION, text.manifest["sha256"], fingerprint(tokenizer))
     if is_current(out_folder, key):
         return open_dataset(out_folder)
     count = _Count()
