@@ -120,7 +120,9 @@ class SampleSpec:
 class TrainConfig:
     """One training run: an objective on a mixture of datasets."""
 
-    objective: Literal["lm", "dpo"] = "lm"  # lm: pretraining and fine-tuning, the dataset's mask says on which tokens
+    objective: Literal["lm", "dpo"] = (
+        "lm"  # lm: pretraining and fine-tuning, the dataset's mask says on which tokens
+    )
     init_from: str | None = None  # run folder, checkpoint, Hugging Face folder or GGUF file to start from
     tokenizer: str | None = None  # default: that of init_from
     steps: int = 1000

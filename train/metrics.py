@@ -86,7 +86,11 @@ class Progress:
         left = (time.monotonic() - self._began) / max(done, 1) * (self._steps - step)
         shown = "  ".join(f"{name} {value}" for name, value in numbers.items())
         line = f"step {step:>{len(str(self._steps))}}/{self._steps}  {shown}  left {clock(left)}"
-        print("\r\x1b[K" + line if sys.stdout.isatty() else line, end="" if self._on_tty(step) else "\n", flush=True)
+        print(
+            "\r\x1b[K" + line if sys.stdout.isatty() else line,
+            end="" if self._on_tty(step) else "\n",
+            flush=True,
+        )
 
     def _on_tty(self, step: int) -> bool:
         return sys.stdout.isatty() and step < self._steps

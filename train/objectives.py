@@ -26,7 +26,9 @@ def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: Shardi
     return token_logprobs(out.logits, batch["targets"])
 
 
-def language_modelling(cfg: ModelConfig, rules: ShardingRules | None = None, z_loss: float = 0.0) -> Objective:
+def language_modelling(
+    cfg: ModelConfig, rules: ShardingRules | None = None, z_loss: float = 0.0
+) -> Objective:
     """Cross-entropy over the tokens that `loss_weights` counts, plus z_loss * log(Z)^2.
 
     Pretraining and supervised fine-tuning differ in the dataset's mask only. Z-loss: Chowdhery et al. 2022,
@@ -59,7 +61,9 @@ def dpo(
         ratio_B = jnp.sum((logprobs_BT - batch["reference_logprobs"]) * weights_BT, axis=1)
         chosen_N, rejected_N = ratio_B.reshape(-1, 2).T
         margin_N = beta * (chosen_N - rejected_N)
-        loss_N = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_N) - label_smoothing * jax.nn.log_sigmoid(-margin_N)
+        loss_N = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_N) - label_smoothing * jax.nn.log_sigmoid(
+            -margin_N
+        )
         real_N = (jnp.sum(weights_BT, axis=1).reshape(-1, 2).min(axis=1) > 0).astype(jnp.float32)
         metrics = {
             "accuracy": WeightedSum.of(margin_N > 0, real_N),
@@ -72,7 +76,9 @@ def dpo(
     return objective
 
 
-def with_reference(cfg: ModelConfig, reference: Params, batch: Batch, rules: ShardingRules | None = None) -> Batch:
+def with_reference(
+    cfg: ModelConfig, reference: Params, batch: Batch, rules: ShardingRules | None = None
+) -> Batch:
     """The batch with `reference_logprobs` of the frozen model."""
     logprobs_BT, _ = batch_logprobs(cfg, reference, batch, rules)
     return batch | {"reference_logprobs": jax.lax.stop_gradient(logprobs_BT)}

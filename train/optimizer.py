@@ -44,4 +44,6 @@ def decay_mask(cfg: ModelConfig):
     def is_matrix(path, names):
         return len([n for n in names if n != "layers"]) >= 2 and not str(path[-1].key).endswith("bias")
 
-    return jax.tree_util.tree_map_with_path(is_matrix, logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree_util.tree_map_with_path(
+        is_matrix, logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple)
+    )

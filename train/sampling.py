@@ -9,7 +9,9 @@ from model.generate import generate
 from train.config import SampleSpec
 
 
-def draw_samples(cfg: ModelConfig, params: Params, tokenizer: Tokenizer, spec: SampleSpec) -> list[dict[str, str]]:
+def draw_samples(
+    cfg: ModelConfig, params: Params, tokenizer: Tokenizer, spec: SampleSpec
+) -> list[dict[str, str]]:
     """One row {"prompt", "completion"} for each of the spec's prompts."""
     prompts = [encode_prompt(tokenizer, prompt, spec.chat) for prompt in spec.prompts]
     completions = generate(

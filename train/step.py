@@ -47,7 +47,9 @@ def make_train_step(
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, (state.params, state.opt_state))
+        params, opt_state = jax.tree.map(
+            lambda n, o: jnp.where(finite, n, o), new, (state.params, state.opt_state)
+        )
         bad = 1 - finite.astype(jnp.int32)
         state = TrainState(state.step + 1, params, opt_state, state.skipped + bad)
         extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}

@@ -122,7 +122,9 @@ def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
             f"{max(unit, config.data.batch_size // unit * unit)}."
         )
     if not config.data.mixture:
-        raise configs.ConfigError("config.data.mixture is empty: name at least one token dataset and its weight.")
+        raise configs.ConfigError(
+            "config.data.mixture is empty: name at least one token dataset and its weight."
+        )
 
 
 class _Run:
@@ -191,7 +193,9 @@ class _Run:
         shardings = state_shardings(abstract, layout, setup.mesh)
         if step is None:
             return jax.jit(lambda p: new_state(p, setup.optimizer), out_shardings=shardings)(params), 0
-        wanted = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings)
+        wanted = jax.tree.map(
+            lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
+        )
         rest = {"opt_state": wanted.opt_state, "step": wanted.step, "skipped": wanted.skipped}
         params, rest, progress = self.checkpoints.restore(step, wanted.params, rest)
         return TrainState(params=params, **rest), progress["examples"]
@@ -245,8 +249,12 @@ class _Run:
     def _announce(self, start: int) -> None:
         setup, spec = self.setup, self.config.data
         count = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(model.param_shapes(setup.cfg)))
-        axes = " ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
-        print(f"model {count / 1e6:.2f}M parameters, mesh {axes}, batch {spec.batch_size} x {spec.seq_len} tokens")
+        axes = (
+            " ".join(f"{name}={size}" for name, size in setup.mesh.shape.items() if size > 1) or "one device"
+        )
+        print(
+            f"model {count / 1e6:.2f}M parameters, mesh {axes}, batch {spec.batch_size} x {spec.seq_len} tokens"
+        )
         print(f"{MFU_FORMULA}; peak {peak_flops_per_device() / 1e9:,.0f} GFLOP/s a device")
         if start:
             print(f"going on from step {start} in {self.workdir}")

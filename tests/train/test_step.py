@@ -1,0 +1,181 @@
+"""The loss and its gradient are the same number whatever the microbatches, the packing and the mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model import MESH_AXES, ShardingRules, decoder, init
+from train.config import MeshSpec, OptimizerSpec
+from train.mesh import make_mesh, param_shardings, place_batch
+from train.objectives import dpo, language_modelling, with_reference
+from train.optimizer import adamw, decay_mask, learning_rate
+from train.step import accumulate, make_train_step, new_state
+
+CFG = decoder(64, 32, 2, 4, 2, 8, 48, qk_norm=True)
+RULES = ShardingRules()
+
+
+def packed_batch(rows=8, length=16, seed=0):
+    """Rows of two documents of random lengths and some padding, with a random loss mask."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 64, (rows, length + 1)).astype(np.int32)
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for row in range(rows):
+        first, end = rng.integers(2, length - 4), rng.integers(length - 3, length + 1)
+        segments[row, :first], segments[row, first:end] = 1, 2
+        positions[row, :first], positions[row, first:end] = np.arange(first), np.arange(end - first)
+    weights = ((segments > 0) & (rng.random((rows, length)) < 0.7)).astype(np.float32)
+    targets, tokens = tokens[:, 1:], tokens[:, :-1]
+    return dict(
+        tokens=tokens, targets=targets, loss_weights=weights, segment_ids=segments, positions=positions
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init(CFG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def reference(params):
+    """(gradient of the mean loss, mean loss) of the batch on one device in one piece."""
+    grads, (loss, _) = jax.jit(lambda p, b: accumulate(language_modelling(CFG), p, b, 1))(
+        params, packed_batch()
+    )
+    return jax.tree.map(lambda g: g / loss.weight, grads), loss
+
+
+def assert_same(tree, other, tolerance=2e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=tolerance), tree, other)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_change_neither_loss_nor_gradient(params, reference, microbatches):
+    objective = language_modelling(CFG)
+    grads, (loss, _) = jax.jit(lambda p, b: accumulate(objective, p, b, microbatches))(params, packed_batch())
+    assert float(loss.weight) == float(reference[1].weight)
+    assert float(loss.total) == pytest.approx(float(reference[1].total), rel=1e-6)
+    assert_same(jax.tree.map(lambda g: g / loss.weight, grads), reference[0])
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 8}, {"fsdp": 8}, {"tensor": 2, "data": 1}, {"fsdp": 2, "tensor": 2}]
+)
+def test_eight_devices_give_the_gradient_of_one(params, reference, axes):
+    count = int(np.prod([n for n in axes.values()]))
+    mesh = make_mesh(MeshSpec(**{"data": 1} | axes), jax.devices()[:count])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(CFG, mesh, RULES))
+        batch = place_batch(packed_batch(), mesh, RULES)
+        objective = language_modelling(CFG, RULES)
+        grads, (loss, _) = jax.jit(lambda p, b: accumulate(objective, p, b, 2, RULES))(placed, batch)
+    assert float(loss.total) == pytest.approx(float(reference[1].total), rel=1e-5)
+    assert_same(jax.tree.map(lambda g: g / loss.weight, jax.device_get(grads)), reference[0])
+
+
+def test_scanned_blocks_give_the_loss_of_unrolled_ones(params, reference):
+    from model.layout import relayout
+
+    cfg, stacked = relayout(CFG, params, scan=True)
+    grads, (loss, _) = accumulate(language_modelling(cfg.replace(remat="full")), stacked, packed_batch(), 1)
+    assert float(loss.total) == pytest.approx(float(reference[1].total), rel=1e-5)
+    _, grads = relayout(cfg, grads, scan=False)
+    assert_same(jax.tree.map(lambda g: g / loss.weight, grads), reference[0])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
+    optimizer = adamw(OptimizerSpec(), 10, CFG)
+
+    def exploding(p, batch):
+        loss, metrics = language_modelling(CFG)(p, batch)
+        return dataclasses.replace(loss, total=loss.total * batch["explode"][0]), metrics
+
+    step = jax.jit(make_train_step(exploding, optimizer))
+    good = packed_batch() | {"explode": np.ones((8,), np.float32)}
+    bad = packed_batch() | {"explode": np.full((8,), np.inf, np.float32)}
+    state, _ = step(new_state(params, optimizer), good)
+    after, metrics = step(state, bad)
+    assert int(after.skipped) == 1 and float(metrics["skipped"].total) == 1
+    assert int(after.step) == 2
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state)
+    )
+    again, metrics = step(after, good)
+    assert int(again.skipped) == 1 and float(metrics["skipped"].total) == 0
+
+
+def test_decay_spares_norms_and_biases():
+    mask = decay_mask(CFG)
+    assert mask["embedding"] and mask["block_0"]["mixer"]["q"] and mask["block_1"]["ffn"]["down"]
+    assert not mask["final_norm"]["scale"] and not mask["block_0"]["mixer"]["q_norm"]["scale"]
+
+
+def test_schedules_rise_hold_and_fall_where_they_say():
+    spec = OptimizerSpec(peak_lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
+    cosine = learning_rate(spec, 110)
+    assert float(cosine(0)) == pytest.approx(0.1)
+    assert float(cosine(10)) == pytest.approx(1.0)
+    assert float(cosine(60)) == pytest.approx(0.55, abs=1e-6)
+    assert float(cosine(110)) == pytest.approx(0.1, abs=1e-6)
+    wsd = learning_rate(dataclasses.replace(spec, schedule="wsd", decay_steps=20), 110)
+    assert float(wsd(89)) == pytest.approx(1.0)
+    assert float(wsd(100)) == pytest.approx(0.55, abs=1e-6)
+    assert float(wsd(110)) == pytest.approx(0.1, abs=1e-6)
+
+
+def test_adamw_is_that_of_the_paper(params):
+    """One step by hand: with g the clipped gradient, m/sqrt(v) after bias correction is sign(g) (nearly)."""
+    spec = OptimizerSpec(peak_lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1, clip_norm=0.0)
+    optimizer = adamw(spec, 10, CFG)
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    new = optax.apply_updates(params, updates)
+    expected = params["embedding"] - 0.5 * (1.0 + 0.1 * params["embedding"])
+    np.testing.assert_allclose(new["embedding"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["final_norm"]["scale"], params["final_norm"]["scale"] - 0.5, rtol=1e-5)
+
+
+def test_dpo_is_its_formula_and_starts_at_log_two(params):
+    batch = packed_batch()
+    batch["loss_weights"][:2] = 1.0
+    objective = dpo(CFG, beta=0.3, label_smoothing=0.1)
+    loss, metrics = objective(params, with_reference(CFG, params, batch))
+    assert float(loss.mean()) == pytest.approx(np.log(2), abs=1e-5)
+    other = init(CFG, jax.random.key(1))
+    placed = with_reference(CFG, other, batch)
+    loss, metrics = objective(params, placed)
+    ratios = (
+        with_reference(CFG, params, batch)["reference_logprobs"] - placed["reference_logprobs"]
+    ) * batch["loss_weights"]
+    delta = 0.3 * (ratios.sum(1)[0::2] - ratios.sum(1)[1::2])
+    expected = np.mean(0.9 * np.log1p(np.exp(-delta)) + 0.1 * np.log1p(np.exp(delta)))
+    assert float(loss.mean()) == pytest.approx(float(expected), rel=1e-4)
+    assert float(metrics["accuracy"].mean()) == pytest.approx(float((delta > 0).mean()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (MeshSpec(data=3), "asks for 3 devices, and there are 8"),
+        (MeshSpec(data=-1, tensor=3), "multiple of 3 devices"),
+        (MeshSpec(data=-1, fsdp=-1), "at most one axis may be -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error_with_its_mend(spec, said):
+    with pytest.raises(ValueError, match=said):
+        make_mesh(spec)
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    mesh = make_mesh(MeshSpec(data=1, tensor=8))
+    with pytest.raises(
+        ValueError, match=r"tensor = 8 do not divide the axis 'kv_heads' \(2\).*sharding.kv_heads=\(\)"
+    ):
+        param_shardings(CFG, mesh, RULES)
+    rules = dataclasses.replace(RULES, kv_heads=(), heads=(), act_kv_heads=(), act_heads=())
+    assert set(mesh.shape) == set(MESH_AXES)
+    param_shardings(CFG, mesh, rules)
