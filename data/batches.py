@@ -9,7 +9,6 @@ hosts, and the position is one number: how many examples came before.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -318,4 +317,4 @@ def _stack(rows: list[Batch]) -> Batch:
     return {key: join([row[key] for row in rows]) for key in rows[0]}
 
 
-_endless = sys.maxsize
+_endless = 1 << 48  # rows; a mixture multiplies it, and the product must stay an index

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_CHARS = 1 << 24  # characters of any one value, and of all output
-MAX_STEPS = 1_000_000  # loop turns, calls and operators
+MAX_STEPS = 500_000  # loop turns, calls, operators and printed values; also parts of any one nested value
 MAX_SECONDS = 5.0  # of CPU time of the rendering thread
 MAX_DIGITS_BITS = 4096  # of an integer product
 
@@ -98,7 +98,7 @@ class _Budget:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise TemplateLimitError(f"the chat template takes more than {MAX_STEPS} steps")
-        if time.thread_time() > self.deadline:
+        if self.steps % 64 == 0 and time.thread_time() > self.deadline:
             raise TemplateLimitError(f"the chat template takes more than {MAX_SECONDS} seconds")
 
     def fits(self, size: int) -> None:
@@ -112,10 +112,12 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("chat_template
 def _sized(value: Any) -> Any:
     """`value`, once it is known to be small when spelled out: nested lists can be exponentially large."""
     if isinstance(value, (str, list, tuple, dict, set)):
-        size, stack = 0, [value]
+        size, parts, stack = 0, 0, [value]
         while stack:
             item = stack.pop()
-            size += len(item) + 1
+            size, parts = size + len(item) + 1, parts + 1
+            if parts > MAX_STEPS:
+                raise TemplateLimitError(f"the chat template makes a value of more than {MAX_STEPS} parts")
             _BUDGET.get().fits(size)
             if isinstance(item, Mapping):
                 stack += [
@@ -254,18 +256,25 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in _STRING_METHODS:
-            return False  # among them center, ljust, zfill, format: a small number makes a huge string
+            return False  # among them center, ljust, zfill: a small number makes a huge string
         return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and re.search(r"\d{4}|{[^}]*{", value.__self__):
+            raise TemplateLimitError(f"a width in the format {value.__self__[:40]!r} may be too large")
+        return wrapped
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _BUDGET.get().step()
-        for value in (*args, *kwargs.values()):
+        named = {key: value for key, value in kwargs.items() if key not in ("_loop_vars", "_block_vars")}
+        for value in (*args, *named.values()):
             _sized(value)
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):
             if __obj.__name__ == "replace":
-                return _replaced(__obj.__self__, *args, **kwargs)
+                return _replaced(__obj.__self__, *args, **named)
             if __obj.__name__ == "join":
-                return _joined(*args, separator=__obj.__self__)
+                return _joined(*args, separator=__obj.__self__, **named)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

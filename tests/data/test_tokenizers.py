@@ -187,7 +187,9 @@ def test_llama_ids_from_gguf_equal_a_plain_merge_loop(shared):
                 break
             at = -max(pairs)[1]
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        return [i for p in parts for i in ([ids[p]] if p in ids else [ids[f"<0x{b:02X}>"] for b in p.encode()])]
+        return [
+            i for p in parts for i in ([ids[p]] if p in ids else [ids[f"<0x{b:02X}>"] for b in p.encode()])
+        ]
 
     lines = (shared / "data" / "tokenizers" / "ggml_prompts" / "test-cases.txt").read_text().splitlines()
     for text in [line.split(": ", 1)[1] for line in lines if ": " in line and not line.startswith("#")]:
