@@ -51,7 +51,8 @@ def cache_axes(cfg: ModelConfig) -> dict[str, Any]:
     """Logical axis names of `Cache.layers`, a tuple at each leaf."""
     lead = ("layers",) if cfg.scan else ()
     return {
-        name: {key: lead + axes for key, axes in block.mixer.cache_axes().items()} for name, block, _ in cfg.runs()
+        name: {key: lead + axes for key, axes in block.mixer.cache_axes().items()}
+        for name, block, _ in cfg.runs()
     }
 
 

@@ -49,7 +49,9 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, cfg: ModelConfig, params: Params, optimizer: Any, train: dict, tokenizer: Files) -> None:
+    def save(
+        self, step: int, cfg: ModelConfig, params: Params, optimizer: Any, train: dict, tokenizer: Files
+    ) -> None:
         """Start writing in the background; waits first for an earlier save that still runs."""
         self.wait()
         progress = _Folder({"state.json": json.dumps(train, indent=1).encode()})
@@ -83,7 +85,9 @@ def load_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(json.loads((Path(path) / "meta" / "model.json").read_text())["model"])
 
 
-def load_native(path: str | Path, shardings: Any = None, dtype: str | None = None) -> tuple[ModelConfig, Params]:
+def load_native(
+    path: str | Path, shardings: Any = None, dtype: str | None = None
+) -> tuple[ModelConfig, Params]:
     """Read a checkpoint's model.
 
     Args:
@@ -97,7 +101,9 @@ def load_native(path: str | Path, shardings: Any = None, dtype: str | None = Non
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _, s=shardings: s, shapes)
-    abstract = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings)
+    abstract = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings
+    )
     return cfg, ocp.load_checkpointables(Path(path).absolute(), {"params": abstract})["params"]
 
 

@@ -132,8 +132,12 @@ def _from_jsonable(value: Any) -> Any:
     kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, ScalarHead)}
     cls = kinds.get(value.get("kind"))
     if cls is None:
-        raise ValueError(f"unknown model part {value.get('kind')!r}. Known parts: {', '.join(sorted(kinds))}.")
+        raise ValueError(
+            f"unknown model part {value.get('kind')!r}. Known parts: {', '.join(sorted(kinds))}."
+        )
     unknown = set(value) - {"kind"} - {f.name for f in dataclasses.fields(cls)}
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; the file was written by another version.")
+        raise ValueError(
+            f"{cls.__name__} has no field {sorted(unknown)}; the file was written by another version."
+        )
     return cls(**{k: _from_jsonable(v) for k, v in value.items() if k != "kind"})

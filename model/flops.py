@@ -39,7 +39,10 @@ PEAK_FLOPS = {
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens."""
-    per_block = {block: _mixer(block.mixer, cfg.width, seq_len) + _ffn(block.ffn, cfg.width) for block in set(cfg.blocks)}
+    per_block = {
+        block: _mixer(block.mixer, cfg.width, seq_len) + _ffn(block.ffn, cfg.width)
+        for block in set(cfg.blocks)
+    }
     return sum(per_block[block] for block in cfg.blocks) + 2 * cfg.width * cfg.vocab_size
 
 

@@ -64,7 +64,9 @@ def apply(
 def logical_axes(cfg: ModelConfig) -> Params:
     """The tree of `init` with a tuple of logical axis names at each leaf."""
     boxed = jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    )
 
 
 def param_shapes(cfg: ModelConfig) -> Params:
@@ -84,7 +86,9 @@ class BlockModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
         spec, ctx = self.spec, self.ctx
-        y_BTD, state = spec.mixer.module(ctx, "mixer")(spec.norm.module(ctx, "mixer_norm")(x_BTD), info, state)
+        y_BTD, state = spec.mixer.module(ctx, "mixer")(
+            spec.norm.module(ctx, "mixer_norm")(x_BTD), info, state
+        )
         x_BTD = constrain(x_BTD + y_BTD, ctx.rules, "batch", "length", "act_embed")
         y_BTD, aux = spec.ffn.module(ctx, "ffn")(spec.norm.module(ctx, "ffn_norm")(x_BTD))
         x_BTD = constrain(x_BTD + y_BTD, ctx.rules, "batch", "length", "act_embed")
@@ -98,7 +102,9 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, segment_ids, cache, logits_at) -> Output:
         cfg = self.cfg
-        ctx = Context(cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules)
+        ctx = Context(
+            cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules
+        )
         info = _token_info(cfg, tokens, positions, segment_ids, cache)
         init = nn.initializers.normal(EMBEDDING_STD)
         embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
@@ -107,7 +113,9 @@ class Transformer(nn.Module):
         states, aux = {}, {}
         for name, block, numbers in cfg.runs():
             run = self._run(ctx, name, block, len(numbers))
-            x_BTD, (states[name], run_aux) = run(x_BTD, cache.layers[name] if cache is not None else None, info)
+            x_BTD, (states[name], run_aux) = run(
+                x_BTD, cache.layers[name] if cache is not None else None, info
+            )
             if cfg.scan:
                 run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
             for key, value in run_aux.items():

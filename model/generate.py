@@ -35,7 +35,9 @@ def generate(
       ValueError: an empty prompt.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
-        raise ValueError("generate needs at least one prompt and at least one token in each; begin with tokenizer.bos_id.")
+        raise ValueError(
+            "generate needs at least one prompt and at least one token in each; begin with tokenizer.bos_id."
+        )
     longest = max(len(p) for p in prompts)
     width = 1 << (longest - 1).bit_length()  # few shapes to compile
     tokens = np.zeros((len(prompts), width), np.int32)
@@ -43,7 +45,9 @@ def generate(
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in prompts], np.int32)
     stops = np.array(sorted(stop_ids) or [-1], np.int32)
-    new = np.asarray(_generate(cfg, params, tokens, lengths, stops, max_new_tokens, temperature, jax.random.key(seed)))
+    new = np.asarray(
+        _generate(cfg, params, tokens, lengths, stops, max_new_tokens, temperature, jax.random.key(seed))
+    )
     return [_until_stop(row.tolist(), set(stop_ids)) for row in new]
 
 
@@ -69,7 +73,13 @@ def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperat
         out = apply(cfg, params, token_B[:, None], cache=cache)
         return i + 1, out.cache, choose(out.logits[:, 0], i + 1), new_BN, done_B
 
-    start = (0, out.cache, choose(out.logits[:, 0], 0), jnp.full((B, max_new_tokens), stops[0]), jnp.zeros((B,), bool))
+    start = (
+        0,
+        out.cache,
+        choose(out.logits[:, 0], 0),
+        jnp.full((B, max_new_tokens), stops[0]),
+        jnp.zeros((B,), bool),
+    )
     return jax.lax.while_loop(more, step, start)[3]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Sharding
 
 from configs.paths import ModelPath, resolve_model
 from model import checkpoint
@@ -52,9 +53,7 @@ def load(
         cfg = stored
     _check_same_model(path, stored, cfg)
     _, params = relayout(stored, params, scan=cfg.scan)
-    if shardings is not None:
-        params = jax.device_put(params, shardings)
-    return cfg, params
+    return cfg, _place(params, shardings)
 
 
 def save(
@@ -85,6 +84,21 @@ def save(
         gguf.save(path, cfg, params, tokenizer or {})
     else:
         raise ValueError(f"format={format!r} is not one of native, huggingface, gguf.")
+
+
+def _place(params: Params, shardings: Any) -> Params:
+    """On the devices, one parameter after the other, so that never more than one is in memory twice."""
+    leaves, tree = jax.tree.flatten(params)
+    params.clear()
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, Sharding):
+        wanted = [shardings] * len(leaves)
+    else:
+        wanted = tree.flatten_up_to(shardings)
+    for i, sharding in enumerate(wanted):
+        leaves[i] = jax.block_until_ready(jax.device_put(leaves[i], sharding))
+    return jax.tree.unflatten(tree, leaves)
 
 
 def _load_config(found: ModelPath) -> ModelConfig:

@@ -40,7 +40,9 @@ class Attention:
                 "Each key/value head serves a whole group of query heads."
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs, so use an even width.")
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd; rotary positions turn pairs, so use an even width."
+            )
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return AttentionModule(self, ctx, name=name)
@@ -82,7 +84,9 @@ class AttentionModule(nn.Module):
         w_DHC = param(self, self.ctx, name, (D, heads, C), ("embed", axis, "head_dim"), fan_in_normal(D))
         y_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC)
         if self.spec.qkv_bias:
-            y_BTHC += param(self, self.ctx, f"{name}_bias", (heads, C), (axis, "head_dim"), nn.initializers.zeros)
+            y_BTHC += param(
+                self, self.ctx, f"{name}_bias", (heads, C), (axis, "head_dim"), nn.initializers.zeros
+            )
         return constrain(y_BTHC, self.ctx.rules, "batch", "length", f"act_{axis}", None)
 
     def _output(self, out_BTHC: jax.Array) -> jax.Array:

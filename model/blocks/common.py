@@ -33,7 +33,9 @@ class TokenInfo:
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array | None  # [B, T] int32, 0 is padding
     page_table: jax.Array | None = None  # [B, P] int32, set when there is a cache
-    write_page: jax.Array | None = None  # [B, T] int32 page of the cache that takes this token; out of range: none
+    write_page: jax.Array | None = (
+        None  # [B, T] int32 page of the cache that takes this token; out of range: none
+    )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
 
 
@@ -42,7 +44,9 @@ def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
     return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
 
 
-def param(module: nn.Module, ctx: Context, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable):
+def param(
+    module: nn.Module, ctx: Context, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable
+):
     """Declare a parameter with logical axis names and give it in the dtype of the computation."""
     value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)
     return jnp.asarray(value, ctx.dtype)

@@ -34,10 +34,14 @@ class SwiGLUModule(nn.Module):
         gate_BTF = self._linear("gate", x_BTD, ("embed", "mlp"), self.spec.width)
         up_BTF = self._linear("up", x_BTD, ("embed", "mlp"), self.spec.width)
         h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, self.ctx.rules, "batch", "length", "act_mlp")
-        y_BTD = self._linear("down", h_BTF, ("mlp", "embed"), self.ctx.width, (2 * self.ctx.num_blocks) ** -0.5)
+        y_BTD = self._linear(
+            "down", h_BTF, ("mlp", "embed"), self.ctx.width, (2 * self.ctx.num_blocks) ** -0.5
+        )
         return y_BTD, {}
 
-    def _linear(self, name: str, x: jax.Array, axes: tuple[str, str], features: int, scale: float = 1.0) -> jax.Array:
+    def _linear(
+        self, name: str, x: jax.Array, axes: tuple[str, str], features: int, scale: float = 1.0
+    ) -> jax.Array:
         fan_in = x.shape[-1]
         y = x @ param(self, self.ctx, name, (fan_in, features), axes, fan_in_normal(fan_in, scale))
         if self.spec.bias:

@@ -43,7 +43,9 @@ def causal_attention(
         mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None]
         if segment_ids_BT is not None:
             mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop])
-        outputs.append(_attend(q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, :stop], v_BKSC[:, :, :stop], mask_BTS))
+        outputs.append(
+            _attend(q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, :stop], v_BKSC[:, :, :stop], mask_BTS)
+        )
     return _tokens_first(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3))
 
 

@@ -1,0 +1,126 @@
+"""GGUF tensor bytes to numbers: whole tensors at once, in numpy.
+
+The block layouts are those of ggml (ggml-common.h and ggml-quants.c, https://github.com/ggml-org/ggml). A block of
+32 elements has one float16 scale `d` (and minimum `m`); a K-quant super-block of 256 has its own small scales too.
+"""
+
+# N blocks of a tensor
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+from configs.gguf import BLOCKS
+
+
+def dequantize(raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The numbers of one tensor, float32 of `shape`.
+
+    Args:
+      raw: uint8, exactly the tensor's bytes.
+      kind: ggml's name of the type: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K.
+
+    Raises:
+      ValueError: a type that is not read, or bytes that do not make up `shape`.
+    """
+    if kind not in DECODERS:
+        raise ValueError(f"tensor type {kind} is not read; only {', '.join(DECODERS)} are.")
+    elements, nbytes = _BLOCK_SIZES[kind]
+    wanted = int(np.prod(shape, dtype=np.int64)) // elements * nbytes
+    if raw.size != wanted or shape[-1] % elements:
+        raise ValueError(
+            f"{raw.size} bytes of {kind} are no tensor of shape {shape}, which has {wanted} bytes."
+        )
+    return DECODERS[kind](np.ascontiguousarray(raw).reshape(-1, nbytes)).reshape(shape)
+
+
+def _f32(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f4").astype(np.float32)
+
+
+def _f16(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f2").astype(np.float32)
+
+
+def _bf16(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def _q8_0(blocks: np.ndarray) -> np.ndarray:
+    """d, 32 signed bytes: d * q."""
+    d_N1 = _halves(blocks, 0)
+    return blocks[:, 2:].view(np.int8).astype(np.float32) * d_N1
+
+
+def _q4_0(blocks: np.ndarray) -> np.ndarray:
+    """d, 16 bytes of two nibbles: d * (q - 8); the low nibbles are the first 16 elements."""
+    return (_nibbles(blocks[:, 2:]).astype(np.float32) - 8) * _halves(blocks, 0)
+
+
+def _q4_1(blocks: np.ndarray) -> np.ndarray:
+    """d, m, 16 bytes of two nibbles: d * q + m."""
+    values = _nibbles(blocks[:, 4:]).astype(np.float32)
+    values *= _halves(blocks, 0)
+    values += _halves(blocks, 2)
+    return values
+
+
+def _q4_k(blocks: np.ndarray) -> np.ndarray:
+    """d, dmin, 12 bytes with a scale and a minimum of 6 bits for each of 8 groups, 128 bytes of two nibbles.
+
+    The low nibbles of each 32 bytes are one group of 32 elements, the high nibbles the next.
+    """
+    packed = blocks[:, 4:16]
+    low, mid, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales_N8 = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=1)
+    mins_N8 = np.concatenate([mid & 63, (high >> 4) | (mid >> 6) << 4], axis=1)
+    bytes_N41x32 = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    values = (
+        np.concatenate([bytes_N41x32 & 15, bytes_N41x32 >> 4], axis=2).reshape(-1, 8, 32).astype(np.float32)
+    )
+    values *= (_halves(blocks, 0) * scales_N8)[:, :, None]
+    values -= (_halves(blocks, 2) * mins_N8)[:, :, None]
+    return values
+
+
+def _q6_k(blocks: np.ndarray) -> np.ndarray:
+    """128 bytes of low nibbles, 64 of high bit pairs, 16 signed scales, d: d * scale * (q - 32).
+
+    Each half of 128 elements is four rows of 32: low nibbles of the first and the second 32 bytes, then their high
+    nibbles; the bit pairs of its 32 high bytes go to the four rows in turn. A scale serves 16 elements.
+    """
+    low = blocks[:, :128].reshape(-1, 2, 1, 64)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    nibbles = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
+    pairs = high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    values = ((nibbles | pairs << 4).astype(np.float32) - 32).reshape(-1, 16, 16)
+    scales_N16 = blocks[:, 192:208].view(np.int8).astype(np.float32)
+    values *= (_halves(blocks, 208) * scales_N16)[:, :, None]
+    return values
+
+
+# type -> bytes [N, bytes a block] to float32
+DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "F32": _f32,
+    "F16": _f16,
+    "BF16": _bf16,
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q4_K": _q4_k,
+    "Q6_K": _q6_k,
+}
+
+_BLOCK_SIZES = {name: (elements, nbytes) for name, elements, nbytes in BLOCKS.values()}
+
+
+def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
+    """The float16 at byte `at` of each block, as float32 [N, 1]."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: np.ndarray) -> np.ndarray:
+    return np.concatenate([packed & 15, packed >> 4], axis=1)

@@ -1,0 +1,263 @@
+"""Models in GGUF files: metadata to `ModelConfig`, tensors to parameters, and back.
+
+Architectures llama, qwen2 and qwen3, as llama.cpp names them (gguf-py/gguf/constants.py). The container itself is
+read by `configs.gguf`, quantized blocks by `model.dequantize`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from configs import gguf
+from configs.gguf import GGUFError, GGUFFile
+from model.blocks.attention import Attention
+from model.blocks.ffn import SwiGLU
+from model.blocks.norms import RMSNorm
+from model.blocks.positions import Llama3Scaling, Rope
+from model.config import Block, ModelConfig
+from model.dequantize import dequantize
+from model.families.tensors import Tensor, tensor_table, unflatten
+from model.function import Params
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROTATED_PAIRS = ("llama",)  # stores queries and keys so that rotary pairs are neighbours: (0, 1), (2, 3), ...
+
+NAMES = {
+    "embedding": "token_embd.weight",
+    "head": "output.weight",
+    "final_norm/scale": "output_norm.weight",
+    "mixer_norm/scale": "blk.{i}.attn_norm.weight",
+    "mixer/q": "blk.{i}.attn_q.weight",
+    "mixer/k": "blk.{i}.attn_k.weight",
+    "mixer/v": "blk.{i}.attn_v.weight",
+    "mixer/o": "blk.{i}.attn_output.weight",
+    "mixer/q_bias": "blk.{i}.attn_q.bias",
+    "mixer/k_bias": "blk.{i}.attn_k.bias",
+    "mixer/v_bias": "blk.{i}.attn_v.bias",
+    "mixer/o_bias": "blk.{i}.attn_output.bias",
+    "mixer/q_norm/scale": "blk.{i}.attn_q_norm.weight",
+    "mixer/k_norm/scale": "blk.{i}.attn_k_norm.weight",
+    "ffn_norm/scale": "blk.{i}.ffn_norm.weight",
+    "ffn/gate": "blk.{i}.ffn_gate.weight",
+    "ffn/up": "blk.{i}.ffn_up.weight",
+    "ffn/down": "blk.{i}.ffn_down.weight",
+    "ffn/gate_bias": "blk.{i}.ffn_gate.bias",
+    "ffn/up_bias": "blk.{i}.ffn_up.bias",
+    "ffn/down_bias": "blk.{i}.ffn_down.bias",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # [C / 2] divisors of the rotary frequencies
+
+_log = logging.getLogger(__name__)
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The model's config from the metadata; the computation is float32.
+
+    Raises GGUFError for a file that is damaged, of another architecture, or whose metadata does not hold together.
+    """
+    return _config(gguf.read(path))
+
+
+def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
+    """(cfg, parameters as numpy arrays) of a GGUF file; quantized tensors become `dtype`, default float32.
+
+    Raises GGUFError as `load_config` does, and for missing, unknown or misshapen tensors.
+    """
+    file = gguf.read(path)
+    cfg = _config(file)
+    if dtype is not None:
+        cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
+    table = tensor_table(cfg, NAMES)
+    _check_tensors(file, table)
+    architecture = file.metadata["general.architecture"]
+    params = {}
+    for tensor in table:
+        stored = file.tensors[tensor.name]
+        values = dequantize(file.raw(tensor.name), stored.type, stored.shape)
+        if architecture in ROTATED_PAIRS and tensor.path[-1] in ("q", "k", "q_bias", "k_bias"):
+            values = pairs_to_halves(values, _heads(cfg, tensor))
+        params[tensor.path] = tensor.to_ours(values).astype(jnp.dtype(cfg.param_dtype), copy=False)
+    return cfg, unflatten(params)
+
+
+def pairs_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key map [heads * C, ...] from rotary pairs (2c, 2c + 1) to pairs (c, c + C/2)."""
+    shape = rows.shape
+    return rows.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+
+def halves_to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `pairs_to_halves`."""
+    shape = rows.shape
+    return rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+
+def _heads(cfg: ModelConfig, tensor: Tensor) -> int:
+    mixer = cfg.blocks[0].mixer
+    return mixer.num_heads if tensor.path[-1].startswith("q") else mixer.num_kv_heads
+
+
+def _config(file: GGUFFile) -> ModelConfig:
+    metadata = _Metadata(file)
+    architecture, blocks = metadata.architecture, metadata.integer("block_count")
+    if blocks > len(file.tensors):
+        raise metadata.wrong("block_count", f"is {blocks}, but the file has {len(file.tensors)} tensors")
+    width, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
+    head_dim = metadata.integer("attention.key_length", width // heads)
+    metadata.must_be("attention.value_length", head_dim, "values as wide as keys")
+    metadata.must_be("rope.dimension_count", head_dim, "rotation of the whole head")
+    metadata.must_be("expert_count", 0, "no experts")
+    max_length = metadata.integer("context_length")
+    window = metadata.integer("attention.sliding_window", 0)
+    if 0 < window < max_length:
+        raise metadata.wrong("attention.sliding_window", f"is {window}; windows are not supported")
+    norm = RMSNorm(metadata.number("attention.layer_norm_rms_epsilon"))
+    try:
+        mixer = Attention(
+            heads,
+            metadata.integer("attention.head_count_kv", heads),
+            head_dim,
+            Rope(
+                metadata.number("rope.freq_base", 10_000.0),
+                _rope_scaling(file, metadata, head_dim, max_length),
+            ),
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            out_bias="blk.0.attn_output.bias" in file.tensors,
+            qk_norm=norm if architecture == "qwen3" else None,
+        )
+    except GGUFError:
+        raise
+    except ValueError as error:
+        raise GGUFError(f"{file.path}: {error}") from None
+    ffn = SwiGLU(metadata.integer("feed_forward_length"), bias="blk.0.ffn_gate.bias" in file.tensors)
+    return ModelConfig(
+        vocab_size=_vocab_size(file, metadata, width),
+        width=width,
+        blocks=(Block(mixer, ffn, norm),) * blocks,
+        final_norm=norm,
+        tied_head=NAMES["head"] not in file.tensors,
+        max_length=max_length,
+    )
+
+
+def _vocab_size(file: GGUFFile, metadata: _Metadata, width: int) -> int:
+    embedding = file.tensors.get(NAMES["embedding"])
+    if embedding is None:
+        raise GGUFError(f"{file.path}: has no tensor {NAMES['embedding']!r}, so it holds no model.")
+    if len(embedding.shape) != 2 or embedding.shape[1] != width:
+        raise GGUFError(
+            f"{file.path}: {embedding.name!r} is {embedding.shape}; wanted (vocabulary, {width})."
+        )
+    rows = embedding.shape[0]
+    metadata.must_be("vocab_size", rows, f"the {rows} rows of {embedding.name!r}")
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > rows:
+        raise GGUFError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} tokens for {rows} embedding rows."
+        )
+    return rows
+
+
+def _rope_scaling(
+    file: GGUFFile, metadata: _Metadata, head_dim: int, max_length: int
+) -> Llama3Scaling | None:
+    """Llama 3.1's scaling, which GGUF stores as its effect on each frequency: the parameters that have that effect."""
+    kind = metadata.string("rope.scaling.type", "none")
+    if kind != "none":
+        raise metadata.wrong("rope.scaling.type", f"is {kind!r}; only 'none' and {ROPE_FACTORS!r} are read")
+    if ROPE_FACTORS not in file.tensors:
+        return None
+    stored = file.tensors[ROPE_FACTORS]
+    if stored.shape != (head_dim // 2,):
+        raise GGUFError(f"{file.path}: {ROPE_FACTORS!r} is {stored.shape}; wanted ({head_dim // 2},).")
+    factors = dequantize(file.raw(ROPE_FACTORS), stored.type, stored.shape)
+    theta = metadata.number("rope.freq_base", 10_000.0)
+    lengths = [1 << power for power in range(8, max_length.bit_length())]
+    for length in sorted(lengths, key=lambda length: length != 8192):
+        scaling = Llama3Scaling(float(factors.max()), 1.0, 4.0, length)
+        if np.allclose(rope_factors(Rope(theta, scaling), head_dim), factors, rtol=1e-4):
+            return scaling
+    raise GGUFError(
+        f"{file.path}: {ROPE_FACTORS!r} is not the Llama 3 scaling (low 1, high 4, a power of two as original "
+        f"length), the only one that is read; its factors go from {factors.min():g} to {factors.max():g}."
+    )
+
+
+def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:
+    """[C / 2] float32: by what the scaling divides each frequency."""
+    return Rope(rope.theta).frequencies(head_dim) / rope.frequencies(head_dim)
+
+
+def _check_tensors(file: GGUFFile, table: list[Tensor]) -> None:
+    names = {tensor.name for tensor in table}
+    missing = [tensor.name for tensor in table if tensor.name not in file.tensors]
+    if missing:
+        raise GGUFError(
+            f"{file.path}: lacks {len(missing)} tensors that its metadata calls for: {_some(missing)}."
+        )
+    unknown = [name for name in file.tensors if name not in names and name != ROPE_FACTORS]
+    if unknown:
+        raise GGUFError(
+            f"{file.path}: has {len(unknown)} tensors that its model has no place for: {_some(unknown)}."
+        )
+    for tensor in table:
+        if file.tensors[tensor.name].shape != tensor.shape:
+            raise GGUFError(
+                f"{file.path}: tensor {tensor.name!r} is {file.tensors[tensor.name].shape}, but by the metadata it "
+                f"would be {tensor.shape}."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+class _Metadata:
+    """The values under "<architecture>.", each of the wanted type and within reason."""
+
+    def __init__(self, file: GGUFFile):
+        self.file = file
+        architecture = file.metadata.get("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise GGUFError(
+                f"{file.path}: general.architecture is {architecture!r}; known are {', '.join(ARCHITECTURES)}."
+            )
+        self.architecture: str = architecture
+
+    def wrong(self, key: str, problem: str) -> GGUFError:
+        return GGUFError(f"{self.file.path}: {self.architecture}.{key} {problem}.")
+
+    def value(self, key: str, default: Any) -> Any:
+        value = self.file.metadata.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise self.wrong(key, "is missing")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A positive int below 2**31, or the default."""
+        value = self.value(key, default)
+        if type(value) is not int or not (0 < value < 2**31 or value == default):
+            raise self.wrong(key, f"is {value!r}; wanted a positive int below 2**31")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.value(key, default)
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self.wrong(key, f"is {value!r}; wanted a positive number")
+        return float(np.float32(value).astype(str))  # 1e-05 as it was written, not 9.99999974738e-06
+
+    def string(self, key: str, default: str) -> str:
+        value = self.value(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, f"is {value!r}; wanted a string")
+        return value
+
+    def must_be(self, key: str, wanted: int, meaning: str) -> None:
+        value = self.value(key, wanted)
+        if value != wanted:
+            raise self.wrong(key, f"is {value!r}; wanted {wanted} ({meaning})")
