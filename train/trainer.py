@@ -21,16 +21,16 @@ import data
 import model
 from data import Tokenizer
 from model import ModelConfig
-from model.checkpoint import Checkpoints
 from model.compilation import enable_compilation_cache
 from model.flops import MFU_FORMULA, peak_flops_per_device, train_flops_per_token
 from train import objectives
 from train.config import TrainConfig
-from train.mesh import make_mesh, param_shardings, place_batch, state_shardings
+from train.mesh import make_mesh, param_shardings, place_batch
 from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw, learning_rate
 from train.sampling import draw_samples
-from train.step import TrainState, make_train_step, new_state
+from train.step import make_train_step
+from train.store import StateStore
 
 
 class TrainingDiverged(RuntimeError):
@@ -131,12 +131,11 @@ class _Run:
     def __init__(self, setup: Setup, workdir: Path):
         self.setup, self.config, self.workdir = setup, setup.config, workdir
         workdir.mkdir(parents=True, exist_ok=True)
-        _save_config(self.config, workdir)
-        spec = self.config.checkpoint
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep=spec.keep, keep_every=spec.keep_every)
-        self.tokenizer_files = _files_of(setup.tokenizer)
-        self.state, self.examples = self._restore_or_init()
+        save_config(self.config, workdir)
         rules = self.config.sharding
+        self.store = StateStore(workdir, self.config.checkpoint, setup.cfg, setup.tokenizer, setup.mesh, rules)
+        self.state, progress = self.store.restore_or_init(setup.initial_params, setup.optimizer)
+        self.examples = progress.get("examples", 0)
         step = make_train_step(setup.objective, setup.optimizer, self.config.microbatches, rules)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -150,7 +149,7 @@ class _Run:
         self._announce(start)
         progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
         pending, bad_in_a_row, last = None, 0, {}
-        with _sigterm(self):
+        with Preemption(self):
             batches = self._batches(config.data.mixture, self.examples) if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
                 batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
@@ -170,7 +169,7 @@ class _Run:
                 if self.stopping:
                     print(f"\nstopping after step {step}; the same command goes on from here.")
                     break
-        self.checkpoints.close()
+        self.store.close()
         final = last | self._last_validation()
         self.log.close()
         return final | {"step": int(self.state.step)} | clock.overall()
@@ -183,28 +182,7 @@ class _Run:
             for row in draw_samples(self.setup.cfg, self.state.params, self.setup.tokenizer, config.samples):
                 self.log.write_sample({"step": step} | row)
         if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-            self._save(step)
-
-    def _restore_or_init(self) -> tuple[TrainState, int]:
-        setup, step = self.setup, self.checkpoints.latest_step()
-        params = setup.initial_params() if step is None else model.param_shapes(setup.cfg)
-        abstract = jax.eval_shape(lambda p: new_state(p, setup.optimizer), params)
-        layout = param_shardings(setup.cfg, setup.mesh, self.config.sharding)
-        shardings = state_shardings(abstract, layout, setup.mesh)
-        if step is None:
-            return jax.jit(lambda p: new_state(p, setup.optimizer), out_shardings=shardings)(params), 0
-        wanted = jax.tree.map(
-            lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
-        )
-        rest = {"opt_state": wanted.opt_state, "step": wanted.step, "skipped": wanted.skipped}
-        params, rest, progress = self.checkpoints.restore(step, wanted.params, rest)
-        return TrainState(params=params, **rest), progress["examples"]
-
-    def _save(self, step: int) -> None:
-        state = self.state
-        rest = {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
-        progress = {"step": step, "examples": self.examples, "seed": self.config.seed}
-        self.checkpoints.save(step, self.setup.cfg, state.params, rest, progress, self.tokenizer_files)
+            self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
 
     def _batches(self, mixture: dict[str, float], start: int, **options) -> Iterator[dict[str, np.ndarray]]:
         spec = self.config.data
@@ -238,7 +216,7 @@ class _Run:
             return 0
         in_a_row += 1
         if in_a_row >= self.config.max_bad_steps:
-            self.checkpoints.close()
+            self.store.close()
             raise TrainingDiverged(
                 f"{in_a_row} steps in a row had no finite loss or gradient (last loss {means['loss']}); their updates "
                 f"were skipped. Lower config.optimizer.peak_lr (now {self.config.optimizer.peak_lr:g}), lengthen the "
@@ -307,10 +285,10 @@ class _Rate:
         return {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * self._mfu}
 
 
-class _sigterm:  # noqa: N801 - reads as a statement
-    """Within it, SIGTERM (a preemption notice) asks the run to save and leave after the step in hand."""
+class Preemption:
+    """Within it, SIGTERM (a preemption notice) sets `run.stopping`: save and leave after the step in hand."""
 
-    def __init__(self, run: _Run):
+    def __init__(self, run: Any):
         self._run = run
 
     def __enter__(self):
@@ -327,16 +305,7 @@ class _sigterm:  # noqa: N801 - reads as a statement
             signal.signal(signal.SIGTERM, self._old)
 
 
-def _files_of(tokenizer: Tokenizer) -> dict[str, bytes]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        root = Path(folder)
-        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
-def _save_config(config: TrainConfig, workdir: Path) -> None:
+def save_config(config: Any, workdir: Path) -> None:
     """Write config.json; say what differs from the one that the run began with."""
     path, new = workdir / "config.json", configs.to_dict(config)
     if path.exists():

@@ -1,0 +1,28 @@
+"""`python -m rl --config=configs/rl/math.py --workdir=runs/1b-math --config.init_from=runs/1b-chat`"""
+
+import sys
+
+import configs
+from rl.config import RLConfig
+
+DESCRIPTION = """Train a model to reason by reinforcement learning with verifiable rewards (GRPO).
+
+The run folder keeps config.json, metrics.jsonl, tensorboard/, samples.jsonl and checkpoints/. The same command,
+given again, goes on from the newest checkpoint."""
+
+
+def main(config: RLConfig, workdir) -> int:
+    from rl.loop import SamplerMismatch, run
+    from train.trainer import TrainingDiverged
+
+    try:
+        final = run(config, workdir)
+    except (SamplerMismatch, TrainingDiverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(configs.run(main, RLConfig, description=DESCRIPTION))

@@ -1,0 +1,294 @@
+"""The loop: sample a group of answers to each problem, reward them, step the policy, give its parameters to the engine."""
+
+# P problems a step, G answers a problem
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import configs
+import data
+import model
+from data.packing import shuffled
+from data.tasks import TaskSpec, generate
+from model.compilation import enable_compilation_cache
+from model.flops import peak_flops_per_device, train_flops_per_token
+from rl.advantages import group_advantages, has_signal
+from rl.config import RLConfig
+from rl.objectives import grpo
+from rl.rollout import Rollout, Sampler, problems_of_step
+from rl.trajectory import batch_of
+from rl.verifiers import Verifiers
+from serve import Engine
+from train.mesh import make_mesh, param_shardings, place_batch
+from train.metrics import MetricsLog, Progress, Window
+from train.optimizer import adamw
+from train.step import make_train_step
+from train.store import StateStore
+from train.trainer import Preemption, TrainingDiverged, save_config
+
+
+class SamplerMismatch(RuntimeError):
+    """Sampler and trainer give the same tokens different probabilities."""
+
+
+def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str, float]:
+    """Train until `config.steps`, from the newest checkpoint in `workdir` when there is one.
+
+    Args:
+      stop_at: leave after this step as an interruption would.
+
+    Returns:
+      final figures: step, the last step's metrics, `validation_accuracy`, `tokens_per_second`, `mfu`.
+
+    Raises:
+      SamplerMismatch: `mismatch_kl` above `config.max_mismatch_kl`.
+      TrainingDiverged: steps in a row without a finite gradient.
+    """
+    if not config.init_from:
+        raise configs.ConfigError(
+            "give config.init_from: the run folder or model that the policy starts from."
+        )
+    enable_compilation_cache()
+    mesh = make_mesh(config.mesh, jax.devices()[: _devices_wanted(config)])
+    with (
+        jax.set_mesh(mesh),
+        Verifiers(workers=config.reward.workers, timeout=config.reward.timeout) as verifiers,
+    ):
+        return _Run(config, Path(workdir), mesh, verifiers).loop(stop_at or config.steps)
+
+
+class _Run:
+    def __init__(self, config: RLConfig, workdir: Path, mesh, verifiers: Verifiers):
+        self.config, self.mesh, self.stopping = config, mesh, False
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_config(config, workdir)
+        self.tokenizer = data.load_tokenizer(config.init_from)
+        self.cfg = config.run.of(model.load_config(config.init_from))
+        shardings = param_shardings(self.cfg, mesh, config.sharding)
+        spec, updates = config.rollout, config.grpo.minibatches
+        optimizer = adamw(config.optimizer, config.steps * updates, self.cfg)
+        self.store = StateStore(workdir, config.checkpoint, self.cfg, self.tokenizer, mesh, config.sharding)
+        self.state, progress = self.store.restore_or_init(
+            lambda: model.load(config.init_from, cfg=self.cfg, shardings=shardings)[1], optimizer
+        )
+        self.start = progress.get("step", 0)
+        objective = grpo(
+            self.cfg,
+            temperature=spec.temperature,
+            clip_low=config.grpo.clip_low,
+            clip_high=config.grpo.clip_high,
+            rules=config.sharding,
+        )
+        step = make_train_step(objective, optimizer, config.microbatches, config.sharding)
+        layout = jax.tree.map(lambda x: x.sharding, self.state)
+        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        self.rows = _rows(config, mesh)
+        self.engine = Engine(
+            self.cfg,
+            self.state.params,
+            self.tokenizer,
+            max_rows=min(spec.prompts * spec.group, 256),
+            max_length=spec.seq_len,
+            copy_params=True,
+            version=self.start,
+        )
+        self.sampler = Sampler(self.engine, self.tokenizer, verifiers, config.instruction, config.reward)
+        tasks = [TaskSpec(t.name, dict(t.config), t.weight) for t in config.tasks]
+        self.problems = generate(tasks, "train", config.problems, config.seed)
+        self.held_out = generate(tasks, "validation", config.evaluate_problems, config.seed)
+        self.log = MetricsLog(workdir, self.start, write=jax.process_index() == 0)
+        self.rate = _Rate(self.cfg, spec.seq_len, mesh.size)
+        self.validation: dict[str, float] = {}
+
+    def loop(self, stop_at: int) -> dict[str, float]:
+        config, last, bad_in_a_row = self.config, {}, 0
+        count = sum(x.size for x in jax.tree.leaves(self.state.params))
+        print(
+            f"policy {count / 1e6:.2f}M parameters, {config.rollout.prompts} x {config.rollout.group} answers a step"
+        )
+        if self.start:
+            print(f"going on from step {self.start}")
+        else:
+            self._evaluate(0)
+        progress = Progress(config.steps, self.start)
+        with Preemption(self):
+            for step in range(self.start + 1, stop_at + 1):
+                last = self._step(step)
+                bad_in_a_row = bad_in_a_row + 1 if last["skipped"] else 0
+                self._check(last, bad_in_a_row)
+                self.log.write(step, "train", last)
+                progress.show(
+                    step,
+                    reward=f"{last['reward']:.3f}",
+                    correct=f"{last['correct']:.1%}",
+                    length=f"{last['length']:.1f}",
+                    mismatch=f"{last['mismatch_kl']:.1e}",
+                    signal=f"{last['groups_with_signal']:.0%}",
+                    seconds=f"{last['seconds_sampling']:.1f}+{last['seconds_training']:.1f}",
+                )
+                end = step == config.steps
+                if end or (config.evaluate_every and step % config.evaluate_every == 0):
+                    self._evaluate(step)
+                if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
+                    self.store.save(step, self.state, {"seed": config.seed})
+                if self.stopping:
+                    print(f"\nstopping after step {step}; the same command goes on from here.")
+                    break
+        self.store.close()
+        self.log.close()
+        return (
+            last
+            | self.validation
+            | {"step": int(self.state.step) // config.grpo.minibatches}
+            | self.rate.overall()
+        )
+
+    def _step(self, step: int) -> dict[str, float]:
+        config, began = self.config, time.monotonic()
+        problems = problems_of_step(self.problems, step - 1, config.rollout.prompts, config.seed)
+        groups = self.sampler.sample(problems, config.rollout, seed=_step_seed(config.seed, step))
+        sampled = time.monotonic()
+        rewards_PG = np.array([[r.trajectory.rewards["total"] for r in group] for group in groups])
+        advantages_PG = group_advantages(rewards_PG, normalise_std=config.grpo.normalise_std)
+        signal_P = has_signal(rewards_PG)
+        metrics = self._update(
+            [r for group in groups for r in group],
+            advantages_PG.ravel(),
+            np.repeat(signal_P, config.rollout.group),
+            step,
+        )
+        jax.block_until_ready(self.state.params)
+        done = time.monotonic()
+        self.engine.update_params(self.state.params, version=step)
+        self._log_samples(step, groups, rewards_PG)
+        self.rate.add(done - began, sum(len(r.trajectory.tokens) for group in groups for r in group))
+        return (
+            metrics
+            | _summary(groups, signal_P)
+            | {"seconds_sampling": sampled - began, "seconds_training": done - sampled}
+        )
+
+    def _update(
+        self, rollouts: list[Rollout], advantages: np.ndarray, signal: np.ndarray, step: int
+    ) -> dict[str, float]:
+        """Steps over minibatches of the answers whose group says something; groups without signal are left out."""
+        kept = np.flatnonzero(signal)
+        order = kept[shuffled(len(kept), self.config.seed, step)] if len(kept) else kept
+        window, first = Window(), {}
+        for part in np.array_split(order, self.config.grpo.minibatches):
+            trajectories = [rollouts[i].trajectory for i in part]
+            batch = batch_of(trajectories, advantages[part], self.config.rollout.seq_len, self.rows)
+            self.state, metrics = self.train_step(
+                self.state, place_batch(batch, self.mesh, self.config.sharding)
+            )
+            means = window.add(metrics)
+            first = first or means
+        # Only the first minibatch is seen by the parameters that sampled it.
+        return window.means() | {"mismatch_kl": first["mismatch_kl"]}
+
+    def _evaluate(self, step: int) -> None:
+        rollouts = self.sampler.greedy(self.held_out, self.config.rollout)
+        n = len(rollouts)
+        accuracy = sum(r.correct for r in rollouts) / n
+        self.validation = {
+            "validation_accuracy": accuracy,
+            "validation_accuracy_stderr": (accuracy * (1 - accuracy) / max(n - 1, 1)) ** 0.5,
+            "validation_format": sum(r.trajectory.rewards["format"] for r in rollouts) / n,
+        }
+        self.log.write(
+            step, "validation", {k.removeprefix("validation_"): v for k, v in self.validation.items()}
+        )
+        shown = f"{accuracy:.1%} +- {self.validation['validation_accuracy_stderr']:.1%}"
+        print(
+            f"\nheld-out accuracy at step {step}: {shown} of {n} (greedy), format {self.validation['validation_format']:.1%}"
+        )
+
+    def _check(self, last: dict[str, float], bad_in_a_row: int) -> None:
+        if last["mismatch_kl"] > self.config.max_mismatch_kl:
+            self.store.close()
+            raise SamplerMismatch(
+                f"KL(sampler || trainer) is {last['mismatch_kl']:.2e} nats a token, above config.max_mismatch_kl="
+                f"{self.config.max_mismatch_kl:g}. Use one dtype for both, or raise the limit if the cache is quantised."
+            )
+        if bad_in_a_row >= self.config.max_bad_steps:
+            self.store.close()
+            raise TrainingDiverged(
+                f"{bad_in_a_row} steps in a row had no finite gradient. Lower config.optimizer.peak_lr "
+                f"(now {self.config.optimizer.peak_lr:g})."
+            )
+
+    def _log_samples(self, step: int, groups: list[list[Rollout]], rewards_PG: np.ndarray) -> None:
+        for group, rewards_G in zip(groups[: self.config.log_samples], rewards_PG):
+            best = group[int(rewards_G.argmax())]
+            row = {
+                "step": step,
+                "prompt": best.problem.question,
+                "completion": best.text,
+                "answer": best.problem.answer,
+            }
+            self.log.write_sample(
+                row | {"reward": float(rewards_G.max()), "group_mean": float(rewards_G.mean())}
+            )
+
+
+class _Rate:
+    """Trained-on tokens a second of the whole loop, sampling and verifying included."""
+
+    def __init__(self, cfg, seq_len: int, devices: int):
+        # sampling costs one more forward pass than training alone
+        self._flops = train_flops_per_token(cfg, seq_len) * 4 / 3
+        self._devices, self._seconds, self._tokens, self._steps = devices, 0.0, 0, 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._steps += 1
+        if self._steps > 1:  # the first holds the compilation
+            self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
+
+    def overall(self) -> dict[str, float]:
+        if not self._tokens:
+            return {}
+        rate = self._tokens / self._seconds
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / (peak_flops_per_device() * self._devices),
+        }
+
+
+def _summary(groups: list[list[Rollout]], signal_P: np.ndarray) -> dict[str, float]:
+    rollouts = [r for group in groups for r in group]
+
+    def mean(values) -> float:
+        return float(np.mean([float(v) for v in values]))
+
+    return {
+        "reward": mean(r.trajectory.rewards["total"] for r in rollouts),
+        "correct": mean(r.correct for r in rollouts),
+        "format": mean(r.trajectory.rewards["format"] for r in rollouts),
+        "timed_out": mean(r.trajectory.rewards["timed_out"] for r in rollouts),
+        "length": mean(r.trajectory.mask.sum() for r in rollouts),
+        "cut_short": mean(r.trajectory.stop_reason == "length" for r in rollouts),
+        "groups_with_signal": float(signal_P.mean()),
+        "groups_dropped": float((~signal_P).sum()),
+    }
+
+
+def _rows(config: RLConfig, mesh) -> int:
+    """Rows of one minibatch: the most answers that can fall into it, up to a multiple of what the batch is split by."""
+    answers = -(-config.rollout.prompts * config.rollout.group // config.grpo.minibatches)
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
+    return -(-answers // unit) * unit
+
+
+def _devices_wanted(config: RLConfig) -> int | None:
+    sizes = [getattr(config.mesh, axis) for axis in model.MESH_AXES]
+    return None if -1 in sizes else int(np.prod(sizes))
+
+
+def _step_seed(seed: int, step: int) -> Any:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint32)[0])

@@ -1,0 +1,66 @@
+"""A trajectory is token ids, never text: what was said, by whom, how likely the sampler thought it, and what it earned."""
+
+# B rows, T tokens
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One sampled answer.
+
+    Attributes:
+      tokens: prompt and answer, ids.
+      logprobs: of each token, nats at the sampling temperature, by the sampler; 0 where it did not choose.
+      mask: True where the policy wrote the token.
+      rewards: by name; "total" is what the policy is trained on.
+      version: of the policy's parameters that sampled it.
+      stop_reason: "stop" or "length".
+    """
+
+    tokens: np.ndarray  # [n] int32
+    logprobs: np.ndarray  # [n] float32
+    mask: np.ndarray  # [n] bool
+    rewards: dict[str, float]
+    version: int
+    stop_reason: str
+
+
+def batch_of(
+    trajectories: list[Trajectory], advantages: np.ndarray, seq_len: int, rows: int
+) -> dict[str, np.ndarray]:
+    """One trajectory a row, padded to [rows, seq_len]; rows beyond the last trajectory weigh nothing.
+
+    Args:
+      advantages: [len(trajectories)] float32, the same for every token of an answer.
+
+    Raises:
+      ValueError: a trajectory of more than seq_len + 1 tokens, or more of them than rows.
+    """
+    if len(trajectories) > rows:
+        raise ValueError(f"{len(trajectories)} trajectories do not fit into {rows} rows.")
+    ints = {
+        key: np.zeros((rows, seq_len), np.int32) for key in ("tokens", "targets", "segment_ids", "positions")
+    }
+    floats = {
+        key: np.zeros((rows, seq_len), np.float32)
+        for key in ("loss_weights", "sampler_logprobs", "advantages")
+    }
+    for row, (trajectory, advantage) in enumerate(zip(trajectories, advantages, strict=True)):
+        n = len(trajectory.tokens) - 1
+        if n > seq_len:
+            raise ValueError(
+                f"a trajectory has {n + 1} tokens; rollout.seq_len={seq_len} holds {seq_len + 1}."
+            )
+        ints["tokens"][row, :n] = trajectory.tokens[:-1]
+        ints["targets"][row, :n] = trajectory.tokens[1:]
+        ints["segment_ids"][row, :n] = 1
+        ints["positions"][row, :n] = np.arange(n)
+        floats["loss_weights"][row, :n] = trajectory.mask[1:]
+        floats["sampler_logprobs"][row, :n] = trajectory.logprobs[1:]
+        floats["advantages"][row, :n] = advantage * trajectory.mask[1:]
+    return ints | floats
