@@ -1,5 +1,6 @@
 """`python -m rl --config=configs/rl/math.py --workdir=runs/1b-math --config.init_from=runs/1b-chat`"""
 
+import json
 import sys
 
 import configs
@@ -20,6 +21,7 @@ def main(config: RLConfig, workdir) -> int:
     except (SamplerMismatch, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
     print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items()))
     return 0
 

@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+from data.tasks import INSTRUCTION, TaskSpec
 from model import ShardingRules
 from train.config import CheckpointSpec, Execution, MeshSpec, OptimizerSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """A reasoning-gym task, its settings and its share of the problems."""
-
-    name: str = "chain_sum"
-    config: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # settings that differ from the task's defaults
-    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +41,8 @@ class RLConfig:
     """GRPO with verifiable rewards on procedural tasks."""
 
     init_from: str = ""  # run folder, checkpoint, Hugging Face folder or GGUF file: the policy to start from
-    tasks: tuple[TaskConfig, ...] = (TaskConfig(),)
-    instruction: str = "End with the final answer as <answer>...</answer>."  # follows each question
+    tasks: tuple[TaskSpec, ...] = (TaskSpec("chain_sum"),)
+    instruction: str = INSTRUCTION  # follows each question
     problems: int = 2000  # different training problems, taken in shuffled epochs
     steps: int = 100
     seed: int = 0

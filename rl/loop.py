@@ -15,7 +15,7 @@ import configs
 import data
 import model
 from data.packing import shuffled
-from data.tasks import TaskSpec, generate
+from data.tasks import generate
 from model.compilation import enable_compilation_cache
 from model.flops import peak_flops_per_device, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
@@ -99,9 +99,8 @@ class _Run:
             version=self.start,
         )
         self.sampler = Sampler(self.engine, self.tokenizer, verifiers, config.instruction, config.reward)
-        tasks = [TaskSpec(t.name, dict(t.config), t.weight) for t in config.tasks]
-        self.problems = generate(tasks, "train", config.problems, config.seed)
-        self.held_out = generate(tasks, "validation", config.evaluate_problems, config.seed)
+        self.problems = generate(config.tasks, "train", config.problems, config.seed)
+        self.held_out = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
         self.log = MetricsLog(workdir, self.start, write=jax.process_index() == 0)
         self.rate = _Rate(self.cfg, spec.seq_len, mesh.size)
         self.validation: dict[str, float] = {}

@@ -1,5 +1,6 @@
 """`python -m train --config=configs/pretrain/tiny.py --workdir=runs/tiny [--config.key=value ...]`"""
 
+import json
 import sys
 
 import configs
@@ -19,6 +20,7 @@ def main(config: TrainConfig, workdir) -> int:
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
     print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items()))
     return 0
 
