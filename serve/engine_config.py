@@ -1,0 +1,105 @@
+"""EngineConfig: how many rows, pages and tokens the engine works with, and the fixed shapes it compiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from model import ModelConfig
+
+_FIRST_CHUNK = 32  # tokens of the smallest prefill chunk
+_FIRST_CONTEXT = 256  # tokens of the narrowest page table
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of the engine. None means: chosen by `resolve`, which gives a config without any None.
+
+    Every program is compiled for one shape out of these buckets: a decode for (rows, context), a prefill for
+    (rows, chunk, context). Fewer buckets compile sooner, more buckets pad less.
+    """
+
+    max_rows: int = 8  # sequences that are decoded at once
+    max_length: int | None = None  # tokens of prompt and answer together; default: the model's max_length
+    page_size: int = 16  # tokens a page
+    num_pages: int | None = None  # pages of the cache; default: enough for max_rows rows of max_length
+    prefill_chunk: int = 256  # most tokens of one prompt that one step computes
+    prefill_tokens: int = 2048  # most tokens (rows times chunk) that one prefill computes, padding included
+    decode_steps: int = 8  # most tokens a row gets from one dispatch
+    burst_seconds: float | None = (
+        None  # fewer decode steps in a dispatch when they would take longer than this
+    )
+    row_buckets: tuple[int, ...] | None = None  # default: 1, 4, 16, ... max_rows
+    chunk_buckets: tuple[int, ...] | None = None  # tokens; default: 32, 256, ... prefill_chunk
+    context_buckets: tuple[int, ...] | None = None  # tokens; default: 256, 1024, ... max_length
+    cache_dtype: str | None = None  # of keys and values; default: that of the computation
+    copy_params: bool = False  # keep own copies, for a trainer that donates its parameters
+    seed: int = 0  # of requests that bring no seed of their own
+
+    def resolve(self, cfg: ModelConfig) -> EngineConfig:
+        """The same with every default filled in for this model; ValueError names a setting that can't be."""
+        for name in ("max_rows", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps"):
+            _check_positive(name, getattr(self, name))
+        length = cfg.max_length if self.max_length is None else self.max_length
+        _check_positive("max_length", length)
+        if length < 2:
+            raise ValueError(
+                f"max_length={length} leaves no room for a prompt and an answer; give at least 2."
+            )
+        row_pages = -(-length // self.page_size)
+        num_pages = self.max_rows * row_pages if self.num_pages is None else self.num_pages
+        if num_pages < row_pages:
+            raise ValueError(
+                f"num_pages={num_pages} of page_size={self.page_size} hold {num_pages * self.page_size} tokens, fewer "
+                f"than one row of max_length={length}. Give num_pages >= {row_pages} or a smaller max_length."
+            )
+        chunk = min(self.prefill_chunk, length)
+        return dataclasses.replace(
+            self,
+            max_length=length,
+            num_pages=num_pages,
+            prefill_chunk=chunk,
+            cache_dtype=self.cache_dtype or cfg.dtype,
+            row_buckets=_buckets("row_buckets", self.row_buckets, 1, 4, self.max_rows),
+            chunk_buckets=_buckets("chunk_buckets", self.chunk_buckets, _FIRST_CHUNK, 8, chunk),
+            context_buckets=_buckets("context_buckets", self.context_buckets, _FIRST_CONTEXT, 4, length),
+        )
+
+    @property
+    def page_buckets(self) -> tuple[int, ...]:
+        """Widths of the page table, in pages."""
+        return tuple(dict.fromkeys(-(-tokens // self.page_size) for tokens in self.context_buckets))
+
+    def prefill_rows(self, chunk: int) -> tuple[int, ...]:
+        """Row buckets of a prefill with this chunk: those within `prefill_tokens`, and at least the smallest."""
+        return tuple(r for r in self.row_buckets if r * chunk <= self.prefill_tokens) or self.row_buckets[:1]
+
+    def shapes(self) -> list[tuple[str, int, int, int]]:
+        """Every program there is: (kind, rows, chunk, pages a row); the chunk of a decode is 1."""
+        shapes = [("clean", 1, 1, self.page_buckets[-1])]
+        shapes += [("decode", rows, 1, pages) for rows in self.row_buckets for pages in self.page_buckets]
+        for chunk in self.chunk_buckets:
+            shapes += [
+                ("prefill", r, chunk, pages) for r in self.prefill_rows(chunk) for pages in self.page_buckets
+            ]
+        return shapes
+
+
+def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds `size`."""
+    return next(bucket for bucket in buckets if bucket >= size)
+
+
+def _buckets(name: str, given: tuple[int, ...] | None, first: int, factor: int, last: int) -> tuple[int, ...]:
+    """The given buckets, cut at `last`, or a ladder first, first * factor, ... ; always with `last` at the end."""
+    if given is None:
+        given, size = (), first
+        while size < last:
+            given, size = (*given, size), size * factor
+    for size in given:
+        _check_positive(name, size)
+    return (*sorted({size for size in given if size < last}), last)
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}; wanted a whole number of at least 1.")

@@ -1,0 +1,213 @@
+"""The compiled steps: a prefill of one chunk a row, and several decode steps in one loop.
+
+Each is compiled ahead of time for one shape of `EngineConfig.shapes`; after `seal` a shape that is not there yet is
+an error, so that a server never stops to compile.
+"""
+
+# R rows, C tokens of a chunk, P pages a row, S decode steps at most, V vocabulary
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from model import Cache, ModelConfig, ShardingRules, apply, cache_axes, init_pages
+from serve.engine_config import EngineConfig
+from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS
+from serve.sampling import RowSampling, Sampled, sample
+
+# Compiled programs of this process. An engine that is made anew for the same model and sizes compiles nothing.
+_COMPILED: dict[tuple, Any] = {}
+
+
+class CompilationAfterWarmup(RuntimeError):
+    """A shape came up that `warmup` did not compile; a bug in the buckets."""
+
+
+@flax.struct.dataclass
+class Rows:
+    """What a program must know of each row."""
+
+    page_table: Any  # [R, P] int32
+    length: Any  # [R] int32, tokens in the cache
+    stop_ids: Any  # [R, 16] int32, filled up with -1
+    sampling: RowSampling
+
+
+class Programs:
+    """The programs of one engine, and the cache pages that they pass on."""
+
+    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig, vocab_size: int):
+        self._cfg, self._config, self._vocab_size = cfg, config, vocab_size
+        self.param_shardings = jax.tree.map(lambda x: x.sharding, params)
+        leaves, treedef = jax.tree.flatten(params)
+        self._inputs, pages = _placement(cfg, leaves[0].sharding)
+        self._new_pages = functools.partial(_new_pages, cfg, config, pages)
+        self._params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+        self.pages = self._new_pages()
+        signature = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+        sizes = (config.num_pages, config.page_size, config.cache_dtype, config.decode_steps, vocab_size)
+        self._key = (cfg, treedef, signature, sizes)
+        self._mine: dict[tuple, Any] = {}
+        self._sealed = False
+
+    def reset(self) -> None:
+        """Empty pages, for when a failed call has lost them."""
+        self.pages = self._new_pages()
+
+    def clean(self, pages: list[int]) -> None:
+        """Zero these pages. A masked slot has weight 0, but 0 * NaN is NaN: what is not finite must not be reused."""
+        width = self._config.page_buckets[-1]
+        index_P = np.full(width, self._config.num_pages + 1, np.int32)
+        index_P[: len(pages)] = pages
+        self.pages = self._program("clean", 1, 1, width)(self.pages, index_P)
+
+    def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+        """Compile every shape, then `seal`. `progress(done, all, seconds)` is called after each."""
+        shapes, start = self._config.shapes(), time.monotonic()
+        for i, shape in enumerate(shapes):
+            self._program(*shape)
+            if progress is not None:
+                progress(i + 1, len(shapes), time.monotonic() - start)
+        self._sealed = True
+
+    def prefill(self, params: Any, rows: Rows, tokens_RC: np.ndarray, count_R: np.ndarray) -> Sampled:
+        """Compute the first `count_R` tokens of each row's chunk and sample what follows them.
+
+        Returns: device arrays [R, 1, ...], without waiting for them.
+        """
+        program = self._program("prefill", *tokens_RC.shape, rows.page_table.shape[1])
+        self.pages, sampled = program(params, self.pages, rows, tokens_RC, count_R)
+        return sampled
+
+    def decode(
+        self, params: Any, rows: Rows, token_R: np.ndarray, budget_R: np.ndarray, steps: int
+    ) -> tuple[jax.Array, Sampled]:
+        """Up to `steps` tokens more for each row, at most `budget_R` of them, up to a stop token.
+
+        Returns: how many each row got, [R], and the tokens [R, S, ...]; device arrays, without waiting for them.
+        """
+        program = self._program("decode", len(token_R), 1, rows.page_table.shape[1])
+        self.pages, count_R, sampled = program(params, self.pages, rows, token_R, budget_R, np.int32(steps))
+        return count_R, sampled
+
+    @property
+    def compiled(self) -> int:
+        return len(self._mine)
+
+    def _program(self, kind: str, R: int, C: int, P: int) -> Any:
+        shape = (kind, R, C, P)
+        if shape not in self._mine:
+            if self._sealed:
+                raise CompilationAfterWarmup(
+                    f"{kind} with {R} rows, {C} tokens a row and {P} pages a row was not compiled by warmup. "
+                    f"Known shapes: {sorted(self._mine)}."
+                )
+            key = (*self._key, shape)
+            if key not in _COMPILED:
+                _COMPILED[key] = self._compile(*shape)
+            self._mine[shape] = _COMPILED[key]
+        return self._mine[shape]
+
+    def _compile(self, kind: str, R: int, C: int, P: int) -> Any:
+        def array(dtype, *shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._inputs)
+
+        pages = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.pages
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, pages)
+        if kind == "clean":
+            jitted = jax.jit(functools.partial(_clean, self._cfg), donate_argnums=0, out_shardings=shardings)
+            return jitted.lower(pages, array(np.int32, P)).compile()
+        floats, ints = array(np.float32, R), array(np.int32, R)
+        sampling = RowSampling(floats, ints, floats, floats, array(np.uint32, R, 2), ints)
+        rows = Rows(array(np.int32, R, P), ints, array(np.int32, R, MAX_STOP_TOKENS), sampling)
+        if kind == "prefill":
+            function, more = _prefill, (array(np.int32, R, C), ints)
+            out_shardings = (shardings, self._inputs)
+            static = (self._cfg, self._vocab_size)
+        else:
+            function, more = _decode, (ints, ints, array(np.int32))
+            out_shardings = (shardings, self._inputs, self._inputs)
+            static = (self._cfg, self._vocab_size, self._config.decode_steps)
+        jitted = jax.jit(functools.partial(function, *static), donate_argnums=1, out_shardings=out_shardings)
+        return jitted.lower(self._params, pages, rows, *more).compile()
+
+
+def _prefill(cfg, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
+    real_RC = (jnp.arange(tokens_RC.shape[1]) < count_R[:, None]).astype(jnp.int32)
+    cache = Cache(pages, rows.page_table, rows.length)
+    last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
+    out = apply(cfg, params, tokens_RC, segment_ids=real_RC, cache=cache, logits_at=last_R1)
+    sampled = sample(out.logits[:, 0], rows.sampling, rows.length + count_R, vocab_size)
+    return out.cache.layers, jax.tree.map(lambda x: x[:, None], sampled)
+
+
+def _decode(cfg, vocab_size, max_steps, params, pages, rows: Rows, token_R, budget_R, steps):
+    R = len(token_R)
+    count = min(MAX_LOGPROBS, cfg.vocab_size)
+    floats, ints = jnp.zeros((R, max_steps)), jnp.zeros((R, max_steps), jnp.int32)
+    empty = Sampled(
+        ints, floats, floats, *(jnp.zeros((R, max_steps, count), t) for t in (jnp.int32, jnp.float32))
+    )
+
+    def more(carry):
+        i, _, _, _, active_R, _, _ = carry
+        return (i < steps) & jnp.any(active_R)
+
+    def step(carry):
+        i, pages, length_R, token_R, active_R, count_R, all_sampled = carry
+        cache = Cache(pages, rows.page_table, length_R)
+        out = apply(
+            cfg, params, token_R[:, None], segment_ids=active_R[:, None].astype(jnp.int32), cache=cache
+        )
+        length_R = out.cache.length
+        sampled = sample(out.logits[:, 0], rows.sampling, length_R, vocab_size)
+        all_sampled = jax.tree.map(lambda buffer, x: buffer.at[:, i].set(x), all_sampled, sampled)
+        count_R += active_R
+        stopped_R = jnp.any(sampled.token[:, None] == rows.stop_ids, axis=1)
+        active_R &= ~stopped_R & (count_R < budget_R)
+        return i + 1, out.cache.layers, length_R, sampled.token, active_R, count_R, all_sampled
+
+    start = (jnp.int32(0), pages, rows.length, token_R, budget_R > 0, jnp.zeros(R, jnp.int32), empty)
+    _, pages, _, _, _, count_R, all_sampled = jax.lax.while_loop(more, step, start)
+    return pages, count_R, all_sampled
+
+
+def _clean(cfg, pages, index_P):
+    axis = int(cfg.scan)  # scanned layers come first
+    return jax.tree.map(lambda x: x.at[(slice(None),) * axis + (index_P,)].set(0, mode="drop"), pages)
+
+
+def _placement(cfg: ModelConfig, sharding: Sharding) -> tuple[Sharding, Any]:
+    """Where inputs and pages go: to the device of the parameters, or on their mesh with the pages split over "tensor"
+    where the key/value heads divide."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding, jax.tree.map(lambda _: sharding, jax.eval_shape(lambda: init_pages(cfg, 1, 1)))
+    mesh, rules = sharding.mesh, ShardingRules()
+    ways = dict(mesh.shape).get("tensor", 1)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(array, axes):
+        heads = axes.index("act_kv_heads") if "act_kv_heads" in axes else None
+        splits = ways > 1 and heads is not None and array.shape[heads] % ways == 0
+        return NamedSharding(mesh, rules.spec(axes)) if splits else whole
+
+    return whole, jax.tree.map(place, jax.eval_shape(lambda: init_pages(cfg, 1, 1)), cache_axes(cfg))
+
+
+def _new_pages(cfg: ModelConfig, config: EngineConfig, shardings: Any) -> Any:
+    # One more than is handed out: it stays zero, and page tables point to it where a row has no page.
+    pages = init_pages(cfg, config.num_pages + 1, config.page_size, config.cache_dtype)
+    return jax.device_put(pages, shardings)

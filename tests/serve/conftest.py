@@ -1,0 +1,63 @@
+"""A tiny model, a tokenizer trained on a few sentences, and one compiled engine that the tests share."""
+
+import jax
+import pytest
+
+SENTENCES = [
+    "The engine serves many requests at once, and each of them gets its own tokens.",
+    "A page holds sixteen tokens; when pages run out, the youngest request waits again.",
+    "What is the capital of France? Paris. What is two plus two? Four.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+    "Größe, naïve, 東京, 🙂 and other characters take several bytes.",
+] * 3
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from data import train_tokenizer
+
+    return train_tokenizer("bpe", SENTENCES, 320)
+
+
+@pytest.fixture(scope="session")
+def cfg(tokenizer):
+    from model import decoder
+
+    # Four rows of the embedding belong to no token, as where an embedding is padded to a round size.
+    return decoder(tokenizer.vocab_size + 4, 32, 2, 4, 2, 8, 48, max_length=64, tied_head=False)
+
+
+@pytest.fixture(scope="session")
+def params(cfg):
+    from model import init
+
+    return init(cfg, jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def make_engine(cfg, params, tokenizer):
+    """Engines of one size, which share their compiled programs. 24 pages are too few for four long rows."""
+    from serve import Engine
+
+    def make(params=params, **options):
+        sizes = dict(max_rows=4, page_size=4, num_pages=24, prefill_chunk=16, decode_steps=5)
+        buckets = dict(row_buckets=(1, 4), chunk_buckets=(16,), context_buckets=(24, 64))
+        return Engine(cfg, params, tokenizer, **(sizes | buckets | options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_engine(make_engine):
+    engine = make_engine()
+    engine.warmup()
+    return engine
+
+
+@pytest.fixture
+def engine(shared_engine):
+    """The shared engine, idle before and after, with every page free."""
+    assert not shared_engine.has_work
+    yield shared_engine
+    stats = shared_engine.stats
+    assert (stats.running, stats.waiting, stats.pages_free) == (0, 0, stats.pages)
