@@ -1,4 +1,4 @@
-"""What one evaluation is: a model, and the texts, generated tasks and lm-eval tasks that it is measured on."""
+"""What one evaluation is: a model, and the texts, generated tasks and lm-eval tasks it is measured on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Any, Literal
 
 from data.tasks import INSTRUCTION
 from serve.engine_config import EngineConfig
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}; wanted at least 1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +101,3 @@ class EvalConfig:
             raise ValueError(f"tasks: {', '.join(twice)} is there twice; give each a label of its own.")
         if self.samples < 0:
             raise ValueError(f"samples={self.samples}; wanted 0 or more.")
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}; wanted at least 1.")
