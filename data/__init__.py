@@ -26,7 +26,7 @@ _HOME = {
     "make_batches": "data.batches",
     "Problem": "data.tasks",
     "TaskSpec": "data.tasks",
-    "curate": "data.curate",
+    "curate": "data.curation",
     "Corpus": "data.corpus",
     "CorpusConfig": "data.corpus",
     "build_corpus": "data.corpus",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from data.batches import make_batches
     from data.chat import DEFAULT_CHAT_TEMPLATE
     from data.corpus import Corpus, CorpusConfig, build_corpus
-    from data.curate import curate
+    from data.curation import curate
     from data.load import load_tokenizer
     from data.shards import Dataset, DatasetError, open_dataset, write_dataset
     from data.tasks import Problem, TaskSpec

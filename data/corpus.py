@@ -11,8 +11,8 @@ from pathlib import Path
 
 from configs.files import atomic_write, save
 from configs.typed import ConfigError, to_dict
-from data.curate import CurationConfig, curate
-from data.curate import table as curation_table
+from data.curation import CurationConfig, curate
+from data.curation import table as curation_table
 from data.load import load_tokenizer
 from data.shards import Dataset, hash_of
 from data.stages import Log
