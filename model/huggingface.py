@@ -1,0 +1,292 @@
+"""Models in Hugging Face folders: config.json and safetensors, whole or in shards, both ways.
+
+Folder layout as transformers writes it (`save_pretrained`). Weights are memory-mapped; pickles are refused and code
+that a config names is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from model import safetensors_file
+from model.config import ModelConfig
+from model.families import FAMILIES, LlamaFamily
+from model.families.tensors import Tensor, get, tensor_table, unflatten
+from model.function import Params
+from model.layout import relayout
+from model.safetensors_file import StoredTensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+_log = logging.getLogger(__name__)
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The model of a folder's config.json; its dtype is also that of the computation.
+
+    Raises ValueError for a family or a setting that is not supported.
+    """
+    return _read_config(Path(folder))[1]
+
+
+def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
+    """(cfg, parameters as numpy arrays) of a folder.
+
+    Args:
+      dtype: of parameters and computation; default: parameters as stored, views of the mapped files, so that reading
+        costs no memory before they are placed.
+
+    Raises:
+      FileNotFoundError: no weights.
+      ValueError: damaged files, tensors that are missing, unknown or of another shape than the config says.
+    """
+    folder = Path(folder)
+    family, cfg = _read_config(folder)
+    if dtype is not None:
+        cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
+    table, stored = tensor_table(cfg, family.names), _read_headers(folder)
+    _check_tensors(folder, cfg, family, table, stored)
+    params = {}
+    for tensor in table:
+        values = tensor.to_ours(stored[tensor.name].read())
+        params[tensor.path] = values if dtype is None else values.astype(jnp.dtype(dtype))
+    return cfg, unflatten(params)
+
+
+def save(
+    folder: str | Path,
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: dict[str, bytes],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers loads; parameters keep their dtype.
+
+    Args:
+      tokenizer: files to lie beside the weights, by name.
+      max_shard_bytes: of one file of weights; a larger tensor has a file of its own.
+
+    Raises:
+      ValueError: no family can hold this model, or `folder` holds something else than a model.
+    """
+    folder = Path(folder)
+    family = _family_of(cfg)
+    cfg, params = relayout(cfg, params, scan=False)
+    table = {tensor.name: tensor for tensor in tensor_table(cfg, family.names)}
+    shards = _plan_shards(table, params, max_shard_bytes)
+    with _replacing(folder) as new:
+        for name, content in tokenizer.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(content)
+        for file, names in shards.items():
+            tensors = {name: (_dtype_of(params, table[name]), table[name].shape) for name in names}
+            safetensors_file.write(new / file, tensors, lambda name: _values(params, table[name]))
+        if len(shards) > 1:
+            (new / INDEX).write_text(json.dumps(_index(shards, table, params), indent=2) + "\n")
+        dtype = str(_dtype_of(params, table[family.names["embedding"]]))
+        config = family.write(cfg) | {"torch_dtype": dtype} | _token_ids(tokenizer)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _read_config(folder: Path) -> tuple[LlamaFamily, ModelConfig]:
+    path = folder / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: is a JSON {type(saved).__name__}; wanted an object.")
+    model_type = saved.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{path}: model_type={model_type!r} is not known. Known: {', '.join(FAMILIES)}.")
+    if "auto_map" in saved:
+        _log.warning(
+            "%s names code of its own (auto_map); it is not run, the model is read as %s", path, model_type
+        )
+    try:
+        return FAMILIES[model_type], FAMILIES[model_type].read(saved)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder, of one file or of the shards that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return safetensors_file.read_header(folder / WEIGHTS)
+    if not (folder / INDEX).is_file():
+        pickles = sorted(item.name for item in folder.glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"{folder}: has only pickled weights ({pickles[0]}), which can run code when they are read. Convert "
+                "them with transformers, on a machine that trusts them: "
+                "AutoModelForCausalLM.from_pretrained(src).save_pretrained(dst)."
+            )
+        raise FileNotFoundError(f"{folder}: has neither {WEIGHTS} nor {INDEX}.")
+    files = _read_index(folder / INDEX)
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(files.values())):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder / INDEX}: names the shard {file}, which is not there.")
+        for name, tensor in safetensors_file.read_header(folder / file).items():
+            if files.get(name) != file:
+                raise ValueError(
+                    f"{folder / file}: holds {name!r}, which the index puts in {files.get(name)}."
+                )
+            stored[name] = tensor
+    lost = sorted(set(files) - set(stored))
+    if lost:
+        raise ValueError(f"{folder / INDEX}: names {len(lost)} tensors that no shard has: {_some(lost)}.")
+    return stored
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{path}: has no weight_map of tensor names to files.")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{path}: puts {name!r} in {str(file)[:80]!r}; wanted a .safetensors file beside it."
+            )
+    return files
+
+
+def _check_tensors(
+    folder: Path, cfg: ModelConfig, family: LlamaFamily, table: list[Tensor], stored: dict[str, StoredTensor]
+) -> None:
+    missing = [tensor.name for tensor in table if tensor.name not in stored]
+    if missing:
+        raise ValueError(
+            f"{folder}: lacks {len(missing)} tensors that config.json calls for: {_some(missing)}."
+        )
+    for tensor in table:
+        if stored[tensor.name].shape != tensor.shape:
+            raise ValueError(
+                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by config.json "
+                f"it would be {tensor.shape}."
+            )
+    extra = sorted(set(stored) - {tensor.name for tensor in table})
+    harmless = [name for name in extra if name.endswith(family.harmless)]
+    head, embedding = family.names["head"], family.names["embedding"]
+    if cfg.tied_head and head in extra:
+        if not np.array_equal(stored[head].read(), stored[embedding].read()):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true, yet {head!r} differs from {embedding!r}. Set it to false in "
+                "config.json to use both."
+            )
+        harmless.append(head)
+    if harmless:
+        _log.info("%s: passed over %d tensors that repeat others: %s", folder, len(harmless), _some(harmless))
+    unknown = [name for name in extra if name not in harmless]
+    if unknown:
+        raise ValueError(
+            f"{folder}: has {len(unknown)} tensors that the model has no place for: {_some(unknown)}."
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _family_of(cfg: ModelConfig) -> LlamaFamily:
+    reasons = []
+    for family in FAMILIES.values():
+        why = family.why_not(cfg)
+        if why is None:
+            return family
+        reasons.append(f"{family.model_type} {why}")
+    raise ValueError(
+        f'no Hugging Face family can hold this model: {"; ".join(reasons)}. Save with format="native".'
+    )
+
+
+def _dtype_of(params: Params, tensor: Tensor) -> np.dtype:
+    dtype = np.dtype(get(params, tensor.path).dtype)
+    if dtype not in safetensors_file.DTYPES.values():
+        raise ValueError(f"{'/'.join(tensor.path)} is {dtype}; float32, float16 and bfloat16 can be saved.")
+    return dtype
+
+
+def _values(params: Params, tensor: Tensor) -> np.ndarray:
+    return tensor.to_theirs(np.asarray(get(params, tensor.path)))
+
+
+def _nbytes(params: Params, tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * _dtype_of(params, tensor).itemsize
+
+
+def _plan_shards(table: dict[str, Tensor], params: Params, most: int) -> dict[str, list[str]]:
+    """File names to tensor names, in the order of the layers."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in table.items():
+        nbytes = _nbytes(params, tensor)
+        if not shards or nbytes > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= nbytes
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def _index(shards: dict[str, list[str]], table: dict[str, Tensor], params: Params) -> dict[str, Any]:
+    total = sum(_nbytes(params, tensor) for tensor in table.values())
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted((name, file) for file, names in shards.items() for name in names)),
+    }
+
+
+def _token_ids(tokenizer: dict[str, bytes]) -> dict[str, Any]:
+    """bos, eos and pad for config.json, where transformers' defaults would be those of Llama 2."""
+    saved = json.loads(tokenizer.get("generation_config.json", b"{}"))
+    return {key: saved.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` when the block ends well."""
+    if (
+        folder.exists()
+        and not (folder / "config.json").is_file()
+        and (folder.is_file() or any(folder.iterdir()))
+    ):
+        raise ValueError(
+            f"{folder}: is there and is no Hugging Face folder; it is not replaced. Give another path."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    new, old = folder.with_name(f".{folder.name}.{mark}.tmp"), folder.with_name(f".{folder.name}.{mark}.old")
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
