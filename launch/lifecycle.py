@@ -53,7 +53,9 @@ def plan(config: LifecycleConfig, workdir: Path) -> list[Stage]:
     def evaluation(model: str) -> EvalConfig:
         tasks, texts = config.evals.tasks, {"held-out text": at("corpus", "text", "test")}
         if not tasks and model != "pretrain":
-            raise configs.ConfigError("config.evals.tasks is empty: name the tasks that the stages are compared on.")
+            raise configs.ConfigError(
+                "config.evals.tasks is empty: name the tasks that the stages are compared on."
+            )
         return dataclasses.replace(config.evals, model=at(model), texts=texts)
 
     tokens = {split: {at("corpus", "tokens", split): 1.0} for split in ("train", "validation")}
@@ -88,7 +90,9 @@ def main(config: LifecycleConfig, workdir: Path) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     report = write_report(workdir, records)
-    print(f"\nDone in {clock(time.monotonic() - began)} now, {clock(sum(r.seconds for r in records.values()))} in all.")
+    print(
+        f"\nDone in {clock(time.monotonic() - began)} now, {clock(sum(r.seconds for r in records.values()))} in all."
+    )
     print(f"The report: {report}")
     print(f"Chat with the model: {sys.executable} -m serve --model={workdir / 'rl'} --port=8000")
     return 0

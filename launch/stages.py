@@ -1,8 +1,8 @@
 """Running stages: each a command in its own process and folder, done once, measured, resumed after any kill.
 
-    workdir/STAGE/...         the stage's own files, its config.json, log.txt
-    workdir/STAGE/stage.json  key, seconds, peak memory, done: written by this file
-    workdir/replaced/STAGE    what stood there under another config, until the next change
+workdir/STAGE/...         the stage's own files, its config.json, log.txt
+workdir/STAGE/stage.json  key, seconds, peak memory, done: written by this file
+workdir/replaced/STAGE    what stood there under another config, until the next change
 """
 
 from __future__ import annotations
