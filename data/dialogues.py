@@ -1,7 +1,7 @@
 """`python -m data.dialogues`: problems with verifiers as dialogues to fine-tune on and preferences to learn from.
 
-    workdir/chat/{train,validation}          dialogues in the chat template, trained on what the assistant says
-    workdir/preferences/{train,validation}   pairs of a right and a wrong answer
+workdir/chat/{train,validation}          dialogues in the chat template, trained on what the assistant says
+workdir/preferences/{train,validation}   pairs of a right and a wrong answer
 """
 
 from __future__ import annotations

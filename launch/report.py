@@ -208,7 +208,8 @@ def _costs(figures: dict[str, Any]) -> str:
 
 def _configs(figures: dict[str, Any]) -> str:
     return "".join(
-        f"<details><summary>{stage['name']}</summary><pre>{_text(json.dumps(stage['config'], indent=1))}</pre></details>"
+        f"<details><summary>{stage['name']}</summary>"
+        f"<pre>{_text(json.dumps(stage['config'], indent=1))}</pre></details>"
         for stage in figures["stages"]
     )
 
@@ -236,8 +237,10 @@ table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-n
 th, td {{ text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #eee; vertical-align: top; }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(310px, 1fr)); gap: .5rem; }}
 figure {{ margin: 0; }} figure svg {{ width: 100%; height: auto; }}
-.sample {{ background: #f6f6f6; border-radius: 8px; padding: .5rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
-code, pre {{ font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }} pre {{ background: #f6f6f6; padding: 1rem; }}
+.sample {{ background: #f6f6f6; border-radius: 8px; padding: .5rem 1rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }}
+code, pre {{ font: .9em ui-monospace, monospace; overflow-wrap: anywhere; }}
+pre {{ background: #f6f6f6; padding: 1rem; }}
 .right {{ color: #15803d; }} .wrong {{ color: #b91c1c; }}
 </style></head><body><header><h1>The life of a model</h1><p>Crucible, finished {finished}</p></header>
 <div class="tiles">{tiles}</div>{body}</body></html>

@@ -1,4 +1,4 @@
-"""The loop: sample a group of answers to each problem, reward them, step the policy, give its parameters to the engine."""
+"""The loop: sample a group of answers to each problem, reward them, step the policy, hand it to the engine."""
 
 # P problems a step, G answers a problem
 
@@ -205,7 +205,8 @@ class _Run:
         )
         shown = f"{accuracy:.1%} +- {self.validation['validation_accuracy_stderr']:.1%}"
         print(
-            f"\nheld-out accuracy at step {step}: {shown} of {n} (greedy), format {self.validation['validation_format']:.1%}"
+            f"\nheld-out accuracy at step {step}: {shown} of {n} (greedy), "
+            f"format {self.validation['validation_format']:.1%}"
         )
 
     def _check(self, last: dict[str, float], bad_in_a_row: int) -> None:
@@ -213,7 +214,8 @@ class _Run:
             self.store.close()
             raise SamplerMismatch(
                 f"KL(sampler || trainer) is {last['mismatch_kl']:.2e} nats a token, above config.max_mismatch_kl="
-                f"{self.config.max_mismatch_kl:g}. Use one dtype for both, or raise the limit if the cache is quantised."
+                f"{self.config.max_mismatch_kl:g}. Use one dtype for both, or raise the limit "
+                "if the cache is quantised."
             )
         if bad_in_a_row >= self.config.max_bad_steps:
             self.store.close()

@@ -1,4 +1,4 @@
-"""A trajectory is token ids, never text: what was said, by whom, how likely the sampler thought it, and what it earned."""
+"""A trajectory is token ids, never text: what was said, by whom, how likely it was, and what it earned."""
 
 # B rows, T tokens
 

@@ -39,6 +39,16 @@ def score_math(problem: Problem, answer: str) -> float:
     return float(verify(gold, given, timeout_seconds=None))
 
 
+def _import_tasks() -> None:
+    import reasoning_gym  # noqa: F401
+
+
+def _import_math() -> None:
+    import math_verify  # noqa: F401
+
+
+# Imports take seconds; a worker does them before it says that it is ready, outside any answer's time.
+PREPARE: dict[Callable, Callable[[], None]] = {score_task: _import_tasks, score_math: _import_math}
 SCORERS: dict[str, Callable[[Problem, str], float]] = {"task": score_task, "math": score_math}
 
 
@@ -125,6 +135,7 @@ class _Worker:
 
 
 def _serve(pipe: multiprocessing.connection.Connection, scorer: Callable[[Problem, str], float]) -> None:
+    PREPARE.get(scorer, lambda: None)()
     pipe.send("ready")
     while True:
         try:

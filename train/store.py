@@ -57,7 +57,9 @@ class StateStore:
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """Start writing; `progress` (JSON-able) is what else a resumed run must know."""
         rest = _all_but_params(state)
-        self._checkpoints.save(step, self._cfg, state.params, rest, {"step": step} | progress, self._tokenizer_files)
+        self._checkpoints.save(
+            step, self._cfg, state.params, rest, {"step": step} | progress, self._tokenizer_files
+        )
 
     def close(self) -> None:
         self._checkpoints.close()

@@ -133,7 +133,9 @@ class _Run:
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, workdir)
         rules = self.config.sharding
-        self.store = StateStore(workdir, self.config.checkpoint, setup.cfg, setup.tokenizer, setup.mesh, rules)
+        self.store = StateStore(
+            workdir, self.config.checkpoint, setup.cfg, setup.tokenizer, setup.mesh, rules
+        )
         self.state, progress = self.store.restore_or_init(setup.initial_params, setup.optimizer)
         self.examples = progress.get("examples", 0)
         step = make_train_step(setup.objective, setup.optimizer, self.config.microbatches, rules)

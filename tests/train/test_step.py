@@ -30,9 +30,13 @@ def packed_batch(rows=8, length=16, seed=0):
         positions[row, :first], positions[row, first:end] = np.arange(first), np.arange(end - first)
     weights = ((segments > 0) & (rng.random((rows, length)) < 0.7)).astype(np.float32)
     targets, tokens = tokens[:, 1:], tokens[:, :-1]
-    return dict(
-        tokens=tokens, targets=targets, loss_weights=weights, segment_ids=segments, positions=positions
-    )
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "loss_weights": weights,
+        "segment_ids": segments,
+        "positions": positions,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def test_microbatches_change_neither_loss_nor_gradient(params, reference, microb
     "axes", [{"data": 8}, {"fsdp": 8}, {"tensor": 2, "data": 1}, {"fsdp": 2, "tensor": 2}]
 )
 def test_eight_devices_give_the_gradient_of_one(params, reference, axes):
-    count = int(np.prod([n for n in axes.values()]))
+    count = int(np.prod(list(axes.values())))
     mesh = make_mesh(MeshSpec(**{"data": 1} | axes), jax.devices()[:count])
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(CFG, mesh, RULES))
