@@ -79,8 +79,8 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
     for tensor in table:
         stored = file.tensors[tensor.name]
         values = dequantize(file.raw(tensor.name), stored.type, stored.shape)
-        if architecture in ROTATED_PAIRS and tensor.path[-1] in ("q", "k", "q_bias", "k_bias"):
-            values = pairs_to_halves(values, _heads(cfg, tensor))
+        if architecture in ROTATED_PAIRS and (heads := heads_of(cfg, tensor)):
+            values = pairs_to_halves(values, heads)
         params[tensor.path] = tensor.to_ours(values).astype(jnp.dtype(cfg.param_dtype), copy=False)
     return cfg, unflatten(params)
 
@@ -97,9 +97,11 @@ def halves_to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 
-def _heads(cfg: ModelConfig, tensor: Tensor) -> int:
+def heads_of(cfg: ModelConfig, tensor: Tensor) -> int:
+    """The heads of a tensor that makes what is rotated (queries, keys); 0 for any other."""
     mixer = cfg.blocks[0].mixer
-    return mixer.num_heads if tensor.path[-1].startswith("q") else mixer.num_kv_heads
+    heads = {"q": mixer.num_heads, "k": mixer.num_kv_heads}
+    return heads.get(tensor.path[-1].removesuffix("_bias"), 0)
 
 
 def _config(file: GGUFFile) -> ModelConfig:

@@ -79,9 +79,9 @@ def save(
 
         huggingface.save(path, cfg, params, tokenizer or {})
     elif format == "gguf":
-        from model import gguf
+        from model import gguf_write
 
-        gguf.save(path, cfg, params, tokenizer or {})
+        gguf_write.save(path, cfg, params, tokenizer or {})
     else:
         raise ValueError(f"format={format!r} is not one of native, huggingface, gguf.")
 
