@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,4 +30,10 @@ def main(config: CorpusConfig, workdir: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(configs.run(main, CorpusConfig, description=DESCRIPTION))
+    code = configs.run(main, CorpusConfig, description=DESCRIPTION)
+    sys.stdout.flush()
+    if code == 130:
+        os._exit(
+            code
+        )  # daft's threads are still in a stage; taking Python away under them aborts with a core dump
+    sys.exit(code)
