@@ -8,7 +8,9 @@ from dataclasses import field
 from typing import Any, Literal
 
 from data.tasks import INSTRUCTION
+from model import ShardingRules
 from serve.engine_config import EngineConfig
+from train.config import MeshSpec
 
 
 def _check_positive(**values: int | None) -> None:
@@ -93,6 +95,8 @@ class EvalConfig:
     text: TextEval = TextEval()
     engine: EngineConfig = EngineConfig(max_rows=16)  # generates the answers
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; default: as stored
+    mesh: MeshSpec = MeshSpec(data=1)  # "tensor" splits a model that is too large for one device
+    sharding: ShardingRules = ShardingRules()
     samples: int = 5  # answers a task that the results show; samples.jsonl keeps all of them
 
     def __post_init__(self):
