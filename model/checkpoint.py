@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ def load_native(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings
     )
     return cfg, ocp.load_checkpointables(Path(path).absolute(), {"params": abstract})["params"]
+
+
+def stored_arrays(path: str | Path) -> list[tuple[str, int]]:
+    """(dtype, bytes) of each parameter of a checkpoint; reads no weights."""
+    leaves = jax.tree.leaves(ocp.metadata(Path(path).absolute(), "params").metadata)
+    return [(str(leaf.dtype), math.prod(leaf.shape) * leaf.dtype.itemsize) for leaf in leaves]
 
 
 def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def _byte_level_bpe(saved: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     if style not in PRETOKENIZERS:
         raise ValueError(
             f"GGUF has no name for this tokenizer's pre-tokenizer {style}, so its ids would come out wrong. Known: "
-            f"{', '.join(PRETOKENIZERS.values())}. Save in another format."
+            f"{', '.join(PRETOKENIZERS.values())}. Save in another format, or train the tokenizer "
+            "with digits=1 or 3."
         )
     vocabulary = dict(model["vocab"])
     kinds = dict.fromkeys(vocabulary, NORMAL)

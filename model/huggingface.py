@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The model of a folder's config.json; its dtype is also that of the computation.
+    """The model of a folder's config.json (or of that file itself); its dtype is also that of the computation.
 
     Raises ValueError for a family or a setting that is not supported.
     """
@@ -58,13 +58,13 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     family, cfg = _read_config(folder)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
-    table, stored = tensor_table(cfg, family.names), _read_headers(folder)
+    table, stored = tensor_table(cfg, family.names), read_headers(folder)
     _check_tensors(folder, cfg, family, table, stored)
     params = {}
     for tensor in table:
         values = tensor.to_ours(stored[tensor.name].read())
         params[tensor.path] = values if dtype is None else values.astype(jnp.dtype(dtype))
-    return cfg, unflatten(params)
+    return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
 
 
 def save(
@@ -104,7 +104,7 @@ def save(
 
 
 def _read_config(folder: Path) -> tuple[LlamaFamily, ModelConfig]:
-    path = folder / "config.json"
+    path = folder / "config.json" if folder.is_dir() else folder
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -124,7 +124,7 @@ def _read_config(folder: Path) -> tuple[LlamaFamily, ModelConfig]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder, of one file or of the shards that the index names."""
     if (folder / WEIGHTS).is_file():
         return safetensors_file.read_header(folder / WEIGHTS)

@@ -1,0 +1,87 @@
+"""`python -m model describe PATH` and `python -m model convert SRC DST`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+PATH_HELP = "run folder, checkpoint, Hugging Face folder or GGUF file"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # before jax is imported: neither command needs an accelerator
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m model", description="Look at models and convert them.")
+    commands = parser.add_subparsers(required=True, metavar="{describe,convert}")
+
+    describe = commands.add_parser(
+        "describe",
+        help="print every weight group with its shape, share and task",
+        description="Prints every weight group of a model with shape, parameters, share and what it does (equal "
+        "blocks folded into one), then bytes, flops a token and the size of the cache. Reads no weights.",
+    )
+    describe.add_argument("path", help=PATH_HELP + "; or a config alone: config.json, a folder with it")
+    describe.add_argument("--batch", type=int, default=1, help="rows of the cache (default 1)")
+    describe.add_argument("--context", type=int, help="tokens a row (default: the model's longest)")
+    describe.set_defaults(run=_describe)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a model in another format, with its tokenizer and chat template",
+        description="Writes a model in another format, with its tokenizer and chat template.",
+    )
+    convert.add_argument("source", metavar="SRC", help=PATH_HELP)
+    convert.add_argument("destination", metavar="DST", help="folder or .gguf file to make")
+    convert.add_argument(
+        "--format",
+        choices=("huggingface", "native", "gguf"),
+        help="default: gguf when DST ends in .gguf, else huggingface",
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the parameters (default: as stored; quantized ones become float32)",
+    )
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from model.describe import describe
+
+    print(describe(options.path, options.batch, options.context))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from model.convert import convert
+
+    written = convert(options.source, options.destination, options.format, options.dtype, _gguf_tokenizer)
+    print(f"{options.destination}: written as {written}.")
+    return 0
+
+
+def _gguf_tokenizer(path: Path) -> dict[str, bytes]:
+    # The library in this folder knows nothing of data/; a command may use both, as any caller of the two may.
+    from data import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer(path).save(folder)
+        return {item.name: item.read_bytes() for item in Path(folder).iterdir()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""A model from one format to another, tokenizer and chat template along with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.paths import resolve_model
+from configs.typed import ConfigError
+from model import storage
+
+FORMATS = ("huggingface", "native", "gguf")
+
+# What of a Hugging Face folder belongs to the tokenizer and to generation.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+Files = dict[str, bytes]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    format: storage.Format | None = None,
+    dtype: str | None = None,
+    gguf_tokenizer: Callable[[Path], Files] | None = None,
+) -> storage.Format:
+    """Read the model at `source` and write it at `destination`.
+
+    Args:
+      format: default: gguf for a name that ends so, else huggingface.
+      dtype: of parameters and computation; default: as stored (quantized: float32).
+      gguf_tokenizer: gives the tokenizer in a GGUF file as files of a Hugging Face folder, e.g. by way of
+        `data.load_tokenizer(path).save(folder)`; needed only from GGUF to another format.
+
+    Returns:
+      the format that was written.
+
+    Raises:
+      ValueError: a model that the format can't hold, or a destination that is not empty.
+    """
+    destination = Path(destination).expanduser()
+    if format is None:
+        format = "gguf" if destination.suffix == ".gguf" else "huggingface"
+    if format == "gguf" and destination.suffix != ".gguf":
+        raise ConfigError(f"{destination}: a GGUF model is one file; give it a name that ends in .gguf.")
+    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
+        raise ConfigError(f"{destination}: is there already. Remove it, or give another path.")
+    tokenizer = tokenizer_files(source, gguf_tokenizer)
+    cfg, params = storage.load(source, dtype=dtype)
+    if dtype is not None:
+        cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
+    storage.save(destination, cfg, params, format, tokenizer=tokenizer)
+    return format
+
+
+def tokenizer_files(source: str | Path, gguf_tokenizer: Callable[[Path], Files] | None) -> Files:
+    """The tokenizer's files of a model, by name; {} for a model without one."""
+    found = resolve_model(source)
+    if found.tokenizer is None:
+        return {}
+    if found.kind == "gguf":
+        if gguf_tokenizer is None:
+            raise ValueError(
+                f"{source}: the tokenizer is inside the GGUF file; give `gguf_tokenizer` to read it."
+            )
+        return gguf_tokenizer(found.tokenizer)
+    if found.kind == "native":
+        folder = found.tokenizer
+        return {
+            str(item.relative_to(folder)): item.read_bytes() for item in folder.rglob("*") if item.is_file()
+        }
+    files = {name: found.tokenizer / name for name in TOKENIZER_FILES}
+    contents = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    if "generation_config.json" not in contents:  # older folders say only in config.json where a text ends
+        config = json.loads((found.weights / "config.json").read_text(encoding="utf-8"))
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        contents["generation_config.json"] = json.dumps(ids).encode()
+    return contents
