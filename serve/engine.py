@@ -82,6 +82,31 @@ class Engine:
         Raises:
           RequestError: a token outside the vocabulary, a prompt or max_tokens beyond max_length, an id in use.
         """
+        limit, stop_ids = self.check(request)
+        sampling = request.sampling
+        stream = None
+        if request.detokenize or sampling.stop:
+            stream = TextStream(self.tokenizer, sampling.stop, request.continuation)
+        number = self._number
+        id = request.id if request.id is not None else f"request-{number}"
+        if id in self._answers:
+            raise RequestError("id", f"a request with id {id!r:.100} is being served; ids must differ.")
+        self._number += 1
+        if sampling.seed is None:
+            seed = np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)
+            sampling = dataclasses.replace(sampling, seed=int(seed[0]))
+            request = dataclasses.replace(request, sampling=sampling)
+        answer = Answer(request, id, number, limit, stop_ids, stream)
+        self._answers[id] = answer
+        self._scheduler.add(answer)
+        self._prompt_tokens += len(request.prompt)
+        return id
+
+    def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
+        """Whether this engine can serve the request: (most new tokens, stop ids) or RequestError.
+
+        Reads only what never changes, so any thread may call it.
+        """
         prompt, sampling = request.prompt, request.sampling
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= self.vocab_size:
@@ -101,27 +126,11 @@ class Engine:
             raise RequestError(
                 "stop_token_ids", f"stop_token_ids={stop_ids} must lie in 0 to {self.vocab_size - 1}."
             )
-        stream = None
-        if request.detokenize or sampling.stop:
-            if self.tokenizer is None:
-                raise RequestError(
-                    "stop", "this engine has no tokenizer: neither stop strings nor text can be had."
-                )
-            stream = TextStream(self.tokenizer, sampling.stop, request.continuation)
-        number = self._number
-        id = request.id if request.id is not None else f"request-{number}"
-        if id in self._answers:
-            raise RequestError("id", f"a request with id {id!r:.100} is being served; ids must differ.")
-        self._number += 1
-        if sampling.seed is None:
-            seed = np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)
-            sampling = dataclasses.replace(sampling, seed=int(seed[0]))
-            request = dataclasses.replace(request, sampling=sampling)
-        answer = Answer(request, id, number, limit, stop_ids, stream)
-        self._answers[id] = answer
-        self._scheduler.add(answer)
-        self._prompt_tokens += len(prompt)
-        return id
+        if self.tokenizer is None and (request.detokenize or sampling.stop):
+            raise RequestError(
+                "stop", "this engine has no tokenizer: neither stop strings nor text can be had."
+            )
+        return limit, stop_ids
 
     def step(self) -> list[Output]:
         """One round: admit, one chunk of prefill, then decode. Returns an output for each request that has news."""

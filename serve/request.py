@@ -183,6 +183,10 @@ class Output:
         return self.finish_reason is not None
 
     @property
+    def num_tokens(self) -> int:
+        return self._stop
+
+    @property
     def new_tokens(self) -> list[int]:
         return self._answer.tokens[self._start : self._stop]
 

@@ -40,8 +40,8 @@ def make_engine(cfg, params, tokenizer):
     from serve import Engine
 
     def make(params=params, **options):
-        sizes = dict(max_rows=4, page_size=4, num_pages=24, prefill_chunk=16, decode_steps=5)
-        buckets = dict(row_buckets=(1, 4), chunk_buckets=(16,), context_buckets=(24, 64))
+        sizes = {"max_rows": 4, "page_size": 4, "num_pages": 24, "prefill_chunk": 16, "decode_steps": 5}
+        buckets = {"row_buckets": (1, 4), "chunk_buckets": (16,), "context_buckets": (24, 64)}
         return Engine(cfg, params, tokenizer, **(sizes | buckets | options))
 
     return make

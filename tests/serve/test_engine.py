@@ -11,12 +11,12 @@ from model.sharding import ShardingRules, named_sharding
 from serve import CompilationAfterWarmup, Request, SamplingParams
 
 PARAMS = [
-    dict(temperature=0.0),
-    dict(temperature=1.0, seed=1),
-    dict(temperature=0.7, top_k=5, seed=2**63 + 5),
-    dict(temperature=1.3, top_p=0.8, seed=3),
-    dict(temperature=1.0, min_p=0.2, seed=4),
-    dict(temperature=0.9, top_k=50, top_p=0.9, min_p=0.01, seed=5),
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "top_k": 5, "seed": 2**63 + 5},
+    {"temperature": 1.3, "top_p": 0.8, "seed": 3},
+    {"temperature": 1.0, "min_p": 0.2, "seed": 4},
+    {"temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 5},
 ]
 
 
@@ -151,7 +151,7 @@ def test_seeds_reproduce_and_other_seeds_differ(make_engine):
 
 def test_stop_tokens_end_an_answer_and_are_kept(engine, tokenizer):
     [prompt] = prompts(1)
-    greedy = dict(temperature=0, max_tokens=20)
+    greedy = {"temperature": 0, "max_tokens": 20}
     [free] = engine.generate([Request(prompt, SamplingParams(**greedy, ignore_eos=True))])
     stop = next(t for t in free.tokens[3:] if free.tokens.index(t) >= 3)
     [out] = engine.generate(
@@ -185,7 +185,7 @@ def test_the_tokenizers_stop_ids_end_an_answer_unless_ignored(engine, params, to
 @pytest.mark.parametrize("start,length", [(0, 1), (3, 2), (7, 3), (9, 4)])
 def test_a_stop_string_ends_the_text_before_it_and_the_tokens_with_it(engine, tokenizer, start, length):
     prompt = tokenizer.encode("What is")
-    params = dict(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True)
+    params = {"temperature": 1.0, "seed": 11, "max_tokens": 40, "ignore_eos": True}
     [free] = engine.generate([Request(prompt, SamplingParams(**params), detokenize=True)])
     # Half a character is replaced only once the next token shows that it stays half, so such are left out.
     pieces = [free.text[i : i + length] for i in range(start, len(free.text) - length)]
@@ -302,7 +302,7 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(make_engine, par
 def test_the_engine_runs_where_its_parameters_are(make_engine, alone, params, cfg):
     batch = requests(5)
     expected = [alone(request).tokens for request in batch]
-    fewest = dict(row_buckets=(), context_buckets=())
+    fewest = {"row_buckets": (), "context_buckets": ()}
     third = make_engine(jax.device_put(params, jax.devices()[3]), **fewest)
     assert [out.tokens for out in third.generate(batch)] == expected
     assert jax.tree.leaves(third._programs.pages)[0].devices() == {jax.devices()[3]}

@@ -92,11 +92,11 @@ def test_numpy_prompts_are_taken():
 @pytest.mark.parametrize(
     "options,words",
     [
-        (dict(max_rows=0), "max_rows=0"),
-        (dict(max_length=1), "max_length=1"),
-        (dict(num_pages=3), "num_pages=3 .* give num_pages >= 16|num_pages=3 .* Give num_pages >= 16"),
-        (dict(row_buckets=(0,)), "row_buckets=0"),
-        (dict(decode_steps=True), "decode_steps=True"),
+        ({"max_rows": 0}, "max_rows=0"),
+        ({"max_length": 1}, "max_length=1"),
+        ({"num_pages": 3}, "num_pages=3 .* give num_pages >= 16|num_pages=3 .* Give num_pages >= 16"),
+        ({"row_buckets": (0,)}, "row_buckets=0"),
+        ({"decode_steps": True}, "decode_steps=True"),
     ],
 )
 def test_sizes_that_can_not_be_are_refused(cfg, options, words):

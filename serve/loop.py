@@ -1,0 +1,156 @@
+"""The engine in a thread of its own, and tickets with which coroutines wait for its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from serve.engine import Engine
+from serve.request import Output, Request
+
+log = logging.getLogger("crucible.serve")
+
+
+class Overloaded(Exception):
+    """More requests are under way than the server takes."""
+
+
+class EngineFailed(Exception):
+    """The request was lost to a failure of the engine."""
+
+
+class Ticket:
+    """One request under way; `next` waits for its news."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.done = False
+        self._news: asyncio.Queue[Output | Exception] = asyncio.Queue()
+
+    def put(self, news: Output | Exception) -> None:
+        self._news.put_nowait(news)
+
+    async def next(self) -> Output:
+        """The next output. EngineFailed when there will be none, or it says "error"."""
+        news = await self._news.get()
+        if isinstance(news, Exception):
+            raise news
+        if news.finish_reason == "error":
+            raise EngineFailed(news.error or "the engine failed")
+        return news
+
+
+class EngineLoop:
+    """Steps the engine while there is work. All methods but the thread's own are called on the event loop."""
+
+    def __init__(self, engine: Engine, max_waiting: int, on_output: Callable[[Output], None] | None = None):
+        self.engine = engine
+        self.capacity = engine.config.max_rows + max_waiting
+        self.failed: str | None = None  # why the thread has ended, when it should not have
+        self._on_output = on_output
+        self._tickets: dict[str, Ticket] = {}
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._event_loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after the step it is in; requests still under way are dropped."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def submit(self, requests: Sequence[Request]) -> list[Ticket]:
+        """Hand requests (with ids, and checked by `Engine.check`) to the engine, all or none.
+
+        Raises:
+          Overloaded: they would be more than max_rows + max_waiting.
+          EngineFailed: the engine's thread has ended.
+        """
+        if self.failed is not None:
+            raise EngineFailed(self.failed)
+        if len(self._tickets) + len(requests) > self.capacity:
+            raise Overloaded(f"{len(self._tickets)} requests are under way and {self.capacity} are the most.")
+        tickets = [Ticket(request) for request in requests]
+        for ticket in tickets:
+            self._tickets[ticket.request.id] = ticket
+        self._command(lambda: [self._submit(request) for request in requests])
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop a request whose news nobody will read any more; nothing when it has finished."""
+        if not ticket.done:
+            self._command(lambda: self.engine.cancel(ticket.request.id))
+
+    @property
+    def under_way(self) -> int:
+        return len(self._tickets)
+
+    def _command(self, command: Callable[[], object]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._commands or self._stopping or self.engine.has_work)
+                    commands, self._commands = self._commands, collections.deque()
+                    if self._stopping:
+                        return
+                for command in commands:
+                    command()
+                self._send(self._step())
+        except BaseException as error:
+            log.exception("the engine's thread ended")
+            self.failed = f"the engine's thread ended: {type(error).__name__}: {error}"
+            self._event_loop.call_soon_threadsafe(self._fail_all, EngineFailed(self.failed))
+
+    def _step(self) -> list[Output]:
+        try:
+            return self.engine.step()
+        except Exception as error:
+            log.exception("a step of the engine failed; the requests under way are given up")
+            return self.engine.abort(f"a step of the engine failed: {type(error).__name__}: {error}"[:500])
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self.engine.submit(request)
+        except Exception as error:
+            log.exception("request %s was refused after it had been checked", request.id)
+            self._event_loop.call_soon_threadsafe(self._fail, request.id, EngineFailed(str(error)))
+
+    def _send(self, outputs: list[Output]) -> None:
+        if outputs:
+            self._event_loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for out in outputs:
+            ticket = self._tickets.get(out.id)
+            if ticket is None:
+                continue
+            if out.finished:
+                ticket.done = True
+                del self._tickets[out.id]
+            ticket.put(out)
+            if self._on_output is not None:
+                self._on_output(out)
+
+    def _fail(self, id: str, error: Exception) -> None:
+        ticket = self._tickets.pop(id, None)
+        if ticket is not None:
+            ticket.done = True
+            ticket.put(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for id in list(self._tickets):
+            self._fail(id, error)
