@@ -76,7 +76,8 @@ class LMEval:
     batch_tokens: int = 8192  # most tokens, padding included, that one forward pass computes
     seed: int = 0  # of the choice of few-shot examples
     bootstrap: int = 1000  # resamples for the standard error of metrics that have no formula
-    allow_code: bool = False  # run tasks that execute what the model wrote, and task files' own code
+    add_bos: bool = True  # begin text with the tokenizer's bos, as pretraining documents do
+    allow_code: bool = False  # run tasks that execute the code that the model wrote
 
     def __post_init__(self):
         _check_positive(limit=self.limit, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens)

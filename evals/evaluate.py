@@ -38,6 +38,7 @@ from serve import Engine
 from train.mesh import make_mesh, param_shardings
 
 _CODE_VERSION = 1  # raise it when a measurement gives other numbers for the same model and config
+_SHORTEST_ENGINE = 256  # tokens of prompt and answer
 _SAMPLE_CHARS = 2000  # of each text in the samples of results.json; samples.jsonl has all
 
 Log = Callable[[str], None]
@@ -61,6 +62,7 @@ class Subject:
         self.tokenizer = data.load_tokenizer(config.model)
         stored = model.load_config(config.model)
         self.cfg = stored if config.dtype is None else stored.replace(dtype=config.dtype)
+        self._engine: Engine | None = None
 
     @functools.cached_property
     def params(self) -> model.function.Params:
@@ -70,12 +72,26 @@ class Subject:
         shardings = param_shardings(self.cfg, mesh, self.config.sharding) if mesh.size > 1 else None
         return model.load(self.config.model, cfg=self.cfg, shardings=shardings)[1]
 
-    @functools.cached_property
-    def engine(self) -> Engine:
-        try:
-            return Engine(self.cfg, self.params, self.tokenizer, self.config.engine)
-        except ValueError as error:
-            raise configs.ConfigError(f"config.engine: {error}") from error
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.config.engine.max_length or self.cfg.max_length
+
+    def engine_for(self, length: int) -> Engine:
+        """An engine for prompts and answers of `length` tokens together: with no longer a cache than that
+        takes, unless config.engine.max_length says how long. Longer ones than the model's context get
+        that."""
+        if self._engine is None or self._engine.config.max_length < min(length, self.context):
+            rounded = max(_SHORTEST_ENGINE, 1 << (length - 1).bit_length())
+            sizes = dataclasses.replace(
+                self.config.engine, max_length=self.config.engine.max_length or min(rounded, self.context)
+            )
+            self._engine = None  # its cache goes before the new one comes
+            try:
+                self._engine = Engine(self.cfg, self.params, self.tokenizer, sizes)
+            except ValueError as error:
+                raise configs.ConfigError(f"config.engine: {error}") from error
+        return self._engine
 
     def scorer(self, context: int | None, batch_tokens: int) -> Scorer:
         vocab_size = self.tokenizer.vocab_size
@@ -162,15 +178,17 @@ def _measure_text(name: str, path: str, subject: Subject) -> PartResult:
 
 
 def _measure_task(task: TaskEval, subject: Subject) -> PartResult:
-    return exact_match(task, subject.engine, subject.tokenizer, ProgressLine(task.title, "problems"))
+    return exact_match(task, subject.engine_for, subject.tokenizer, ProgressLine(task.title, "problems"))
 
 
 def _measure_lm_eval(subject: Subject) -> PartResult:
+    from evals.lm_eval_model import CrucibleLM
     from evals.lm_eval_tasks import run_lm_eval
 
     spec = subject.config.lm_eval
-    scorer = subject.scorer(subject.engine.config.max_length, spec.batch_tokens)
-    return run_lm_eval(spec, scorer, subject.engine, subject.tokenizer, subject.config.model)
+    scorer = subject.scorer(subject.context, spec.batch_tokens)
+    lm = CrucibleLM(scorer, subject.engine_for, subject.tokenizer, spec, name=subject.config.model)
+    return run_lm_eval(spec, lm)
 
 
 def _save_part(path: Path, part: Part, result: PartResult, seconds: float) -> None:

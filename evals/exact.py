@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,13 @@ from evals.results import PartResult, mean_row
 from evals.scoring import Progress
 from serve import Engine, Output, Request, RequestError, SamplingParams
 
+EngineFor = Callable[
+    [int], Engine
+]  # an engine for prompts and answers of so many tokens together, or for fewer
+
 
 def exact_match(
-    task: TaskEval, engine: Engine, tokenizer: Tokenizer, progress: Progress | None = None
+    task: TaskEval, engine_for: EngineFor, tokenizer: Tokenizer, progress: Progress | None = None
 ) -> PartResult:
     """Rows "accuracy" (the verifier gives 1) and "format" (the answer stands where it was asked for), an item
     a problem.
@@ -39,7 +44,7 @@ def exact_match(
         for ids, seed in zip(prompts, seeds, strict=True)
     ]
     try:
-        outputs = engine.generate(requests, progress)
+        outputs = engine_for(max(map(len, prompts)) + task.max_new_tokens).generate(requests, progress)
     except RequestError as error:
         raise ConfigError(f"config.tasks: {task.title}: {error}") from error
     items = [_item(problem, output) for problem, output in zip(problems, outputs, strict=True)]

@@ -44,7 +44,8 @@ def test_accuracy_and_format_are_those_of_known_answers(tokenizer):
     texts = [f"<answer>{problem.answer}</answer>" for problem in problems[:3]]  # right
     texts += ["<answer>nothing</answer>", f"{problems[4].answer}", "<answer>" + problems[5].answer]
     prompts = [tuple(prompt_ids(SPELL, problem, tokenizer)) for problem in problems]
-    result = exact_match(SPELL, Oracle(tokenizer, dict(zip(prompts, texts, strict=True))), tokenizer)
+    oracle = Oracle(tokenizer, dict(zip(prompts, texts, strict=True)))
+    result = exact_match(SPELL, lambda length: oracle, tokenizer)
     rows = {row.metric: row for row in result.rows}
     assert (rows["accuracy"].value, rows["accuracy"].n) == (0.5, 6)
     assert rows["accuracy"].stderr == pytest.approx((0.25 / 5) ** 0.5)
@@ -55,7 +56,7 @@ def test_accuracy_and_format_are_those_of_known_answers(tokenizer):
 def test_the_engines_answers_are_those_of_plain_greedy_generation(engine, cfg, params, tokenizer):
     from model.generate import generate as plain
 
-    result = exact_match(SPELL, engine, tokenizer)
+    result = exact_match(SPELL, lambda length: engine, tokenizer)
     problems = generate([Task(SPELL.name, SPELL.config)], SPELL.split, SPELL.problems, SPELL.seed)
     prompts = [prompt_ids(SPELL, problem, tokenizer) for problem in problems]
     wanted = plain(cfg, params, prompts, SPELL.max_new_tokens, stop_ids=tokenizer.eos_ids)
@@ -68,9 +69,9 @@ def test_the_engines_answers_are_those_of_plain_greedy_generation(engine, cfg, p
 
 def test_a_task_that_does_not_fit_or_is_unknown_is_a_config_error(engine, tokenizer):
     with pytest.raises(configs.ConfigError, match="spell_backward.*context"):
-        exact_match(dataclasses.replace(SPELL, max_new_tokens=1000), engine, tokenizer)
+        exact_match(dataclasses.replace(SPELL, max_new_tokens=1000), lambda length: engine, tokenizer)
     with pytest.raises(configs.ConfigError, match="nearest"):
-        exact_match(TaskEval("spell_backwards"), engine, tokenizer)
+        exact_match(TaskEval("spell_backwards"), lambda length: engine, tokenizer)
 
     class NoTemplate:
         def apply_chat_template(self, messages):
@@ -79,7 +80,7 @@ def test_a_task_that_does_not_fit_or_is_unknown_is_a_config_error(engine, tokeni
             raise ChatTemplateError("this tokenizer has no chat template")
 
     with pytest.raises(configs.ConfigError, match="prompt='text'"):
-        exact_match(SPELL, engine, NoTemplate())
+        exact_match(SPELL, lambda length: engine, NoTemplate())
 
 
 def test_two_tasks_of_one_name_need_labels():
