@@ -178,16 +178,26 @@ def _rope_scaling(
     if stored.shape != (head_dim // 2,):
         raise GGUFError(f"{file.path}: {ROPE_FACTORS!r} is {stored.shape}; wanted ({head_dim // 2},).")
     factors = dequantize(file.raw(ROPE_FACTORS), stored.type, stored.shape)
-    theta = metadata.number("rope.freq_base", 10_000.0)
+    if np.all(factors == 1):
+        return None
+    rope = Rope(metadata.number("rope.freq_base", 10_000.0))
     lengths = [1 << power for power in range(8, max_length.bit_length())]
-    for length in sorted(lengths, key=lambda length: length != 8192):
-        scaling = Llama3Scaling(float(factors.max()), 1.0, 4.0, length)
-        if np.allclose(rope_factors(Rope(theta, scaling), head_dim), factors, rtol=1e-4):
+    for length in sorted(lengths, key=lambda length: length != 8192):  # that of Llama 3.1 to 3.3 first
+        scaling = _scaling_with_effect(rope, factors, length)
+        if scaling and np.allclose(rope_factors(Rope(rope.theta, scaling), head_dim), factors, rtol=1e-4):
             return scaling
     raise GGUFError(
         f"{file.path}: {ROPE_FACTORS!r} is not the Llama 3 scaling (low 1, high 4, a power of two as original "
         f"length), the only one that is read; its factors go from {factors.min():g} to {factors.max():g}."
     )
+
+
+def _scaling_with_effect(rope: Rope, factors: np.ndarray, length: int) -> Llama3Scaling | None:
+    """The scaling with this original length that divides the lowest frequency as `factors` does."""
+    frequencies = rope.frequencies(2 * len(factors)).astype(np.float64)
+    kept = Llama3Scaling(np.inf, 1.0, 4.0, length).scale(frequencies)[-1] / frequencies[-1]
+    rest = 1 / float(factors[-1]) - kept
+    return Llama3Scaling(float(f"{(1 - kept) / rest:.5g}"), 1.0, 4.0, length) if 0 < rest < 1 - kept else None
 
 
 def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.paths import installed_file
-from model import decoder, init
+from model import decoder, param_shapes
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
@@ -17,19 +17,24 @@ def tiny(**changes):
     return decoder(61, 24, 3, 4, 2, 6, 40, **options)
 
 
-def noisy(params, seed=0):
-    """Parameters with every norm, bias and head off its initial value, so that none can be mistaken for absent."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
-    return jax.tree.unflatten(tree, [leaf + n.astype(leaf.dtype) for leaf, n in zip(leaves, noise)])
+def random_params(cfg, seed=0):
+    """Parameters from numpy, norms about 1 and biases about 0, none at its initial value."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        fan_in = {"o": leaf.shape[-2] * leaf.shape[-3] if leaf.ndim > 2 else 1}.get(path[-1].key, cfg.width)
+        scale = 0.3 if leaf.ndim < 2 or "bias" in path[-1].key else fan_in**-0.5
+        values = rng.normal(size=leaf.shape) * scale + ("norm" in jax.tree_util.keystr(path))
+        return jax.numpy.asarray(values.astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, param_shapes(cfg))
 
 
 @pytest.fixture(scope="session")
 def small():
     """(cfg, params) of a small model with grouped heads."""
     cfg = tiny()
-    return cfg, noisy(init(cfg, jax.random.key(0)))
+    return cfg, random_params(cfg)
 
 
 def random_tokens(cfg, shape, seed=0):
