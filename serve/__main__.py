@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -92,7 +93,9 @@ def _serve(options: argparse.Namespace) -> int:
     url = f"http://{shown}:{sock.getsockname()[1]}"
     key = "needs the API key" if api_key else "needs no key (set one with --api-key or CRUCIBLE_API_KEY)"
     ready = f"Ready. Chat with {name}: {url}\nOpenAI API: {url}/v1 ({key}). Ctrl-C stops."
-    make_server(make_app(engine, config), config, lambda: _say(ready)).run(sockets=[sock])
+    server = make_server(make_app(engine, config), config, lambda: _say(ready))
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then raises the signal again
+    server.run(sockets=[sock])
     _say("Stopped.")
     return 0
 
@@ -154,10 +157,10 @@ def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) 
     )
     config = dataclasses.replace(config, num_pages=_num_pages(cfg, config, options.kv_memory))
     rows = config.num_pages * config.page_size / length
+    size = config.num_pages * _page_bytes(cfg, config) / 2**30
     _say(
-        f"Cache: {config.num_pages} pages of {config.page_size} tokens, {config.num_pages * _page_bytes(cfg, config) / 2**30:.2f}"
-        f" GiB; {length} tokens of context, up to {config.max_rows} requests at once, {min(rows, config.max_rows):.1f} "
-        "of full length."
+        f"Cache: {size:.2f} GiB, {config.num_pages} pages of {config.page_size} tokens; up to {config.max_rows} "
+        f"requests at once, {min(rows, config.max_rows):.1f} of them with all {length} tokens of context"
     )
     return Engine(cfg, params, tokenizer, config)
 

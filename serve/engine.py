@@ -64,7 +64,8 @@ class Engine:
         self.vocab_size = cfg.vocab_size if tokenizer is None else tokenizer.vocab_size
         if self.vocab_size > cfg.vocab_size:
             raise ValueError(
-                f"the tokenizer has {self.vocab_size} tokens and the model {cfg.vocab_size}; they do not belong together."
+                f"the tokenizer has {self.vocab_size} tokens and the model {cfg.vocab_size}: "
+                "they do not belong together."
             )
         self._eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
         self._programs = Programs(cfg, params, self.config, self.vocab_size)

@@ -1,5 +1,8 @@
 """A tiny model, a tokenizer trained on a few sentences, and one compiled engine that the tests share."""
 
+import contextlib
+import threading
+
 import jax
 import pytest
 
@@ -61,3 +64,23 @@ def engine(shared_engine):
     yield shared_engine
     stats = shared_engine.stats
     assert (stats.running, stats.waiting, stats.pages_free) == (0, 0, stats.pages)
+
+
+@contextlib.contextmanager
+def serving(engine, **options):
+    """A server in a thread; gives its port."""
+    from serve.server import ServerConfig, bind, make_app, make_server
+
+    config = ServerConfig(**({"model_name": "tiny", "max_waiting": 8} | options))
+    sock = bind("127.0.0.1", 0)
+    ready = threading.Event()
+    server = make_server(make_app(engine, config), config, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield sock.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

@@ -11,28 +11,11 @@ import openai
 import pytest
 
 from serve import Request, SamplingParams
-from serve.server import ServerConfig, bind, make_app, make_server
+
+from .conftest import serving
 
 KEY = "sk-test-ключ"
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "What is two plus two?"}]}
-
-
-@contextlib.contextmanager
-def serving(engine, **options):
-    """A server in a thread; gives its port."""
-    config = ServerConfig(**({"model_name": "tiny", "max_waiting": 8} | options))
-    sock = bind("127.0.0.1", 0)
-    ready = threading.Event()
-    server = make_server(make_app(engine, config), config, ready.set)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    assert ready.wait(20)
-    try:
-        yield sock.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +341,8 @@ def test_slow_and_oversized_headers_and_slow_bodies_do_not_hold_a_connection(por
 def test_a_client_that_goes_away_frees_its_place_before_and_after_the_first_token(server):
     engine, port = server
     body = json.dumps(CHAT | {"max_tokens": 30, "stream": True, "n": 8, "ignore_eos": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     original, seen = engine.step, []
 
     def slow_step():

