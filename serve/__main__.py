@@ -78,7 +78,8 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from serve.server import ServerConfig, bind, make_app, make_server
+    from serve.connections import ServerConfig, bind, make_server
+    from serve.server import make_app
 
     path = model_path(options.model)
     sock = bind(options.host, options.port)  # first, so that a taken port is known before minutes of work

@@ -88,8 +88,7 @@ class Scheduler:
         behind = self.catching_up()
         if not behind:
             return None
-        first = min(behind[0].length - behind[0].cached, self.config.prefill_chunk)
-        C = bucket_of(first, self.config.chunk_buckets)
+        C = chunk_of(behind[0].length - behind[0].cached, self.config.chunk_buckets)
         answers = behind[: self.config.prefill_rows(C)[-1]]
         R = bucket_of(len(answers), self.config.row_buckets)
         counts = [min(answer.length - answer.cached, C) for answer in answers]
@@ -161,6 +160,14 @@ class Scheduler:
         return self._table.take(
             [answer.row for answer in answers], [answer.cached for answer in answers], R, P
         )
+
+
+def chunk_of(tokens: int, buckets: tuple[int, ...]) -> int:
+    """The chunk for so many tokens: the smallest bucket that holds them, or a smaller one when more than half of
+    that would be padding."""
+    fitting = bucket_of(min(tokens, buckets[-1]), buckets)
+    full = [bucket for bucket in buckets if bucket <= tokens]
+    return full[-1] if full and fitting > 2 * tokens else fitting
 
 
 class _RowTable:

@@ -69,7 +69,8 @@ def engine(shared_engine):
 @contextlib.contextmanager
 def serving(engine, **options):
     """A server in a thread; gives its port."""
-    from serve.server import ServerConfig, bind, make_app, make_server
+    from serve.connections import ServerConfig, bind, make_server
+    from serve.server import make_app
 
     config = ServerConfig(**({"model_name": "tiny", "max_waiting": 8} | options))
     sock = bind("127.0.0.1", 0)
