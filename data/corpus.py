@@ -5,8 +5,10 @@ on.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs.files import atomic_write, save
@@ -16,6 +18,7 @@ from data.curation import table as curation_table
 from data.load import load_tokenizer
 from data.shards import Dataset, hash_of
 from data.stages import Log
+from data.tasks import INSTRUCTION, TaskSpec, dialogue, generate
 from data.tokenize import tokenize_dataset
 from data.tokenizer import Tokenizer, read_json
 from data.tokenizer_training import TokenizerKind, train_tokenizer
@@ -29,6 +32,9 @@ class TokenizerConfig:
     vocab_size: int = 8192  # ids in all; special tokens and the 256 bytes are among them
     digits: int = 2  # numbers are cut into groups of up to so many digits (bpe)
     max_bytes: int | None = 256 << 20  # of text to train on; None: all of it
+    tasks: tuple[TaskSpec, ...] = ()  # reasoning-gym tasks whose dialogues are learned from too
+    task_problems: int = 1000  # how many of these dialogues, from the tasks' training split
+    instruction: str = INSTRUCTION  # follows each question in them
     path: str | None = None  # a tokenizer, model or run folder to use as it is, and train none
 
 
@@ -79,6 +85,12 @@ def build_corpus(config: CorpusConfig, workdir: str | os.PathLike, log: Log | No
     return Corpus(workdir, text, tokens, tokenizer)
 
 
+def _dialogue_texts(config: TokenizerConfig) -> Iterator[str]:
+    if config.tasks:
+        for problem in generate(config.tasks, "train", config.task_problems, seed=0):
+            yield from (message["content"] for message in dialogue(problem, config.instruction))
+
+
 def _tokenizer(config: TokenizerConfig, text: Dataset, workdir: Path, log: Log | None) -> Tokenizer:
     folder = workdir / "tokenizer"
     key = hash_of(to_dict(config), None if config.path else text.manifest["sha256"])
@@ -90,7 +102,7 @@ def _tokenizer(config: TokenizerConfig, text: Dataset, workdir: Path, log: Log |
     else:
         if log:
             log(f"tokenizer: training {config.vocab_size} ids ({config.kind})")
-        texts = (document["text"] for document in text)
+        texts = itertools.chain((document["text"] for document in text), _dialogue_texts(config))
         try:
             tokenizer = train_tokenizer(
                 config.kind, texts, config.vocab_size, digits=config.digits, max_bytes=config.max_bytes

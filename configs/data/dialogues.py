@@ -1,0 +1,8 @@
+"""Sums as dialogues and preferences: `python -m data.dialogues --config=configs/data/dialogues.py --workdir=runs/dialogues`."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    task = {"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}
+    return ConfigDict({"tokenizer": "runs/corpus", "tasks": (task,), "dialogues": 5000, "pairs": 2000})

@@ -1,0 +1,109 @@
+"""The whole life of a small model on two CPU cores in a quarter of an hour: `make demo`.
+
+Prose and code that lie on every Python machine, sums from reasoning-gym; nothing is downloaded.
+"""
+
+from ml_collections import ConfigDict
+
+SUMS = {
+    "name": "chain_sum",
+    "config": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+}
+INSTRUCTION = "Answer as <answer>...</answer>."
+
+
+def training(steps, peak_lr, **more):
+    return {
+        "steps": steps,
+        "log_every": 20,
+        "data": {"seq_len": 64, "batch_size": 32, "validation_batches": 4},
+        "optimizer": {"peak_lr": peak_lr, "warmup_steps": 30},
+        "checkpoint": {"every": 200, "keep": 1},
+        **more,
+    }
+
+
+def get_config():
+    pretrain = training(800, 6e-3, validate_every=200)
+    pretrain["model"] = {
+        "width": 128,
+        "layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "ffn_width": 384,
+        "max_length": 256,
+    }
+    pretrain["data"] = {"seq_len": 256, "batch_size": 8, "validation_batches": 8}
+    pretrain["samples"] = {
+        "every": 200,
+        "prompts": ("Return a copy of", "This module provides", "def __init__(self"),
+        "max_new_tokens": 40,
+    }
+    chat_samples = {"chat": True, "max_new_tokens": 16}
+    question = f"State the final answer to the following arithmetic problem: 3 + 4 =\n{INSTRUCTION}"
+    sft = training(800, 4e-3, samples=chat_samples | {"prompts": (question,)})
+    dpo = training(40, 3e-4, objective="dpo", samples=chat_samples | {"prompts": (question,)})
+    return ConfigDict(
+        {
+            "corpus": {
+                "curation": {
+                    "sources": (
+                        {"kind": "PythonStdlib", "code": False},
+                        {"kind": "PythonStdlib", "docstrings": False, "topics": False, "max_bytes": 600_000},
+                    ),
+                    "stages": (
+                        {"kind": "Normalise"},
+                        {"kind": "GopherQuality"},
+                        {"kind": "CodeQuality"},
+                        {"kind": "ExactDedup"},
+                        {"kind": "MinHashDedup"},
+                    ),
+                    "validation_fraction": 0.03,
+                    "test_fraction": 0.06,
+                },
+                "tokenizer": {
+                    "kind": "bpe",
+                    "vocab_size": 1024,
+                    "digits": 1,
+                    "tasks": (SUMS,),
+                    "task_problems": 2000,
+                    "instruction": INSTRUCTION,
+                },
+            },
+            "dialogues": {
+                "tasks": (SUMS,),
+                "instruction": INSTRUCTION,
+                "dialogues": 3000,
+                "pairs": 1500,
+                "validation": 100,
+            },
+            "pretrain": pretrain,
+            "sft": sft,
+            "dpo": dpo,
+            "rl": {
+                "tasks": (SUMS,),
+                "instruction": INSTRUCTION,
+                "problems": 3000,
+                "steps": 100,
+                "evaluate_every": 25,
+                "evaluate_problems": 200,
+                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 12, "seq_len": 64},
+                "optimizer": {"peak_lr": 1e-3, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
+                "checkpoint": {"every": 25, "keep": 1},
+            },
+            "evals": {
+                "tasks": (
+                    {
+                        **SUMS,
+                        "label": "sums",
+                        "problems": 300,
+                        "instruction": INSTRUCTION,
+                        "max_new_tokens": 12,
+                    },
+                ),
+                "engine": {"max_rows": 64},
+                "samples": 8,
+            },
+        }
+    )

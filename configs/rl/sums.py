@@ -1,0 +1,16 @@
+"""GRPO on sums with exact verifiers: give config.init_from (a model that answers in the asked format)."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    task = {"name": "chain_sum", "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}
+    return ConfigDict(
+        {
+            "init_from": "runs/chat",
+            "tasks": (task,),
+            "steps": 200,
+            "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 16, "seq_len": 128},
+            "optimizer": {"peak_lr": 2e-4, "warmup_steps": 10, "weight_decay": 0.0},
+        }
+    )

@@ -1,0 +1,217 @@
+"""RL: advantages and the objective are their formulas, sampler and trainer agree, a tiny policy learns and resumes."""
+
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import configs
+import data
+import model
+from data.tasks import Problem, TaskSpec, generate
+from model import decoder, init
+from model.checkpoint import save_native
+from rl.advantages import group_advantages, has_signal
+from rl.config import RLConfig
+from rl.loop import run
+from rl.objectives import grpo
+from rl.rollout import problems_of_step
+from rl.trajectory import Trajectory, batch_of
+from rl.verifiers import Verifiers, score_math
+from train.store import tokenizer_files
+
+CFG = decoder(64, 32, 2, 4, 2, 8, 48)
+
+
+def test_advantages_are_standardised_within_the_group():
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.5, 0.5], [1.0, 0.0, 0.0, 0.0]])
+    got = group_advantages(rewards)
+    np.testing.assert_allclose(got[0], np.array([1, -1, -1, 1]) * 0.5 / np.std(rewards[0], ddof=1), rtol=1e-4)
+    np.testing.assert_array_equal(got[1], 0.0)
+    np.testing.assert_allclose(got.mean(axis=1), 0.0, atol=1e-6)
+    np.testing.assert_allclose(group_advantages(rewards, normalise_std=False)[2], [0.75, -0.25, -0.25, -0.25])
+    np.testing.assert_array_equal(has_signal(rewards), [True, False, True])
+    np.testing.assert_array_equal(group_advantages(np.array([[3.0]])), 0.0)
+
+
+def trajectories(count=4, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        before, after = rng.integers(2, 5), rng.integers(1, 6)
+        tokens = rng.integers(0, 64, before + after).astype(np.int32)
+        mask = np.arange(before + after) >= before
+        made.append(
+            Trajectory(
+                tokens, np.where(mask, -rng.random(before + after), 0).astype(np.float32), mask, {}, 0, "stop"
+            )
+        )
+    return made
+
+
+def test_grpo_is_its_formula_token_by_token():
+    params, made = init(CFG, jax.random.key(0)), trajectories()
+    advantages = np.array([1.0, -2.0, 0.5, -1.0], np.float32)
+    loss, metrics = grpo(CFG, temperature=0.7, clip_low=0.1, clip_high=0.3)(
+        params, batch_of(made, advantages, 12, 5)
+    )
+    total = weight = kl = 0.0
+    for t, a in zip(made, advantages):
+        logits = np.asarray(model.apply(CFG, params, t.tokens[None]).logits[0], np.float64) / 0.7
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for i in np.flatnonzero(t.mask):
+            log_ratio = logprobs[i - 1, t.tokens[i]] - t.logprobs[i]
+            ratio = np.exp(log_ratio)
+            total -= min(ratio * a, np.clip(ratio, 0.9, 1.3) * a)
+            kl += ratio - 1 - log_ratio
+            weight += 1
+    assert float(loss.weight) == weight
+    assert float(loss.total) == pytest.approx(total, rel=1e-4)
+    assert float(metrics["mismatch_kl"].total) == pytest.approx(kl, rel=1e-3)
+
+
+def test_a_batch_refuses_what_does_not_fit():
+    made = trajectories()
+    with pytest.raises(ValueError, match="holds 3"):
+        batch_of(made, np.zeros(4), 2, 4)
+    with pytest.raises(ValueError, match="do not fit into 3 rows"):
+        batch_of(made, np.zeros(4), 12, 3)
+
+
+def test_problems_come_in_shuffled_epochs():
+    problems = list(range(10))
+    steps = [problems_of_step(problems, s, 4, seed=3) for s in range(5)]
+    flat = [p for step in steps for p in step]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == problems
+    assert flat[:10] != flat[10:]
+    assert steps[2] == problems_of_step(problems, 2, 4, seed=3)
+
+
+def slow_scorer(problem, answer):
+    if answer == "hang":
+        time.sleep(60)
+    if answer == "die":
+        os._exit(1)
+    if answer == "raise":
+        raise RuntimeError("a parser failed")
+    return 1.0 if answer == problem.answer else 0.0
+
+
+def test_a_verifier_that_hangs_dies_or_raises_scores_zero_and_the_others_are_kept():
+    problem = Problem("p", "t", "q", "yes")
+    answers = ["yes", "hang", "no", "die", "yes", None, "raise", "hang", "yes"]
+    with Verifiers(slow_scorer, workers=2, timeout=1.0) as verifiers:
+        verdicts = verifiers.score([problem] * len(answers), answers)
+    assert [v.value for v in verdicts] == [1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert [v.timed_out for v in verdicts] == [a == "hang" for a in answers]
+
+
+def test_math_is_compared_as_mathematics_and_a_bomb_is_killed():
+    problems = [Problem("p", "t", "q", gold) for gold in ("1/2", "\\frac{3}{4}", "7", "7")]
+    answers = ["0.5", "0.75", "8", "2003^{2002^{2001}}"]
+    with Verifiers(score_math, timeout=4.0) as verifiers:
+        assert [v.value for v in verifiers.score(problems, answers)] == [1, 1, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A fine-tuned toy: a policy that writes <answer>, a digit or two, </answer> about half of the time."""
+    from train.trainer import train
+
+    root = tmp_path_factory.mktemp("policy")
+    specs = (TaskSpec("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),)
+    problems = generate(specs, "train", 120, 0)
+    dialogues = [data.tasks.dialogue(p, "") for p in problems]
+    tokenizer = data.train_tokenizer("bpe", [m["content"] for d in dialogues * 20 for m in d], 280, digits=1)
+    tokenizer.save(root / "tokenizer")
+    data.write_chat_dataset(dialogues, tokenizer, root / "chat")
+    from train.config import TrainConfig
+
+    config = {
+        "tokenizer": str(root / "tokenizer"),
+        "steps": 60,
+        "model": {
+            "width": 32,
+            "layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 16,
+            "ffn_width": 64,
+        },
+        "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 48, "batch_size": 16},
+        "optimizer": {"peak_lr": 1e-2, "warmup_steps": 5},
+        "mesh": {"data": 8},
+    }
+    train(configs.build(TrainConfig, configs.overlay(TrainConfig, config)), root / "sft")
+    return root / "sft"
+
+
+def make_config(policy, **changes):
+    config = {
+        "init_from": str(policy),
+        "tasks": [
+            {
+                "name": "chain_sum",
+                "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+            }
+        ],
+        "instruction": "",
+        "problems": 100,
+        "evaluate_problems": 10,
+        "steps": 24,
+        "rollout": {"prompts": 8, "group": 8, "max_new_tokens": 10, "seq_len": 48},
+        "optimizer": {"peak_lr": 3e-3, "warmup_steps": 2},
+        "checkpoint": {"every": 5, "keep": 2},
+    } | changes
+    return configs.build(RLConfig, configs.overlay(RLConfig, config))
+
+
+@pytest.fixture(scope="module")
+def whole(policy, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run(make_config(policy), workdir)
+
+
+def rows_of(workdir, split="train"):
+    import json
+
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
+
+
+def test_sampler_and_trainer_agree_at_every_step(whole):
+    rows = rows_of(whole[0])
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    assert max(row["mismatch_kl"] for row in rows) < 1e-5
+    assert all(row["groups_dropped"] == 8 * (1 - row["groups_with_signal"]) for row in rows)
+
+
+def test_reward_goes_up(whole):
+    rewards = [row["reward"] for row in rows_of(whole[0])]
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05
+
+
+def test_rl_resumes_between_steps_bit_for_bit(policy, whole, tmp_path):
+    run(make_config(policy), tmp_path, stop_at=7)
+    final = run(make_config(policy), tmp_path)
+    assert final["step"] == 24
+    ours, theirs = (jax.tree.leaves(model.load(path)[1]) for path in (tmp_path, whole[0]))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_without_a_policy_or_with_too_long_prompts_says_so(policy, tmp_path):
+    with pytest.raises(ValueError, match="give config.init_from"):
+        run(configs.build(RLConfig, configs.overlay(RLConfig, {})), tmp_path)
+    rollout = {"prompts": 8, "group": 8, "max_new_tokens": 40, "seq_len": 48}
+    with pytest.raises(ValueError, match="Raise seq_len or lower max_new_tokens"):
+        run(make_config(policy, rollout=rollout), tmp_path / "long")
+
+
+def test_a_native_save_carries_its_tokenizer(policy, tmp_path):
+    cfg, params = model.load(policy)
+    tokenizer = data.load_tokenizer(policy)
+    save_native(tmp_path / "copy", cfg, params, tokenizer_files(tokenizer))
+    assert data.load_tokenizer(tmp_path / "copy").encode("7 + 5") == tokenizer.encode("7 + 5")

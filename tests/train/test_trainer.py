@@ -1,0 +1,195 @@
+"""The trainer end to end on a tiny task: it learns, resumes bit for bit, moves to another mesh, says what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import configs
+import data
+import model
+from data.shards import TokenRecord, write_dataset
+from train.config import TrainConfig
+from train.trainer import TrainingDiverged, train
+
+TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat sat on a mat"] * 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A tokenizer and a dataset of counting sequences: after n comes n + 1."""
+    root = tmp_path_factory.mktemp("corpus")
+    tokenizer = data.train_tokenizer("bpe", TEXTS, 264)
+    tokenizer.save(root / "tokenizer")
+    starts = np.random.default_rng(0).integers(5, 60, 200)
+    records = [TokenRecord(np.arange(s, s + 12, dtype=np.int32)) for s in starts]
+    write_dataset(root / "tokens", records, "tokens")
+    chosen_and_rejected = [
+        tuple(
+            TokenRecord(tokens, np.arange(8) >= 4)
+            for tokens in (np.arange(s, s + 8), np.arange(s + 8, s, -1))
+        )
+        for s in starts
+    ]
+    pairs = [
+        tuple(TokenRecord(r.tokens.astype(np.int32), r.mask) for r in pair) for pair in chosen_and_rejected
+    ]
+    write_dataset(root / "pairs", pairs, "preference")
+    return root
+
+
+def make_config(corpus, **changes):
+    base = {
+        "tokenizer": str(corpus / "tokenizer"),
+        "steps": 30,
+        "log_every": 5,
+        "model": {
+            "width": 32,
+            "layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 16,
+            "ffn_width": 48,
+        },
+        "data": {
+            "mixture": {str(corpus / "tokens"): 1.0},
+            "validation": {str(corpus / "tokens"): 1.0},
+            "seq_len": 24,
+            "batch_size": 8,
+            "validation_batches": 2,
+        },
+        "optimizer": {"peak_lr": 2e-2, "warmup_steps": 5},
+        "checkpoint": {"every": 10, "keep": 2},
+        "mesh": {"data": 1, "fsdp": 8},
+        "sharding": {"embed": [], "vocab": ["fsdp"]},
+    }
+    for key, value in changes.items():
+        base[key] = base.get(key, {}) | value if isinstance(value, dict) else value
+    return configs.build(TrainConfig, configs.overlay(TrainConfig, base))
+
+
+def leaves(path):
+    return [np.asarray(x) for x in jax.tree.leaves(model.load(path)[1])]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(make_config(corpus), workdir)
+
+
+def test_a_tiny_model_learns_to_count(uninterrupted):
+    workdir, final = uninterrupted
+    assert final["step"] == 30
+    assert final["validation_loss"] < 2.5 < np.log(320)  # of log(320) = 5.8 nats at the start
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["split"] == "train"] == [5, 10, 15, 20, 25, 30]
+    assert all(r["tokens_per_second"] > 0 and 0 < r["mfu"] for r in rows if r["split"] == "train")
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, uninterrupted, tmp_path):
+    train(make_config(corpus), tmp_path, stop_at=13)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["10", "13"]
+    final = train(make_config(corpus), tmp_path)
+    assert final["step"] == 30
+    for ours, theirs in zip(leaves(tmp_path), leaves(uninterrupted[0]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_run_goes_on_on_another_mesh(corpus, uninterrupted, tmp_path):
+    train(make_config(corpus), tmp_path, stop_at=20)
+    moved = {"data": 2, "fsdp": 2, "tensor": 2}
+    sharding = {"embed": ["fsdp"], "vocab": ["tensor"], "kv_heads": [], "act_kv_heads": []}
+    train(make_config(corpus, mesh=moved, sharding=sharding), tmp_path)
+    for ours, theirs in zip(leaves(tmp_path), leaves(uninterrupted[0]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4)
+
+
+def test_a_checkpoint_says_all_about_itself(corpus, uninterrupted):
+    workdir, _ = uninterrupted
+    cfg, params = model.load(workdir)
+    tokenizer = data.load_tokenizer(workdir)
+    assert tokenizer.encode("the cat") == data.load_tokenizer(corpus / "tokenizer").encode("the cat")
+    assert tokenizer.chat_template == data.load_tokenizer(corpus / "tokenizer").chat_template
+    tokens = np.arange(10, 20)[None]
+    guesses = np.asarray(model.apply(cfg, params, tokens).logits.argmax(-1))[0]
+    assert np.mean(guesses[2:] == np.arange(13, 21)) >= 0.75  # it counts
+
+
+def test_dpo_learns_to_prefer_the_chosen_answers(corpus, uninterrupted, tmp_path):
+    config = make_config(
+        corpus,
+        objective="dpo",
+        init_from=str(uninterrupted[0]),
+        steps=15,
+        data={
+            "mixture": {str(corpus / "pairs"): 1.0},
+            "validation": {str(corpus / "pairs"): 1.0},
+            "batch_size": 16,
+        },
+        optimizer={"peak_lr": 1e-3},
+        mesh={"data": 8, "fsdp": 1},
+        sharding={"vocab": []},
+    )
+    final = train(config, tmp_path)
+    assert final["validation_loss"] < 0.6 < np.log(2)
+    assert final["validation_accuracy"] > 0.8
+
+
+def test_a_run_that_stays_not_finite_stops_with_advice(corpus, tmp_path):
+    config = make_config(
+        corpus, optimizer={"peak_lr": 1e30, "warmup_steps": 0, "clip_norm": 0.0}, max_bad_steps=3
+    )
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .* Lower config.optimizer.peak_lr"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"batch_size": 12}}, r"batch_size=12 is not a multiple of 8 .* Use 8"),
+        ({"data": {"mixture": {}}}, "mixture is empty"),
+        ({"tokenizer": None}, "give config.tokenizer"),
+        ({"objective": "dpo", "data": {"batch_size": 16}}, "give config.init_from"),
+    ],
+)
+def test_what_does_not_fit_is_met_at_the_door(corpus, tmp_path, changes, said):
+    config = make_config(corpus, **changes)
+    if not changes.get("data", {"mixture": 1}).get("mixture", 1):
+        config = configs.build(
+            TrainConfig, configs.to_dict(config) | {"data": configs.to_dict(config.data) | {"mixture": {}}}
+        )
+    with pytest.raises(ValueError, match=said):
+        train(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_command_given_again_ends_like_one_that_was_not(corpus, uninterrupted, tmp_path, sent):
+    config = make_config(corpus, mesh={"data": 1, "fsdp": 1}, sharding={"vocab": []}, steps=400)
+    configs.save(config, tmp_path / "wanted.json")
+    workdir = tmp_path / "run"
+    command = [sys.executable, "-m", "train", f"--config={tmp_path / 'wanted.json'}", f"--workdir={workdir}"]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(workdir.glob("checkpoints/1?")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    out, _ = process.communicate(timeout=120)
+    if sent == signal.SIGTERM:
+        assert process.returncode == 0 and "the same command goes on" in out
+    out = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
+    assert out.returncode == 0, out.stderr
+    assert "going on from step" in out.stdout
+    assert json.loads((workdir / "result.json").read_text())["step"] == 400
