@@ -95,7 +95,9 @@ class EvalConfig:
     lm_eval: LMEval = LMEval()
     text: TextEval = TextEval()
     engine: EngineConfig = EngineConfig(max_rows=16)  # generates the answers
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; default: as stored
+    dtype: Literal["float32", "bfloat16"] | None = (
+        None  # of the computation; default: float32 on CPU, else as stored
+    )
     mesh: MeshSpec = MeshSpec(data=1)  # "tensor" splits a model that is too large for one device
     sharding: ShardingRules = ShardingRules()
     samples: int = 5  # answers a task that the results show; samples.jsonl keeps all of them

@@ -61,7 +61,7 @@ class Subject:
         self.config = config
         self.tokenizer = data.load_tokenizer(config.model)
         stored = model.load_config(config.model)
-        self.cfg = stored if config.dtype is None else stored.replace(dtype=config.dtype)
+        self.cfg = stored.replace(dtype=dtype_of(config) or stored.dtype)
         self._engine: Engine | None = None
 
     @functools.cached_property
@@ -124,7 +124,7 @@ def evaluate(config: EvalConfig, workdir: str | Path, log: Log = print) -> dict[
     subject: Subject | None = None
     finished: list[dict[str, Any]] = []
     for number, part in enumerate(parts, 1):
-        key = hash_of(_CODE_VERSION, part.kind, part.depends_on, identity, config.dtype)
+        key = hash_of(_CODE_VERSION, part.kind, part.depends_on, identity, dtype_of(config))
         path = workdir / "parts" / f"{key}.json"
         heading = f"[{number}/{len(parts)}] {part.name}"
         if path.exists():
@@ -158,6 +158,13 @@ def plan(config: EvalConfig) -> list[Part]:
         depends_on.append(importlib.metadata.version("lm_eval"))
         parts.append(Part("lm-eval", "lm_eval", depends_on, _measure_lm_eval))
     return parts
+
+
+def dtype_of(config: EvalConfig) -> str | None:
+    """Of the computation: what the config says, else float32 on CPU, which is slow in bfloat16; None: as
+    stored.
+    """
+    return config.dtype or ("float32" if jax.default_backend() == "cpu" else None)
 
 
 def model_state(found: ModelPath) -> list[Any]:

@@ -168,8 +168,8 @@ class CrucibleLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Text up to a stop string, an end token or the length. Repeats of a request are sampled differently, and
-        the same when everything is done again."""
+        """Text up to a stop string, an end token or the length. Repeats of a request are sampled differently,
+        and the same when everything is done again."""
         if not requests:
             return []
         prepared = [self._generation(*request.args, i) for i, request in enumerate(requests)]
