@@ -1,6 +1,6 @@
 """The compiled steps: a prefill of one chunk a row, and several decode steps in one loop.
 
-Each is compiled ahead of time for one shape of `EngineConfig.shapes`; after `seal` a shape that is not there yet is
+Each is compiled ahead of time for one shape of `EngineConfig.shapes`; after `warmup` a shape that is not there yet is
 an error, so that a server never stops to compile.
 """
 
@@ -8,7 +8,9 @@ an error, so that a server never stops to compile.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +28,7 @@ from serve.sampling import RowSampling, Sampled, sample
 
 # Compiled programs of this process. An engine that is made anew for the same model and sizes compiles nothing.
 _COMPILED: dict[tuple, Any] = {}
+_COMPILERS = 4  # threads of `warmup`; each compilation takes one core and some memory
 
 
 class CompilationAfterWarmup(RuntimeError):
@@ -73,12 +76,20 @@ class Programs:
         self.pages = self._program("clean", 1, 1, width)(self.pages, index_P)
 
     def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
-        """Compile every shape, then `seal`. `progress(done, all, seconds)` is called after each."""
+        """Compile every shape, several at once; after that none may be missing.
+
+        `progress(done, all, seconds)` is called after each.
+        """
         shapes, start = self._config.shapes(), time.monotonic()
-        for i, shape in enumerate(shapes):
-            self._program(*shape)
-            if progress is not None:
-                progress(i + 1, len(shapes), time.monotonic() - start)
+        pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS))
+        try:
+            futures = [pool.submit(self._program, *shape) for shape in shapes]
+            for i, future in enumerate(concurrent.futures.as_completed(futures)):
+                future.result()
+                if progress is not None:
+                    progress(i + 1, len(shapes), time.monotonic() - start)
+        finally:
+            pool.shutdown(cancel_futures=True)
         self._sealed = True
 
     def prefill(self, params: Any, rows: Rows, tokens_RC: np.ndarray, count_R: np.ndarray) -> Sampled:
