@@ -118,7 +118,7 @@ def compressor_rows(name: str, texts: Sequence[str]) -> list[Row]:
     rows = []
     for label, compress in COMPRESSORS.items():
         rows.append(Row(name, f"{label} bits per byte", 8 * len(compress(stream)) / len(stream), None, 1))
-    for label, compress in COMPRESSORS.items():
+    for label, compress in COMPRESSORS.items() if len(documents) > 1 else ():
         bits = [8 * len(compress(document)) for document in documents]
         rows.append(ratio_row(name, f"{label} bits per byte, each document alone", bits, sizes))
     return rows

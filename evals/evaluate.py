@@ -212,7 +212,7 @@ def _write_results(
     if len(tasks) > 1 and sum(task.weight for task in config.tasks) > 0:
         weights = [task.weight for task in config.tasks]
         for metric in (0, 1):  # accuracy, format
-            of_metric = [Row(**part["rows"][metric]) for part in tasks]
+            of_metric = [Row.from_dict(part["rows"][metric]) for part in tasks]
             rows.append(average_row("all tasks", of_metric, weights).to_dict())
     results = {
         "model": config.model,

@@ -11,7 +11,7 @@ from configs import ConfigError
 from data import ChatTemplateError, Tokenizer
 from data.tasks import Problem, TaskSpec, extract_answer, generate, prompt, score
 from evals.config import TaskEval
-from evals.results import PartResult, mean_row
+from evals.results import PartResult, proportion_row
 from evals.scoring import Progress
 from serve import Engine, Output, Request, RequestError, SamplingParams
 
@@ -49,8 +49,8 @@ def exact_match(
         raise ConfigError(f"config.tasks: {task.title}: {error}") from error
     items = [_item(problem, output) for problem, output in zip(problems, outputs, strict=True)]
     rows = [
-        mean_row(task.title, "accuracy", [item["correct"] for item in items]),
-        mean_row(task.title, "format", [item["formatted"] for item in items]),
+        proportion_row(task.title, "accuracy", [item["correct"] for item in items]),
+        proportion_row(task.title, "format", [item["formatted"] for item in items]),
     ]
     return PartResult(rows, items)
 

@@ -19,11 +19,19 @@ class Row:
     value: float
     stderr: float | None
     n: int  # items (documents, problems) that it was measured on
+    interval: tuple[float, float] | None = (
+        None  # 95 %, of a proportion; holds at 0 and 1 too, where stderr is 0
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; a value that is not finite is None."""
         fields = dataclasses.asdict(self)
         return fields | {key: _finite(fields[key]) for key in ("value", "stderr")}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Row:
+        """The inverse, after JSON made a list of the interval."""
+        return cls(**fields | {"interval": fields["interval"] and tuple(fields["interval"])})
 
 
 @dataclasses.dataclass
@@ -40,6 +48,18 @@ def mean_row(name: str, metric: str, values: Sequence[float]) -> Row:
     n = len(values)
     stderr = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
     return Row(name, metric, float(values.mean()), stderr, n)
+
+
+def proportion_row(name: str, metric: str, successes: Sequence[bool]) -> Row:
+    """The share of successes with the binomial standard error and Wilson's 95 % interval.
+
+    Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    row, z = mean_row(name, metric, successes), 1.959964
+    n, p = row.n, row.value
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return dataclasses.replace(row, interval=(max(0.0, middle - half), min(1.0, middle + half)))
 
 
 def ratio_row(name: str, metric: str, numerators: Sequence[float], denominators: Sequence[float]) -> Row:
@@ -69,10 +89,18 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Any:
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left")
-    for column, justify in (("name", "left"), ("metric", "left"), ("value", "right"), ("n", "right")):
+    for column, justify in (
+        ("name", "left"),
+        ("metric", "left"),
+        ("value", "right"),
+        ("95 %", "right"),
+        ("n", "right"),
+    ):
         shown.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in rows:
-        shown.add_row(row["name"], row["metric"], value_text(row["value"], row["stderr"]), f"{row['n']:,}")
+        interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else ""
+        value = value_text(row["value"], row["stderr"])
+        shown.add_row(row["name"], row["metric"], value, interval, f"{row['n']:,}")
     return shown
 
 

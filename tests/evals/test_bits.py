@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evals.bits import bits_per_byte, compressor_rows, score_texts
-from evals.results import average_row, mean_row, ratio_row, value_text
+from evals.results import Row, average_row, mean_row, proportion_row, ratio_row, value_text
 from evals.scoring import Scorer, Span, windows
 from evals.texts import read_texts
 from tests.evals.conftest import SENTENCES
@@ -158,6 +158,16 @@ def test_the_mean_of_right_and_wrong_has_the_binomial_standard_error():
     both = average_row("all", [row, other], [3.0, 1.0])
     assert both.value == pytest.approx(0.35)
     assert both.stderr == pytest.approx(math.hypot(0.75 * row.stderr, 0.25 * 0.03))
+
+
+def test_the_interval_of_a_proportion_is_wilsons_also_where_all_are_wrong():
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29.
+    published = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0.0, 0.1611)}
+    published[1, 29] = (0.0061, 0.1718)
+    for (right, n), interval in published.items():
+        row = proportion_row("t", "accuracy", [True] * right + [False] * (n - right))
+        assert row.interval == pytest.approx(interval, abs=5e-5)
+        assert Row.from_dict(json.loads(json.dumps(row.to_dict()))) == row
 
 
 def test_values_are_shown_with_as_many_decimals_as_their_error_has():
