@@ -1,5 +1,7 @@
 """The pure model function and what it is made of: blocks, kernels, sharding names, checkpoints and conversion."""
 
+from typing import Literal
+
 from model.blocks.attention import Attention
 from model.blocks.ffn import SwiGLU
 from model.blocks.norms import RMSNorm
@@ -52,7 +54,7 @@ def load_config(path):
     return load_model_config(path)
 
 
-def save(path, cfg, params, format="native", **options):
+def save(path, cfg, params, format: Literal["native", "huggingface", "gguf"] = "native", **options):
     """Write a model as "native", "huggingface" or "gguf". See `model.storage`."""
     from model.storage import save as save_model
 

@@ -28,10 +28,10 @@ class Cache:
 
 def init_pages(cfg: ModelConfig, num_pages: int, page_size: int, dtype: str | None = None) -> dict[str, Any]:
     """The empty state of every block, `dtype` (default: that of the computation)."""
-    dtype = jnp.dtype(dtype or cfg.dtype)
+    of_cache = jnp.dtype(dtype or cfg.dtype)
     layers = {}
     for name, block, numbers in cfg.runs():
-        state = block.mixer.init_cache(num_pages, page_size, dtype)
+        state = block.mixer.init_cache(num_pages, page_size, of_cache)
         if cfg.scan:
             state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
         layers[name] = state

@@ -35,12 +35,13 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2, keep_every: int = 0):
         """Keep the newest `keep` checkpoints, and for good each one whose step `keep_every` divides (0: none)."""
         policies = ocp.training.preservation_policies
-        policy = policies.LatestN(keep)
+        policy: Any = policies.LatestN(keep)
         if keep_every:
             policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
+        every_call: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         self._checkpointer = ocp.training.Checkpointer(
-            Path(folder).absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            str(Path(folder).absolute()),
+            save_decision_policy=every_call,
             preservation_policy=policy,
             cleanup_tmp_directories=True,
         )
@@ -79,7 +80,7 @@ class Checkpoints:
 
 def save_native(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: Files) -> None:
     """Write one checkpoint with neither optimizer nor data position at exactly `path`; replaces what was there."""
-    ocp.save_checkpointables(Path(path).absolute(), _model_items(cfg, params, tokenizer), overwrite=True)
+    ocp.save_checkpointables(str(Path(path).absolute()), _model_items(cfg, params, tokenizer), overwrite=True)
 
 
 def load_config(path: str | Path) -> ModelConfig:
@@ -105,12 +106,12 @@ def load_native(
     abstract = jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings
     )
-    return cfg, ocp.load_checkpointables(Path(path).absolute(), {"params": abstract})["params"]
+    return cfg, ocp.load_checkpointables(str(Path(path).absolute()), {"params": abstract})["params"]
 
 
 def stored_arrays(path: str | Path) -> list[tuple[str, int]]:
     """(dtype, bytes) of each parameter of a checkpoint; reads no weights."""
-    leaves = jax.tree.leaves(ocp.metadata(Path(path).absolute(), "params").metadata)
+    leaves = jax.tree.leaves(ocp.metadata(str(Path(path).absolute()), "params").metadata)
     return [(str(leaf.dtype), math.prod(leaf.shape) * leaf.dtype.itemsize) for leaf in leaves]
 
 

@@ -130,7 +130,7 @@ def _from_jsonable(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, ScalarHead)}
-    cls = kinds.get(value.get("kind"))
+    cls = kinds.get(str(value.get("kind")))
     if cls is None:
         raise ValueError(
             f"unknown model part {value.get('kind')!r}. Known parts: {', '.join(sorted(kinds))}."

@@ -1,4 +1,6 @@
-"""What a model is made of, as text: every weight group with shape, size and task; bytes, flops and cache of the whole."""
+"""What a model is made of, as text: every weight group with shape, size and task; bytes, flops and cache of
+the whole.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def describe(path: str | Path, batch: int = 1, context: int | None = None) -> st
     """A table of the model at `path`, which may also be a config alone: a config.json or a saved ModelConfig.
 
     Args:
-      batch, context: rows and tokens a row for which cache and flops are given; default: one row of full length.
+      batch, context: rows and tokens a row for which cache and flops are given; default: one row of full
+        length.
 
     Raises ValueError or FileNotFoundError where nothing usable is at `path`.
     """
@@ -167,6 +170,7 @@ def _totals(cfg: ModelConfig, stored: str, batch: int, context: int) -> list[str
     parameters, per_token = parameter_count(cfg), cache_bytes_per_token(cfg)
     sizes = {name: _bytes(parameters * jnp.dtype(name).itemsize) for name in ("float32", "bfloat16")}
     forward, train = forward_flops_per_token(cfg, context), train_flops_per_token(cfg, context)
+    of_batch = _bytes(batch * context * per_token)
     lines = [
         ("stored", stored),
         ("parameters", f"{parameters:,}: {', '.join(f'{size} in {name}' for name, size in sizes.items())}"),
@@ -175,11 +179,7 @@ def _totals(cfg: ModelConfig, stored: str, batch: int, context: int) -> list[str
             "flops a token",
             f"{forward:.4g} forward, {train:.4g} in training, in the mean over {context:,} tokens",
         ),
-        (
-            "cache",
-            f"{per_token:,} bytes a token in {cfg.dtype}; {_bytes(batch * context * per_token)} for {batch} x "
-            f"{context:,} tokens",
-        ),
+        ("cache", f"{per_token:,} bytes a token in {cfg.dtype}; {of_batch} for {batch} x {context:,} tokens"),
     ]
     return [f"{name:<14} {text}" for name, text in lines]
 

@@ -1,8 +1,9 @@
 """Floating-point operations of the model, from its config alone, and the peak rate of the chip under it.
 
-A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal attention counts
-half of the square. The backward pass is twice the forward pass; recomputation (remat) is not useful work and does not
-count. So MFU = tokens/s * train_flops_per_token / (peak flops/s of all devices). Chowdhery et al. 2022, arXiv:2204.02311.
+A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal
+attention counts half of the square. The backward pass is twice the forward pass; recomputation (remat) is not
+useful work and does not count. So MFU = tokens/s * train_flops_per_token / (peak flops/s of all devices).
+Chowdhery et al. 2022, arXiv:2204.02311.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
 @functools.cache
 def peak_flops_per_device() -> float:
-    """Of the default device; on a chip outside the table (a CPU) the rate of a float32 matrix product, measured."""
+    """Of the default device; on a chip outside the table (a CPU) the rate of a float32 matrix product,
+    measured.
+    """
     device = jax.devices()[0]
     if device.device_kind in PEAK_FLOPS:
         return PEAK_FLOPS[device.device_kind]

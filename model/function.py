@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -58,7 +59,7 @@ def apply(
       rules: sharding of activations, for use under `jax.set_mesh`.
     """
     module = Transformer(cfg, rules)
-    return module.apply({"params": params}, tokens, positions, segment_ids, cache, logits_at)
+    return cast(Output, module.apply({"params": params}, tokens, positions, segment_ids, cache, logits_at))
 
 
 def logical_axes(cfg: ModelConfig) -> Params:
@@ -140,7 +141,7 @@ class Transformer(nn.Module):
             module,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax takes a tuple too
             length=count,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -183,4 +184,4 @@ def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | 
     if cache is None:
         return None
     added = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-    return cache.replace(layers=states, length=cache.length + added)
+    return dataclasses.replace(cache, layers=states, length=cache.length + added)

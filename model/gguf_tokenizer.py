@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder as GGUF metadata, so that a GGUF file stands alone.
 
-Keys as in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. GGUF stores no pre-tokenizer, only the name of one
-that llama.cpp knows (src/llama-vocab.cpp), so a byte-level BPE with another one is refused.
+Keys as in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. GGUF stores no pre-tokenizer, only the
+name of one that llama.cpp knows (src/llama-vocab.cpp), so a byte-level BPE with another one is refused.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str,
     """The `tokenizer.*` metadata of a model with `vocab_size` embedding rows.
 
     Args:
-      files: by name, of a Hugging Face tokenizer folder: tokenizer.json or tokenizer.model, tokenizer_config.json,
-        generation_config.json, chat_template.jinja where present.
+      files: by name, of a Hugging Face tokenizer folder: tokenizer.json or tokenizer.model,
+        tokenizer_config.json, generation_config.json, chat_template.jinja where present.
 
     Raises:
       ValueError: a tokenizer that GGUF can't say.
@@ -88,7 +88,8 @@ def _sentencepiece(content: bytes, config: dict[str, Any], vocab_size: int) -> d
         raise ValueError("tokenizer.model is no BPE; GGUF's 'llama' tokenizer is. Save in another format.")
     if proto.normalizer_spec.name != "identity" or proto.denormalizer_spec.precompiled_charsmap:
         raise ValueError(
-            f"tokenizer.model normalises text ({proto.normalizer_spec.name}), which GGUF can't say. Save in another format."
+            f"tokenizer.model normalises text ({proto.normalizer_spec.name}), which GGUF can't say. Save in "
+            "another format."
         )
     pieces = {i: (piece.piece, int(piece.type)) for i, piece in enumerate(proto.pieces)}
     for i, token in config.get("added_tokens_decoder", {}).items():
@@ -120,7 +121,9 @@ def _vocabulary(tokens: dict[int, tuple[str, int]], vocab_size: int) -> dict[str
 
 
 def _patterns(node: dict[str, Any] | None) -> tuple[str, ...]:
-    """The regular expressions that a pre-tokenizer applies in turn; any other part gives its name in brackets."""
+    """The regular expressions that a pre-tokenizer applies in turn; any other part gives its name in
+    brackets.
+    """
     if node is None:
         return ()
     if node["type"] == "Sequence":

@@ -1,7 +1,7 @@
 """Models in Hugging Face folders: config.json and safetensors, whole or in shards, both ways.
 
-Folder layout as transformers writes it (`save_pretrained`). Weights are memory-mapped; pickles are refused and code
-that a config names is never run.
+Folder layout as transformers writes it (`save_pretrained`). Weights are memory-mapped; pickles are refused
+and code that a config names is never run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _log = logging.getLogger(__name__)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The model of a folder's config.json (or of that file itself); its dtype is also that of the computation.
+    """The model of a folder's config.json (or of that file itself); its dtype is also that of the
+    computation.
 
     Raises ValueError for a family or a setting that is not supported.
     """
@@ -47,8 +48,8 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     """(cfg, parameters as numpy arrays) of a folder.
 
     Args:
-      dtype: of parameters and computation; default: parameters as stored, views of the mapped files, so that reading
-        costs no memory before they are placed.
+      dtype: of parameters and computation; default: parameters as stored, views of the mapped files, so that
+        reading costs no memory before they are placed.
 
     Raises:
       FileNotFoundError: no weights.
@@ -181,8 +182,8 @@ def _check_tensors(
     for tensor in table:
         if stored[tensor.name].shape != tensor.shape:
             raise ValueError(
-                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by config.json "
-                f"it would be {tensor.shape}."
+                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by "
+                f"config.json it would be {tensor.shape}."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     harmless = [name for name in extra if name.endswith(family.harmless)]

@@ -1,8 +1,8 @@
 """Safetensors files, read strictly and written in a stream.
 
-Format: https://github.com/huggingface/safetensors#format. Eight bytes give the length of a JSON header, which names each
-tensor's dtype, shape and place; the numbers follow without gaps. The header is believed only as far as the file's own
-length allows, and nothing is allocated for a tensor before that.
+Format: https://github.com/huggingface/safetensors#format. Eight bytes give the length of a JSON header, which
+names each tensor's dtype, shape and place; the numbers follow without gaps. The header is believed only as
+far as the file's own length allows, and nothing is allocated for a tensor before that.
 """
 
 from __future__ import annotations

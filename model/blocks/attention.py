@@ -9,6 +9,7 @@ Ainslie et al. 2023, arXiv:2305.13245; qk-norm: Dehghani et al. 2023, arXiv:2302
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -110,9 +111,10 @@ def write_pages(cache: dict, k_BTKC: jax.Array, v_BTKC: jax.Array, info: TokenIn
 
 def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo) -> jax.Array:
     """Slot s of a row holds position s, so a query at position p sees the slots 0 to p."""
-    B, P = info.page_table.shape
+    page_table_BP = cast(jax.Array, info.page_table)  # set whenever there is a cache
+    B, P = page_table_BP.shape
     Z, K, C = cache["k"].shape[1:]
-    k_BSKC = jnp.take(cache["k"], info.page_table, axis=0, mode="clip").reshape(B, P * Z, K, C)
-    v_BSKC = jnp.take(cache["v"], info.page_table, axis=0, mode="clip").reshape(B, P * Z, K, C)
+    k_BSKC = jnp.take(cache["k"], page_table_BP, axis=0, mode="clip").reshape(B, P * Z, K, C)
+    v_BSKC = jnp.take(cache["v"], page_table_BP, axis=0, mode="clip").reshape(B, P * Z, K, C)
     mask_BTS = jnp.arange(P * Z) <= info.positions[:, :, None]
     return attention(q_BTHC, k_BSKC.astype(q_BTHC.dtype), v_BSKC.astype(q_BTHC.dtype), mask_BTS)

@@ -29,7 +29,7 @@ class RMSNormModule(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale = self.param("scale", init, (x.shape[-1],), self.ctx.param_dtype)
+        scale = jnp.asarray(self.param("scale", init, (x.shape[-1],), self.ctx.param_dtype))
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.eps)
         return (x32 * scale.astype(jnp.float32)).astype(self.ctx.dtype)

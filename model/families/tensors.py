@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 from model.config import ModelConfig
@@ -76,10 +78,12 @@ def unflatten(params: Mapping[Path, object]) -> Params:
     return tree
 
 
-def get(params: Params, path: Path):
+def get(params: Params, path: Path) -> Any:
+    """The array at a path."""
+    node: Any = params
     for key in path:
-        params = params[key]
-    return params
+        node = node[key]
+    return node
 
 
 def _tensor(
@@ -100,7 +104,7 @@ def _tensor(
     return Tensor(names[key].format(i=layer), full_path, theirs, tuple(shape), inputs is not None)
 
 
-def _flat(tree: Params, prefix: str = "") -> list[tuple[str, object]]:
+def _flat(tree: Params, prefix: str = "") -> list[tuple[str, jax.ShapeDtypeStruct]]:
     found = []
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]

@@ -28,10 +28,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
-COMMON = dict(
-    vocab_size=83, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, hidden_size=36,
-    intermediate_size=52, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+COMMON = {
+    "vocab_size": 83, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 36,
+    "intermediate_size": 52, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 # folder -> (config class, its arguments, arguments of save_pretrained)
 CHECKPOINTS = {

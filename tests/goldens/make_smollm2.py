@@ -1,8 +1,11 @@
-"""Makes smollm2.json: greedy answers of SmolLM2-135M-Instruct to three chats, by a reader that shares nothing with us.
+"""Makes smollm2.json: greedy answers of SmolLM2-135M-Instruct to three chats, by a reader that shares nothing
+with us.
 
-    .venv/bin/python tests/goldens/make_smollm2.py ../shared/data/check_smollm2.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
+    .venv/bin/python tests/goldens/make_smollm2.py ../shared/data/check_smollm2.py
+    path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The reader is one file of plain numpy (GGUF, tokenizer and forward pass of its own); it is imported by its path.
+The reader is one file of plain numpy (GGUF, tokenizer and forward pass of its own); it is imported by its
+path.
 """
 
 import contextlib

@@ -12,9 +12,9 @@ from model import decoder, param_shapes
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
 
-def tiny(**changes):
+def tiny(layers=3, **changes):
     options = {"rope_theta": 100.0, "max_length": 256} | changes
-    return decoder(61, 24, 3, 4, 2, 6, 40, **options)
+    return decoder(61, 24, layers, 4, 2, 6, 40, **options)
 
 
 def random_params(cfg, seed=0):

@@ -42,6 +42,13 @@ from .conftest import random_params, random_tokens, tiny
 forward = jax.jit(apply, static_argnums=0)
 
 
+@pytest.fixture(scope="session")
+def small():
+    """(cfg, params): two blocks, since most of the time here is compiling."""
+    cfg = tiny(layers=2)
+    return cfg, random_params(cfg)
+
+
 # A reading of the model in plain float64 loops, straight from the papers.
 
 
@@ -113,7 +120,7 @@ FULL = Block(
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
 def test_logits_equal_a_brute_force_reading_of_the_papers(full):
-    cfg = tiny()
+    cfg = tiny(layers=2)
     if full:
         plain = cfg.blocks[0]
         cfg = cfg.replace(
@@ -191,17 +198,16 @@ def test_packed_row_equals_its_documents_alone(cuts, padding, small):
 
 
 def test_scanned_equals_unrolled(small):
-    cfg, params = small
-    mixed = cfg.replace(blocks=(cfg.blocks[0], cfg.blocks[0], FULL, cfg.blocks[0]))
-    for cfg in (cfg, mixed):
-        params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
-        scanned_cfg, scanned = relayout(cfg, params, scan=True)
-        assert jax.tree.map(jnp.shape, scanned) == jax.tree.map(lambda s: s.shape, param_shapes(scanned_cfg))
-        unrolled, rolled = forward(cfg, params, tokens), forward(scanned_cfg, scanned, tokens)
-        np.testing.assert_allclose(unrolled.logits, rolled.logits, atol=2e-5)
-        back_cfg, back = relayout(scanned_cfg, scanned, scan=False)
-        assert back_cfg == cfg
-        jax.tree.map(np.testing.assert_array_equal, back, params)
+    cfg, _ = small
+    cfg = cfg.replace(blocks=(cfg.blocks[0], cfg.blocks[0], FULL, cfg.blocks[0]))
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
+    scanned_cfg, scanned = relayout(cfg, params, scan=True)
+    assert jax.tree.map(jnp.shape, scanned) == jax.tree.map(lambda s: s.shape, param_shapes(scanned_cfg))
+    unrolled, rolled = forward(cfg, params, tokens), forward(scanned_cfg, scanned, tokens)
+    np.testing.assert_allclose(unrolled.logits, rolled.logits, atol=2e-5)
+    back_cfg, back = relayout(scanned_cfg, scanned, scan=False)
+    assert back_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
@@ -364,11 +370,7 @@ def test_a_saved_config_that_is_not_ours_is_an_error():
     with pytest.raises(ValueError, match="unknown model part 'Mamba'. Known parts: Attention"):
         ModelConfig.from_dict(saved | {"final_norm": {"kind": "Mamba"}})
     with pytest.raises(ValueError, match="has kind ModelConfig; this one is 'Rope'"):
-        ModelConfig.from_dict(Rope_dict())
-
-
-def Rope_dict():
-    return {"kind": "Rope", "theta": 5.0, "scaling": None}
+        ModelConfig.from_dict({"kind": "Rope", "theta": 5.0, "scaling": None})
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def test_equal_neighbours_are_one_run():
 
 def test_fresh_parameters_depend_on_the_key_alone_and_have_the_stated_spread():
     cfg = decoder(512, 256, 2, 4, 2, 64, 512, tied_head=False)
-    a, b, c = (init(cfg, jax.random.key(seed)) for seed in (0, 0, 1))
+    a, b, c = (jax.jit(init, static_argnums=0)(cfg, jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert not np.array_equal(a["embedding"], c["embedding"])
     assert jax.tree.map(jnp.shape, a) == jax.tree.map(lambda s: s.shape, param_shapes(cfg))

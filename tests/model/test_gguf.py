@@ -19,7 +19,6 @@ from model import (
     Rope,
     ScalarHead,
     SwiGLU,
-    init,
     load,
     save,
 )

@@ -13,8 +13,19 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import Attention, Block, Llama3Scaling, RMSNorm, Rope, ScalarHead, SwiGLU, load, load_config, save
-from model import huggingface
+from model import (
+    Attention,
+    Block,
+    Llama3Scaling,
+    RMSNorm,
+    Rope,
+    ScalarHead,
+    SwiGLU,
+    huggingface,
+    load,
+    load_config,
+    save,
+)
 from model.layout import relayout
 from model.safetensors_file import SafetensorsError, read_header
 
