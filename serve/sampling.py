@@ -9,6 +9,7 @@ the batch it ran in or on how often it was interrupted.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -19,14 +20,14 @@ from serve.request import MAX_LOGPROBS
 
 @flax.struct.dataclass
 class RowSampling:
-    """Sampling parameters, one of each a row; see `SamplingParams`."""
+    """Sampling parameters, one of each a row, on the host or on the device; see `SamplingParams`."""
 
-    temperature: jax.Array  # [R] float32
-    top_k: jax.Array  # [R] int32
-    top_p: jax.Array  # [R] float32
-    min_p: jax.Array  # [R] float32
-    seed: jax.Array  # [R, 2] uint32, high and low word
-    alternatives: jax.Array  # [R] int32, top log-probabilities wanted; 0 for none
+    temperature: Any  # [R] float32
+    top_k: Any  # [R] int32
+    top_p: Any  # [R] float32
+    min_p: Any  # [R] float32
+    seed: Any  # [R, 2] uint32, high and low word
+    alternatives: Any  # [R] int32, top log-probabilities wanted; 0 for none
 
 
 @flax.struct.dataclass

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from serve.engine_config import EngineConfig, bucket_of
+from serve.engine_config import EngineSizes, bucket_of
 from serve.pages import PagePool
 from serve.programs import Rows
 from serve.request import MAX_STOP_TOKENS, Answer
@@ -40,7 +40,7 @@ class DecodeBatch:
 class Scheduler:
     """Holds every answer that is not finished, either waiting or active (with a row)."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineSizes):
         self.config = config
         self.pool = PagePool(config.num_pages)
         self.waiting: collections.deque[Answer] = collections.deque()
@@ -173,7 +173,7 @@ def chunk_of(tokens: int, buckets: tuple[int, ...]) -> int:
 class _RowTable:
     """What the programs must know of each row, kept as arrays so that a batch is a few gathers."""
 
-    def __init__(self, config: EngineConfig):
+    def __init__(self, config: EngineSizes):
         rows = config.max_rows + 1  # the last one pads: greedy, never active
         self._padding = config.max_rows
         self._no_page = config.num_pages  # the page that stays zero

@@ -73,9 +73,9 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
 
     app.post("/v1/chat/completions")(service.chat)
     app.post("/v1/completions")(service.complete)
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(Exception, _answer_defect)
+    app.exception_handler(ApiError)(_answer_api_error)
+    app.exception_handler(HTTPException)(_answer_http_exception)
+    app.exception_handler(Exception)(_answer_defect)
     return KeyCheck(app, config.api_key)
 
 
@@ -84,6 +84,8 @@ class Service:
 
     def __init__(self, engine: Engine, config: ServerConfig, loop: EngineLoop):
         self.engine, self.config, self.loop = engine, config, loop
+        if engine.tokenizer is None:
+            raise ValueError("a server needs an engine with a tokenizer.")
         self.tokenizer: Tokenizer = engine.tokenizer
         longest = max(len(self.tokenizer.bytes_of(i)) for i in range(self.tokenizer.vocab_size))
         self._longest_text = longest * engine.config.max_length  # bytes; more can't be max_length tokens
