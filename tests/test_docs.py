@@ -1,8 +1,11 @@
 """What the documentation shows is true: its examples run, its commands parse, its files are there."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -55,14 +58,26 @@ def test_a_command_of_the_documentation_is_one_that_the_stage_takes(page, line, 
         parser.parse_args(arguments)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if RUNNABLE.search(page.read_text())], ids=lambda p: p.name
-)
-def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {"__name__": "example"}
-    for example in RUNNABLE.findall(page.read_text()):
-        exec(compile(example, str(page), "exec"), names)
+def test_the_examples_run_one_page_after_the_other(tmp_path):
+    """In one fresh process with one device, as a reader would; each page in its own folder."""
+    program = ["import os"]
+    for page in PAGES:
+        folder = tmp_path / page.stem
+        folder.mkdir()
+        program.append(f"os.chdir({str(folder)!r})\nprint({page.name!r}, flush=True)")
+        for example in RUNNABLE.findall(page.read_text()):
+            program.append(f"exec(compile({example!r}, {page.name!r}, 'exec'), names := {{}})")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    pages = [page.stem for page in PAGES if RUNNABLE.search(page.read_text())]
+    assert {"configs", "data", "model", "train", "serve", "rl", "evals"} <= set(pages)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

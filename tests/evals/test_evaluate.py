@@ -16,6 +16,7 @@ from evals.exact import exact_match, prompt_ids
 from serve import EngineConfig
 from tests.conftest import ROOT
 from tests.evals.conftest import SENTENCES
+from train.config import MeshSpec
 
 SPELL = TaskEval("spell_backward", {"min_word_len": 3, "max_word_len": 4}, problems=6, max_new_tokens=8)
 
@@ -179,6 +180,18 @@ def test_another_model_at_the_same_path_is_measured_anew(config, cfg, params, mo
     model.save(tmp_path / "model", cfg, jax.tree.map(lambda x: x * 0.5, params), tokenizer=files)
     after = evaluate(config, tmp_path / "run", log=lambda line: None)
     assert before["rows"][0]["value"] != after["rows"][0]["value"]
+
+
+@pytest.mark.slow  # compiles the engine for two devices
+def test_a_model_split_over_two_devices_has_the_same_results(config, tmp_path):
+    config = dataclasses.replace(config, tasks=config.tasks[:1])
+    whole = evaluate(config, tmp_path / "one", log=lambda line: None)
+    split = dataclasses.replace(config, mesh=MeshSpec(data=1, tensor=2))
+    split = evaluate(split, tmp_path / "two", log=lambda line: None)
+    for one, two in zip(whole["rows"], split["rows"], strict=True):
+        assert one["value"] == pytest.approx(two["value"], rel=1e-5)
+    answers = [[item["completion"] for item in run["samples"]["spell_backward"]] for run in (whole, split)]
+    assert answers[0] == answers[1]
 
 
 def test_nothing_to_measure_and_no_model_say_what_to_give(config, tmp_path):
