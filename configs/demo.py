@@ -50,7 +50,7 @@ def get_config():
                 "curation": {
                     "sources": (
                         {"kind": "PythonStdlib", "code": False},
-                        {"kind": "PythonStdlib", "docstrings": False, "topics": False, "max_bytes": 600_000},
+                        {"kind": "PythonStdlib", "docstrings": False, "topics": False, "max_bytes": 300_000},
                     ),
                     "stages": (
                         {"kind": "Normalise"},
@@ -60,7 +60,7 @@ def get_config():
                         {"kind": "MinHashDedup"},
                     ),
                     "validation_fraction": 0.03,
-                    "test_fraction": 0.06,
+                    "test_fraction": 0.08,
                 },
                 "tokenizer": {
                     "kind": "bpe",

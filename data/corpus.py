@@ -88,7 +88,7 @@ def build_corpus(config: CorpusConfig, workdir: str | os.PathLike, log: Log | No
 def _dialogue_texts(config: TokenizerConfig) -> Iterator[str]:
     if config.tasks:
         for problem in generate(config.tasks, "train", config.task_problems, seed=0):
-            yield from (message["content"] for message in dialogue(problem, config.instruction))
+            yield from (f"{m['role']}\n{m['content']}" for m in dialogue(problem, config.instruction))
 
 
 def _tokenizer(config: TokenizerConfig, text: Dataset, workdir: Path, log: Log | None) -> Tokenizer:

@@ -40,7 +40,7 @@ def _tiles(figures: dict[str, Any]) -> str:
     tiles = [("whole life", clock(figures["seconds"])), ("peak memory", _gib(figures["peak_memory"]))]
     bits = {
         m: score(figures, "pretrain", m)
-        for m in ("bits_per_byte", "gzip_bits_per_byte", "bzip2_bits_per_byte")
+        for m in ("bits per byte", "gzip -9 bits per byte", "bzip2 -9 bits per byte")
     }
     if all(bits.values()):
         ours, gzip, bzip2 = (row["value"] for row in bits.values())
@@ -167,11 +167,12 @@ def _problem_table(figures: dict[str, Any]) -> str:
     for stage in stages:
         for samples in figures["samples"][stage]["tasks"].values():
             for sample in samples:
-                answers.setdefault(sample["question"], {})[stage] = sample
+                if "question" in sample:  # the others are of held-out text
+                    answers.setdefault(sample["question"], {})[stage] = sample
     rows = []
     for question, by_stage in answers.items():
         cells = "".join(f"<td>{_answer(by_stage.get(stage))}</td>" for stage in stages)
-        gold = next(iter(by_stage.values()))["answer"]
+        gold = next(iter(by_stage.values()))["expected"]
         rows.append(f"<tr><td>{_text(question)}</td>{cells}<td><code>{_text(gold)}</code></td></tr>")
     head = "".join(f"<th>{stage}</th>" for stage in stages)
     return f"<table><tr><th>question</th>{head}<th>right answer</th></tr>{''.join(rows)}</table>"

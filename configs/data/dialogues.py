@@ -1,4 +1,4 @@
-"""Sums as dialogues and preferences: `python -m data.dialogues --config=configs/data/dialogues.py --workdir=runs/dialogues`."""
+"""Sums as dialogues and preferences, for `python -m data.dialogues --workdir=runs/dialogues`."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""A small model from scratch on the corpus of `python -m data --config=configs/data/stdlib.py --workdir=runs/corpus`."""
+"""A small model from scratch on the corpus of configs/data/stdlib.py in runs/corpus."""
 
 from ml_collections import ConfigDict
 
