@@ -6,8 +6,16 @@ Prose and code that lie on every Python machine, sums from reasoning-gym; nothin
 from ml_collections import ConfigDict
 
 SUMS = {
-    "name": "chain_sum",
-    "config": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "name": "basic_arithmetic",
+    "config": {
+        "min_terms": 2,
+        "max_terms": 3,
+        "min_digits": 1,
+        "max_digits": 1,
+        "operators": ("+", "-"),
+        "allow_parentheses": False,
+        "allow_negation": False,
+    },
 }
 INSTRUCTION = "Answer as <answer>...</answer>."
 
@@ -41,7 +49,7 @@ def get_config():
         "max_new_tokens": 40,
     }
     chat_samples = {"chat": True, "max_new_tokens": 16}
-    question = f"State the final answer to the following arithmetic problem: 3 + 4 =\n{INSTRUCTION}"
+    question = f"Calculate 3 + 4.\n{INSTRUCTION}"
     sft = training(800, 4e-3, samples=chat_samples | {"prompts": (question,)})
     dpo = training(40, 3e-4, objective="dpo", samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
@@ -74,7 +82,7 @@ def get_config():
             "dialogues": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "dialogues": 3000,
+                "dialogues": 2400,
                 "pairs": 1500,
                 "validation": 100,
             },
@@ -84,11 +92,11 @@ def get_config():
             "rl": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "problems": 3000,
+                "problems": 2400,
                 "steps": 100,
                 "evaluate_every": 25,
-                "evaluate_problems": 200,
-                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 12, "seq_len": 64},
+                "evaluate_problems": 100,
+                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 12, "seq_len": 48},
                 "optimizer": {"peak_lr": 1e-3, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
                 "checkpoint": {"every": 25, "keep": 1},
             },
@@ -97,7 +105,7 @@ def get_config():
                     {
                         **SUMS,
                         "label": "sums",
-                        "problems": 300,
+                        "problems": 250,
                         "instruction": INSTRUCTION,
                         "max_new_tokens": 12,
                     },

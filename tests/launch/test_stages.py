@@ -79,7 +79,7 @@ def test_a_changed_stage_is_redone_with_everything_after_it_and_nothing_else(toy
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log_and_tried_again(toy):
     with pytest.raises(StageFailed, match=r"stage two ended with code 7(.|\n)*counted"):
         run_stages(stages(two=Toy(code=7)), toy)
-    assert starts(toy) == {"one": 1, "two": 1, "side": 0} or starts(toy) == {"one": 1, "two": 1}
+    assert starts(toy) == {"one": 1, "two": 1}
     run_stages(stages(), toy)
     assert starts(toy)["one"] == 1
 
@@ -106,13 +106,15 @@ def test_killed_at_random_moments_nothing_that_was_done_is_lost(toy):
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 from test_stages import Toy, run_stages, stages
+print("begins", flush=True)
 run_stages(stages(**{{n: Toy(seconds=0.06) for n in ("one", "two", "side", "three")}}), Path({str(toy)!r}))
 """
     chance, kills, done_before = random.Random(0), 0, set()
     for _ in range(60):
-        process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-c", driver], stdout=subprocess.PIPE)
+        process.stdout.readline()  # its imports are done, the work begins
         try:
-            code = process.wait(timeout=0.4 + chance.random())
+            code = process.wait(timeout=1.5 * chance.random())
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
