@@ -155,7 +155,7 @@ def plan(config: EvalConfig) -> list[Part]:
         from evals.lm_eval_tasks import include_state
 
         depends_on = [configs.to_dict(config.lm_eval), include_state(config.lm_eval.include)]
-        depends_on.append(importlib.metadata.version("lm_eval"))
+        depends_on.append(_lm_eval_version())
         parts.append(Part("lm-eval", "lm_eval", depends_on, _measure_lm_eval))
     return parts
 
@@ -241,6 +241,15 @@ def _short(item: dict[str, Any]) -> dict[str, Any]:
         for key, value in item.items()
         if isinstance(value, (str, int, float, type(None)))
     }
+
+
+def _lm_eval_version() -> str:
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise configs.ConfigError(
+            "config.lm_eval.tasks needs lm-eval: pip install 'crucible-lm[evals]', or pip install lm-eval."
+        ) from None
 
 
 def _version() -> str:

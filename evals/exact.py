@@ -33,6 +33,10 @@ def exact_match(
         problems = generate([TaskSpec(task.name, task.config)], task.split, task.problems, task.seed)
     except ValueError as error:
         raise ConfigError(f"config.tasks: {task.title}: {error}") from error
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"config.tasks needs the package {error.name}: pip install 'crucible-lm[demo]' or reasoning-gym."
+        ) from error
     prompts = [prompt_ids(task, problem, tokenizer) for problem in problems]
     seeds = np.random.SeedSequence(task.seed).generate_state(len(problems), np.uint64)
     requests = [

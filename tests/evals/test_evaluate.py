@@ -10,7 +10,7 @@ import pytest
 import configs
 from data.tasks import TaskSpec as Task
 from data.tasks import extract_answer, generate, score
-from evals.config import EvalConfig, TaskEval, TextEval
+from evals.config import EvalConfig, LMEval, TaskEval, TextEval
 from evals.evaluate import evaluate
 from evals.exact import exact_match, prompt_ids
 from serve import EngineConfig
@@ -201,6 +201,17 @@ def test_nothing_to_measure_and_no_model_say_what_to_give(config, tmp_path):
         evaluate(dataclasses.replace(config, texts={}, tasks=()), tmp_path)
     with pytest.raises(configs.ConfigError, match="no such"):
         evaluate(dataclasses.replace(config, texts={"x": str(tmp_path / "absent")}), tmp_path)
+
+
+def test_a_package_that_is_missing_is_named(config, tmp_path, monkeypatch):
+    import importlib.metadata
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(configs.ConfigError, match="pip install"):
+        evaluate(dataclasses.replace(config, lm_eval=LMEval(tasks=("any",))), tmp_path)
 
 
 def test_the_command_prints_a_table_and_writes_results(config, tmp_path):
