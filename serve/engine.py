@@ -85,19 +85,18 @@ class Engine:
         """
         limit, stop_ids = self.check(request)
         sampling = request.sampling
-        stream = None
-        if request.detokenize or sampling.stop:
-            stream = TextStream(self.tokenizer, sampling.stop, request.continuation)
         number = self._number
         id = request.id if request.id is not None else f"request-{number}"
         if id in self._answers:
             raise RequestError("id", f"a request with id {id!r:.100} is being served; ids must differ.")
         self._number += 1
-        if sampling.seed is None:
-            seed = np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)
-            sampling = dataclasses.replace(sampling, seed=int(seed[0]))
-            request = dataclasses.replace(request, sampling=sampling)
-        answer = Answer(request, id, number, limit, stop_ids, stream)
+        stream = None
+        if self.tokenizer is not None and (request.detokenize or sampling.stop):
+            stream = TextStream(self.tokenizer, sampling.stop, request.continuation)
+        seed = sampling.seed
+        if seed is None:
+            seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0])
+        answer = Answer(request, id, number, seed, limit, stop_ids, stream)
         self._answers[id] = answer
         self._scheduler.add(answer)
         self._prompt_tokens += len(request.prompt)
@@ -280,7 +279,9 @@ class Engine:
             (sampled.token, sampled.logprob, sampled.model_logprob)
         )
         wanted = any(answer.request.sampling.logprobs for answer in answers)
-        top = jax.device_get((sampled.top_token, sampled.top_logprob)) if wanted else None
+        top = (
+            jax.device_get((sampled.top_token, sampled.top_logprob)) if wanted else (np.empty(0), np.empty(0))
+        )
         finite = np.isfinite(logprobs).tolist()
         now = time.monotonic()
         for i, (answer, count) in enumerate(zip(answers, counts.tolist(), strict=True)):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from serve.engine import Engine
 from serve.request import Output, Request
@@ -25,8 +26,8 @@ class EngineFailed(Exception):
 class Ticket:
     """One request under way; `next` waits for its news."""
 
-    def __init__(self, request: Request):
-        self.request = request
+    def __init__(self, id: str):
+        self.id = id
         self.done = False
         self._news: asyncio.Queue[Output | Exception] = asyncio.Queue()
 
@@ -52,7 +53,7 @@ class EngineLoop:
         self.failed: str | None = None  # why the thread has ended, when it should not have
         self._on_output = on_output
         self._tickets: dict[str, Ticket] = {}
-        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._commands: collections.deque[Callable[[], object]] = collections.deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -68,8 +69,8 @@ class EngineLoop:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def submit(self, requests: Sequence[Request]) -> list[Ticket]:
-        """Hand requests (with ids, and checked by `Engine.check`) to the engine, all or none.
+    def submit(self, requests: Mapping[str, Request]) -> list[Ticket]:
+        """Hand requests, by id and checked by `Engine.check`, to the engine, all or none.
 
         Raises:
           Overloaded: they would be more than max_rows + max_waiting.
@@ -79,16 +80,15 @@ class EngineLoop:
             raise EngineFailed(self.failed)
         if len(self._tickets) + len(requests) > self.capacity:
             raise Overloaded(f"{len(self._tickets)} requests are under way and {self.capacity} are the most.")
-        tickets = [Ticket(request) for request in requests]
-        for ticket in tickets:
-            self._tickets[ticket.request.id] = ticket
-        self._command(lambda: [self._submit(request) for request in requests])
-        return tickets
+        tickets = {id: Ticket(id) for id in requests}
+        self._tickets |= tickets
+        self._command(lambda: [self._submit(id, request) for id, request in requests.items()])
+        return list(tickets.values())
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request whose news nobody will read any more; nothing when it has finished."""
         if not ticket.done:
-            self._command(lambda: self.engine.cancel(ticket.request.id))
+            self._command(lambda: self.engine.cancel(ticket.id))
 
     @property
     def under_way(self) -> int:
@@ -122,12 +122,12 @@ class EngineLoop:
             log.exception("a step of the engine failed; the requests under way are given up")
             return self.engine.abort(f"a step of the engine failed: {type(error).__name__}: {error}"[:500])
 
-    def _submit(self, request: Request) -> None:
+    def _submit(self, id: str, request: Request) -> None:
         try:
-            self.engine.submit(request)
+            self.engine.submit(dataclasses.replace(request, id=id))
         except Exception as error:
-            log.exception("request %s was refused after it had been checked", request.id)
-            self._event_loop.call_soon_threadsafe(self._fail, request.id, EngineFailed(str(error)))
+            log.exception("request %s was refused after it had been checked", id)
+            self._event_loop.call_soon_threadsafe(self._fail, id, EngineFailed(str(error)))
 
     def _send(self, outputs: list[Output]) -> None:
         if outputs:

@@ -97,7 +97,8 @@ class Programs:
 
         Returns: device arrays [R, 1, ...], without waiting for them.
         """
-        program = self._program("prefill", *tokens_RC.shape, rows.page_table.shape[1])
+        R, C = tokens_RC.shape
+        program = self._program("prefill", R, C, rows.page_table.shape[1])
         self.pages, sampled = program(params, self.pages, rows, tokens_RC, count_R)
         return sampled
 

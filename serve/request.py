@@ -6,7 +6,10 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from serve.text import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -113,6 +116,7 @@ class Answer:
         "reported_text",
         "request",
         "row",
+        "seed",
         "stop_ids",
         "stop_reason",
         "stream",
@@ -123,16 +127,24 @@ class Answer:
     )
 
     def __init__(
-        self, request: Request, id: str, number: int, limit: int, stop_ids: tuple[int, ...], stream: Any
+        self,
+        request: Request,
+        id: str,
+        number: int,
+        seed: int,
+        limit: int,
+        stop_ids: tuple[int, ...],
+        stream: TextStream | None,
     ):
-        self.request, self.id, self.number, self.limit, self.stop_ids = request, id, number, limit, stop_ids
-        self.stream = stream  # TextStream, or None when no text is wanted
+        self.request, self.id, self.number = request, id, number
+        self.seed, self.limit, self.stop_ids = seed, limit, stop_ids
+        self.stream = stream  # None when no text is wanted
         self.tokens: list[int] = []  # sampled; the prompt is in the request
         self.logprobs: list[float] = []
         self.model_logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.versions: list[int] = []
-        self.row: int | None = None
+        self.row = -1  # of the batch; -1: waiting
         self.pages: list[int] = []
         self.cached = 0  # tokens (of prompt and answer) whose keys and values are in the cache
         self.reported, self.reported_text = 0, 0
@@ -249,15 +261,16 @@ class Output:
         return len(self._answer.request.prompt)
 
     @property
-    def times(self) -> dict[str, float | None]:
-        """Seconds of the monotonic clock: submitted, admitted, first_token, finished."""
+    def times(self) -> dict[str, float]:
+        """Seconds of the monotonic clock: submitted and, once they have happened, admitted, first_token, finished."""
         a = self._answer
-        return {
+        times = {
             "submitted": a.submitted_at,
             "admitted": a.admitted_at,
             "first_token": a.first_token_at,
             "finished": a.finished_at,
         }
+        return {name: seconds for name, seconds in times.items() if seconds is not None}
 
 
 def _check_int(field: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> None:

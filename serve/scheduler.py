@@ -54,7 +54,7 @@ class Scheduler:
 
     def remove(self, answer: Answer) -> None:
         """Take an answer out, finished or cancelled."""
-        if answer.row is None:
+        if answer.row < 0:
             self.waiting.remove(answer)
         else:
             self._release(answer)
@@ -106,7 +106,7 @@ class Scheduler:
     def next_decode(self, steps: int) -> DecodeBatch | None:
         """All rows that have only their last token to compute, each with pages for at least one step."""
         for answer in self.active.copy():
-            if answer.row is not None and self._decodes(answer):
+            if answer.row >= 0 and self._decodes(answer):
                 self._ensure_page(answer)
         answers = [answer for answer in self.active if self._decodes(answer)]
         if not answers:
@@ -153,7 +153,7 @@ class Scheduler:
         self.pool.give_back(answer.pages)
         self._free_rows.append(answer.row)
         self.active.remove(answer)
-        answer.row, answer.pages, answer.cached = None, [], 0
+        answer.row, answer.pages, answer.cached = -1, [], 0
 
     def _rows(self, answers: list[Answer], R: int, longest: int) -> Rows:
         P = bucket_of(self._pages_for(longest), self.config.page_buckets)
@@ -199,7 +199,7 @@ class _RowTable:
             sampling.min_p,
         )
         table.top_k[row] = min(sampling.top_k, np.iinfo(np.int32).max)
-        table.seed[row] = sampling.seed >> 32, sampling.seed & 0xFFFFFFFF
+        table.seed[row] = answer.seed >> 32, answer.seed & 0xFFFFFFFF
         table.alternatives[row] = sampling.logprobs or 0
 
     def take(self, rows: list[int], lengths: list[int], R: int, P: int) -> Rows:

@@ -150,7 +150,7 @@ class Service:
     ) -> Response:
         try:
             choices = [(prompt, more, params) for prompt, more in prompts for params in body.choices()]
-            requests = [self._request(f"{reply.id}-{i}", *choice) for i, choice in enumerate(choices)]
+            requests = {f"{reply.id}-{i}": self._request(*choice) for i, choice in enumerate(choices)}
         except RequestError as error:
             raise refusal(error) from None
         try:
@@ -168,8 +168,8 @@ class Service:
             return EventStream(events, lambda: self._cancel(tickets), self.config.request_seconds)
         return await self._whole(http, tickets, reply)
 
-    def _request(self, id: str, prompt: list[int], continuation: bool, params: SamplingParams) -> Request:
-        request = Request(prompt, params, id=id, detokenize=True, continuation=continuation)
+    def _request(self, prompt: list[int], continuation: bool, params: SamplingParams) -> Request:
+        request = Request(prompt, params, detokenize=True, continuation=continuation)
         self.engine.check(request)
         return request
 

@@ -85,7 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
         held = [page for answer in scheduler.active for page in answer.pages]
         assert len(held) == len(set(held)) == scheduler.pool.held
         assert scheduler.pool.free + scheduler.pool.held == scheduler.pool.total
-        assert all(not answer.pages and answer.row is None for answer in scheduler.waiting)
+        assert all(not answer.pages and answer.row < 0 for answer in scheduler.waiting)
         rows = [answer.row for answer in scheduler.active]
         assert len(rows) == len(set(rows)) <= self.engine.config.max_rows
         for answer in scheduler.active:

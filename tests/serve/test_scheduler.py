@@ -11,8 +11,8 @@ from serve.scheduler import Scheduler, chunk_of
 
 
 def answer(number, prompt_tokens, max_tokens=8):
-    request = Request([1] * prompt_tokens, SamplingParams(seed=number))
-    return Answer(request, f"a{number}", number, max_tokens, (), None)
+    request = Request([1] * prompt_tokens, SamplingParams())
+    return Answer(request, f"a{number}", number, number, max_tokens, (), None)
 
 
 @pytest.fixture
