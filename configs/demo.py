@@ -54,6 +54,7 @@ def get_config():
     dpo = training(40, 3e-4, objective="dpo", samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
         {
+            "cpu_devices": 2,
             "corpus": {
                 "curation": {
                     "sources": (
@@ -82,7 +83,7 @@ def get_config():
             "dialogues": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "dialogues": 2400,
+                "dialogues": 4000,
                 "pairs": 1500,
                 "validation": 100,
             },
@@ -92,7 +93,7 @@ def get_config():
             "rl": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "problems": 2400,
+                "problems": 4000,
                 "steps": 100,
                 "evaluate_every": 25,
                 "evaluate_problems": 100,

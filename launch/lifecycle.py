@@ -30,6 +30,9 @@ DESCRIPTION = __doc__
 class LifecycleConfig:
     """One part a stage. Paths between the stages (datasets, tokenizer, init_from, model) are filled in."""
 
+    cpu_devices: int = (
+        1  # of the training stages on a CPU: two small halves of a batch keep two cores busier than one
+    )
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     dialogues: DialogueConfig = DialogueConfig()
     pretrain: TrainConfig = field(default_factory=TrainConfig)
@@ -64,14 +67,15 @@ def plan(config: LifecycleConfig, workdir: Path) -> list[Stage]:
     )
     pretrain = dataclasses.replace(config.pretrain, tokenizer=at("corpus"), data=pretrain_data)
     dialogues = dataclasses.replace(config.dialogues, tokenizer=at("corpus"))
+    devices = config.cpu_devices
     return [
         Stage("corpus", "data", config.corpus),
         Stage("dialogues", "data.dialogues", dialogues, after=("corpus",)),
-        Stage("pretrain", "train", pretrain, after=("corpus",)),
+        Stage("pretrain", "train", pretrain, ("corpus",), devices),
         Stage("eval-pretrain", "evals", evaluation("pretrain"), after=("pretrain",)),
-        Stage("sft", "train", tuned(config.sft, "chat", "pretrain"), after=("pretrain", "dialogues")),
+        Stage("sft", "train", tuned(config.sft, "chat", "pretrain"), ("pretrain", "dialogues"), devices),
         Stage("eval-sft", "evals", evaluation("sft"), after=("sft",)),
-        Stage("dpo", "train", tuned(config.dpo, "preferences", "sft"), after=("sft", "dialogues")),
+        Stage("dpo", "train", tuned(config.dpo, "preferences", "sft"), ("sft", "dialogues"), devices),
         Stage("eval-dpo", "evals", evaluation("dpo"), after=("dpo",)),
         Stage("rl", "rl", dataclasses.replace(config.rl, init_from=at("dpo")), after=("dpo",)),
         Stage("eval-rl", "evals", evaluation("rl"), after=("rl",)),

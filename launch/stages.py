@@ -44,6 +44,7 @@ class Stage:
     module: str
     config: Any  # a frozen dataclass that the module's command takes
     after: tuple[str, ...] = ()  # stages whose results it reads
+    cpu_devices: int = 1  # into which JAX divides the CPU; no matter where there are accelerators
 
 
 @dataclasses.dataclass
@@ -90,6 +91,7 @@ def _run(stage: Stage, workdir: Path, record: StageRecord, lock: int) -> None:
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(stage.cpu_devices)},
             pass_fds=(lock,),  # an orphan keeps the folder locked until it is gone
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
