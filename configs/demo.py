@@ -12,7 +12,7 @@ SUMS = {
         "max_terms": 3,
         "min_digits": 1,
         "max_digits": 1,
-        "operators": ("+", "-"),
+        "operators": ("+",),
         "allow_parentheses": False,
         "allow_negation": False,
     },
@@ -24,15 +24,15 @@ def training(steps, peak_lr, **more):
     return {
         "steps": steps,
         "log_every": 20,
-        "data": {"seq_len": 64, "batch_size": 32, "validation_batches": 4},
-        "optimizer": {"peak_lr": peak_lr, "warmup_steps": 30},
+        "data": {"seq_len": 64, "batch_size": 16, "validation_batches": 4},
+        "optimizer": {"peak_lr": peak_lr, "warmup_steps": 30, "b2": 0.98, "weight_decay": 0.01},
         "checkpoint": {"every": 200, "keep": 1},
         **more,
     }
 
 
 def get_config():
-    pretrain = training(800, 6e-3, validate_every=200)
+    pretrain = training(800, 5e-3, validate_every=200)
     pretrain["model"] = {
         "width": 128,
         "layers": 3,
@@ -50,8 +50,8 @@ def get_config():
     }
     chat_samples = {"chat": True, "max_new_tokens": 16}
     question = f"Calculate 3 + 4.\n{INSTRUCTION}"
-    sft = training(800, 4e-3, samples=chat_samples | {"prompts": (question,)})
-    dpo = training(40, 3e-4, objective="dpo", samples=chat_samples | {"prompts": (question,)})
+    sft = training(1100, 2e-3, samples=chat_samples | {"prompts": (question,)})
+    dpo = training(40, 5e-5, objective="dpo", samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
         {
             "cpu_devices": 2,
@@ -83,8 +83,8 @@ def get_config():
             "dialogues": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "dialogues": 4000,
-                "pairs": 1500,
+                "dialogues": 1100,
+                "pairs": 1000,
                 "validation": 100,
             },
             "pretrain": pretrain,
@@ -93,12 +93,13 @@ def get_config():
             "rl": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "problems": 4000,
-                "steps": 100,
-                "evaluate_every": 25,
+                "problems": 1100,
+                "steps": 60,
+                "evaluate_every": 20,
                 "evaluate_problems": 100,
-                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 12, "seq_len": 48},
-                "optimizer": {"peak_lr": 1e-3, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
+                "rollout": {"prompts": 64, "group": 8, "max_new_tokens": 10, "seq_len": 40},
+                "grpo": {"minibatches": 4},
+                "optimizer": {"peak_lr": 2e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
                 "checkpoint": {"every": 25, "keep": 1},
             },
             "evals": {
@@ -106,7 +107,7 @@ def get_config():
                     {
                         **SUMS,
                         "label": "sums",
-                        "problems": 250,
+                        "problems": 130,
                         "instruction": INSTRUCTION,
                         "max_new_tokens": 12,
                     },
