@@ -99,7 +99,7 @@ def get_config():
                 "evaluate_problems": 100,
                 "rollout": {"prompts": 64, "group": 8, "max_new_tokens": 10, "seq_len": 40},
                 "grpo": {"minibatches": 4},
-                "optimizer": {"peak_lr": 2e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
+                "optimizer": {"peak_lr": 3e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
                 "checkpoint": {"every": 25, "keep": 1},
             },
             "evals": {
