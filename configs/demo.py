@@ -76,7 +76,7 @@ def get_config():
                     "vocab_size": 1024,
                     "digits": 1,
                     "tasks": (SUMS,),
-                    "task_problems": 2000,
+                    "task_problems": 1000,
                     "instruction": INSTRUCTION,
                 },
             },
