@@ -96,7 +96,7 @@ class Verifiers:
             else:
                 continue
             del busy[number]
-            if verdicts[index].timed_out or not worker.process.is_alive():
+            if verdicts[index].timed_out or worker.dead:
                 worker.kill()
                 self._workers[number] = _Worker(self._scorer)
 
@@ -113,7 +113,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, scorer), daemon=True)
         self.process.start()
         theirs.close()
-        self._ready = False
+        self._ready, self.dead = False, False
 
     def await_ready(self) -> None:
         if not self._ready:
@@ -125,7 +125,8 @@ class _Worker:
     def take(self) -> Verdict:
         try:
             return Verdict(self.pipe.recv())
-        except EOFError:  # the worker died of this answer
+        except (EOFError, OSError):  # the worker died of this answer
+            self.dead = True
             return Verdict(0.0)
 
     def kill(self) -> None:

@@ -107,7 +107,7 @@ import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 from test_stages import Toy, run_stages, stages
 print("begins", flush=True)
-run_stages(stages(**{{n: Toy(seconds=0.06) for n in ("one", "two", "side", "three")}}), Path({str(toy)!r}))
+run_stages(stages(**{{n: Toy(seconds=0.15) for n in ("one", "two", "side", "three")}}), Path({str(toy)!r}))
 """
     chance, kills, done_before = random.Random(0), 0, set()
     for _ in range(60):

@@ -1,5 +1,6 @@
 """RL: advantages and the objective are their formulas, sampler and trainer agree, a tiny policy learns and resumes."""
 
+import dataclasses
 import os
 import time
 
@@ -23,6 +24,7 @@ from rl.verifiers import Verifiers, score_math
 from train.store import tokenizer_files
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
+COUNTING = {"min_words": 1, "max_words": 1}
 
 
 def test_advantages_are_standardised_within_the_group():
@@ -102,7 +104,7 @@ def slow_scorer(problem, answer):
 def test_a_verifier_that_hangs_dies_or_raises_scores_zero_and_the_others_are_kept():
     problem = Problem("p", "t", "q", "yes")
     answers = ["yes", "hang", "no", "die", "yes", None, "raise", "hang", "yes"]
-    with Verifiers(slow_scorer, workers=2, timeout=1.0) as verifiers:
+    with Verifiers(slow_scorer, workers=2, timeout=3.0) as verifiers:
         verdicts = verifiers.score([problem] * len(answers), answers)
     assert [v.value for v in verdicts] == [1, 0, 0, 0, 1, 0, 0, 0, 1]
     assert [v.timed_out for v in verdicts] == [a == "hang" for a in answers]
@@ -111,18 +113,19 @@ def test_a_verifier_that_hangs_dies_or_raises_scores_zero_and_the_others_are_kep
 def test_math_is_compared_as_mathematics_and_a_bomb_is_killed():
     problems = [Problem("p", "t", "q", gold) for gold in ("1/2", "\\frac{3}{4}", "7", "7")]
     answers = ["0.5", "0.75", "8", "2003^{2002^{2001}}"]
-    with Verifiers(score_math, timeout=4.0) as verifiers:
+    with Verifiers(score_math, timeout=8.0) as verifiers:
         assert [v.value for v in verifiers.score(problems, answers)] == [1, 1, 0, 0]
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A fine-tuned toy: a policy that writes <answer>, a digit or two, </answer> about half of the time."""
+    """A fine-tuned toy: a policy that answers in the asked format, with a number from 1 to 5 drawn at random."""
     from train.trainer import train
 
     root = tmp_path_factory.mktemp("policy")
-    specs = (TaskSpec("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),)
-    problems = generate(specs, "train", 120, 0)
+    problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 150, 0)
+    drawn = np.random.default_rng(0).integers(1, 6, len(problems))
+    problems = [dataclasses.replace(p, answer=str(n)) for p, n in zip(problems, drawn)]
     dialogues = [data.tasks.dialogue(p, "") for p in problems]
     tokenizer = data.train_tokenizer("bpe", [m["content"] for d in dialogues * 20 for m in d], 280, digits=1)
     tokenizer.save(root / "tokenizer")
@@ -140,7 +143,7 @@ def policy(tmp_path_factory):
             "head_dim": 16,
             "ffn_width": 64,
         },
-        "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 48, "batch_size": 16},
+        "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 120, "batch_size": 16},
         "optimizer": {"peak_lr": 1e-2, "warmup_steps": 5},
         "mesh": {"data": 8},
     }
@@ -153,15 +156,15 @@ def make_config(policy, **changes):
         "init_from": str(policy),
         "tasks": [
             {
-                "name": "chain_sum",
-                "config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+                "name": "letter_counting",
+                "config": COUNTING,
             }
         ],
         "instruction": "",
         "problems": 100,
         "evaluate_problems": 10,
         "steps": 24,
-        "rollout": {"prompts": 8, "group": 8, "max_new_tokens": 10, "seq_len": 48},
+        "rollout": {"prompts": 8, "group": 8, "max_new_tokens": 24, "seq_len": 120},
         "optimizer": {"peak_lr": 3e-3, "warmup_steps": 2},
         "checkpoint": {"every": 5, "keep": 2},
     } | changes
@@ -189,8 +192,9 @@ def test_sampler_and_trainer_agree_at_every_step(whole):
 
 
 def test_reward_goes_up(whole):
+    # The answers it was shown were drawn at random; the verifier knows that most letters stand once in a word.
     rewards = [row["reward"] for row in rows_of(whole[0])]
-    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.05
+    assert np.mean(rewards[-6:]) > np.mean(rewards[:6]) + 0.15
 
 
 def test_rl_resumes_between_steps_bit_for_bit(policy, whole, tmp_path):
@@ -205,7 +209,7 @@ def test_rl_resumes_between_steps_bit_for_bit(policy, whole, tmp_path):
 def test_a_run_without_a_policy_or_with_too_long_prompts_says_so(policy, tmp_path):
     with pytest.raises(ValueError, match="give config.init_from"):
         run(configs.build(RLConfig, configs.overlay(RLConfig, {})), tmp_path)
-    rollout = {"prompts": 8, "group": 8, "max_new_tokens": 40, "seq_len": 48}
+    rollout = {"prompts": 8, "group": 8, "max_new_tokens": 119, "seq_len": 120}
     with pytest.raises(ValueError, match="Raise seq_len or lower max_new_tokens"):
         run(make_config(policy, rollout=rollout), tmp_path / "long")
 
