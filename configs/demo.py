@@ -52,7 +52,7 @@ def get_config():
     chat_samples = {"chat": True, "max_new_tokens": 16}
     question = f"Calculate 3 + 4.\n{INSTRUCTION}"
     sft = training(800, 2e-3, samples=chat_samples | {"prompts": (question,)})
-    dpo = training(40, 2e-5, objective="dpo", samples=chat_samples | {"prompts": (question,)})
+    dpo = training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
         {
             "cpu_devices": 2,

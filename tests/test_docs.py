@@ -91,5 +91,5 @@ def test_files_that_a_page_names_are_there(page):
 
 
 def test_every_stage_has_a_page():
-    stages = {"configs", "model", "data", "train", "serve", "rl", "evals"}
+    stages = {"configs", "model", "data", "train", "serve", "rl", "evals", "launch"}
     assert stages <= {page.stem for page in PAGES}
