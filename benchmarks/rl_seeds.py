@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import configs
 from evals.config import EvalConfig
+from launch.lifecycle import LifecycleConfig
 from rl.config import RLConfig
 
 
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a finished lifecycle's workdir")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
+    devices = configs.load(LifecycleConfig, options.run / "config.json").cpu_devices
     before = _accuracy(options.run / "eval-sft" / "results.json")
     print(f"{'seed':>6} {'fine-tuned':>18} {'after RL':>18} {'points':>8} {'minutes':>8}", flush=True)
     for seed in options.seeds:
@@ -34,7 +37,7 @@ def main() -> None:
         )
         measured = configs.load(EvalConfig, options.run / "eval-rl" / "stage_config.json")
         measured = dataclasses.replace(measured, model=str(folder / "rl"), texts={})
-        _run("rl", policy, folder / "rl")
+        _run("rl", policy, folder / "rl", devices)
         _run("evals", measured, folder / "eval")
         after = _accuracy(folder / "eval" / "results.json")
         gain = 100 * (after[0] - before[0])
@@ -43,12 +46,13 @@ def main() -> None:
         print(f"{seed:>6} {shown[0]:>18} {shown[1]:>18} {gain:>+8.1f} {seconds / 60:>8.1f}", flush=True)
 
 
-def _run(module: str, config: object, folder: Path) -> None:
+def _run(module: str, config: object, folder: Path, devices: int = 1) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = configs.save(config, folder / "wanted.json")
     with open(folder / "log.txt", "ab") as log:
         command = [sys.executable, "-m", module, f"--config={wanted}", f"--workdir={folder}"]
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def _accuracy(results: Path) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """The whole life of a small model on two CPU cores in a quarter of an hour: `make demo`.
 
-The prose that lies on every Python machine (docstrings and the language reference) and sums from reasoning-gym;
-nothing is downloaded.
+Prose and code that lie on every Python machine (docstrings, the language reference, some of the library's sources)
+and sums from reasoning-gym; nothing is downloaded.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +10,7 @@ SUMS = {
     "name": "basic_arithmetic",
     "config": {
         "min_terms": 2,
-        "max_terms": 3,
+        "max_terms": 4,
         "min_digits": 1,
         "max_digits": 1,
         "operators": ("+",),
@@ -25,15 +25,15 @@ def training(steps, peak_lr, **more):
     return {
         "steps": steps,
         "log_every": 20,
-        "data": {"seq_len": 64, "batch_size": 16, "validation_batches": 4},
+        "data": {"seq_len": 128, "batch_size": 8, "validation_batches": 4},
         "optimizer": {"peak_lr": peak_lr, "warmup_steps": 30, "b2": 0.98, "weight_decay": 0.01},
-        "checkpoint": {"every": 200, "keep": 1},
+        "checkpoint": {"every": 100, "keep": 1},
         **more,
     }
 
 
 def get_config():
-    pretrain = training(800, 5e-3, validate_every=200)
+    pretrain = training(700, 8e-3, validate_every=100)
     pretrain["model"] = {
         "width": 128,
         "layers": 3,
@@ -46,19 +46,23 @@ def get_config():
     pretrain["data"] = {"seq_len": 256, "batch_size": 8, "validation_batches": 8}
     pretrain["samples"] = {
         "every": 200,
-        "prompts": ("Return a copy of", "This module provides", "If the argument is"),
+        "prompts": ("Return a copy of", "This module provides", "def __init__(self"),
         "max_new_tokens": 40,
     }
-    chat_samples = {"chat": True, "max_new_tokens": 16}
+    chat_samples = {"chat": True, "max_new_tokens": 12}
     question = f"Calculate 3 + 4.\n{INSTRUCTION}"
-    sft = training(800, 2e-3, samples=chat_samples | {"prompts": (question,)})
+    sft = training(380, 4e-3, samples=chat_samples | {"prompts": (question,)})
     dpo = training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
         {
             "cpu_devices": 2,
+            "replay": 0.05,
             "corpus": {
                 "curation": {
-                    "sources": ({"kind": "PythonStdlib", "code": False},),
+                    "sources": (
+                        {"kind": "PythonStdlib", "code": False},
+                        {"kind": "PythonStdlib", "docstrings": False, "topics": False, "max_bytes": 300_000},
+                    ),
                     "stages": (
                         {"kind": "Normalise"},
                         {"kind": "GopherQuality"},
@@ -81,7 +85,7 @@ def get_config():
             "dialogues": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "dialogues": 1100,
+                "dialogues": 8000,
                 "pairs": 1000,
                 "validation": 100,
             },
@@ -91,13 +95,19 @@ def get_config():
             "rl": {
                 "tasks": (SUMS,),
                 "instruction": INSTRUCTION,
-                "problems": 1100,
-                "steps": 60,
+                "problems": 4000,
+                "steps": 120,
                 "evaluate_every": 20,
                 "evaluate_problems": 100,
-                "rollout": {"prompts": 64, "group": 8, "max_new_tokens": 10, "seq_len": 40},
+                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 10, "seq_len": 44},
                 "grpo": {"minibatches": 4},
-                "optimizer": {"peak_lr": 3e-4, "warmup_steps": 5, "schedule": "cosine", "weight_decay": 0.0},
+                "optimizer": {
+                    "peak_lr": 2.5e-4,
+                    "warmup_steps": 10,
+                    "schedule": "cosine",
+                    "weight_decay": 0.0,
+                },
+                "mesh": {"data": -1},
                 "checkpoint": {"every": 25, "keep": 1},
             },
             "evals": {
@@ -105,7 +115,7 @@ def get_config():
                     {
                         **SUMS,
                         "label": "sums",
-                        "problems": 130,
+                        "problems": 250,
                         "instruction": INSTRUCTION,
                         "max_new_tokens": 12,
                     },

@@ -33,6 +33,7 @@ class LifecycleConfig:
     cpu_devices: int = (
         1  # of the training stages on a CPU: two small halves of a batch keep two cores busier than one
     )
+    replay: float = 0.0  # share of fine-tuning's rows that are pretraining text, so that it is not forgotten
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     dialogues: DialogueConfig = DialogueConfig()
     pretrain: TrainConfig = field(default_factory=TrainConfig)
@@ -49,7 +50,10 @@ def plan(config: LifecycleConfig, workdir: Path) -> list[Stage]:
         return str(workdir.joinpath(*parts))
 
     def tuned(spec: TrainConfig, kind: str, start: str) -> TrainConfig:
+        share = config.replay if kind == "chat" else 0.0
         train, validation = {at("dialogues", kind, "train"): 1.0}, {at("dialogues", kind, "validation"): 1.0}
+        if share:
+            train = {at("dialogues", kind, "train"): 1 - share, at("corpus", "tokens", "train"): share}
         data = dataclasses.replace(spec.data, mixture=train, validation=validation)
         return dataclasses.replace(spec, init_from=at(start), data=data)
 
@@ -77,7 +81,7 @@ def plan(config: LifecycleConfig, workdir: Path) -> list[Stage]:
         Stage("eval-sft", "evals", evaluation("sft"), after=("sft",)),
         Stage("dpo", "train", tuned(config.dpo, "preferences", "sft"), ("sft", "dialogues"), devices),
         Stage("eval-dpo", "evals", evaluation("dpo"), after=("dpo",)),
-        Stage("rl", "rl", dataclasses.replace(config.rl, init_from=at("dpo")), after=("dpo",)),
+        Stage("rl", "rl", dataclasses.replace(config.rl, init_from=at("dpo")), ("dpo",), devices),
         Stage("eval-rl", "evals", evaluation("rl"), after=("rl",)),
     ]
 

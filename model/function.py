@@ -17,8 +17,6 @@ from model.cache import Cache, page_size_of
 from model.config import Block, ModelConfig
 from model.sharding import ShardingRules, constrain
 
-EMBEDDING_STD = 0.02
-
 Params = dict[str, Any]
 
 
@@ -107,7 +105,8 @@ class Transformer(nn.Module):
             cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules
         )
         info = _token_info(cfg, tokens, positions, segment_ids, cache)
-        init = nn.initializers.normal(EMBEDDING_STD)
+        # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
+        init = nn.initializers.normal(cfg.width**-0.5)
         embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
         x_BTD = constrain(jnp.take(embedding_VD, tokens, axis=0), ctx.rules, "batch", "length", "act_embed")
 
