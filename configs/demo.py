@@ -48,10 +48,11 @@ def get_config():
         "every": 200,
         "prompts": ("Return a copy of", "This module provides", "def __init__(self"),
         "max_new_tokens": 40,
+        "temperature": 0.7,
     }
     chat_samples = {"chat": True, "max_new_tokens": 12}
     question = f"Calculate 3 + 4.\n{INSTRUCTION}"
-    sft = training(380, 4e-3, samples=chat_samples | {"prompts": (question,)})
+    sft = training(380, 4e-3, validate_every=100, samples=chat_samples | {"prompts": (question,)})
     dpo = training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
         {
@@ -99,7 +100,7 @@ def get_config():
                 "steps": 120,
                 "evaluate_every": 20,
                 "evaluate_problems": 100,
-                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 10, "seq_len": 44},
+                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 10, "seq_len": 48},
                 "grpo": {"minibatches": 4},
                 "optimizer": {
                     "peak_lr": 2.5e-4,

@@ -101,6 +101,7 @@ class _Run:
         self.sampler = Sampler(self.engine, self.tokenizer, verifiers, config.instruction, config.reward)
         self.problems = generate(config.tasks, "train", config.problems, config.seed)
         self.held_out = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
+        self.sampler.check([*self.problems, *self.held_out], spec)
         self.log = MetricsLog(workdir, self.start, write=jax.process_index() == 0)
         self.rate = _Rate(self.cfg, spec.seq_len, mesh.size)
         self.validation: dict[str, float] = {}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from configs import ConfigError
 from data import Tokenizer
 from data.packing import shuffled
 from data.tasks import Problem, extract_answer, prompt
@@ -38,6 +39,17 @@ class Sampler:
         self._engine, self._tokenizer, self._verifiers = engine, tokenizer, verifiers
         self._instruction, self._reward = instruction, reward
 
+    def check(self, problems: Sequence[Problem], spec: RolloutSpec) -> None:
+        """Raises ConfigError when the longest prompt leaves no room for an answer."""
+        lengths = [len(self._prompt(problem)) for problem in problems]
+        longest = max(lengths, default=0)
+        if longest + spec.max_new_tokens > spec.seq_len:
+            raise ConfigError(
+                f"the prompt of {problems[lengths.index(longest)].id} has {longest} tokens, with "
+                f"rollout.max_new_tokens={spec.max_new_tokens} more than rollout.seq_len={spec.seq_len}. "
+                f"Raise seq_len to {longest + spec.max_new_tokens}, or lower max_new_tokens."
+            )
+
     def sample(self, problems: Sequence[Problem], spec: RolloutSpec, seed: int) -> list[list[Rollout]]:
         """`spec.group` answers to each problem; the same for the same parameters, problems and seed."""
         seeds = np.random.SeedSequence(seed).generate_state(len(problems) * spec.group, np.uint32)
@@ -54,7 +66,7 @@ class Sampler:
     ) -> list[Rollout]:
         requests = [
             Request(
-                self._prompt(problem, spec),
+                self._prompt(problem),
                 SamplingParams(max_tokens=spec.max_new_tokens, temperature=temperature, seed=int(seed)),
             )
             for problem, seed in zip(problems, seeds, strict=True)
@@ -73,14 +85,8 @@ class Sampler:
             rollouts.append(Rollout(problem, text, _trajectory(request, output, rewards)))
         return rollouts
 
-    def _prompt(self, problem: Problem, spec: RolloutSpec) -> list[int]:
-        ids = self._tokenizer.apply_chat_template(prompt(problem, self._instruction))[0]
-        if len(ids) + spec.max_new_tokens > spec.seq_len:
-            raise ValueError(
-                f"the prompt of {problem.id} has {len(ids)} tokens, with rollout.max_new_tokens={spec.max_new_tokens} "
-                f"more than rollout.seq_len={spec.seq_len}. Raise seq_len or lower max_new_tokens."
-            )
-        return ids
+    def _prompt(self, problem: Problem) -> list[int]:
+        return self._tokenizer.apply_chat_template(prompt(problem, self._instruction))[0]
 
     def _text(self, output: Output) -> str:
         """The answer without its stop token; cut short, it is what there is."""

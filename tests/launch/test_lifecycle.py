@@ -61,6 +61,7 @@ def test_nothing_is_redone(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*/stage.json")}
 
 
+@pytest.mark.slow
 def test_a_changed_stage_is_redone_with_what_follows(finished, tmp_path):
     workdir = finished.parent / "changed"
     shutil.copytree(finished, workdir)

@@ -8,6 +8,7 @@ def get_config():
     c.corpus.curation.sources = (
         {"kind": "PythonStdlib", "code": False, "topics": False, "max_bytes": 1_000_000},
     )
+    c.corpus.curation.update(validation_fraction=0.2, test_fraction=0.2)
     c.corpus.tokenizer.vocab_size = 512
     c.corpus.tokenizer.task_problems = 50
     c.dialogues.update(dialogues=60, pairs=20, validation=20)
@@ -21,8 +22,8 @@ def get_config():
         stage.log_every = 2
         stage.checkpoint.every = 2
     c.rl.update(problems=50, steps=4, evaluate_every=2, evaluate_problems=8)
-    c.rl.rollout.update(prompts=4, group=4)
+    c.rl.rollout.update(prompts=4, group=4, seq_len=64)
     c.rl.grpo.minibatches = 2
     c.rl.checkpoint.every = 1
-    c.evals.tasks[0].problems = 16
+    c.evals.tasks = ({**c.evals.tasks[0], "problems": 16},)
     return c
