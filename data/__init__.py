@@ -6,8 +6,9 @@ the name is first used.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from configs.lazy import lazy_exports
 
 _HOME = {
     "Tokenizer": "data.tokenizer",
@@ -68,14 +69,4 @@ if TYPE_CHECKING:
     from data.tokenizer import StreamDecoder, Tokenizer
     from data.tokenizer_training import train_tokenizer
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'data' has no attribute {name!r}; it exports {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -58,63 +58,6 @@ def make_batches(
 
     Raises DatasetError for folders that do not fit, ValueError for sizes that do not divide.
     """
-    dataset, report = grain_dataset(
-        mixture,
-        batch_size,
-        seq_len,
-        seed,
-        start=start,
-        process_index=process_index,
-        process_count=process_count,
-        kind=kind,
-        shuffle=shuffle,
-        num_epochs=num_epochs,
-        too_long=too_long,
-        pad_id=pad_id,
-        num_threads=num_threads,
-        prefetch=prefetch,
-    )
-    return BatchIterator(iter(dataset), batch_size, start, report)
-
-
-class BatchIterator(Iterator[Batch]):
-    """Batches and where they are.
-
-    Attributes:
-        position: rows of the global run consumed so far; give it back as `start`, on any number of hosts.
-        report: for each folder {"rows_per_epoch", "dropped", "truncated", "weight"}.
-    """
-
-    def __init__(
-        self, batches: Iterator[Batch], batch_size: int, start: int, report: dict[str, dict[str, Any]]
-    ):
-        self._batches, self._batch_size = batches, batch_size
-        self.position, self.report = start, report
-
-    def __next__(self) -> Batch:
-        batch = next(self._batches)
-        self.position += self._batch_size
-        return batch
-
-
-def grain_dataset(
-    mixture: Mapping[str | os.PathLike, float],
-    batch_size: int,
-    seq_len: int,
-    seed: int,
-    *,
-    start: int,
-    process_index: int,
-    process_count: int,
-    kind: BatchKind,
-    shuffle: bool,
-    num_epochs: int | None,
-    too_long: TooLong,
-    pad_id: int,
-    num_threads: int,
-    prefetch: int,
-) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """The `grain.IterDataset` behind `make_batches`, and its report."""
     import grain
 
     rows_per_example = 2 if kind == "preference" else 1
@@ -139,7 +82,26 @@ def grain_dataset(
     batches = rows.batch(per_step // process_count, batch_fn=_stack)
     batches = batches[process_index::process_count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    return batches.to_iter_dataset(options), report
+    return BatchIterator(batches.to_iter_dataset(options), batch_size, start, report)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches and where they are.
+
+    Attributes:
+        position: rows of the global run consumed so far; give it back as `start`, on any number of hosts.
+        report: for each folder {"rows_per_epoch", "dropped", "truncated", "weight"}.
+        dataset: the `grain.IterDataset` that they come from.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, start: int, report: dict[str, dict[str, Any]]):
+        self.dataset, self.position, self.report = dataset, start, report
+        self._batches, self._batch_size = iter(dataset), batch_size
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.position += self._batch_size
+        return batch
 
 
 def _check_sizes(

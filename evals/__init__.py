@@ -5,8 +5,9 @@ Everything is exported lazily, so that `import evals` stays light.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from configs.lazy import lazy_exports
 
 _HOME = {
     "EvalConfig": "evals.config",
@@ -20,14 +21,4 @@ if TYPE_CHECKING:
     from evals.config import EvalConfig, TaskEval
     from evals.evaluate import evaluate
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'evals' has no attribute {name!r}; it exports {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -5,8 +5,9 @@ Everything is exported lazily, so that `import serve` stays light.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from configs.lazy import lazy_exports
 
 _HOME = {
     "Engine": "serve.engine",
@@ -34,14 +35,4 @@ if TYPE_CHECKING:
     from serve.programs import CompilationAfterWarmup
     from serve.request import Output, Request, RequestError, SamplingParams
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'serve' has no attribute {name!r}; it exports {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _HOME)
