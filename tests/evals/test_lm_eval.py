@@ -16,7 +16,7 @@ from evals.config import EvalConfig, LMEval
 from evals.evaluate import evaluate
 from evals.lm_eval_model import CrucibleLM
 from evals.lm_eval_tasks import run_lm_eval
-from serve import EngineConfig
+from serve import EngineConfig, Request, SamplingParams
 
 TASKS = Path(__file__).parent / "tasks"
 SPEC = LMEval(include=str(TASKS), bootstrap=20)
@@ -70,16 +70,14 @@ def test_loglikelihoods_equal_brute_force_over_the_joint_encoding(lm, tokenizer,
     assert answers[0] == answers[1]
 
 
-def test_the_greedy_continuation_is_said_to_be_greedy(lm):
-    prompt = "The quick brown fox"
-    (text,) = lm.generate_until([ask(prompt, {"max_gen_toks": 4})], disable_tqdm=True)
-    prompt_ids, whole = lm.tok_encode(prompt), lm.tok_encode(prompt + text)
-    assert whole[: len(prompt_ids)] == prompt_ids
-    (answer,) = lm._loglikelihood_tokens(
-        [((prompt, text), prompt_ids, lm._tokens.encode_batch([text], True)[0])], disable_tqdm=True
+def test_the_greedy_continuation_is_said_to_be_greedy(lm, engine):
+    prompt = lm.tok_encode("The quick brown fox")
+    (out,) = engine.generate([Request(prompt, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))])
+    other = [*out.tokens[:-1], (out.tokens[-1] + 1) % 300]
+    answers = lm._loglikelihood_tokens(
+        [(("", ""), prompt, tokens) for tokens in (out.tokens, other)], disable_tqdm=True
     )
-    (other,) = lm.loglikelihood([ask(prompt, " zebra")], disable_tqdm=True)
-    assert answer[1] and not other[1]
+    assert [greedy for _, greedy in answers] == [True, False]
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(lm, tokenizer, brute_force):

@@ -414,7 +414,7 @@ def test_fresh_parameters_depend_on_the_key_alone_and_have_the_stated_spread():
     cut = 0.8796  # a normal cut at two deviations has this deviation
     block = a["run_0"]
     for values, std in [
-        (a["embedding"], 0.02),
+        (a["embedding"], 256**-0.5),
         (a["head"], cut * 256**-0.5),
         (block["mixer"]["q"], cut * 256**-0.5),
         (block["mixer"]["o"], cut * 256**-0.5 / 2),  # 1 / sqrt(2 * blocks): what residual branches add up to

@@ -68,7 +68,9 @@ def test_greedy_tokens_equal_plain_generation_and_the_argmax_of_the_full_forward
     outputs = engine.generate(
         [Request(p, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)) for p in given]
     )
-    assert [out.tokens for out in outputs] == generate(cfg, params, given, 20)
+    # Plain generation knows no tokenizer: rows of the head that belong to no token are silenced for it.
+    silenced = params | {"head": params["head"].at[tokenizer.vocab_size :].set(0)}
+    assert [out.tokens for out in outputs] == generate(cfg, silenced, given, 20)
     for prompt, out in zip(given, outputs, strict=True):
         logits = full_logits([*prompt, *out.tokens])[len(prompt) - 1 : -1, : tokenizer.vocab_size]
         assert out.tokens == logits.argmax(-1).tolist()
@@ -293,7 +295,7 @@ def test_logits_that_are_not_finite_end_their_own_request_alone(make_engine, par
             assert out.finish_reason == "error" and "not finite" in out.error and out.tokens == []
         else:
             expected = alone(request).tokens
-            if 99 in expected:  # it sampled the broken token itself: what came before is good
+            if 99 in expected[:-1]:  # it sampled the broken token itself: what came before is good
                 assert out.finish_reason == "error"
                 expected = expected[: expected.index(99) + 1]
             assert out.tokens == expected
