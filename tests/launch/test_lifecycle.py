@@ -17,6 +17,7 @@ import pytest
 import model
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(1500)  # twenty processes start here, one after the other
 STAGES = ["corpus", "dialogues"] + [s for m in ("pretrain", "sft", "dpo", "rl") for s in (m, f"eval-{m}")]
 
 
