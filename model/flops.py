@@ -76,7 +76,8 @@ def _measured_matmul_rate(n: int = 1536, repeats: int = 4) -> float:
 
 def _mixer(spec: Attention, width: int, seq_len: int) -> float:
     projections = 2 * width * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
-    mean_context = (seq_len + 1) / 2
+    seen = min(spec.window or seq_len, seq_len)  # token i sees min(i, seen) tokens
+    mean_context = seen * (seq_len - (seen - 1) / 2) / seq_len
     return projections + 2 * 2 * mean_context * spec.num_heads * spec.head_dim
 
 

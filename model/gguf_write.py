@@ -104,6 +104,10 @@ def write(
 def _architecture(cfg: ModelConfig) -> str:
     if why := why_not_uniform(cfg):
         raise ValueError(f'GGUF {why}. Save with format="native".')
+    if any(block.mixer.window for block in cfg.blocks):
+        raise ValueError(
+            'GGUF files of these architectures have no sliding window. Save with format="native".'
+        )
     mixer, ffn = cfg.blocks[0].mixer, cfg.blocks[0].ffn
     if mixer.qk_norm is not None:
         if mixer.qkv_bias or mixer.out_bias or ffn.bias:

@@ -1,6 +1,7 @@
 """The attention mixer: grouped-query attention with rotary positions, cached decoding and packed segments.
 
-Ainslie et al. 2023, arXiv:2305.13245; qk-norm: Dehghani et al. 2023, arXiv:2302.05442.
+Ainslie et al. 2023, arXiv:2305.13245; qk-norm: Dehghani et al. 2023, arXiv:2302.05442; sliding window: Beltagy et
+al. 2020, arXiv:2004.05150.
 """
 
 # B batch, T tokens, D model width, H query heads, K key/value heads, C head width
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
-from model.kernels.attention import attention, causal_attention
+from model.kernels.attention import attention, causal_attention, sees
 from model.sharding import constrain
 
 
@@ -33,12 +34,17 @@ class Attention:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: RMSNorm | None = None  # normalises each head's query and key before the rotation
+    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}. "
                 "Each key/value head serves a whole group of query heads."
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(
+                f"window={self.window}: a token sees at least itself, so give 1 or more, or None."
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -74,10 +80,10 @@ class AttentionModule(nn.Module):
         q_BTHC = spec.rope(q_BTHC, info.positions)
         k_BTKC = spec.rope(k_BTKC, info.positions)
         if cache is None:
-            out_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, info.segment_ids)
+            out_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, info.segment_ids, spec.window)
         else:
             cache = write_pages(cache, k_BTKC, v_BTKC, info)
-            out_BTHC = _attend_pages(q_BTHC, cache, info)
+            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.window)
         return self._output(out_BTHC), cache
 
     def _project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
@@ -109,12 +115,12 @@ def write_pages(cache: dict, k_BTKC: jax.Array, v_BTKC: jax.Array, info: TokenIn
     }
 
 
-def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo) -> jax.Array:
-    """Slot s of a row holds position s, so a query at position p sees the slots 0 to p."""
+def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo, window: int | None) -> jax.Array:
+    """Slot s of a row holds position s, so a query at position p sees the slots up to p, from its window on."""
     page_table_BP = cast(jax.Array, info.page_table)  # set whenever there is a cache
     B, P = page_table_BP.shape
     Z, K, C = cache["k"].shape[1:]
     k_BSKC = jnp.take(cache["k"], page_table_BP, axis=0, mode="clip").reshape(B, P * Z, K, C)
     v_BSKC = jnp.take(cache["v"], page_table_BP, axis=0, mode="clip").reshape(B, P * Z, K, C)
-    mask_BTS = jnp.arange(P * Z) <= info.positions[:, :, None]
+    mask_BTS = sees(info.positions[:, :, None], jnp.arange(P * Z), window)
     return attention(q_BTHC, k_BSKC.astype(q_BTHC.dtype), v_BSKC.astype(q_BTHC.dtype), mask_BTS)

@@ -55,8 +55,8 @@ class LlamaFamily:
     mlp_bias: bool | None = False  # None: `mlp_bias` decides
     qk_norm: bool = False
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
-    windowed: bool = False  # `sliding_window` holds unless null
-    optional_window: bool = False  # `sliding_window` holds only with `use_sliding_window`
+    windowed: bool = False  # `sliding_window` holds, in all layers, unless null
+    optional_window: bool = False  # `use_sliding_window` says whether, `layer_types` in which layers it holds
     even_heads: bool = False  # transformers wants hidden_size to be a multiple of num_attention_heads
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: NAMES, hash=False)
     harmless: tuple[str, ...] = HARMLESS
@@ -77,13 +77,15 @@ class LlamaFamily:
             out_bias=bias,
             qk_norm=norm if self.qk_norm else None,
         )
+        layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+        mixers = [dataclasses.replace(mixer, window=w) for w in self._read_windows(config, layers)]
         mlp_bias = config.flag("mlp_bias", False) if self.mlp_bias is None else self.mlp_bias
         ffn = SwiGLU(config.integer("intermediate_size"), mlp_bias)
         dtype = config.dtype()
         return ModelConfig(
             vocab_size=config.integer("vocab_size"),
             width=width,
-            blocks=(Block(mixer, ffn, norm),) * config.integer("num_hidden_layers", most=MAX_LAYERS),
+            blocks=tuple(Block(mixer, ffn, norm) for mixer in mixers),
             final_norm=norm,
             tied_head=config.flag("tie_word_embeddings", False),
             max_length=config.integer("max_position_embeddings"),
@@ -106,6 +108,11 @@ class LlamaFamily:
             return f"has ffn bias={self.mlp_bias}"
         if self.even_heads and cfg.width % mixer.num_heads:
             return f"wants width {cfg.width} to be a multiple of num_heads {mixer.num_heads}"
+        windows = {block.mixer.window for block in cfg.blocks}
+        if windows != {None} and not (self.windowed or self.optional_window):
+            return "has no sliding window"
+        if len(windows - {None}) > 1 or (self.windowed and len(windows) > 1):
+            return f"has one sliding window; this model has {sorted(w or 0 for w in windows)}"
         return None
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
@@ -131,11 +138,47 @@ class LlamaFamily:
             saved["attention_bias"] = block.mixer.qkv_bias
         if self.mlp_bias is None:
             saved["mlp_bias"] = block.ffn.bias
+        windows = [block.mixer.window for block in cfg.blocks]
+        window = next((w for w in windows if w), None)
         if self.windowed:
-            saved["sliding_window"] = None
+            saved["sliding_window"] = window
         if self.optional_window:
-            saved["use_sliding_window"] = False
+            kinds = ["sliding_attention" if w else "full_attention" for w in windows]
+            saved |= {
+                "use_sliding_window": window is not None,
+                "sliding_window": window,
+                "layer_types": kinds,
+            }
         return saved
+
+    def _read_windows(self, config: _Reader, layers: int) -> list[int | None]:
+        """The window of each layer; None where it is as long as any text that the model takes."""
+        kinds = config.saved.get("layer_types")
+        if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+            raise ValueError(
+                f"layer_types={str(kinds)[:200]} is not a list with one entry for each of {layers} layers."
+            )
+        if unknown := set(map(str, kinds or ())) - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"layer_types has {unknown}; full_attention and sliding_attention are supported."
+            )
+        window = None
+        if self.windowed and config.saved.get("sliding_window", 4096) is not None:
+            window = config.integer("sliding_window", 4096)
+        if self.optional_window and config.flag("use_sliding_window", False):
+            window = config.integer("sliding_window", 4096)
+            if kinds is None:
+                first = config.saved.get("max_window_layers", 28)
+                if type(first) is not int or first < 0:
+                    raise ValueError(f"max_window_layers={first!r} is not a number of layers.")
+                kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        if kinds is None:
+            kinds = ["sliding_attention" if window else "full_attention"] * layers
+        if window is None and "sliding_attention" in kinds:
+            raise ValueError("layer_types has sliding_attention, but no sliding_window is set and used.")
+        if window is not None and window >= config.integer("max_position_embeddings"):
+            window = None
+        return [window if kind == "sliding_attention" else None for kind in kinds]
 
     def _refuse_unsupported(self, config: _Reader) -> None:
         config.must_be("hidden_act", "silu")
@@ -146,34 +189,23 @@ class LlamaFamily:
         for key, of_family in (("attention_bias", self.qkv_bias), ("mlp_bias", self.mlp_bias)):
             if of_family is not None:
                 config.must_be(key, False)
-        window = 4096 if self.windowed else None
-        if self.windowed or (self.optional_window and config.flag("use_sliding_window", False)):
-            window = config.saved.get("sliding_window", 4096)
-        if window is not None and (
-            type(window) is not int or window < config.integer("max_position_embeddings")
-        ):
-            raise ValueError(
-                f"sliding_window={window!r} below max_position_embeddings="
-                f"{config.saved.get('max_position_embeddings')!r}: windowed attention is not supported. If texts never "
-                "get longer than the window, lower max_position_embeddings to it in config.json."
-            )
-        if window is None and any(kind != "full_attention" for kind in config.saved.get("layer_types") or ()):
-            raise ValueError(
-                f"layer_types has {set(config.saved['layer_types'])}; only 'full_attention' is supported."
-            )
 
 
 def why_not_uniform(cfg: ModelConfig) -> str | None:
     """What keeps a config out of a format with one width, one head count and one eps for all, or None."""
     if cfg.heads:
         return f"has no place for the heads {', '.join(head.name for head in cfg.heads)}"
-    if len(set(cfg.blocks)) > 1:
+    if len({_without_window(block) for block in cfg.blocks}) > 1:
         return "has one kind of block; this model has several"
     block = cfg.blocks[0]
     norms = {block.norm, cfg.final_norm} | ({block.mixer.qk_norm} if block.mixer.qk_norm else set())
     if len(norms) > 1:
         return f"has one rms_norm_eps; this model has {sorted(norm.eps for norm in norms)}"
     return None
+
+
+def _without_window(block: Block) -> Block:
+    return dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, window=None))
 
 
 def _read_rope(config: _Reader) -> Rope:

@@ -27,12 +27,17 @@ def attention(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS:
 
 
 def causal_attention(
-    q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKC: jax.Array, segment_ids_BT: jax.Array | None
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    window: int | None = None,
 ) -> jax.Array:
-    """Causal attention within segments; each block of queries is given only the keys up to its own end.
+    """Causal attention within segments; each block of queries is given only the keys that some of it can see.
 
     Args:
       segment_ids_BT: int32; a token sees only tokens of its own segment. None: each row is one document.
+      window: a token sees itself and the `window - 1` tokens before it. None: all before it.
     """
     T = q_BTHC.shape[1]
     block = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
@@ -40,13 +45,21 @@ def causal_attention(
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None])[None]
+        first = 0 if window is None else max(0, start - window + 1)
+        mask_BTS = sees(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None], window)[None]
         if segment_ids_BT is not None:
-            mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop])
+            mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop])
         outputs.append(
-            _attend(q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, :stop], v_BKSC[:, :, :stop], mask_BTS)
+            _attend(
+                q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop], mask_BTS
+            )
         )
     return _tokens_first(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3))
+
+
+def sees(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
+    """Whether a query at one position may look at a key at another: not ahead, and not beyond the window."""
+    return key <= query if window is None else (key <= query) & (query - key < window)
 
 
 def _attend(q_BKGTC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:

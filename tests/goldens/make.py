@@ -51,6 +51,16 @@ CHECKPOINTS = {
     ),
     "llama_bfloat16": ("LlamaConfig", COMMON | {"head_dim": 8, "dtype": "bfloat16", "hidden_size": 30}, {}),
     "mistral": ("MistralConfig", COMMON | {"sliding_window": None, "head_dim": 8, "hidden_size": 40}, {}),
+    "mistral_windowed": (
+        "MistralConfig",
+        COMMON | {"sliding_window": 4, "head_dim": 8, "hidden_size": 40, "vocab_size": 61},
+        {},
+    ),
+    "qwen2_windowed": (
+        "Qwen2Config",
+        COMMON | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2, "vocab_size": 61},
+        {},
+    ),
     "qwen2": ("Qwen2Config", COMMON | {"tie_word_embeddings": True}, {}),
     "qwen3": ("Qwen3Config", COMMON | {"head_dim": 16, "rms_norm_eps": 1e-6}, {}),
 }

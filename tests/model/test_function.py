@@ -1,5 +1,6 @@
 """The pure function: a brute-force reading of it, caches, packing, layouts, dtypes, configs and checkpoints."""
 
+import dataclasses
 import functools
 import json
 
@@ -48,8 +49,10 @@ forward = jit(apply, static_argnums=0)
 
 @pytest.fixture(scope="session")
 def small():
-    """(cfg, params) of two blocks with grouped heads."""
+    """(cfg, params) of two blocks with grouped heads, the second with a sliding window."""
     cfg = tiny(layers=2)
+    windowed = dataclasses.replace(cfg.blocks[1], mixer=dataclasses.replace(cfg.blocks[1].mixer, window=4))
+    cfg = cfg.replace(blocks=(cfg.blocks[0], windowed))
     return cfg, random_params(cfg)
 
 
@@ -155,13 +158,17 @@ def test_llama3_scaling_keeps_high_frequencies_and_divides_low_ones():
     assert len(middle) > 0 and np.all((middle > 1) & (middle < 8)) and np.all(np.diff(middle) > 0)
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 150])
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 1100])
-def test_attention_in_query_blocks_equals_the_plain_reference(T):
+def test_attention_in_query_blocks_equals_the_plain_reference(T, window):
     rng = np.random.default_rng(T)
     q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, 4)), jnp.float32) for heads in (4, 2, 2))
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, T))), jnp.int32)
-    causal = jnp.tril(jnp.ones((T, T), bool))[None]
-    blocked, reference = jit(causal_attention), jit(attention)
+    causal = np.tril(np.ones((T, T), bool))
+    if window is not None:
+        causal &= ~np.tril(np.ones((T, T), bool), -window)
+    causal = jnp.asarray(causal[None])
+    blocked, reference = jit(functools.partial(causal_attention, window=window)), jit(attention)
     np.testing.assert_allclose(blocked(q, k, v, None), reference(q, k, v, causal), atol=2e-6)
     mask = causal & (segments[:, :, None] == segments[:, None])
     np.testing.assert_allclose(blocked(q, k, v, segments), reference(q, k, v, mask), atol=2e-6)

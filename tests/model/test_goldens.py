@@ -19,6 +19,7 @@ from model.generate import generate
 from .conftest import GOLDENS
 
 CHECKPOINTS = ["llama_tied", "llama_untied_sharded", "llama_bfloat16", "mistral", "qwen2", "qwen3"]
+CHECKPOINTS += ["mistral_windowed", "qwen2_windowed"]
 OTHER_PYTHON = GOLDENS.parents[1] / ".venvs" / "goldens" / "bin" / "python"
 
 

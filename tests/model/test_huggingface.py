@@ -96,13 +96,15 @@ UNSUPPORTED = [
     ({"num_key_value_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
     ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not one of"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 is not an integer from 1"),
+    ({"model_type": "llama", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is set"),
+    ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is set"),
+    ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3}, "one entry for each of 4 layers"),
     (
-        {"model_type": "mistral", "sliding_window": 256},
-        "sliding_window=256 below max_position_embeddings=1024",
+        {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 4},
+        "layer_types has {'chunked_attention'}",
     ),
-    ({"model_type": "qwen2", "use_sliding_window": True}, None),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 99}, "sliding_window=99"),
-    ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "only 'full_attention' is supported"),
+    ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "2"}, "max_window_layers='2'"),
 ]
 
 
@@ -110,13 +112,30 @@ UNSUPPORTED = [
     "changes, message", UNSUPPORTED, ids=[str(changes)[:60] for changes, _ in UNSUPPORTED]
 )
 def test_what_would_change_the_numbers_is_an_error(changes, message, tmp_path):
-    if message is None:  # the default window, 4096, is longer than any text that the model takes
-        assert read_config(tmp_path, **changes).blocks[0].mixer.qkv_bias
-        return
     with pytest.raises(ValueError) as caught:
         read_config(tmp_path, **changes)
     assert message in str(caught.value)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+USED = {"model_type": "qwen2", "use_sliding_window": True}
+
+
+@pytest.mark.parametrize(
+    "changes, windows",
+    [
+        ({"model_type": "mistral", "sliding_window": 256}, [256] * 4),
+        ({"model_type": "mistral", "sliding_window": None}, [None] * 4),
+        ({"model_type": "mistral"}, [None] * 4),  # 4096 by default, longer than any text that the model takes
+        (USED | {"sliding_window": 99, "max_window_layers": 1}, [None, 99, 99, 99]),
+        (USED | {"sliding_window": 99}, [None] * 4),  # from layer 28 on, by default
+        (USED | {"sliding_window": 99, "layer_types": MIXED}, [None, 99, None, 99]),
+        ({"model_type": "qwen3", "use_sliding_window": False, "sliding_window": 99}, [None] * 4),
+    ],
+)
+def test_windows_are_read_layer_by_layer(changes, windows, tmp_path):
+    assert [block.mixer.window for block in read_config(tmp_path, **changes).blocks] == windows
 
 
 def test_code_that_a_config_names_is_not_run(tmp_path, caplog):
