@@ -1,6 +1,7 @@
 """The whole life in one command: its report, its second run, and kills at any moment."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -21,6 +22,9 @@ pytestmark = pytest.mark.timeout(1500)  # twenty processes start here, one after
 STAGES = ["corpus", "dialogues"] + [s for m in ("pretrain", "sft", "dpo", "rl") for s in (m, f"eval-{m}")]
 
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # a user has no fake devices
+
+
 def command(workdir):
     script = [sys.executable, "-m", "launch.lifecycle"]
     return [*script, f"--config={ROOT / 'tests' / 'launch' / 'tiny.py'}", f"--workdir={workdir}"]
@@ -35,7 +39,7 @@ def done(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("lifecycle") / "run"
-    run = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command(workdir), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert f"python -m serve --model={workdir / 'rl'}" in run.stdout
     return workdir
@@ -57,7 +61,7 @@ def test_the_report_tells_of_every_stage(finished):
 
 def test_nothing_is_redone(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.glob("*/stage.json")}
-    run = subprocess.run(command(finished), cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command(finished), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.count("done before") == len(STAGES)
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*/stage.json")}
 
@@ -88,7 +92,7 @@ def test_a_changed_stage_is_redone_with_what_follows(finished, tmp_path):
 def test_killed_at_random_moments_it_ends_as_if_never_killed(finished, tmp_path):
     workdir, chance, kills, reported = tmp_path / "run", random.Random(0), 0, {}
     for _ in range(40):
-        process = subprocess.Popen(command(workdir), cwd=ROOT, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(workdir), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
         try:
             code = process.wait(timeout=5 + 35 * chance.random())
         except subprocess.TimeoutExpired:
