@@ -26,7 +26,7 @@ from model.blocks.experts import (
     through_slots,
 )
 from model.blocks.ffn import MLP, GatedMLP
-from model.blocks.router import ExpertChoice, Router
+from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.weighted import WeightedSum
 
 DISPATCH = ("dropless", "capacity")
@@ -42,7 +42,7 @@ class MoE:
     num_experts: int
     experts_per_token: int  # with `ExpertChoice`: the mean
     expert: Expert
-    router: Router | ExpertChoice = Router()
+    router: Router | SparseMixer | ExpertChoice = Router()
     shared: GatedMLP | MLP | None = None
     shared_gate: bool = False  # the shared expert's output times sigmoid(x @ shared_gate)
     weigh_input: bool = False  # Llama 4: the weight multiplies what goes into an expert, not what comes out
@@ -59,7 +59,7 @@ class MoE:
             )
         if self.dispatch not in DISPATCH:
             raise ValueError(f"dispatch={self.dispatch!r} is not one of {', '.join(DISPATCH)}.")
-        if self.balance_rate and not getattr(self.router, "choice_bias", False):
+        if self.balance_rate and not self.has_choice_bias:
             raise ValueError("balance_rate moves the router's choice_bias: use Router(choice_bias=True).")
         if self.shared_gate and self.shared is None:
             raise ValueError("shared_gate=True gates a shared expert, and there is none.")
@@ -73,6 +73,10 @@ class MoE:
         shared = self.shared.flops_per_token(width) if self.shared is not None else 0
         routing = 2 * width * (self.num_experts + self.shared_gate)
         return self.experts_per_token * self.expert.flops_per_token(width) + shared + routing
+
+    @property
+    def has_choice_bias(self) -> bool:
+        return isinstance(self.router, Router) and self.router.choice_bias
 
     @property
     def active_share(self) -> float:
@@ -114,13 +118,13 @@ class MoEModule(nn.Module):
         return logits_BTE
 
     def _choice_bias(self) -> jax.Array | None:
-        if isinstance(self.spec.router, ExpertChoice) or not self.spec.router.choice_bias:
+        if not self.spec.has_choice_bias:
             return None
         shape = (self.spec.num_experts,)
         return param(self, _float32(self.ctx), "choice_bias", shape, ("norm",), nn.initializers.zeros)
 
     def _tokens_choose(
-        self, router: Router, x_BTD, logits_BTE, bias_E, real_BT
+        self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT
     ) -> tuple[jax.Array, jax.Array]:
         spec, ctx = self.spec, self.ctx
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
@@ -138,7 +142,7 @@ class MoEModule(nn.Module):
         self, router: ExpertChoice, x_BTD, logits_BTE, real_BT, info: TokenInfo
     ) -> tuple[jax.Array, jax.Array]:
         spec, ctx = self.spec, self.ctx
-        if info.page_table is not None:
+        if info.rows is not None:
             raise ValueError("a router with ExpertChoice looks at whole rows: it cannot decode with a cache.")
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         tokens_BES, weights_BES = router.choose_tokens(logits_BTE, real_BT, spec.slots(x_BTD.shape[1]))

@@ -92,6 +92,40 @@ class Router:
 
 
 @dataclasses.dataclass(frozen=True)
+class SparseMixer:
+    """Each token takes its best experts one by one; a weight is the softmax among those left that come close to it.
+
+    PhiMoE, Liu et al. 2024, arXiv:2409.12136, as it is at inference: its sampling of experts in training is not here.
+    """
+
+    jitter: float = 0.01  # close: no further below the best than 2 * jitter of the larger of the two
+    bias: bool = False  # of the logits
+
+    def check(self, num_experts: int, experts_per_token: int) -> None:
+        pass
+
+    def probabilities(self, logits_BTE: jax.Array) -> jax.Array:
+        return jax.nn.softmax(logits_BTE)
+
+    def choose(
+        self, logits_BTE: jax.Array, choice_bias_E: None, experts_per_token: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `Router.choose`."""
+        left_BTE, chosen, weights = logits_BTE, [], []
+        for _ in range(experts_per_token):
+            best_BT1 = left_BTE.max(-1, keepdims=True)
+            size_BTE = jnp.maximum(jnp.abs(logits_BTE), best_BT1)
+            close_BTE = jax.lax.stop_gradient((best_BT1 - logits_BTE) / size_BTE) <= 2 * self.jitter
+            weights_BTE = jax.nn.softmax(jnp.where(close_BTE, left_BTE, -jnp.inf))
+            chosen.append(left_BTE.argmax(-1))
+            weights.append(jnp.take_along_axis(weights_BTE, chosen[-1][..., None], -1)[..., 0])
+            left_BTE = jnp.where(
+                jax.nn.one_hot(chosen[-1], left_BTE.shape[-1], dtype=bool), -jnp.inf, left_BTE
+            )
+        return jnp.stack(chosen, -1), jnp.stack(weights, -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertChoice:
     """Each expert takes the tokens of a row that score highest for it, so the load is even by construction.
 

@@ -14,7 +14,7 @@ from model.blocks.common import Context, TokenInfo
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP
 from model.blocks.moe import MoE
-from model.blocks.router import ExpertChoice, Router
+from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.sharding import named_sharding
 
 jit = functools.partial(
@@ -77,10 +77,26 @@ def brute_expert(spec, p, e, x):
     return h @ p["down"][e] + bias("down")
 
 
+def brute_mixer(router, logits, number):
+    """The best, then the best of the others; the weight is a softmax among those that come close."""
+    choices = []
+    for _ in range(number):
+        left = [e for e in range(E) if e not in [c for c, _ in choices]]
+        best = max(left, key=lambda e: logits[e])
+        top = logits[best]
+        below = [
+            top - logits[e] for e in left if top - logits[e] <= 2 * router.jitter * max(abs(logits[e]), top)
+        ]
+        choices.append((best, 1 / np.exp(-np.array(below)).sum()))
+    return choices
+
+
 def brute_choice(spec, p, x):
     """[(expert, weight)] of one token."""
     router = spec.router
     logits = x @ p["router"] + p.get("router_bias", 0)
+    if isinstance(router, SparseMixer):
+        return brute_mixer(router, logits, spec.experts_per_token)
     scores = (
         1 / (1 + np.exp(-logits)) if router.scores == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
     )
@@ -130,6 +146,7 @@ LIKE = {
         E, 3, GatedMLP(F), Router("sigmoid", scale=2.5, choice_bias=True, **GROUPS), shared=GatedMLP(5)
     ),
     "dbrx": MoE(E, 4, GatedMLP(F), Router(norm_order=2.0)),
+    "phimoe": MoE(E, 2, GatedMLP(F), SparseMixer(0.3)),
     "plain mlp": MoE(E, 2, MLP(F, "relu", bias=True)),
 }
 
@@ -202,7 +219,7 @@ def test_experts_that_choose_take_their_best_tokens_of_each_row():
         for t in range(T):
             np.testing.assert_allclose(y[b, t], brute_token(spec, params, x[b, t], choices[t]), atol=1e-5)
     assert float(aux["moe_max_load"].mean()) == pytest.approx(1.0)
-    cached = dataclasses.replace(info(), page_table=jnp.zeros((B, 1), jnp.int32))
+    cached = dataclasses.replace(info(), rows=jnp.arange(B))
     with pytest.raises(ValueError, match="cannot decode with a cache"):
         spec.module(CTX, "ffn").apply({"params": params}, x, cached)
 
