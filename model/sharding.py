@@ -30,6 +30,10 @@ class ShardingRules:
     act_mlp: Axes = ("tensor",)
     act_vocab: Axes = ("tensor",)
     act_experts: Axes = ("expert",)
+    # the cache
+    pages: Axes = ()
+    slots: Axes = ()
+    rows: Axes = ()
     # parameters
     vocab: Axes = ("tensor",)
     embed: Axes = ("fsdp",)
