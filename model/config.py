@@ -9,7 +9,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from model.blocks.attention import Attention, Temperature
+from model.blocks.differential_attention import DifferentialAttention
+from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
+from model.blocks.latent_attention import LatentAttention
+from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
 from model.blocks.positions import (
     Alibi,
@@ -22,13 +26,15 @@ from model.blocks.positions import (
     SinusoidalPositions,
     YarnScaling,
 )
+from model.blocks.router import ExpertChoice, Router, SparseMixer
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
     cls.__name__: cls
     for cls in (
-        *(Attention, Temperature),
+        *(Attention, Temperature, LatentAttention, DifferentialAttention),
         *(GatedMLP, MLP),
+        *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
         *(Alibi, LearnedPositions, SinusoidalPositions),
