@@ -37,6 +37,7 @@ class TokenInfo:
         None  # [B, T] int32 page of the cache that takes this token; out of range: none
     )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
+    rows: jax.Array | None = None  # [B] int32, set when there is a cache
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
@@ -45,7 +46,12 @@ def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
 
 
 def param(
-    module: nn.Module, ctx: Context, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable,
 ):
     """Declare a parameter with logical axis names and give it in the dtype of the computation."""
     value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)

@@ -1,0 +1,57 @@
+"""The papers' recurrences read as plain float64 loops over the tokens of one document, to hold the mixers to."""
+
+import numpy as np
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def rms_norm(x, eps, scale=1.0):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def convolve(x, taps, bias=0.0):
+    """x [T, ...]; the last tap meets the token itself."""
+    K, y = len(taps), np.zeros_like(x)
+    for t in range(len(x)):
+        y[t] = bias + sum(taps[K - 1 - lag] * x[t - lag] for lag in range(min(K, t + 1)))
+    return y
+
+
+def linear(p, name, x):
+    return np.tensordot(x, p[name], 1) + p.get(f"{name}_bias", 0)
+
+
+def mamba2(spec, p, x):
+    T, group = len(x), spec.num_heads // spec.num_groups
+    x = x * spec.in_multiplier
+    z, x, B, C, dt = (
+        linear(p, f"in_{n}", x) * m for n, m in zip(("z", "x", "B", "C", "dt"), spec.multipliers)
+    )
+    x, B, C = (
+        silu(convolve(v, p[f"conv_{n}"], p.get(f"conv_{n}_bias", 0))) for n, v in zip("xBC", (x, B, C))
+    )
+    dt = np.clip(softplus(dt + p["dt_bias"]), spec.dt_min, spec.dt_max)
+    y = np.zeros_like(x)
+    for h in range(spec.num_heads):
+        state = np.zeros((spec.head_dim, spec.state_dim))
+        for t in range(T):
+            decay = np.exp(-np.exp(p["A_log"][h]) * dt[t, h])
+            state = decay * state + dt[t, h] * np.outer(x[t, h], B[t, h // group])
+            y[t, h] = state @ C[t, h // group] + p["D"][h] * x[t, h]
+    if not spec.norm_before_gate or spec.norm_eps is None:
+        y = y * silu(z)
+    if spec.norm_eps is not None:
+        grouped = y.reshape(T, spec.num_groups, -1)
+        y = rms_norm(grouped, spec.norm_eps).reshape(y.shape) * p["norm"]
+        y = y * silu(z) if spec.norm_before_gate else y
+    return (np.tensordot(y, p["o"], 2) + p.get("o_bias", 0)) * spec.out_multiplier
