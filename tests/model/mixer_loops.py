@@ -55,3 +55,44 @@ def mamba2(spec, p, x):
         y = rms_norm(grouped, spec.norm_eps).reshape(y.shape) * p["norm"]
         y = y * silu(z) if spec.norm_before_gate else y
     return (np.tensordot(y, p["o"], 2) + p.get("o_bias", 0)) * spec.out_multiplier
+
+
+def unit(x):
+    return x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+
+
+def delta_state(q, k, v, log_decay, beta):
+    """One head: q, k [T, K], v [T, V], log_decay [T, K] or [T, 1], beta [T]."""
+    state, o = np.zeros((k.shape[1], v.shape[1])), np.zeros_like(v)
+    for t in range(len(q)):
+        state = np.exp(log_decay[t])[:, None] * state
+        state = state + np.outer(k[t], beta[t] * (v[t] - k[t] @ state))
+        o[t] = q[t] @ state
+    return o
+
+
+def gated_delta_net(spec, p, x):
+    q, k, v = (silu(convolve(linear(p, n, x), p[f"conv_{n}"])) for n in "qkv")
+    beta = sigmoid(linear(p, "b", x)) * (2 if spec.negative_eigenvalues else 1)
+    log_decay = -np.exp(p["A_log"]) * softplus(linear(p, "a", x) + p["dt_bias"])
+    y = np.zeros_like(v)
+    for h in range(spec.num_heads):
+        g = h // (spec.num_heads // spec.num_key_heads)
+        query = unit(q[:, g]) / np.sqrt(spec.key_dim)
+        y[:, h] = delta_state(query, unit(k[:, g]), v[:, h], log_decay[:, h, None], beta[:, h])
+    y = rms_norm(y, spec.norm_eps, p["norm"]) * silu(linear(p, "z", x))
+    return np.tensordot(y, p["o"], 2)
+
+
+def kimi_delta_attention(spec, p, x):
+    q, k, v = (silu(convolve(linear(p, n, x), p[f"conv_{n}"])) for n in "qkv")
+    beta, shift = sigmoid(linear(p, "b", x)), linear(p, "f_b", linear(p, "f_a", x)) + p["dt_bias"]
+    rate = np.exp(p["A_log"])[:, None]
+    bound = spec.decay_lower_bound
+    log_decay = -rate * softplus(shift) if bound is None else bound * sigmoid(rate * shift)
+    y = np.zeros_like(v)
+    for h in range(spec.num_heads):
+        query = unit(q[:, h]) / np.sqrt(spec.head_dim)
+        y[:, h] = delta_state(query, unit(k[:, h]), v[:, h], log_decay[:, h], beta[:, h])
+    y = rms_norm(y, spec.norm_eps, p["norm"]) * sigmoid(linear(p, "g_b", linear(p, "g_a", x)))
+    return np.tensordot(y, p["o"], 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from model.blocks.common import Context, TokenInfo
+from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba2 import Mamba2
 
 from . import mixer_loops as loops
@@ -27,8 +28,16 @@ MIXERS = {
         Mamba2(2, 6, 5, 2, 3, norm_eps=None, in_multiplier=1.5, multipliers=(0.5, 2, 3, 0.8, 0.7)),
         loops.mamba2,
     ),
+    "gated deltanet": (GatedDeltaNet(4, 2, 5, 3), loops.gated_delta_net),
+    "gated deltanet, negative": (
+        GatedDeltaNet(2, 2, 4, 6, 2, 1e-3, negative_eigenvalues=True),
+        loops.gated_delta_net,
+    ),
+    "kimi": (KimiDeltaAttention(3, 4), loops.kimi_delta_attention),
+    "kimi, bounded": (KimiDeltaAttention(2, 4, 3, decay_lower_bound=-5.0), loops.kimi_delta_attention),
 }
-every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_option = pytest.mark.parametrize("name", MIXERS)
+every_mixer = pytest.mark.parametrize("name", [name for name in MIXERS if "," not in name])
 
 
 @functools.cache
@@ -77,7 +86,7 @@ def random_cache(spec, rows):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), cache)
 
 
-@every_mixer
+@every_option
 def test_a_mixer_equals_the_papers_loop(name):
     spec, params = built(name)
     x = random_x(1, 150)
@@ -153,15 +162,15 @@ def test_a_cache_without_segments_takes_every_token(name):
 @every_mixer
 def test_gradients_are_finite_and_reach_every_parameter(name):
     spec, params = built(name)
-    segments = np.repeat([1, 2, 0], [3, 139, 8])[None].astype(np.int32)
-    x = random_x(1, 150) * 3
+    segments = np.repeat([1, 2, 0], [3, 64, 3])[None].astype(np.int32)
+    x = random_x(1, 70) * 3
 
     @jit
     def gradient(params, x):
         def loss(params, x):
-            y = module_of(spec).apply(
-                {"params": params}, x, TokenInfo(jnp.arange(150)[None], segments), None
-            )[0]
+            y = module_of(spec).apply({"params": params}, x, TokenInfo(jnp.arange(70)[None], segments), None)[
+                0
+            ]
             return jnp.sum(jnp.sin(y))
 
         return jax.grad(loss, argnums=(0, 1))(params, x)

@@ -1,0 +1,105 @@
+"""The chunked recurrences against plain float64 loops: ragged lengths, every chunk size, restarts, hostile values."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.kernels.delta_rule import delta_rule, solve_unit_lower
+from model.kernels.ssd import ssd
+
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+LENGTHS = pytest.mark.parametrize("T, chunk", [(1, 64), (5, 1), (16, 8), (37, 16), (130, 64), (70, 128)])
+
+
+def draws(T, seed=0):
+    """normal(*shape), log decays from mild to deadly, and a few first tokens of documents."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape)
+    decays = lambda *shape: -np.exp(rng.uniform(-6, 4, size=shape))
+    first = rng.random((2, T)) < 0.05
+    return normal, decays, first
+
+
+def check(kernel, loop, inputs, chunk):
+    """Outputs and last state of both, in float32 and from a state that is not zero."""
+    ours = jit(functools.partial(kernel, chunk=chunk))(
+        *(jnp.asarray(x, jnp.result_type(x, np.float16)) for x in inputs)
+    )
+    for got, wanted in zip(ours, loop(*inputs), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, wanted, atol=3e-5 * max(1, np.abs(wanted).max()), rtol=1e-4)
+
+
+def ssd_loop(v, log_decay, k, q, first, state):
+    y, group = np.zeros_like(v), v.shape[2] // k.shape[2]
+    k, q = np.repeat(k, group, 2), np.repeat(q, group, 2)
+    for t in range(v.shape[1]):
+        state = np.where(first[:, t, None, None, None], 0, state) * np.exp(log_decay[:, t, :, None, None])
+        state = state + np.einsum("bhp,bhn->bhpn", v[:, t], k[:, t])
+        y[:, t] = np.einsum("bhpn,bhn->bhp", state, q[:, t])
+    return y, state
+
+
+def delta_loop(q, k, v, log_decay, beta, first, state):
+    o = np.zeros_like(v)
+    for t in range(v.shape[1]):
+        state = np.where(first[:, t, None, None, None], 0, state) * np.exp(log_decay[:, t, :, :, None])
+        new = beta[:, t, :, None] * (v[:, t] - np.einsum("bhk,bhkv->bhv", k[:, t], state))
+        state = state + np.einsum("bhk,bhv->bhkv", k[:, t], new)
+        o[:, t] = np.einsum("bhk,bhkv->bhv", q[:, t], state)
+    return o, state
+
+
+@LENGTHS
+def test_ssd_equals_its_loop(T, chunk):
+    normal, decays, first = draws(T)
+    inputs = (
+        normal(2, T, 4, 3),
+        decays(2, T, 4),
+        normal(2, T, 2, 5),
+        normal(2, T, 2, 5),
+        first,
+        normal(2, 4, 3, 5),
+    )
+    check(ssd, ssd_loop, inputs, chunk)
+
+
+@LENGTHS
+@pytest.mark.parametrize("channels", [1, 5])
+def test_the_delta_rule_equals_its_loop(T, chunk, channels):
+    normal, decays, first = draws(T)
+    keys = normal(2, T, 3, 5)
+    inputs = (
+        normal(2, T, 3, 5),
+        keys / np.linalg.norm(keys, axis=-1, keepdims=True),
+        normal(2, T, 3, 4),
+        decays(2, T, 3, channels),
+        np.random.default_rng(1).uniform(0, 2, (2, T, 3)),
+        first,
+        normal(2, 3, 5, 4),
+    )
+    check(delta_rule, delta_loop, inputs, chunk)
+
+
+def test_one_key_written_again_and_again_keeps_the_last_value():
+    """The worst case of the triangular system: all overlaps are 1, and powers of it would overflow."""
+    v, key = np.random.default_rng(0).normal(size=(1, 200, 1, 4)), np.eye(5)[:1].repeat(200, 0)[None, :, None]
+    zeros, ones = np.zeros((1, 200, 1, 1)), np.ones((1, 200, 1))
+    never = np.zeros((1, 200), bool)
+    o, state = jit(delta_rule)(key, key, v, zeros, ones, never, np.zeros((1, 1, 5, 4)))
+    np.testing.assert_allclose(o, v, atol=2e-6)
+    np.testing.assert_allclose(state[0, 0, 0], v[0, -1, 0], atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_the_triangular_system_is_solved(size):
+    rng = np.random.default_rng(size)
+    strict, y = np.tril(rng.normal(size=(3, size, size)), -1) * size**-0.5, rng.normal(size=(3, size, 2))
+    wanted = np.linalg.solve(np.eye(size) + strict, y)
+    ours = jit(solve_unit_lower)(strict.astype(np.float32), y.astype(np.float32))
+    np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
