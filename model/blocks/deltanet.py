@@ -133,9 +133,8 @@ class KimiDeltaAttention:
         }
 
     def cache_axes(self) -> dict[str, Axes]:
-        tail: Axes = (None, None, "act_heads", None)
-        state: Axes = (None, "act_heads", None, None)
-        return {f"conv_{name}": tail for name in "qkv"} | {"state": state}
+        axes: dict[str, Axes] = {f"conv_{name}": (None, None, "act_heads", None) for name in "qkv"}
+        return axes | {"state": (None, "act_heads", None, None)}
 
 
 class KimiDeltaAttentionModule(nn.Module):

@@ -96,3 +96,31 @@ def kimi_delta_attention(spec, p, x):
         y[:, h] = delta_state(query, unit(k[:, h]), v[:, h], log_decay[:, h], beta[:, h])
     y = rms_norm(y, spec.norm_eps, p["norm"]) * sigmoid(linear(p, "g_b", linear(p, "g_a", x)))
     return np.tensordot(y, p["o"], 2)
+
+
+def mamba(spec, p, x):
+    z, x = linear(p, "in_z", x), linear(p, "in_x", x)
+    x = silu(convolve(x, p["conv"], p.get("conv_bias", 0)))
+    chosen = {name: x @ p[name] for name in ("dt_low", "B", "C")}
+    if spec.norm is not None:
+        norms = {name: p.get(f"{name}_norm", {"scale": 1.0})["scale"] for name in chosen}
+        chosen = {name: rms_norm(value, spec.norm.eps, norms[name]) for name, value in chosen.items()}
+    dt = softplus(chosen["dt_low"] @ p["dt"] + p["dt_bias"])
+    state, y = np.zeros((spec.width, spec.state_dim)), np.zeros_like(x)
+    for t in range(len(x)):
+        state = np.exp(-np.exp(p["A_log"]) * dt[t][:, None]) * state
+        state = state + np.outer(dt[t] * x[t], chosen["B"][t])
+        y[t] = state @ chosen["C"][t] + p["D"] * x[t]
+    return (y * silu(z)) @ p["o"] + p.get("o_bias", 0)
+
+
+def rglru(spec, p, x):
+    y, x = linear(p, "y", x), convolve(linear(p, "x", x), p["conv"], p["conv_bias"])
+    y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    gate = lambda name: sigmoid(np.einsum("thi,hic->thc", x, p[name]) + p[f"{name}_bias"])
+    decay = np.exp(-8 * gate("a_gate") * softplus(p["a"]))
+    inputs, h = x * gate("x_gate"), np.zeros_like(x)
+    h[0] = inputs[0]
+    for t in range(1, len(x)):
+        h[t] = decay[t] * h[t - 1] + np.sqrt(1 - decay[t] ** 2) * inputs[t]
+    return np.tensordot(h * y, p["o"], 2) + p["o_bias"]

@@ -9,7 +9,10 @@ import pytest
 
 from model.blocks.common import Context, TokenInfo
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
+from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
+from model.blocks.norms import RMSNorm
+from model.blocks.rglru import RGLRU
 
 from . import mixer_loops as loops
 
@@ -35,6 +38,9 @@ MIXERS = {
     ),
     "kimi": (KimiDeltaAttention(3, 4), loops.kimi_delta_attention),
     "kimi, bounded": (KimiDeltaAttention(2, 4, 3, decay_lower_bound=-5.0), loops.kimi_delta_attention),
+    "mamba": (Mamba(10, 4, 3), loops.mamba),
+    "mamba, normed": (Mamba(10, 4, 3, 3, conv_bias=False, bias=True, norm=RMSNorm(1e-3)), loops.mamba),
+    "rg-lru": (RGLRU(3, 4), loops.rglru),
 }
 every_option = pytest.mark.parametrize("name", MIXERS)
 every_mixer = pytest.mark.parametrize("name", [name for name in MIXERS if "," not in name])

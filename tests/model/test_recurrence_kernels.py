@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from model.kernels.delta_rule import delta_rule, solve_unit_lower
+from model.kernels.linear_scan import linear_scan, selective_scan
 from model.kernels.ssd import ssd
 
 jit = functools.partial(
@@ -53,6 +54,35 @@ def delta_loop(q, k, v, log_decay, beta, first, state):
         state = state + np.einsum("bhk,bhv->bhkv", k[:, t], new)
         o[:, t] = np.einsum("bhk,bhkv->bhv", q[:, t], state)
     return o, state
+
+
+def linear_loop(x, log_decay, first, state):
+    states = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        states[:, t] = state = np.where(first[:, t, None], 0, state) * np.exp(log_decay[:, t]) + x[:, t]
+    return states, state
+
+
+def selective_loop(x, dt, A, k, q, first, state):
+    y = np.zeros_like(x)
+    for t in range(x.shape[1]):
+        state = np.where(first[:, t, None, None], 0, state) * np.exp(dt[:, t, :, None] * A)
+        state = state + (dt * x)[:, t, :, None] * k[:, t, None]
+        y[:, t] = np.einsum("bfn,bn->bf", state, q[:, t])
+    return y, state
+
+
+@LENGTHS
+def test_the_linear_scan_equals_its_loop(T, chunk):
+    normal, decays, first = draws(T)
+    check(linear_scan, linear_loop, (normal(2, T, 3), decays(2, T, 3), first, normal(2, 3)), chunk)
+
+
+@LENGTHS
+def test_the_selective_scan_equals_its_loop(T, chunk):
+    normal, decays, first = draws(T)
+    inputs = (normal(2, T, 3), -decays(2, T, 3), decays(3, 4), normal(2, T, 4), normal(2, T, 4), first)
+    check(selective_scan, selective_loop, (*inputs, normal(2, 3, 4)), chunk)
 
 
 @LENGTHS
