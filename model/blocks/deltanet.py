@@ -19,6 +19,7 @@ from model.blocks.recurrence import (
     begin,
     causal_conv,
     finish,
+    head_rms_norm,
     inverse_softplus_of_log_uniform,
     linear,
     linear_out,
@@ -103,7 +104,7 @@ class GatedDeltaNetModule(nn.Module):
             walk.state["state"],
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
-        y_BTHV = (_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
+        y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
         return finish(linear_out(self, ctx, y_BTHV, VALUES), state, walk, info, cache)
 
 
@@ -163,7 +164,7 @@ class KimiDeltaAttentionModule(nn.Module):
             walk.state["state"],
         )
         gate_BTHV = jax.nn.sigmoid(self._low_rank("g", x_BTD, heads).astype(jnp.float32))
-        y_BTHV = (_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
+        y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
         return finish(linear_out(self, ctx, y_BTHV, VALUES), state, walk, info, cache)
 
     def _low_rank(self, name: str, x_BTD: jax.Array, heads: tuple[int, int]) -> jax.Array:
@@ -206,8 +207,3 @@ def _unit(x_BTHK: jax.Array) -> jax.Array:
     """x / |x| over the last axis, float32."""
     x_BTHK = x_BTHK.astype(jnp.float32)
     return x_BTHK * jax.lax.rsqrt(jnp.sum(x_BTHK * x_BTHK, axis=-1, keepdims=True) + 1e-6)
-
-
-def _rms_norm(module: nn.Module, ctx: Context, o_BTHV: jax.Array, eps: float) -> jax.Array:
-    scale_V = param32(module, ctx, "norm", o_BTHV.shape[-1:], ("head_dim",), nn.initializers.ones)
-    return o_BTHV * jax.lax.rsqrt(jnp.mean(o_BTHV * o_BTHV, axis=-1, keepdims=True) + eps) * scale_V

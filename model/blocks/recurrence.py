@@ -156,6 +156,13 @@ def param32(
     return jnp.asarray(value, jnp.float32)
 
 
+def head_rms_norm(module: nn.Module, ctx: Context, o_BTHV: jax.Array, eps: float) -> jax.Array:
+    """RMS norm of each head's output in float32, with a scale "norm" that all heads share."""
+    o_BTHV = o_BTHV.astype(jnp.float32)
+    scale_V = param32(module, ctx, "norm", o_BTHV.shape[-1:], ("head_dim",), nn.initializers.ones)
+    return o_BTHV * jax.lax.rsqrt(jnp.mean(o_BTHV * o_BTHV, axis=-1, keepdims=True) + eps) * scale_V
+
+
 def log_uniform(low: float, high: float) -> Callable:
     """log(x) for x uniform in [low, high): the start of A_log."""
 

@@ -124,3 +124,22 @@ def rglru(spec, p, x):
     for t in range(1, len(x)):
         h[t] = decay[t] * h[t - 1] + np.sqrt(1 - decay[t] ** 2) * inputs[t]
     return np.tensordot(h * y, p["o"], 2) + p["o_bias"]
+
+
+def retention(spec, p, x):
+    q, k, v, z = (linear(p, name, x) for name in ("q", "k", "v", "z"))
+    half = spec.key_dim // 2
+    angle = np.outer(np.arange(len(x)), spec.rope.theta ** (-np.arange(half) / half))[:, None]
+    rotate = lambda u: np.concatenate(
+        [
+            u[..., :half] * np.cos(angle) - u[..., half:] * np.sin(angle),
+            u[..., half:] * np.cos(angle) + u[..., :half] * np.sin(angle),
+        ],
+        axis=-1,
+    )
+    q, k, y = rotate(q) / np.sqrt(spec.key_dim), rotate(k), np.zeros_like(v)
+    for h in range(spec.num_heads):
+        for t in range(len(x)):
+            weights = [(1 - 2.0 ** (-5 - h)) ** (t - s) * (q[t, h] @ k[s, h]) for s in range(t + 1)]
+            y[t, h] = weights @ v[: t + 1, h]
+    return np.tensordot(rms_norm(y, spec.norm_eps, p["norm"]) * silu(z), p["o"], 2)

@@ -12,6 +12,8 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.norms import RMSNorm
+from model.blocks.positions import Rope
+from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 
 from . import mixer_loops as loops
@@ -41,6 +43,7 @@ MIXERS = {
     "mamba": (Mamba(10, 4, 3), loops.mamba),
     "mamba, normed": (Mamba(10, 4, 3, 3, conv_bias=False, bias=True, norm=RMSNorm(1e-3)), loops.mamba),
     "rg-lru": (RGLRU(3, 4), loops.rglru),
+    "retention": (Retention(3, 4, 5, Rope(100.0)), loops.retention),
 }
 every_option = pytest.mark.parametrize("name", MIXERS)
 every_mixer = pytest.mark.parametrize("name", [name for name in MIXERS if "," not in name])
