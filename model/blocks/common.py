@@ -38,6 +38,9 @@ class TokenInfo:
     )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
     rows: jax.Array | None = None  # [B] int32, set when there is a cache
+    shared: dict[str, jax.Array] = flax.struct.field(
+        default_factory=dict
+    )  # what earlier blocks give to later ones
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:

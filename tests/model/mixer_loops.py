@@ -143,3 +143,43 @@ def retention(spec, p, x):
             weights = [(1 - 2.0 ** (-5 - h)) ** (t - s) * (q[t, h] @ k[s, h]) for s in range(t + 1)]
             y[t, h] = weights @ v[: t + 1, h]
     return np.tensordot(rms_norm(y, spec.norm_eps, p["norm"]) * silu(z), p["o"], 2)
+
+
+def token_shift(x, share):
+    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    return x + (before - x) * share
+
+
+def rwkv7_values(p, x):
+    return linear(p | {"v_bias": 0}, "v", token_shift(x, p["x_v"]))
+
+
+def rwkv7(spec, p, x, v_first=None):
+    mixed = {name: token_shift(x, p[f"x_{name}"]) for name in "rwkvag"}
+    low = lambda name, f: (
+        np.tensordot(f(mixed[name] @ p[f"{name}_a"]), p[f"{name}_b"], 1) + p.get(f"{name}_bias", 0)
+    )
+    same = lambda u: u
+    r, k = np.tensordot(mixed["r"], p["r"], 1), np.tensordot(mixed["k"], p["k"], 1)
+    v, w, a, g = rwkv7_values(p, x), low("w", np.tanh), sigmoid(low("a", same)), low("g", sigmoid)
+    if v_first is not None:
+        v = v + (v_first - v) * sigmoid(low("v", same))
+    decay = np.exp(-np.exp(-softplus(-w) - 0.5))
+    erase = k * p["k_k"]
+    erase = erase / np.linalg.norm(erase, axis=-1, keepdims=True)
+    k = k * (1 + (a - 1) * p["k_a"])
+    y = np.zeros_like(v)
+    for h in range(spec.num_heads):
+        state = np.zeros((spec.head_dim, spec.head_dim))  # values by keys, as in the paper
+        for t in range(len(x)):
+            change = np.diag(decay[t, h]) - np.outer(erase[t, h], erase[t, h] * a[t, h])
+            state = state @ change + np.outer(v[t, h], k[t, h])
+            y[t, h] = state @ r[t, h]
+    y = y - y.mean(-1, keepdims=True)
+    y = rms_norm(y, spec.norm_eps, p["norm"]) + p["norm_bias"]
+    y = y + (r * k * p["r_k"]).sum(-1, keepdims=True) * v
+    return np.tensordot(y * g, p["o"], 2)
+
+
+def rwkv7_channel_mix(spec, p, x):
+    return np.maximum(token_shift(x, p["x_k"]) @ p["k"], 0) ** 2 @ p["o"]

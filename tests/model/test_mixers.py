@@ -1,5 +1,6 @@
 """Recurrent and linear mixers: equal to the papers' loops, packed as alone, decoded from a state as in one pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
+from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 
 from . import mixer_loops as loops
 
@@ -43,6 +45,8 @@ MIXERS = {
     "mamba": (Mamba(10, 4, 3), loops.mamba),
     "mamba, normed": (Mamba(10, 4, 3, 3, conv_bias=False, bias=True, norm=RMSNorm(1e-3)), loops.mamba),
     "rg-lru": (RGLRU(3, 4), loops.rglru),
+    "rwkv-7": (RWKV7(3, 4, 2, 3, 4, 5, first=True), loops.rwkv7),
+    "rwkv-7 channels": (RWKV7ChannelMix(10, WIDTH), loops.rwkv7_channel_mix),
     "retention": (Retention(3, 4, 5, Rope(100.0)), loops.retention),
 }
 every_option = pytest.mark.parametrize("name", MIXERS)
@@ -77,7 +81,7 @@ def module_of(spec):
 @functools.partial(jit, static_argnums=0)
 def run(spec, params, x, positions, segments=None, cache=None, rows=None):
     info = TokenInfo(positions, segments, rows=rows)
-    return module_of(spec).apply({"params": params}, x, info, cache)
+    return module_of(spec).apply({"params": params}, x, info, cache)[:2]
 
 
 def alone(spec, params, x):
@@ -199,3 +203,30 @@ def test_half_precision_stays_close(name):
     assert half.dtype == dtype
     error = np.sqrt(np.mean((exact - np.asarray(half, np.float32)) ** 2) / np.mean(exact**2))
     assert error < 0.03
+
+
+def test_later_layers_of_rwkv7_mix_in_the_values_of_the_first():
+    first, params_1 = built("rwkv-7")
+    later = dataclasses.replace(first, first=False)
+    x_1, x_2, positions = random_x(1, 90), random_x(1, 90, seed=1), np.arange(90)[None]
+    rng = np.random.default_rng(5)
+    low = {
+        "v_a": rng.normal(size=(WIDTH, 5)),
+        "v_b": rng.normal(size=(5, 3, 4)),
+        "v_bias": rng.normal(size=(3, 4)),
+    }
+    params_2 = params_1 | jax.tree.map(np.float32, low)
+
+    @jit
+    def both(params_1, params_2, x_1, x_2):
+        _, _, shared = module_of(first).apply({"params": params_1}, x_1, TokenInfo(positions, None), None)
+        return module_of(later).apply(
+            {"params": params_2}, x_2, TokenInfo(positions, None, shared=shared), None
+        )
+
+    y, cache = both(params_1, params_2, x_1, x_2)
+    double = lambda tree: jax.tree.map(np.float64, tree)
+    v_first = loops.rwkv7_values(double(params_1), double(x_1[0]))
+    wanted = loops.rwkv7(later, double(params_2), double(x_2[0]), v_first)
+    np.testing.assert_allclose(y[0], wanted, atol=2e-5, rtol=2e-5)
+    assert cache is None and first.shares == ("v_first",) and later.shares == ()

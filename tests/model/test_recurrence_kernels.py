@@ -9,6 +9,7 @@ import pytest
 
 from model.kernels.delta_rule import delta_rule, solve_unit_lower
 from model.kernels.linear_scan import linear_scan, selective_scan
+from model.kernels.rwkv7 import rwkv7
 from model.kernels.ssd import ssd
 
 jit = functools.partial(
@@ -72,6 +73,17 @@ def selective_loop(x, dt, A, k, q, first, state):
     return y, state
 
 
+def rwkv7_loop(r, log_decay, k, v, a, b, first, state):
+    o = np.zeros_like(v)
+    for t in range(v.shape[1]):
+        state = np.where(first[:, t, None, None, None], 0, state)
+        read = np.einsum("bhk,bhkv->bhv", a[:, t], state)
+        state = state * np.exp(log_decay[:, t, :, :, None]) + np.einsum("bhk,bhv->bhkv", b[:, t], read)
+        state = state + np.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        o[:, t] = np.einsum("bhk,bhkv->bhv", r[:, t], state)
+    return o, state
+
+
 @LENGTHS
 def test_the_linear_scan_equals_its_loop(T, chunk):
     normal, decays, first = draws(T)
@@ -114,6 +126,16 @@ def test_the_delta_rule_equals_its_loop(T, chunk, channels):
         normal(2, 3, 5, 4),
     )
     check(delta_rule, delta_loop, inputs, chunk)
+
+
+@LENGTHS
+def test_rwkv7_equals_its_loop(T, chunk):
+    normal, _, first = draws(T)
+    rng, keys = np.random.default_rng(1), normal(2, T, 3, 5)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    log_decay, rate = -np.exp(rng.uniform(-6, -0.5, keys.shape)), rng.uniform(0, 1, keys.shape)
+    inputs = (normal(2, T, 3, 5), log_decay, normal(2, T, 3, 5), normal(2, T, 3, 4), -keys, keys * rate)
+    check(rwkv7, rwkv7_loop, (*inputs, first, normal(2, 3, 5, 4)), chunk)
 
 
 def test_one_key_written_again_and_again_keeps_the_last_value():
