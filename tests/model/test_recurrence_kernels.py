@@ -155,3 +155,44 @@ def test_the_triangular_system_is_solved(size):
     wanted = np.linalg.solve(np.eye(size) + strict, y)
     ours = jit(solve_unit_lower)(strict.astype(np.float32), y.astype(np.float32))
     np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def kernels():
+    normal, decays, first = draws(20, seed=3)
+    keys = normal(2, 20, 1, 3)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    q, v, state, beta = normal(2, 20, 1, 3), normal(2, 20, 1, 2), normal(2, 1, 3, 2), np.ones((2, 20, 1))
+    decay = decays(2, 20, 1, 3)
+    return {
+        "linear scan": (linear_scan, (normal(2, 20, 3), decays(2, 20, 3), first, normal(2, 3))),
+        "selective scan": (
+            selective_scan,
+            (normal(2, 20, 3), -decays(2, 20, 3), -np.ones((3, 4)), normal(2, 20, 4), normal(2, 20, 4), first)
+            + (normal(2, 3, 4),),
+        ),
+        "ssd": (ssd, (v, decays(2, 20, 1), keys, q, first, state.swapaxes(2, 3))),
+        "delta rule, by head": (delta_rule, (q, keys, v, decay[..., :1], beta, first, state)),
+        "delta rule, by channel": (delta_rule, (q, keys, v, decay, beta, first, state)),
+        "rwkv7": (
+            rwkv7,
+            (q, np.maximum(decay, -0.6), normal(2, 20, 1, 3), v, -keys, keys * 0.9, first, state),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_gradients_under_hostile_decays_are_those_of_single_steps(name):
+    """Chunks of 8 against chunks of one token, which have no products of decays to go wrong."""
+    kernel, inputs = kernels()[name]
+    inputs = tuple(jnp.asarray(x, jnp.result_type(x, np.float16)) for x in inputs)
+    floats = [i for i, x in enumerate(inputs) if x.dtype != bool]
+
+    def gradients(chunk):
+        def loss(*inputs):
+            return sum(jnp.sum(jnp.sin(out)) for out in kernel(*inputs, chunk=chunk))
+
+        return jit(jax.grad(loss, argnums=floats))(*inputs)
+
+    for ours, wanted in zip(gradients(8), gradients(1), strict=True):
+        assert np.isfinite(wanted).all()
+        np.testing.assert_allclose(ours, wanted, atol=3e-5 * max(1, np.abs(wanted).max()), rtol=1e-4)
