@@ -3,9 +3,19 @@
 from typing import Literal
 
 from model.blocks.attention import Attention
-from model.blocks.ffn import SwiGLU
-from model.blocks.norms import RMSNorm
-from model.blocks.positions import Llama3Scaling, Rope
+from model.blocks.ffn import MLP, GatedMLP, GeGLU, ReGLU, SwiGLU
+from model.blocks.norms import LayerNorm, RMSNorm
+from model.blocks.positions import (
+    Alibi,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NTKScaling,
+    Rope,
+    SinusoidalPositions,
+    YarnScaling,
+)
 from model.cache import Cache, cache_axes, init_cache, init_pages
 from model.config import Block, ModelConfig, ScalarHead, decoder
 from model.function import Output, apply, init, logical_axes, param_shapes
@@ -14,18 +24,30 @@ from model.weighted import WeightedSum
 
 __all__ = [
     "MESH_AXES",
+    "MLP",
+    "Alibi",
     "Attention",
     "Block",
     "Cache",
+    "GatedMLP",
+    "GeGLU",
+    "LayerNorm",
+    "LearnedPositions",
+    "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "ModelConfig",
+    "NTKScaling",
     "Output",
     "RMSNorm",
+    "ReGLU",
     "Rope",
     "ScalarHead",
     "ShardingRules",
+    "SinusoidalPositions",
     "SwiGLU",
     "WeightedSum",
+    "YarnScaling",
     "apply",
     "cache_axes",
     "decoder",

@@ -1,10 +1,11 @@
-"""The decoding cache: pages of keys and values, a page table and the length of each row.
+"""The decoding cache: pages of keys and values, a page table, recurrent states, and the length of each row.
 
 One form serves both uses. The engine hands pages out from a free list (Kwon et al. 2023, arXiv:2309.06180); a plain
-dense cache is the same thing with one long page a row.
+dense cache is the same thing with one long page a row. What a recurrent mixer remembers has one size for a row of any
+length.
 """
 
-# B rows, P pages a row, N pages in all, Z slots a page
+# B rows, P pages a row, N pages in all, Z slots a page, R rows of recurrent state
 
 from __future__ import annotations
 
@@ -24,14 +25,24 @@ class Cache:
     layers: dict[str, Any]  # parameter group name -> the mixer's own state
     page_table: jax.Array  # [B, P] int32; entries past a row's length may be anything
     length: jax.Array  # [B] int32, tokens already in the cache
+    rows: jax.Array | None = (
+        None  # [B] int32, which recurrent state each row has; None: the one of its own number
+    )
 
 
-def init_pages(cfg: ModelConfig, num_pages: int, page_size: int, dtype: str | None = None) -> dict[str, Any]:
-    """The empty state of every block, `dtype` (default: that of the computation)."""
+def init_pages(
+    cfg: ModelConfig, num_pages: int, page_size: int, dtype: str | None = None, num_rows: int = 1
+) -> dict[str, Any]:
+    """The empty state of every block.
+
+    Args:
+      dtype: of keys and values; default: that of the computation.
+      num_rows: of recurrent state, for the mixers that have one.
+    """
     of_cache = jnp.dtype(dtype or cfg.dtype)
     layers = {}
     for name, block, numbers in cfg.runs():
-        state = block.mixer.init_cache(num_pages, page_size, of_cache)
+        state = block.mixer.init_cache(num_pages, page_size, num_rows, of_cache)
         if cfg.scan:
             state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
         layers[name] = state
@@ -41,7 +52,7 @@ def init_pages(cfg: ModelConfig, num_pages: int, page_size: int, dtype: str | No
 def init_cache(cfg: ModelConfig, batch_size: int, max_length: int, dtype: str | None = None) -> Cache:
     """An empty dense cache for `batch_size` rows of at most `max_length` tokens."""
     return Cache(
-        layers=init_pages(cfg, batch_size, max_length, dtype),
+        layers=init_pages(cfg, batch_size, max_length, dtype, batch_size),
         page_table=jnp.arange(batch_size, dtype=jnp.int32)[:, None],
         length=jnp.zeros((batch_size,), jnp.int32),
     )
@@ -56,7 +67,15 @@ def cache_axes(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def page_size_of(layers: dict[str, Any], scan: bool) -> tuple[int, int]:
-    """(number of pages, slots a page) of a cache's layers."""
-    leaf = jax.tree.leaves(layers)[0]
-    return leaf.shape[1:3] if scan else leaf.shape[:2]
+def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:
+    """Slots a page of a cache's layers; None for a model without pages."""
+    for name, of_layer in cache_axes(cfg).items():
+        for key, axes in of_layer.items():
+            if "slots" in axes:
+                return layers[name][key].shape[axes.index("slots")]
+    return None
+
+
+def has_recurrent_state(cfg: ModelConfig) -> bool:
+    """Whether some block remembers a row in a state of one size, which can't be cut at a page."""
+    return any("rows" in axes for of_layer in cache_axes(cfg).values() for axes in of_layer.values())

@@ -4,28 +4,57 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from model.blocks.attention import Attention
-from model.blocks.ffn import SwiGLU
-from model.blocks.norms import RMSNorm
-from model.blocks.positions import Llama3Scaling, Rope
+from model.blocks.attention import Attention, Temperature
+from model.blocks.ffn import MLP, GatedMLP, SwiGLU
+from model.blocks.norms import LayerNorm, Norm, RMSNorm
+from model.blocks.positions import (
+    Alibi,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NTKScaling,
+    Rope,
+    SinusoidalPositions,
+    YarnScaling,
+)
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
-PARTS = {cls.__name__: cls for cls in (Attention, SwiGLU, RMSNorm, Rope, Llama3Scaling)}
+PARTS = {
+    cls.__name__: cls
+    for cls in (
+        *(Attention, Temperature),
+        *(GatedMLP, MLP),
+        *(RMSNorm, LayerNorm),
+        *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
+        *(Alibi, LearnedPositions, SinusoidalPositions),
+    )
+}
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One residual block: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """One residual block: x + mixer(norm(x)), then x + ffn(norm(x)).
 
-    mixer: Attention
-    ffn: SwiGLU
-    norm: RMSNorm = RMSNorm()
+    Norms may stand elsewhere: on the mixer's and the network's results before they are added (`post_norm`; with `norm`
+    as well the sandwich of Gemma 2, without it OLMo 2), or on the sums (`sum_norm`: BERT; with `skip_scale` DeepNorm).
+    """
+
+    mixer: Any  # a `Mixer` of model.blocks.common
+    ffn: Any  # a `FeedForward`; None: the mixer is all
+    norm: Norm | None = RMSNorm()
+    post_norm: Norm | None = None
+    sum_norm: Norm | None = None
+    # x + mixer(norm(x)) + ffn(norm(x)) in one sum, with a norm for each of the two or one for both
+    parallel: Literal["no", "two norms", "one norm"] = "no"
+    residual_scale: float = 1.0  # of what is added
+    skip_scale: float = 1.0  # of what it is added to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +71,22 @@ class ModelConfig:
     vocab_size: int
     width: int
     blocks: tuple[Block, ...]
-    final_norm: RMSNorm = RMSNorm()
+    final_norm: Norm | None = RMSNorm()
     tied_head: bool = True  # logits through the transposed embedding
+    head_bias: bool = False
+    positions: LearnedPositions | SinusoidalPositions | None = None  # added to the embedding
+    embed_norm: Norm | None = None  # of what the first block reads
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # logits stay within +-logit_softcap
     heads: tuple[ScalarHead, ...] = ()
     max_length: int = 2048  # longest context that the model is meant for, tokens
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of freshly made parameters
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
+    # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
+    family: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):

@@ -72,7 +72,7 @@ def cache_bytes_per_token(cfg: ModelConfig) -> int:
     """Of one row, over all blocks, in the dtype of the computation."""
     dtype = jnp.dtype(cfg.dtype)
     states = {
-        block: jax.eval_shape(lambda b=block: b.mixer.init_cache(1, 1, dtype)) for block in set(cfg.blocks)
+        block: jax.eval_shape(lambda b=block: b.mixer.init_cache(1, 1, 1, dtype)) for block in set(cfg.blocks)
     }
     sizes = {
         block: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

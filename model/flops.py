@@ -14,8 +14,6 @@ import time
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import Attention
-from model.blocks.ffn import SwiGLU
 from model.config import ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * matrix parameters + causal attention) / peak flops/s"
@@ -41,7 +39,8 @@ PEAK_FLOPS = {
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens."""
     per_block = {
-        block: _mixer(block.mixer, cfg.width, seq_len) + _ffn(block.ffn, cfg.width)
+        block: block.mixer.flops_per_token(cfg.width, seq_len)
+        + (block.ffn.flops_per_token(cfg.width) if block.ffn else 0)
         for block in set(cfg.blocks)
     }
     return sum(per_block[block] for block in cfg.blocks) + 2 * cfg.width * cfg.vocab_size
@@ -72,14 +71,3 @@ def _measured_matmul_rate(n: int = 1536, repeats: int = 4) -> float:
         multiply(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
-
-
-def _mixer(spec: Attention, width: int, seq_len: int) -> float:
-    projections = 2 * width * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
-    seen = min(spec.window or seq_len, seq_len)  # token i sees min(i, seen) tokens
-    mean_context = seen * (seq_len - (seen - 1) / 2) / seq_len
-    return projections + 2 * 2 * mean_context * spec.num_heads * spec.head_dim
-
-
-def _ffn(spec: SwiGLU, width: int) -> float:
-    return 2 * 3 * width * spec.width

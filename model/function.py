@@ -12,12 +12,15 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, FeedForward, TokenInfo, fan_in_normal, param
+from model.blocks.norms import Norm
 from model.cache import Cache, page_size_of
 from model.config import Block, ModelConfig
 from model.sharding import ShardingRules, constrain
 
 Params = dict[str, Any]
+
+NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
 
 
 @flax.struct.dataclass
@@ -84,14 +87,36 @@ class BlockModule(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        spec, ctx = self.spec, self.ctx
-        y_BTD, state = spec.mixer.module(ctx, "mixer")(
-            spec.norm.module(ctx, "mixer_norm")(x_BTD), info, state
+        spec = self.spec
+        if spec.ffn is not None and spec.parallel != "no":
+            return self._parallel(spec.ffn, x_BTD, state, info)
+        y_BTD, state = spec.mixer.module(self.ctx, "mixer")(
+            self._norm(spec.norm, "mixer_norm", x_BTD), info, state
         )
-        x_BTD = constrain(x_BTD + y_BTD, ctx.rules, "batch", "length", "act_embed")
-        y_BTD, aux = spec.ffn.module(ctx, "ffn")(spec.norm.module(ctx, "ffn_norm")(x_BTD))
-        x_BTD = constrain(x_BTD + y_BTD, ctx.rules, "batch", "length", "act_embed")
+        x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
+        if spec.ffn is not None:
+            y_BTD, aux = spec.ffn.module(self.ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
+            x_BTD = self._add("ffn", x_BTD, y_BTD)
         return x_BTD, (state, aux)
+
+    def _parallel(self, ffn: FeedForward, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
+        spec = self.spec
+        read_BTD = self._norm(spec.norm, "mixer_norm", x_BTD)
+        y_BTD, state = spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)
+        if spec.parallel == "two norms":
+            read_BTD = self._norm(spec.norm, "ffn_norm", x_BTD)
+        z_BTD, aux = ffn.module(self.ctx, "ffn")(read_BTD, info)
+        return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, aux)
+
+    def _norm(self, norm: Norm | None, name: str, x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if norm is None else norm.module(self.ctx, name)(x_BTD)
+
+    def _add(self, part: str, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        spec = self.spec
+        y_BTD = self._norm(spec.post_norm, f"{part}_post_norm", y_BTD)
+        x_BTD = x_BTD * spec.skip_scale + y_BTD * spec.residual_scale
+        x_BTD = self._norm(spec.sum_norm, f"{part}_sum_norm", x_BTD)
+        return constrain(x_BTD, self.ctx.rules, "batch", "length", "act_embed")
 
 
 class Transformer(nn.Module):
@@ -108,7 +133,7 @@ class Transformer(nn.Module):
         # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
         init = nn.initializers.normal(cfg.width**-0.5)
         embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
-        x_BTD = constrain(jnp.take(embedding_VD, tokens, axis=0), ctx.rules, "batch", "length", "act_embed")
+        x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info)
 
         states, aux = {}, {}
         for name, block, numbers in cfg.runs():
@@ -121,7 +146,7 @@ class Transformer(nn.Module):
             for key, value in run_aux.items():
                 aux[key] = aux[key] + value if key in aux else value
 
-        hidden_BTD = cfg.final_norm.module(ctx, "final_norm")(x_BTD)
+        hidden_BTD = x_BTD if cfg.final_norm is None else cfg.final_norm.module(ctx, "final_norm")(x_BTD)
         return Output(
             logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
             hidden=hidden_BTD,
@@ -129,6 +154,15 @@ class Transformer(nn.Module):
             aux=aux,
             heads={head.name: self._scalar_head(ctx, head.name, hidden_BTD) for head in cfg.heads},
         )
+
+    def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+        cfg = self.cfg
+        x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        if cfg.positions is not None:
+            x_BTD += cfg.positions.module(ctx, "positions")(info.positions)
+        if cfg.embed_norm is not None:
+            x_BTD = cfg.embed_norm.module(ctx, "embed_norm")(x_BTD)
+        return constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
 
     def _run(self, ctx: Context, name: str, block: Block, count: int):
         module = BlockModule
@@ -155,6 +189,13 @@ class Transformer(nn.Module):
             shape = (self.cfg.vocab_size, self.cfg.width)
             head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(self.cfg.width))
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+        if self.cfg.head_bias:
+            logits_BTV += param(
+                self, ctx, "head_bias", (self.cfg.vocab_size,), ("vocab",), nn.initializers.zeros
+            )
+        logits_BTV *= self.cfg.logit_scale
+        if (cap := self.cfg.logit_softcap) is not None:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
 
     def _scalar_head(self, ctx: Context, name: str, hidden_BTD: jax.Array) -> jax.Array:
@@ -170,13 +211,16 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
         positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
     if cache is None:
         return TokenInfo(positions, segment_ids)
-    num_pages, page_size = page_size_of(cache.layers, cfg.scan)
+    rows = jnp.arange(B, dtype=jnp.int32) if cache.rows is None else cache.rows
+    page_size = page_size_of(cfg, cache.layers)
+    if page_size is None:
+        return TokenInfo(positions, segment_ids, rows=rows)
     column = jnp.minimum(positions // page_size, cache.page_table.shape[1] - 1)
     page = jnp.take_along_axis(cache.page_table, column, axis=1)
     beyond = positions >= cache.page_table.shape[1] * page_size
     skipped = beyond if segment_ids is None else beyond | (segment_ids == 0)
-    page = jnp.where(skipped, num_pages, page)
-    return TokenInfo(positions, segment_ids, cache.page_table, page, positions % page_size)
+    page = jnp.where(skipped, NO_PAGE, page)
+    return TokenInfo(positions, segment_ids, cache.page_table, page, positions % page_size, rows)
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

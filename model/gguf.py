@@ -21,34 +21,34 @@ from model.blocks.norms import RMSNorm
 from model.blocks.positions import Llama3Scaling, Rope
 from model.config import Block, ModelConfig
 from model.dequantize import dequantize
-from model.families.tensors import Tensor, tensor_table, unflatten
+from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
 from model.function import Params
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROTATED_PAIRS = ("llama",)  # stores queries and keys so that rotary pairs are neighbours: (0, 1), (2, 3), ...
 
-NAMES = {
-    "embedding": "token_embd.weight",
-    "head": "output.weight",
-    "final_norm/scale": "output_norm.weight",
-    "mixer_norm/scale": "blk.{i}.attn_norm.weight",
-    "mixer/q": "blk.{i}.attn_q.weight",
-    "mixer/k": "blk.{i}.attn_k.weight",
-    "mixer/v": "blk.{i}.attn_v.weight",
-    "mixer/o": "blk.{i}.attn_output.weight",
-    "mixer/q_bias": "blk.{i}.attn_q.bias",
-    "mixer/k_bias": "blk.{i}.attn_k.bias",
-    "mixer/v_bias": "blk.{i}.attn_v.bias",
-    "mixer/o_bias": "blk.{i}.attn_output.bias",
-    "mixer/q_norm/scale": "blk.{i}.attn_q_norm.weight",
-    "mixer/k_norm/scale": "blk.{i}.attn_k_norm.weight",
-    "ffn_norm/scale": "blk.{i}.ffn_norm.weight",
-    "ffn/gate": "blk.{i}.ffn_gate.weight",
-    "ffn/up": "blk.{i}.ffn_up.weight",
-    "ffn/down": "blk.{i}.ffn_down.weight",
-    "ffn/gate_bias": "blk.{i}.ffn_gate.bias",
-    "ffn/up_bias": "blk.{i}.ffn_up.bias",
-    "ffn/down_bias": "blk.{i}.ffn_down.bias",
+NAMES: Names = {
+    "token_embd.weight": "embedding",
+    "output.weight": "head",
+    "output_norm.weight": "final_norm/scale",
+    "blk.{i}.attn_norm.weight": "mixer_norm/scale",
+    "blk.{i}.attn_q.weight": "mixer/q",
+    "blk.{i}.attn_k.weight": "mixer/k",
+    "blk.{i}.attn_v.weight": "mixer/v",
+    "blk.{i}.attn_output.weight": "mixer/o",
+    "blk.{i}.attn_q.bias": "mixer/q_bias",
+    "blk.{i}.attn_k.bias": "mixer/k_bias",
+    "blk.{i}.attn_v.bias": "mixer/v_bias",
+    "blk.{i}.attn_output.bias": "mixer/o_bias",
+    "blk.{i}.attn_q_norm.weight": "mixer/q_norm/scale",
+    "blk.{i}.attn_k_norm.weight": "mixer/k_norm/scale",
+    "blk.{i}.ffn_norm.weight": "ffn_norm/scale",
+    "blk.{i}.ffn_gate.weight": "ffn/gate",
+    "blk.{i}.ffn_up.weight": "ffn/up",
+    "blk.{i}.ffn_down.weight": "ffn/down",
+    "blk.{i}.ffn_gate.bias": "ffn/gate_bias",
+    "blk.{i}.ffn_up.bias": "ffn/up_bias",
+    "blk.{i}.ffn_down.bias": "ffn/down_bias",
 }
 ROPE_FACTORS = "rope_freqs.weight"  # [C / 2] divisors of the rotary frequencies
 
@@ -81,7 +81,9 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
         values = dequantize(file.raw(tensor.name), stored.type, stored.shape)
         if architecture in ROTATED_PAIRS and (heads := heads_of(cfg, tensor)):
             values = pairs_to_halves(values, heads)
-        params[tensor.path] = tensor.to_ours(values).astype(jnp.dtype(cfg.param_dtype), copy=False)
+        params[tensor.pieces[0].path] = tensor.to_ours(values)[0].astype(
+            jnp.dtype(cfg.param_dtype), copy=False
+        )
     return cfg, unflatten(params)
 
 
@@ -101,7 +103,7 @@ def heads_of(cfg: ModelConfig, tensor: Tensor) -> int:
     """The heads of a tensor that makes what is rotated (queries, keys); 0 for any other."""
     mixer = cfg.blocks[0].mixer
     heads = {"q": mixer.num_heads, "k": mixer.num_kv_heads}
-    return heads.get(tensor.path[-1].removesuffix("_bias"), 0)
+    return heads.get(tensor.pieces[0].path[-1].removesuffix("_bias"), 0)
 
 
 def _config(file: GGUFFile) -> ModelConfig:
@@ -142,13 +144,13 @@ def _config(file: GGUFFile) -> ModelConfig:
         width=width,
         blocks=(Block(mixer, ffn, norm),) * blocks,
         final_norm=norm,
-        tied_head=NAMES["head"] not in file.tensors,
+        tied_head=name_of(NAMES, "head") not in file.tensors,
         max_length=max_length,
     )
 
 
 def _vocab_size(file: GGUFFile, metadata: _Metadata, width: int) -> int:
-    embedding = file.tensors.get(NAMES["embedding"])
+    embedding = file.tensors.get(name_of(NAMES, "embedding"))
     if embedding is None:
         raise GGUFError(f"{file.path}: has no tensor {NAMES['embedding']!r}, so it holds no model.")
     if len(embedding.shape) != 2 or embedding.shape[1] != width:
@@ -195,7 +197,7 @@ def _rope_scaling(
 def _scaling_with_effect(rope: Rope, factors: np.ndarray, length: int) -> Llama3Scaling | None:
     """The scaling with this original length that divides the lowest frequency as `factors` does."""
     frequencies = rope.frequencies(2 * len(factors)).astype(np.float64)
-    kept = Llama3Scaling(np.inf, 1.0, 4.0, length).scale(frequencies)[-1] / frequencies[-1]
+    kept = Llama3Scaling(np.inf, 1.0, 4.0, length).scale(frequencies, rope.theta)[-1] / frequencies[-1]
     rest = 1 / float(factors[-1]) - kept
     return Llama3Scaling(float(f"{(1 - kept) / rest:.5g}"), 1.0, 4.0, length) if 0 < rest < 1 - kept else None
 

@@ -14,9 +14,13 @@ import ml_dtypes
 import numpy as np
 
 from configs.gguf import BLOCKS, DEFAULT_ALIGNMENT, MAX_DIMS
-from model.config import ModelConfig
-from model.families.llama import why_not_uniform
-from model.families.tensors import Tensor, get, tensor_table
+from model.blocks.attention import Attention
+from model.blocks.ffn import GatedMLP
+from model.blocks.norms import RMSNorm
+from model.blocks.positions import Llama3Scaling, Rope
+from model.config import Block, ModelConfig
+from model.families.common import difference
+from model.families.tensors import Tensor, get, name_of, tensor_table
 from model.function import Params
 from model.gguf import NAMES, ROPE_FACTORS, ROTATED_PAIRS, halves_to_pairs, heads_of, rope_factors
 from model.gguf_tokenizer import tokenizer_metadata
@@ -51,7 +55,7 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str
             return rope_factors(rope, cfg.blocks[0].mixer.head_dim)
         return _values(cfg, params, table[name], architecture, kinds[name])
 
-    metadata = _metadata(cfg, architecture, kinds[NAMES["embedding"]])
+    metadata = _metadata(cfg, architecture, kinds[name_of(NAMES, "embedding")])
     if tokenizer:
         metadata |= tokenizer_metadata(tokenizer, cfg.vocab_size)
     write(Path(path), metadata, {name: (kinds[name], shapes[name]) for name in kinds}, values)
@@ -102,12 +106,8 @@ def write(
 
 
 def _architecture(cfg: ModelConfig) -> str:
-    if why := why_not_uniform(cfg):
+    if why := difference(cfg, _plain(cfg)):
         raise ValueError(f'GGUF {why}. Save with format="native".')
-    if any(block.mixer.window for block in cfg.blocks):
-        raise ValueError(
-            'GGUF files of these architectures have no sliding window. Save with format="native".'
-        )
     mixer, ffn = cfg.blocks[0].mixer, cfg.blocks[0].ffn
     if mixer.qk_norm is not None:
         if mixer.qkv_bias or mixer.out_bias or ffn.bias:
@@ -116,19 +116,52 @@ def _architecture(cfg: ModelConfig) -> str:
     return "qwen2" if mixer.qkv_bias and not mixer.out_bias and not ffn.bias else "llama"
 
 
+def _plain(cfg: ModelConfig) -> ModelConfig:
+    """The nearest model that these architectures can hold: equal blocks of Llama's parts."""
+    mixer, ffn = cfg.blocks[0].mixer, cfg.blocks[0].ffn
+    if not (
+        isinstance(mixer, Attention) and isinstance(ffn, GatedMLP) and isinstance(cfg.final_norm, RMSNorm)
+    ):
+        raise ValueError(
+            f"GGUF has no place for {type(mixer).__name__}, {type(ffn).__name__} and {type(cfg.final_norm).__name__} "
+            'together in these architectures. Save with format="native".'
+        )
+    norm = RMSNorm(cfg.final_norm.eps)
+    rope = mixer.rope or Rope()
+    plain = Attention(
+        mixer.num_heads,
+        mixer.num_kv_heads,
+        mixer.head_dim,
+        Rope(rope.theta, rope.scaling if isinstance(rope.scaling, Llama3Scaling) else None),
+        qkv_bias=mixer.qkv_bias,
+        out_bias=mixer.out_bias,
+        qk_norm=norm if mixer.qk_norm else None,
+    )
+    block = Block(plain, GatedMLP(ffn.width, bias=ffn.bias), norm)
+    return ModelConfig(
+        cfg.vocab_size,
+        cfg.width,
+        (block,) * len(cfg.blocks),
+        final_norm=norm,
+        tied_head=cfg.tied_head,
+        max_length=cfg.max_length,
+    )
+
+
 def _metadata(cfg: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
-    mixer, ffn, norm = cfg.blocks[0].mixer, cfg.blocks[0].ffn, cfg.blocks[0].norm
+    block: Any = cfg.blocks[0]
+    mixer = block.mixer
     of_architecture = {
         "vocab_size": cfg.vocab_size,
         "context_length": cfg.max_length,
         "embedding_length": cfg.width,
         "block_count": len(cfg.blocks),
-        "feed_forward_length": ffn.width,
+        "feed_forward_length": block.ffn.width,
         "attention.head_count": mixer.num_heads,
         "attention.head_count_kv": mixer.num_kv_heads,
         "attention.key_length": mixer.head_dim,
         "attention.value_length": mixer.head_dim,
-        "attention.layer_norm_rms_epsilon": float(norm.eps),
+        "attention.layer_norm_rms_epsilon": float(block.norm.eps),
         "rope.dimension_count": mixer.head_dim,
         "rope.freq_base": float(mixer.rope.theta),
     }
@@ -137,14 +170,16 @@ def _metadata(cfg: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
 
 
 def _type_of(params: Params, tensor: Tensor) -> str:
-    dtype = np.dtype(get(params, tensor.path).dtype)
+    dtype = np.dtype(get(params, tensor.pieces[0].path).dtype)
     if dtype not in TYPES:
-        raise ValueError(f"{'/'.join(tensor.path)} is {dtype}; float32, float16 and bfloat16 can be saved.")
+        raise ValueError(
+            f"{'/'.join(tensor.pieces[0].path)} is {dtype}; float32, float16 and bfloat16 can be saved."
+        )
     return TYPES[dtype] if len(tensor.shape) > 1 else "F32"
 
 
 def _values(cfg: ModelConfig, params: Params, tensor: Tensor, architecture: str, kind: str) -> np.ndarray:
-    values = tensor.to_theirs(np.asarray(get(params, tensor.path)))
+    values = tensor.to_theirs([np.asarray(get(params, tensor.pieces[0].path))])
     if architecture in ROTATED_PAIRS and (heads := heads_of(cfg, tensor)):
         values = halves_to_pairs(values, heads)
     return values.astype(_DTYPES[kind], copy=False)

@@ -22,8 +22,9 @@ import numpy as np
 
 from model import safetensors_file
 from model.config import ModelConfig
-from model.families import FAMILIES, LlamaFamily
-from model.families.tensors import Tensor, get, tensor_table, unflatten
+from model.families import FAMILIES
+from model.families.common import Family
+from model.families.tensors import Names, Tensor, get, name_of, tensor_table, unflatten
 from model.function import Params
 from model.layout import relayout
 from model.safetensors_file import StoredTensor
@@ -59,12 +60,18 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     family, cfg = _read_config(folder)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
-    table, stored = tensor_table(cfg, family.names), read_headers(folder)
-    _check_tensors(folder, cfg, family, table, stored)
-    params = {}
+    names = family.names_of(cfg)
+    table, stored = tensor_table(cfg, names), read_headers(folder)
+    _check_tensors(folder, cfg, family, names, table, stored)
+    params: dict[tuple[str, ...], np.ndarray] = {}
     for tensor in table:
-        values = tensor.to_ours(stored[tensor.name].read())
-        params[tensor.path] = values if dtype is None else values.astype(jnp.dtype(dtype))
+        for piece, values in zip(tensor.pieces, tensor.to_ours(stored[tensor.name].read()), strict=True):
+            values = values if dtype is None else values.astype(jnp.dtype(dtype))
+            if piece.expert is None:
+                params[piece.path] = values
+            else:
+                whole = params.setdefault(piece.path, np.empty(piece.whole, values.dtype))
+                whole[piece.expert] = values
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
 
 
@@ -88,23 +95,24 @@ def save(
     folder = Path(folder)
     family = _family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
-    table = {tensor.name: tensor for tensor in tensor_table(cfg, family.names)}
+    names = family.names_of(cfg)
+    table = {tensor.name: tensor for tensor in tensor_table(cfg, names)}
     shards = _plan_shards(table, params, max_shard_bytes)
     with _replacing(folder) as new:
         for name, content in tokenizer.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content)
-        for file, names in shards.items():
-            tensors = {name: (_dtype_of(params, table[name]), table[name].shape) for name in names}
+        for file, held in shards.items():
+            tensors = {name: (_dtype_of(params, table[name]), table[name].shape) for name in held}
             safetensors_file.write(new / file, tensors, lambda name: _values(params, table[name]))
         if len(shards) > 1:
             (new / INDEX).write_text(json.dumps(_index(shards, table, params), indent=2) + "\n")
-        dtype = str(_dtype_of(params, table[family.names["embedding"]]))
-        config = family.write(cfg) | {"torch_dtype": dtype} | _token_ids(tokenizer)
+        dtype = str(_dtype_of(params, table[name_of(names, "embedding")]))
+        config = family.write_config(cfg) | {"torch_dtype": dtype} | _token_ids(tokenizer)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _read_config(folder: Path) -> tuple[LlamaFamily, ModelConfig]:
+def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / "config.json" if folder.is_dir() else folder
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +128,7 @@ def _read_config(folder: Path) -> tuple[LlamaFamily, ModelConfig]:
             "%s names code of its own (auto_map); it is not run, the model is read as %s", path, model_type
         )
     try:
-        return FAMILIES[model_type], FAMILIES[model_type].read(saved)
+        return FAMILIES[model_type], FAMILIES[model_type].read_config(saved)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -172,7 +180,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _check_tensors(
-    folder: Path, cfg: ModelConfig, family: LlamaFamily, table: list[Tensor], stored: dict[str, StoredTensor]
+    folder: Path,
+    cfg: ModelConfig,
+    family: Family,
+    names: Names,
+    table: list[Tensor],
+    stored: dict[str, StoredTensor],
 ) -> None:
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
@@ -187,8 +200,8 @@ def _check_tensors(
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     harmless = [name for name in extra if name.endswith(family.harmless)]
-    head, embedding = family.names["head"], family.names["embedding"]
-    if cfg.tied_head and head in extra:
+    if cfg.tied_head and (head := name_of(names, "head")) in extra:
+        embedding = name_of(names, "embedding")
         if not np.array_equal(stored[head].read(), stored[embedding].read()):
             raise ValueError(
                 f"{folder}: tie_word_embeddings is true, yet {head!r} differs from {embedding!r}. Set it to false in "
@@ -208,27 +221,43 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _family_of(cfg: ModelConfig) -> LlamaFamily:
+def _family_of(cfg: ModelConfig) -> Family:
+    if cfg.heads:
+        names = ", ".join(head.name for head in cfg.heads)
+        raise ValueError(
+            f'a Hugging Face folder has no place for the heads {names}. Save with format="native".'
+        )
+    own = FAMILIES.get(cfg.family or "")
     reasons = []
-    for family in FAMILIES.values():
+    for family in ([own] if own else []) + list(FAMILIES.values()):
         why = family.why_not(cfg)
         if why is None:
             return family
         reasons.append(f"{family.model_type} {why}")
     raise ValueError(
-        f'no Hugging Face family can hold this model: {"; ".join(reasons)}. Save with format="native".'
+        f"no Hugging Face family can hold this model: {'; '.join(reasons[:2])}, and so on for {len(FAMILIES)} "
+        'families. Save with format="native".'
     )
 
 
 def _dtype_of(params: Params, tensor: Tensor) -> np.dtype:
-    dtype = np.dtype(get(params, tensor.path).dtype)
-    if dtype not in safetensors_file.DTYPES.values():
-        raise ValueError(f"{'/'.join(tensor.path)} is {dtype}; float32, float16 and bfloat16 can be saved.")
+    dtypes = {np.dtype(get(params, piece.path).dtype) for piece in tensor.pieces}
+    dtype = dtypes.pop()
+    if dtypes or dtype not in safetensors_file.DTYPES.values():
+        raise ValueError(
+            f"{tensor.name} would be {' and '.join(map(str, {dtype} | dtypes))}; float32, float16 or bfloat16 can be "
+            "saved, one in a tensor."
+        )
     return dtype
 
 
 def _values(params: Params, tensor: Tensor) -> np.ndarray:
-    return tensor.to_theirs(np.asarray(get(params, tensor.path)))
+    ours = (get(params, piece.path) for piece in tensor.pieces)
+    pieces = [
+        np.asarray(value if piece.expert is None else value[piece.expert])
+        for piece, value in zip(tensor.pieces, ours, strict=True)
+    ]
+    return tensor.to_theirs(pieces)
 
 
 def _nbytes(params: Params, tensor: Tensor) -> int:

@@ -29,6 +29,10 @@ class ShardingRules:
     act_kv_heads: Axes = ("tensor",)
     act_mlp: Axes = ("tensor",)
     act_vocab: Axes = ("tensor",)
+    # the cache
+    pages: Axes = ()
+    slots: Axes = ()
+    rows: Axes = ()
     # parameters
     vocab: Axes = ("tensor",)
     embed: Axes = ("fsdp",)

@@ -1,7 +1,7 @@
-"""The attention mixer: grouped-query attention with rotary positions, cached decoding and packed segments.
+"""The attention mixer: grouped-query attention with cached decoding and packed segments.
 
 Ainslie et al. 2023, arXiv:2305.13245; qk-norm: Dehghani et al. 2023, arXiv:2302.05442; sliding window: Beltagy et
-al. 2020, arXiv:2004.05150.
+al. 2020, arXiv:2004.05150; chunks and temperature: Llama 4; gate: Qiu et al. 2025, arXiv:2505.06708.
 """
 
 # B batch, T tokens, D model width, H query heads, K key/value heads, C head width
@@ -10,31 +10,59 @@ al. 2020, arXiv:2004.05150.
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
-from model.blocks.norms import RMSNorm
-from model.blocks.positions import Rope
-from model.kernels.attention import attention, causal_attention, sees
+from model.blocks.norms import Norm
+from model.blocks.positions import Alibi, Rope
+from model.kernels.attention import Scores, Sight, attention, self_attention
 from model.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Queries grow with their position, 1 + amount * ln(1 + floor((position + 1) / every)): Llama 4, layers without
+    rotary positions."""
+
+    every: float
+    amount: float
+
+    def __call__(self, q_BTHC: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        steps_BT = jnp.floor((positions_BT + 1).astype(jnp.float32) / self.every)
+        growth_BT = 1 + self.amount * jnp.log1p(steps_BT)
+        return (q_BTHC * growth_BT[:, :, None, None]).astype(q_BTHC.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
-    """Causal self-attention; `num_kv_heads` below `num_heads` shares keys and values among groups of heads."""
+    """Self-attention; `num_kv_heads` below `num_heads` shares keys and values among groups of heads."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope: Rope = Rope()
+    rope: Rope | None = Rope()
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: RMSNorm | None = None  # normalises each head's query and key before the rotation
+    qk_norm: Norm | None = None  # of queries and keys
+    # over what qk_norm takes its mean, and what has a scale of its own: each head, with one scale for all heads; each
+    # head with its own scale; all heads together
+    qk_norm_over: Literal["head", "own head", "all heads"] = "head"
+    qk_norm_first: bool = True  # before the rotation
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
+    chunk: int | None = None  # a token sees its own chunk of so many positions
+    alibi: Alibi | None = None
+    causal: bool = True  # False: an encoder, whose tokens see those after them too; has no cache
+    scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    softcap: float | None = None
+    sinks: bool = False
+    clip_qkv: float | None = None  # queries, keys and values stay within +-clip_qkv
+    gate: bool = False  # what each head found times the sigmoid of a projection of what it read
+    temperature: Temperature | None = None
+    key_scale: float = 1.0  # muP: of the keys
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -42,26 +70,44 @@ class Attention:
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}. "
                 "Each key/value head serves a whole group of query heads."
             )
-        if self.window is not None and self.window < 1:
+        for name in ("window", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: a token sees at least itself, so give 1 or more, or None.")
+        if self.rope is not None and self.rope.rotated(self.head_dim) % 2:
             raise ValueError(
-                f"window={self.window}: a token sees at least itself, so give 1 or more, or None."
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} is odd; rotary positions turn pairs, so use an even width."
+                f"head_dim={self.head_dim} leaves an odd number of channels to rotate; rotary positions turn pairs, "
+                "so use an even width."
             )
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return AttentionModule(self, ctx, name=name)
 
-    def init_cache(self, num_pages: int, page_size: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
         """Empty pages: {"k", "v"} of [N, Z, K, C]."""
         shape = (num_pages, page_size, self.num_kv_heads, self.head_dim)
         return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        axes = (None, None, "act_kv_heads", None)
+        axes = ("pages", "slots", "act_kv_heads", None)
         return {"k": axes, "v": axes}
+
+    def sight(self) -> Sight:
+        return Sight(self.causal, self.window, self.chunk)
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        projections = 2 * width * self.head_dim * ((2 + self.gate) * self.num_heads + 2 * self.num_kv_heads)
+        reach = min(self.sight().reach() or seq_len, seq_len)
+        if not self.causal:
+            seen = float(min(2 * reach - 1, seq_len))
+        elif self.chunk is not None and reach == self.chunk:
+            seen = (reach + 1) / 2
+        else:  # token i sees min(i, reach) tokens
+            seen = reach * (seq_len - (reach - 1) / 2) / seq_len
+        return projections + 2 * 2 * seen * self.num_heads * self.head_dim
 
 
 class AttentionModule(nn.Module):
@@ -70,21 +116,62 @@ class AttentionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
-        spec, ctx = self.spec, self.ctx
-        q_BTHC = self._project("q", x_BTD, spec.num_heads, "heads")
-        k_BTKC = self._project("k", x_BTD, spec.num_kv_heads, "kv_heads")
-        v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
-        if spec.qk_norm is not None:
-            q_BTHC = spec.qk_norm.module(ctx, "q_norm", "head_dim")(q_BTHC)
-            k_BTKC = spec.qk_norm.module(ctx, "k_norm", "head_dim")(k_BTKC)
-        q_BTHC = spec.rope(q_BTHC, info.positions)
-        k_BTKC = spec.rope(k_BTKC, info.positions)
+        spec = self.spec
+        q_BTHC, k_BTKC, v_BTKC = self._queries_keys_values(x_BTD, info)
         if cache is None:
-            out_BTHC = causal_attention(q_BTHC, k_BTKC, v_BTKC, info.segment_ids, spec.window)
+            out_BTHC = self_attention(
+                q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), self._scores()
+            )
         else:
-            cache = write_pages(cache, k_BTKC, v_BTKC, info)
-            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.window)
+            pages = {"k": k_BTKC, "v": v_BTKC}
+            cache = write_pages(cache, pages, info)
+            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.sight(), self._scores())
+        if spec.gate:
+            gate_BTHC = self._project("gate", x_BTD, spec.num_heads, "heads")
+            out_BTHC = out_BTHC * nn.sigmoid(gate_BTHC)
         return self._output(out_BTHC), cache
+
+    def _queries_keys_values(self, x_BTD: jax.Array, info: TokenInfo):
+        spec = self.spec
+        q_BTHC = self._project("q", x_BTD, spec.num_heads, "heads")
+        k_BTKC = self._project("k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
+        v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
+        if spec.clip_qkv is not None:
+            limit = spec.clip_qkv
+            clip = lambda x: jnp.clip(x, -limit, limit)
+            q_BTHC, k_BTKC, v_BTKC = clip(q_BTHC), clip(k_BTKC), clip(v_BTKC)
+        if spec.qk_norm_first:
+            q_BTHC, k_BTKC = self._qk_norm(q_BTHC, k_BTKC)
+        if spec.rope is not None:
+            q_BTHC = spec.rope(q_BTHC, info.positions)
+            k_BTKC = spec.rope(k_BTKC, info.positions)
+        if not spec.qk_norm_first:
+            q_BTHC, k_BTKC = self._qk_norm(q_BTHC, k_BTKC)
+        if spec.temperature is not None:
+            q_BTHC = spec.temperature(q_BTHC, info.positions)
+        return q_BTHC, k_BTKC, v_BTKC
+
+    def _qk_norm(self, q_BTHC: jax.Array, k_BTKC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        norm, over = self.spec.qk_norm, self.spec.qk_norm_over
+        if norm is None:
+            return q_BTHC, k_BTKC
+        reduced = 2 if over == "all heads" else 1
+        q_axes, k_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
+        if over == "head":
+            q_axes, k_axes = q_axes[1:], k_axes[1:]
+        return (
+            norm.module(self.ctx, "q_norm", *q_axes, reduced=reduced)(q_BTHC),
+            norm.module(self.ctx, "k_norm", *k_axes, reduced=reduced)(k_BTKC),
+        )
+
+    def _scores(self) -> Scores:
+        spec, sinks_H, bias = self.spec, None, None
+        if spec.sinks:
+            sinks_H = param(self, self.ctx, "sinks", (spec.num_heads,), ("heads",), nn.initializers.zeros)
+        if spec.alibi is not None:
+            slopes_H = spec.alibi.slopes(spec.num_heads)
+            bias = lambda distance: slopes_H[:, None, None] * distance[..., None, :, :].astype(jnp.float32)
+        return Scores(spec.scale, spec.softcap, sinks_H, bias)
 
     def _project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
         D, C = x_BTD.shape[-1], self.spec.head_dim
@@ -106,21 +193,24 @@ class AttentionModule(nn.Module):
         return y_BTD
 
 
-def write_pages(cache: dict, k_BTKC: jax.Array, v_BTKC: jax.Array, info: TokenInfo) -> dict:
-    """Put each token's key and value into its page and slot; tokens whose page is out of range are not written."""
+def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:
+    """Put each token's [B, T, ...] values into its page and slot; a page out of range takes nothing."""
     where = (info.write_page, info.write_slot)
     return {
-        "k": cache["k"].at[where].set(k_BTKC.astype(cache["k"].dtype), mode="drop"),
-        "v": cache["v"].at[where].set(v_BTKC.astype(cache["v"].dtype), mode="drop"),
+        name: pages.at[where].set(new[name].astype(pages.dtype), mode="drop") for name, pages in cache.items()
     }
 
 
-def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo, window: int | None) -> jax.Array:
-    """Slot s of a row holds position s, so a query at position p sees the slots up to p, from its window on."""
+def read_pages(pages: jax.Array, info: TokenInfo) -> jax.Array:
+    """[N, Z, ...] pages to [B, S, ...]: slot s of a row holds position s."""
     page_table_BP = cast(jax.Array, info.page_table)  # set whenever there is a cache
     B, P = page_table_BP.shape
-    Z, K, C = cache["k"].shape[1:]
-    k_BSKC = jnp.take(cache["k"], page_table_BP, axis=0, mode="clip").reshape(B, P * Z, K, C)
-    v_BSKC = jnp.take(cache["v"], page_table_BP, axis=0, mode="clip").reshape(B, P * Z, K, C)
-    mask_BTS = sees(info.positions[:, :, None], jnp.arange(P * Z), window)
-    return attention(q_BTHC, k_BSKC.astype(q_BTHC.dtype), v_BSKC.astype(q_BTHC.dtype), mask_BTS)
+    rows = jnp.take(pages, page_table_BP, axis=0, mode="clip")
+    return rows.reshape(B, P * pages.shape[1], *pages.shape[2:])
+
+
+def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo, sight: Sight, scores: Scores) -> jax.Array:
+    k_BSKC = read_pages(cache["k"], info).astype(q_BTHC.dtype)
+    v_BSKC = read_pages(cache["v"], info).astype(q_BTHC.dtype)
+    query_BT1, key_S = info.positions[:, :, None], jnp.arange(k_BSKC.shape[1])
+    return attention(q_BTHC, k_BSKC, v_BSKC, sight.sees(query_BT1, key_S), scores, key_S - query_BT1)

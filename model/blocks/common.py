@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +14,35 @@ import jax
 import jax.numpy as jnp
 
 from model.sharding import ShardingRules
+
+
+class Mixer(Protocol):
+    """What mixes tokens with each other: attention, or a recurrence."""
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache)."""
+        ...
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]: ...
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of `init_cache`: those of keys and values begin with "pages", "slots", those of a recurrent
+        state with "rows"."""
+        ...
+
+    def flops_per_token(self, width: int, seq_len: int) -> float: ...
+
+
+class FeedForward(Protocol):
+    """What works on each token alone."""
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        """Called with (x_BTD, info); gives (y_BTD, aux)."""
+        ...
+
+    def flops_per_token(self, width: int) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +67,10 @@ class TokenInfo:
         None  # [B, T] int32 page of the cache that takes this token; out of range: none
     )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
-    rows: jax.Array | None = None  # [B] int32, set when there is a cache
+    rows: jax.Array | None = None  # [B] int32 row of a recurrent mixer's state, set when there is a cache
     shared: dict[str, jax.Array] = flax.struct.field(
         default_factory=dict
-    )  # what earlier blocks give to later ones
+    )  # from earlier blocks to later ones
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:

@@ -1,4 +1,4 @@
-"""Normalisation layers."""
+"""Normalisation layers, computed in float32."""
 
 from __future__ import annotations
 
@@ -13,23 +13,56 @@ from model.blocks.common import Context
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm:
-    """x / rms(x) * scale over the last axis, computed in float32. Zhang and Sennrich 2019, arXiv:1910.07467."""
+    """x / rms(x) * scale over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
 
     eps: float = 1e-5
+    zero_centered: bool = False  # the parameter is the scale minus one, so that weight decay pulls it to one
+    scale: bool = True
 
-    def module(self, ctx: Context, name: str, axis: str = "norm") -> nn.Module:
-        return RMSNormModule(self, ctx, axis, name=name)
+    def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1) -> nn.Module:
+        """A module for arrays whose last axes are `axes` (logical names; default: the model's width), each element
+        with its own scale; the mean is over the last `reduced` of them."""
+        return NormModule(self, ctx, axes or ("norm",), reduced, name=name)
 
 
-class RMSNormModule(nn.Module):
-    spec: RMSNorm
+@dataclasses.dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean(x)) / std(x) * scale + bias over the last axis. Ba et al. 2016, arXiv:1607.06450."""
+
+    eps: float = 1e-5
+    bias: bool = True
+    scale: bool = True
+
+    def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1) -> nn.Module:
+        """As `RMSNorm.module`."""
+        return NormModule(self, ctx, axes or ("norm",), reduced, name=name)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+class NormModule(nn.Module):
+    spec: Norm
     ctx: Context
-    axis: str
+    axes: tuple[str, ...]
+    reduced: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale = jnp.asarray(self.param("scale", init, (x.shape[-1],), self.ctx.param_dtype))
+        spec, over = self.spec, tuple(range(-self.reduced, 0))
+        zero_centered = isinstance(spec, RMSNorm) and spec.zero_centered
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.eps)
-        return (x32 * scale.astype(jnp.float32)).astype(self.ctx.dtype)
+        if isinstance(spec, LayerNorm):
+            x32 -= jnp.mean(x32, axis=over, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + spec.eps)
+        if spec.scale:
+            scale = self._param("scale", x, 0.0 if zero_centered else 1.0)
+            x32 = x32 * (1.0 + scale if zero_centered else scale)
+        if isinstance(spec, LayerNorm) and spec.bias:
+            x32 = x32 + self._param("bias", x, 0.0)
+        return x32.astype(self.ctx.dtype)
+
+    def _param(self, name: str, x: jax.Array, value: float) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.constant(value), self.axes)
+        shape = x.shape[-len(self.axes) :]
+        return jnp.asarray(self.param(name, init, shape, self.ctx.param_dtype), jnp.float32)

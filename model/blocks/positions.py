@@ -1,15 +1,47 @@
-"""Rotary position embedding and its context scalings. Su et al. 2021, arXiv:2104.09864."""
+"""How a model knows the order of its tokens: rotary embedding and its context scalings, ALiBi, learned, sinusoidal.
 
-# B batch, T tokens, H heads, C head width, F = C // 2 frequencies
+Rotary: Su et al. 2021, arXiv:2104.09864. ALiBi: Press et al. 2021, arXiv:2108.12409. Sinusoidal: Vaswani et al. 2017,
+arXiv:1706.03762.
+"""
+
+# B batch, T tokens, D model width, H heads, C head width, R rotated channels of a head, F = R // 2 frequencies
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from model.blocks.common import Context, param
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor`. Chen et al. 2023, arXiv:2306.15595."""
+
+    factor: float
+
+    def scale(self, frequencies_F: np.ndarray, theta: float) -> np.ndarray:
+        return frequencies_F / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class NTKScaling:
+    """A larger theta, so that the lowest frequency is divided by `factor` and the highest is kept.
+
+    "NTK-aware" scaling, as in section 3.1 of Peng et al. 2023, arXiv:2309.00071.
+    """
+
+    factor: float
+
+    def scale(self, frequencies_F: np.ndarray, theta: float) -> np.ndarray:
+        R = 2 * len(frequencies_F)
+        theta *= self.factor ** (R / (R - 2))
+        return theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +53,7 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_length: int
 
-    def scale(self, frequencies_F: np.ndarray) -> np.ndarray:
+    def scale(self, frequencies_F: np.ndarray, theta: float) -> np.ndarray:
         wavelengths_F = 2 * math.pi / frequencies_F
         ramp_F = (self.original_max_length / wavelengths_F - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
@@ -31,22 +63,166 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Frequencies that turn less than `beta_slow` times in the original context are divided by `factor`, those that
+    turn more than `beta_fast` times are kept, and the rotated vectors grow by `magnitude`.
+
+    Peng et al. 2023, arXiv:2309.00071.
+    """
+
+    factor: float
+    original_max_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    magnitude: float = 1.0  # of cosine and sine; the paper has 0.1 ln(factor) + 1
+    truncate: bool = True  # the bounds of the ramp are whole numbers of channels
+
+    def scale(self, frequencies_F: np.ndarray, theta: float) -> np.ndarray:
+        low, high = (self._channel(turns, theta, frequencies_F) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * len(frequencies_F) - 1)
+        width = high - low or 0.001
+        divided_F = np.clip((np.arange(len(frequencies_F)) - low) / width, 0.0, 1.0)
+        return frequencies_F * (divided_F / self.factor + (1 - divided_F))
+
+    def _channel(self, turns: float, theta: float, frequencies_F: np.ndarray) -> float:
+        """The channel that turns so many times in the original context."""
+        wavelength = self.original_max_length / (turns * 2 * math.pi)
+        return len(frequencies_F) * math.log(wavelength) / math.log(theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongRopeScaling:
+    """A searched divisor for each frequency, one set for rows within the original context and one for longer rows.
+
+    Ding et al. 2024, arXiv:2402.13753. A row that crosses the bound while decoding turns its later keys by other
+    frequencies than its earlier ones.
+    """
+
+    short: tuple[float, ...]  # F divisors
+    long: tuple[float, ...]
+    original_max_length: int
+    magnitude: float = 1.0  # of cosine and sine
+
+    def scale(self, frequencies_F: np.ndarray, theta: float, long: bool = False) -> np.ndarray:
+        divisors_F = np.array(self.long if long else self.short)
+        if divisors_F.shape != frequencies_F.shape:
+            raise ValueError(
+                f"LongRopeScaling has {len(divisors_F)} divisors; {len(frequencies_F)} frequencies turn."
+            )
+        return frequencies_F / divisors_F
+
+
+Scaling = LinearScaling | NTKScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotation of the pairs (c, c + C/2), the layout of Hugging Face checkpoints."""
+    """Rotation of pairs of channels: (c, c + R/2), the layout of Hugging Face checkpoints, or (2c, 2c + 1)."""
 
     theta: float = 10_000.0
-    scaling: Llama3Scaling | None = None
+    scaling: Scaling | None = None
+    fraction: float = 1.0  # of a head's channels that are rotated, the first ones
+    interleaved: bool = False  # pairs of neighbours
+    turning: float = (
+        1.0  # p-RoPE (arXiv:2410.06205): of the frequencies, highest first; the others stand still
+    )
 
-    def frequencies(self, head_dim: int) -> np.ndarray:
-        """[C // 2] float32 radians a token."""
-        frequencies_F = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if self.scaling is not None:
-            frequencies_F = self.scaling.scale(frequencies_F)
+    def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
+        """[R // 2] float32 radians a token; `long`: those of LongRoPE's longer rows."""
+        R = self.rotated(head_dim)
+        frequencies_F = self.theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
+        if isinstance(self.scaling, LongRopeScaling):
+            frequencies_F = self.scaling.scale(frequencies_F, self.theta, long)
+        elif self.scaling is not None:
+            frequencies_F = self.scaling.scale(frequencies_F, self.theta)
+        frequencies_F[int(self.turning * R / 2) :] = 0.0
         return frequencies_F.astype(np.float32)
+
+    def rotated(self, head_dim: int) -> int:
+        """Channels of a head that are rotated."""
+        return int(head_dim * self.fraction)
 
     def __call__(self, x_BTHC: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Rotate `x` by its positions; angles in float32, result in the dtype of `x`."""
-        angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * self.frequencies(x_BTHC.shape[-1])
-        cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
-        a, b = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+        C = x_BTHC.shape[-1]
+        R = self.rotated(C)
+        angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * self._frequencies(C, positions_BT)
+        magnitude = getattr(self.scaling, "magnitude", 1.0)
+        cos, sin = magnitude * jnp.cos(angles_BT1F), magnitude * jnp.sin(angles_BT1F)
+        x32 = x_BTHC[..., :R].astype(jnp.float32)
+        if self.interleaved:
+            a, b = x32[..., 0::2], x32[..., 1::2]
+            turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x32.shape)
+        else:
+            a, b = jnp.split(x32, 2, axis=-1)
+            turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        turned = turned.astype(x_BTHC.dtype)
+        return turned if R == C else jnp.concatenate([turned, x_BTHC[..., R:]], axis=-1)
+
+    def _frequencies(self, head_dim: int, positions_BT: jax.Array) -> jax.Array | np.ndarray:
+        if not isinstance(self.scaling, LongRopeScaling):
+            return self.frequencies(head_dim)
+        is_long_B = positions_BT.max(axis=1) >= self.scaling.original_max_length
+        return jnp.where(
+            is_long_B[:, None, None, None], self.frequencies(head_dim, long=True), self.frequencies(head_dim)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """Adds slope * (key's position - query's position) to a head's scores; slopes 2^(-max_bias h / H)."""
+
+    max_bias: float = 8.0
+    scale: float = 1.0  # of the bias
+
+    def slopes(self, num_heads: int) -> np.ndarray:
+        """[H] float32. Beyond a power of two, the further heads have the slopes between those of the first."""
+        power = 2 ** math.floor(math.log2(num_heads))
+        first = 2.0 ** (-self.max_bias * np.arange(1, power + 1) / power)
+        between = 2.0 ** (-self.max_bias * np.arange(1, 2 * power + 1, 2) / (2 * power))
+        return (self.scale * np.concatenate([first, between])[:num_heads]).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedPositions:
+    """A trained vector for each position, added to the token's. Positions past the last have the last one's."""
+
+    length: int
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return LearnedPositionsModule(self, ctx, name=name)
+
+
+class LearnedPositionsModule(nn.Module):
+    spec: LearnedPositions
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, positions_BT: jax.Array) -> jax.Array:
+        shape, init = (self.spec.length, self.ctx.width), nn.initializers.normal(0.1 * self.ctx.width**-0.5)
+        table_PD = param(self, self.ctx, "table", shape, ("norm", "embed"), init)
+        return jnp.take(table_PD, positions_BT, axis=0, mode="clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class SinusoidalPositions:
+    """sin and cos of the position at wavelengths from 2 pi to 2 pi theta, first all sines, then all cosines."""
+
+    theta: float = 10_000.0
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return SinusoidalPositionsModule(self, ctx, name=name)
+
+
+class SinusoidalPositionsModule(nn.Module):
+    spec: SinusoidalPositions
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, positions_BT: jax.Array) -> jax.Array:
+        F = self.ctx.width // 2
+        frequencies_F = self.spec.theta ** (-np.arange(F, dtype=np.float32) / max(F - 1, 1))
+        angles_BTF = positions_BT[:, :, None].astype(jnp.float32) * frequencies_F
+        return jnp.concatenate([jnp.sin(angles_BTF), jnp.cos(angles_BTF)], axis=-1).astype(self.ctx.dtype)

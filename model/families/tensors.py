@@ -1,70 +1,202 @@
 """A checkpoint's tensors and our parameters, side by side: one table, read in both directions.
 
-Other formats store a linear map as [outputs, inputs] with heads folded into one axis; ours is [inputs, outputs] with
-heads of their own. So every tensor is a reshape of ours, after a transpose where it is a linear map.
+Other formats store a linear map as [outputs, inputs] with heads folded into one axis, sometimes several maps in one
+tensor, sometimes one tensor for each expert; ours are [inputs, outputs] with heads of their own and experts stacked.
+So every tensor is made of ours by reshapes, transposes and concatenation alone, and no bit changes on the way.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from model.config import ModelConfig
-from model.function import Params, param_shapes
+from model.function import Params, logical_axes, param_shapes
 
 Path = tuple[str, ...]
 
-# Linear maps among our parameters: how many leading axes are inputs.
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+# Linear maps among our parameters, by the last part of their names: how many axes are inputs.
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "router": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Several of our parameters in one tensor, side by side along its outputs."""
+
+    ours: tuple[str, ...]
+    grouped: bool = (
+        False  # not one whole after the other: for each key/value head (or channel) a part of each
+    )
+    transposed: bool = True  # [outputs, inputs], as torch's Linear has it
+
+
+def kept(ours: str) -> Fused:
+    """A linear map that is stored as [inputs, outputs]."""
+    return Fused((ours,), transposed=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution's kernel, ours [..., width], stored as [channels, 1, width]."""
+
+    ours: str
+
+
+Rule = str | Fused | Conv
+Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
+# A checkpoint's name to ours, such as "mixer/q". "{i}" is the layer's number, "{e}" the expert's.
+Names = dict[str, Rule]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A parameter of ours, or one expert's part of it."""
+
+    path: Path  # in our unrolled parameters
+    shape: tuple[int, ...]  # of the piece
+    whole: tuple[int, ...]  # of the parameter
+    expert: int | None
+    lead: int  # axes that come first in both layouts (stacked experts)
+    inputs: int  # axes that are inputs; 0: no linear map
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape with inputs and outputs folded into one axis each."""
+        lead, rest = self.shape[: self.lead], self.shape[self.lead :]
+        if self.inputs == 0:
+            return *lead, math.prod(rest)
+        return *lead, math.prod(rest[: self.inputs]), math.prod(rest[self.inputs :])
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint and the parameter that it is."""
+    """One tensor of a checkpoint and the parameters that it is."""
 
-    name: str  # in the checkpoint
-    path: Path  # in our unrolled parameters
-    shape: tuple[int, ...]  # in the checkpoint
-    our_shape: tuple[int, ...]
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
     transposed: bool
+    groups: int = 1  # the outputs are so many groups, each with a part of every piece
 
-    def to_ours(self, theirs: np.ndarray) -> np.ndarray:
-        """A view of `theirs` where numpy can give one."""
-        return (theirs.T if self.transposed else theirs).reshape(self.our_shape)
+    def to_ours(self, theirs: np.ndarray) -> list[np.ndarray]:
+        """One array for each piece; views of `theirs` where numpy can give them."""
+        if len(self.pieces) == 1 and not self.transposed:
+            return [theirs.reshape(self.pieces[0].shape)]
+        matrix = np.swapaxes(theirs, -1, -2) if self.transposed else theirs
+        if len(self.pieces) == 1:
+            return [matrix.reshape(self.pieces[0].shape)]
+        grouped = matrix.reshape(*matrix.shape[:-1], self.groups, -1)
+        found, start = [], 0
+        for piece in self.pieces:
+            stop = start + piece.matrix[-1] // self.groups
+            found.append(grouped[..., start:stop].reshape(piece.shape))
+            start = stop
+        return found
 
-    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        return ours.reshape(self.shape[::-1]).T if self.transposed else ours.reshape(self.shape)
+    def to_theirs(self, ours: list[np.ndarray]) -> np.ndarray:
+        if len(ours) == 1 and not self.transposed:
+            return ours[0].reshape(self.shape)
+        parts = [array.reshape(piece.matrix) for array, piece in zip(ours, self.pieces, strict=True)]
+        if len(parts) == 1:
+            matrix = parts[0]
+        else:
+            grouped = [part.reshape(*part.shape[:-1], self.groups, -1) for part in parts]
+            joined = np.concatenate(grouped, axis=-1)
+            matrix = joined.reshape(*joined.shape[:-2], -1)
+        return (np.swapaxes(matrix, -1, -2) if self.transposed else matrix).reshape(self.shape)
 
 
-def tensor_table(cfg: ModelConfig, names: Mapping[str, str]) -> list[Tensor]:
+def tensor_table(cfg: ModelConfig, names: Names) -> list[Tensor]:
     """The tensors of a checkpoint of `cfg`, embedding and head first, then layer by layer.
-
-    Args:
-      names: our parameter, such as "embedding" or "mixer/q", to the checkpoint's name; "{i}" is the layer's number.
 
     Raises:
       ValueError: a parameter that the format has no name for.
     """
-    scanned = cfg.replace(scan=True)  # one trace for each run of equal blocks
-    shapes = param_shapes(scanned)
-    runs = {name: numbers for name, _, numbers in scanned.runs()}
-    table = [
-        _tensor(names, (key,), leaf, leaf.shape)
-        for key, leaf in _flat(shapes)
-        if key.split("/")[0] not in runs
-    ]
-    for run, numbers in runs.items():
-        for i in numbers:
-            table += [
-                _tensor(names, (f"block_{i}", key), leaf, leaf.shape[1:], i)
-                for key, leaf in _flat(shapes[run])
-            ]
+    theirs = {key: (name, rule) for name, rule in names.items() for key in _ours(rule)}
+    table = []
+    for layer, leaves in _groups(cfg):
+        done = set()
+        for key in leaves:
+            if key not in theirs:
+                raise ValueError(
+                    f"the format has no tensor for the parameter {key}; it holds {', '.join(sorted(theirs))}. "
+                    'Save with format="native".'
+                )
+            name, rule = theirs[key]
+            if name in done:
+                continue
+            done.add(name)
+            missing = [other for other in _ours(rule) if other not in leaves]
+            if missing:
+                raise ValueError(
+                    f"the format's tensor {name} also holds {', '.join(missing)}, which this model lacks. "
+                    'Save with format="native".'
+                )
+            table += _tensors(name, rule, layer, leaves)
     return table
+
+
+def name_of(names: Names, ours: str) -> str:
+    """The checkpoint's name of a parameter outside the blocks."""
+    return next(name for name, rule in names.items() if ours in _ours(rule))
+
+
+def _ours(rule: Rule) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else (rule.ours,) if isinstance(rule, Conv) else rule.ours
+
+
+def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
+    """(None, everything outside the blocks), then (layer, what is in it) for each block."""
+    scanned = cfg.replace(scan=True)  # one trace for each run of equal blocks
+    shapes, axes = param_shapes(scanned), logical_axes(scanned)
+    runs = {name: numbers for name, _, numbers in scanned.runs()}
+
+    def flat(shape_tree: Params, axes_tree: Params, drop: int) -> Leaves:
+        pairs = zip(_flat(shape_tree), _flat(axes_tree), strict=True)
+        return {key: (leaf.shape[drop:], of_leaf[drop:]) for (key, leaf), (_, of_leaf) in pairs}
+
+    outside = [{key: value for key, value in tree.items() if key not in runs} for tree in (shapes, axes)]
+    yield None, flat(outside[0], outside[1], 0)
+    for run, numbers in runs.items():
+        leaves = flat(shapes[run], axes[run], 1)
+        for i in numbers:
+            yield i, leaves
+
+
+def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterator[Tensor]:
+    """One tensor, or one for each expert."""
+    experts = leaves[_ours(rule)[0]][0][0] if "{e}" in name else 0
+    for expert in range(experts) if experts else (None,):
+        pieces = tuple(_piece(key, leaves[key], layer, expert) for key in _ours(rule))
+        full_name = name.format(i=layer, e=expert)
+        first = pieces[0]
+        if isinstance(rule, Conv):
+            shape = (math.prod(first.shape[:-1]), 1, first.shape[-1])
+            yield Tensor(full_name, shape, pieces, transposed=False)
+            continue
+        transposed = first.inputs > 0 and (isinstance(rule, str) or rule.transposed)
+        groups = 1
+        if isinstance(rule, Fused) and rule.grouped:
+            groups = min(piece.shape[piece.lead + piece.inputs] for piece in pieces)
+        shape = (*first.matrix[:-1], sum(piece.matrix[-1] for piece in pieces))
+        if len(pieces) == 1 and first.inputs == 0 and layer is None:
+            shape = first.shape
+        if transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        yield Tensor(full_name, shape, pieces, transposed, groups)
+
+
+def _piece(key: str, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None) -> Piece:
+    path = tuple(key.split("/")) if layer is None else (f"block_{layer}", *key.split("/"))
+    shape, axes = leaf
+    inputs = INPUT_AXES.get(path[-1], 0)
+    if expert is not None:
+        return Piece(path, shape[1:], shape, expert, 0, inputs)
+    return Piece(path, shape, shape, None, int(axes[:1] == ("experts",) and len(shape) > 1), inputs)
 
 
 def unflatten(params: Mapping[Path, object]) -> Params:
@@ -86,25 +218,7 @@ def get(params: Params, path: Path) -> Any:
     return node
 
 
-def _tensor(
-    names: Mapping[str, str], path: Path, leaf, shape: tuple[int, ...], layer: int | None = None
-) -> Tensor:
-    key = path[-1]
-    if key not in names:
-        raise ValueError(
-            f"the format has no tensor for the parameter {'/'.join(path)}; it holds {', '.join(sorted(names))}. "
-            'Save with format="native".'
-        )
-    inputs = INPUT_AXES.get(key.split("/")[-1])
-    if inputs is None:
-        theirs = (math.prod(shape),) if key.startswith(("mixer/", "ffn/")) else tuple(shape)
-    else:
-        theirs = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-    full_path = tuple(part for name in path for part in name.split("/"))
-    return Tensor(names[key].format(i=layer), full_path, theirs, tuple(shape), inputs is not None)
-
-
-def _flat(tree: Params, prefix: str = "") -> list[tuple[str, jax.ShapeDtypeStruct]]:
+def _flat(tree: Params, prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for key, value in tree.items():
         found += _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]

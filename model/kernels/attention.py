@@ -1,85 +1,164 @@
 """Grouped-query attention in plain jnp: the reference that every faster form must equal.
 
-Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs.
+Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs. Sinks: Xiao et al.
+2023, arXiv:2309.17453, as one learned logit a head; soft-capping: Gemma 2, arXiv:2408.00118.
 """
 
-# B batch, T queries, S keys, K key/value heads, G query heads of one key/value head, C head width
+# B batch, T queries, S keys, H query heads, K key/value heads, G query heads of one key/value head
+# C width of a query and a key, E width of a value
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 
-MAX_QUERY_BLOCKS = 16  # a causal row is cut into at most this many blocks of queries
+MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
 MIN_QUERY_BLOCK = 64  # and into none shorter than this
 
 _MASKED = -1e30  # finite, so that a row with no key at all gives an average instead of NaN
 
 
-def attention(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys a query may look at, by position."""
+
+    causal: bool = True  # none ahead of it
+    window: int | None = (
+        None  # none `window` or more positions away; so a causal query sees `window` keys at most
+    )
+    chunk: int | None = None  # only those in its own chunk of so many positions
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """bool, for positions of any shapes that broadcast."""
+        seen = (
+            key <= query
+            if self.causal
+            else jnp.broadcast_to(True, jnp.broadcast_shapes(query.shape, key.shape))
+        )
+        if self.window is not None:
+            seen &= query - key < self.window
+            if not self.causal:
+                seen &= key - query < self.window
+        if self.chunk is not None:
+            seen &= query // self.chunk == key // self.chunk
+        return seen
+
+    def reach(self) -> int | None:
+        """How many keys a query sees at most, itself among them, to one side; None: all."""
+        return min((n for n in (self.window, self.chunk) if n is not None), default=None)
+
+
+@flax.struct.dataclass
+class Scores:
+    """How a query and a key become a score, beyond their product."""
+
+    scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: C ** -0.5
+    softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # scores stay within +-softcap
+    sinks_H: jax.Array | None = None  # a score that takes a share of the weights and gives nothing
+    # (key's position - query's position) [..., T, S] to what is added to the scores [..., H, T, S]
+    bias: Callable[[jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
+
+
+def attention(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKE: jax.Array,
+    mask_BTS: jax.Array,
+    scores: Scores = Scores(),
+    distance_BTS: jax.Array | None = None,
+) -> jax.Array:
     """Attention with an explicit mask (True: may look).
 
+    Args:
+      distance_BTS: int32, key's position less query's; wanted where `scores.bias` is set.
+
     Returns:
-      [B, T, H, C] in the dtype of `q`.
+      [B, T, H, E] in the dtype of `q`.
     """
-    q_BKGTC, k_BKSC, v_BKSC = _heads_first(q_BTHC, k_BSKC, v_BSKC)
-    return _tokens_first(_attend(q_BKGTC, k_BKSC, v_BKSC, mask_BTS))
+    q_BKGTC, k_BKSC, v_BKSE = _heads_first(q_BTHC, k_BSKC, v_BSKE)
+    return _tokens_first(_attend(q_BKGTC, k_BKSC, v_BKSE, mask_BTS, scores, distance_BTS))
 
 
-def causal_attention(
+def self_attention(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
-    v_BTKC: jax.Array,
+    v_BTKE: jax.Array,
+    positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    window: int | None = None,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
 ) -> jax.Array:
-    """Causal attention within segments; each block of queries is given only the keys that some of it can see.
+    """Attention within segments; each block of queries is given only the keys that some of it can see.
 
     Args:
+      positions_BT: int32, rising by one along each segment.
       segment_ids_BT: int32; a token sees only tokens of its own segment. None: each row is one document.
-      window: a token sees itself and the `window - 1` tokens before it. None: all before it.
     """
     T = q_BTHC.shape[1]
-    block = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS))
-    q_BKGTC, k_BKSC, v_BKSC = _heads_first(q_BTHC, k_BTKC, v_BTKC)
+    block, reach = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), sight.reach()
+    q_BKGTC, k_BKSC, v_BKSE = _heads_first(q_BTHC, k_BTKC, v_BTKE)
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        first = 0 if window is None else max(0, start - window + 1)
-        mask_BTS = sees(jnp.arange(start, stop)[:, None], jnp.arange(first, stop)[None], window)[None]
+        first = 0 if reach is None else max(0, start - reach + 1)
+        last = stop if sight.causal else T if reach is None else min(T, stop + reach - 1)
+        queries, keys = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None]
+        mask_BTS = dataclasses.replace(sight, chunk=None).sees(queries, keys)[None]
+        if sight.chunk is not None:
+            chunk_BT = positions_BT // sight.chunk
+            mask_BTS = mask_BTS & (chunk_BT[:, start:stop, None] == chunk_BT[:, None, first:last])
         if segment_ids_BT is not None:
-            mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:stop])
-        outputs.append(
-            _attend(
-                q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, first:stop], v_BKSC[:, :, first:stop], mask_BTS
-            )
-        )
+            mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:last])
+        parts = q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, first:last], v_BKSE[:, :, first:last]
+        outputs.append(_attend(*parts, mask_BTS, scores, (keys - queries)[None]))
     return _tokens_first(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3))
 
 
-def sees(query: jax.Array, key: jax.Array, window: int | None) -> jax.Array:
-    """Whether a query at one position may look at a key at another: not ahead, and not beyond the window."""
-    return key <= query if window is None else (key <= query) & (query - key < window)
-
-
-def _attend(q_BKGTC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+def _attend(
+    q_BKGTC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSE: jax.Array,
+    mask_BTS: jax.Array,
+    scores: Scores,
+    distance_BTS: jax.Array | None,
+) -> jax.Array:
+    B, K, G, T, C = q_BKGTC.shape
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * q_BKGTC.shape[-1] ** -0.5, _MASKED)
-    weights_BKGTS = jnp.exp(scores_BKGTS - jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True)))
+    scores_BKGTS *= C**-0.5 if scores.scale is None else scores.scale
+    if scores.softcap is not None:
+        scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
+    if scores.bias is not None:
+        if distance_BTS is None:
+            raise ValueError("a bias of the scores needs the distances of queries and keys; none were given.")
+        bias_BHTS = scores.bias(distance_BTS)
+        scores_BKGTS += bias_BHTS.reshape(bias_BHTS.shape[0], K, G, *bias_BHTS.shape[2:])
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, _MASKED)
+    top_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
+    if scores.sinks_H is not None:
+        sinks_KG11 = scores.sinks_H.astype(jnp.float32).reshape(K, G, 1, 1)
+        top_BKGT1 = jnp.maximum(top_BKGT1, sinks_KG11)
+    top_BKGT1 = jax.lax.stop_gradient(top_BKGT1)
+    weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
     total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-    out_BKGTC = jnp.einsum(
-        "BKGTS,BKSC->BKGTC", weights_BKGTS.astype(v_BKSC.dtype), v_BKSC, preferred_element_type=jnp.float32
+    if scores.sinks_H is not None:
+        total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1)
+    out_BKGTE = jnp.einsum(
+        "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32
     )
-    return (out_BKGTC / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over C numbers instead of S
+    return (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
 
 
-def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array):
+def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):
     B, T, H, C = q_BTHC.shape
     K = k_BSKC.shape[2]
     q_BKGTC = q_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
-    return q_BKGTC, k_BSKC.transpose(0, 2, 1, 3), v_BSKC.transpose(0, 2, 1, 3)
+    return q_BKGTC, k_BSKC.transpose(0, 2, 1, 3), v_BSKE.transpose(0, 2, 1, 3)
 
 
-def _tokens_first(out_BKGTC: jax.Array) -> jax.Array:
-    B, K, G, T, C = out_BKGTC.shape
-    return out_BKGTC.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, C)
+def _tokens_first(out_BKGTE: jax.Array) -> jax.Array:
+    B, K, G, T, E = out_BKGTE.shape
+    return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, E)

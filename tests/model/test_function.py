@@ -34,7 +34,7 @@ from model import (
     save,
 )
 from model.generate import generate
-from model.kernels.attention import attention, causal_attention
+from model.kernels.attention import Sight, attention, self_attention
 from model.layout import relayout
 from model.sharding import check_divisible, named_sharding
 
@@ -167,11 +167,11 @@ def test_attention_in_query_blocks_equals_the_plain_reference(T, window):
     causal = np.tril(np.ones((T, T), bool))
     if window is not None:
         causal &= ~np.tril(np.ones((T, T), bool), -window)
-    causal = jnp.asarray(causal[None])
-    blocked, reference = jit(functools.partial(causal_attention, window=window)), jit(attention)
-    np.testing.assert_allclose(blocked(q, k, v, None), reference(q, k, v, causal), atol=2e-6)
+    causal, positions = jnp.asarray(causal[None]), jnp.broadcast_to(jnp.arange(T), (2, T))
+    blocked, reference = jit(functools.partial(self_attention, sight=Sight(window=window))), jit(attention)
+    np.testing.assert_allclose(blocked(q, k, v, positions, None), reference(q, k, v, causal), atol=2e-6)
     mask = causal & (segments[:, :, None] == segments[:, None])
-    np.testing.assert_allclose(blocked(q, k, v, segments), reference(q, k, v, mask), atol=2e-6)
+    np.testing.assert_allclose(blocked(q, k, v, positions, segments), reference(q, k, v, mask), atol=2e-6)
 
 
 def test_gradients_of_attention_in_query_blocks_equal_those_of_the_plain_reference():
@@ -182,7 +182,9 @@ def test_gradients_of_attention_in_query_blocks_equal_those_of_the_plain_referen
         jax.grad(lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v, *last))), argnums=(0, 1, 2))
     )
     for ours, wanted in zip(
-        loss(causal_attention, None)(q, k, v), loss(attention, causal)(q, k, v), strict=True
+        loss(self_attention, jnp.arange(130)[None], None)(q, k, v),
+        loss(attention, causal)(q, k, v),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
@@ -378,11 +380,11 @@ def test_a_config_goes_through_json_unchanged(cfg):
 
 def test_a_saved_config_that_is_not_ours_is_an_error():
     saved = tiny().to_dict()
-    with pytest.raises(ValueError, match=r"SwiGLU has no field \['widht'\]"):
+    with pytest.raises(ValueError, match=r"GatedMLP has no field \['widht'\]"):
         ModelConfig.from_dict(
-            saved | {"blocks": [saved["blocks"][0] | {"ffn": {"kind": "SwiGLU", "widht": 3}}]}
+            saved | {"blocks": [saved["blocks"][0] | {"ffn": {"kind": "GatedMLP", "widht": 3}}]}
         )
-    with pytest.raises(ValueError, match="unknown model part 'Mamba'. Known parts: Attention"):
+    with pytest.raises(ValueError, match="unknown model part 'Mamba'. Known parts: Alibi, Attention, Block"):
         ModelConfig.from_dict(saved | {"final_norm": {"kind": "Mamba"}})
     with pytest.raises(ValueError, match="has kind ModelConfig; this one is 'Rope'"):
         ModelConfig.from_dict({"kind": "Rope", "theta": 5.0, "scaling": None})
@@ -392,7 +394,7 @@ def test_a_saved_config_that_is_not_ours_is_an_error():
     "make, message",
     [
         (lambda: Attention(3, 2, 4), "num_heads=3 is not a multiple of num_kv_heads=2"),
-        (lambda: Attention(2, 2, 5), "head_dim=5 is odd"),
+        (lambda: Attention(2, 2, 5), "head_dim=5 leaves an odd number of channels"),
         (lambda: tiny(dtype="float64"), "dtype='float64' is not one of"),
         (lambda: tiny(remat="some"), "remat='some' is not one of"),
         (lambda: ModelConfig(5, 4, ()), "given 0 blocks"),

@@ -190,9 +190,9 @@ def test_a_model_that_gguf_cannot_say_is_refused(tmp_path):
     cfg, params = model_of()
     odd = cfg.replace(blocks=(*cfg.blocks[:2], Block(cfg.blocks[0].mixer, SwiGLU(44), RMSNorm(1e-6))))
     for wrong, reason in [
-        (cfg.replace(heads=(ScalarHead("value"),)), "no place for the heads value"),
-        (odd, "one kind of block"),
-        (cfg.replace(final_norm=RMSNorm(1e-5)), "one rms_norm_eps"),
+        (cfg.replace(heads=(ScalarHead("value"),)), "would have heads="),
+        (odd, "would have blocks\\[2\\].ffn.width=40 where this model has 44"),
+        (cfg.replace(final_norm=RMSNorm(1e-5)), "would have blocks\\[0\\].norm.eps"),
     ]:
         with pytest.raises(ValueError, match=reason):
             save(tmp_path / "model.gguf", wrong, params, format="gguf")

@@ -1,5 +1,6 @@
 """Hugging Face folders: what configs may say, strict files, shards, atomic saves."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -80,15 +81,19 @@ UNSUPPORTED = [
         {"model_type": "gpt_bigcode"},
         "model_type='gpt_bigcode' is not known. Known: llama, qwen2, qwen3, mistral",
     ),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu'"),
+    ({"hidden_act": "prelu"}, "hidden_act='prelu' is not supported; 'silu' and"),
     ({"pretraining_tp": 2}, "pretraining_tp='2' is not supported"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn' is not supported"),
-    ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": None}, "rope_type='linear'"),
+    (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+        "rope_type='dynamic' is not supported",
+    ),
+    ({"rope_scaling": {"type": "ntk", "factor": 2}, "rope_parameters": None}, "rope_type='ntk'"),
+    ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "factor is missing"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_parameters.factor is missing"),
     ({"rope_theta": 500.0}, "disagrees with rope_parameters.rope_theta"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "for each kind of layer"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 is more than the whole head"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": "36"}, "hidden_size='36' is not an integer"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not an integer from 1 to 4096"),
@@ -97,7 +102,6 @@ UNSUPPORTED = [
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
     ({"dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' is not one of"),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 is not an integer from 1"),
-    ({"model_type": "llama", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is set"),
     ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "no sliding_window is set"),
     ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3}, "one entry for each of 4 layers"),
     (
@@ -294,6 +298,10 @@ def test_a_model_that_no_family_holds_is_refused(tmp_path, small):
     cfg, params = small
     with pytest.raises(ValueError, match='no place for the heads value.*Save with format="native"'):
         save(tmp_path / "model", cfg.replace(heads=(ScalarHead("value"),)), params, format="huggingface")
+    halved = cfg.replace(blocks=(cfg.blocks[0], dataclasses.replace(cfg.blocks[0], residual_scale=0.5)))
+    message = r"llama would have blocks\[1\].residual_scale=1.0 where this model has 0.5"
+    with pytest.raises(ValueError, match=message):
+        save(tmp_path / "model", halved, params, format="huggingface")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,222 @@
+"""What a family of models is: its config.json to `ModelConfig` and back, and the names of its tensors.
+
+Whatever would change the numbers and is not supported is an error; a key that is absent has the default of the class of
+transformers that owns it (as of 5.23).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from model.config import DTYPES, ModelConfig
+from model.families.tensors import Names
+
+MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
+
+# Keys of a config.json that say nothing of the numbers that a model computes when it is not being trained.
+HARMLESS_KEYS = frozenset(
+    """
+    architectures auto_map dtype torch_dtype model_type transformers_version _name_or_path name_or_path use_cache
+    bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id
+    initializer_range initializer_factor init_std id2label label2id num_labels problem_type return_dict
+    output_attentions output_hidden_states output_router_logits chunk_size_feed_forward finetuning_task
+    task_specific_params tokenizer_class prefix torchscript use_bfloat16 remove_invalid_values attn_implementation
+    _attn_implementation attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
+    residual_dropout embedding_dropout attn_dropout
+    resid_dropout emb_dropout hidden_dropout_prob attention_probs_dropout_prob classifier_dropout dropout dropout_rate
+    ffn_dropout mlp_dropout router_aux_loss_coef router_z_loss_coef router_jitter_noise is_decoder
+    """.split()
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One `model_type`. `write` may be given any model: what it can't say shows when it is read again."""
+
+    model_type: str
+    architecture: str
+    read: Callable[[Reader], ModelConfig]
+    write: Callable[[Any], dict[str, Any]]
+    names: Names | Callable[[ModelConfig], Names]
+    harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
+
+    def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
+        """The model of a config.json. Raises ValueError that names the key and what is supported."""
+        config = Reader(saved)
+        config.must_be("quantization_config", None)
+        config.must_be("is_encoder_decoder", False)
+        config.must_be("add_cross_attention", False)
+        cfg = self.read(config)
+        dtype = config.dtype()
+        if unknown := sorted(config.unread() - HARMLESS_KEYS):
+            _log.warning(
+                "config.json has keys that %s does not know; passed over: %s", self.model_type, unknown
+            )
+        return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
+
+    def names_of(self, cfg: ModelConfig) -> Names:
+        return self.names(cfg) if callable(self.names) else self.names
+
+    def why_not(self, cfg: ModelConfig) -> str | None:
+        """What of this model the family can't say, or None."""
+        try:
+            again = self.read_config(self.write_config(cfg))
+        except AttributeError as error:
+            return f"has other parts ({error})"
+        except (TypeError, ValueError, KeyError) as error:
+            return f"can't say it ({error})"
+        return difference(cfg, again)
+
+    def write_config(self, cfg: ModelConfig) -> dict[str, Any]:
+        """The config.json of a model for which `why_not` has nothing to say."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": cfg.vocab_size,
+            "tie_word_embeddings": cfg.tied_head,
+        } | self.write(cfg)
+
+
+def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
+    """The first part in which a model is not as a format would have it, as a sentence without its subject."""
+    free = ("scan", "dtype", "param_dtype", "remat", "family") if isinstance(ours, ModelConfig) else ()
+    if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
+        names = [field.name for field in dataclasses.fields(ours) if field.name not in free]
+        parts: list[tuple[str, Any, Any]] = [
+            (f"{where}.{name}".lstrip("."), getattr(ours, name), getattr(theirs, name)) for name in names
+        ]
+    elif isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
+        parts = [(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(ours, theirs, strict=True))]
+    else:
+        return None if ours == theirs else f"would have {where}={theirs!r} where this model has {ours!r}"
+    return next((found for name, one, other in parts if (found := difference(one, other, name))), None)
+
+
+class Reader:
+    """Keys of a JSON object, each of the wanted type and within reason; null means absent.
+
+    It knows which keys were asked for, so that none is passed over unseen.
+    """
+
+    def __init__(self, saved: Mapping[str, Any], where: str = ""):
+        self.saved, self.where = saved, where
+        self._read: set[str] = set()
+
+    def unread(self) -> set[str]:
+        return set(self.saved) - self._read
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As it is written, unchecked."""
+        self._read.add(key)
+        return self.saved.get(key, default)
+
+    def value(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is None and default is None:
+            raise ValueError(f"{self.where}{key} is missing.")
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, most: int = 2**31 - 1, least: int = 1) -> int:
+        value = self.value(key, default)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{self.where}{key}={value!r} is not an integer from {least} to {most}.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.value(key, default)
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise ValueError(f"{self.where}{key}={value!r} is not a positive number.")
+        return float(value)
+
+    def number_or_none(self, key: str, default: float | None) -> float | None:
+        """A key for which null has a meaning of its own."""
+        value = self.get(key, default)
+        return None if value is None else self.number(key, default)
+
+    def integer_or_none(self, key: str, default: int | None) -> int | None:
+        """A key for which null has a meaning of its own."""
+        value = self.get(key, default)
+        return None if value is None else self.integer(key, default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.value(key, default)
+        if type(value) is not bool:
+            raise ValueError(f"{self.where}{key}={value!r} is neither true nor false.")
+        return value
+
+    def choice(self, key: str, names: Mapping[str, str], default: str) -> str:
+        """One of the known words of a key, translated."""
+        value = self.value(key, default)
+        if not isinstance(value, str) or value not in names:
+            raise ValueError(
+                f"{self.where}{key}={str(value)[:200]!r} is not supported; {' and '.join(map(repr, names))} "
+                f"{'is' if len(names) == 1 else 'are'}."
+            )
+        return names[value]
+
+    def part(self, key: str) -> Reader:
+        """A nested object, {} where it is absent."""
+        value = self.get(key) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.where}{key}={str(value)[:200]} is not an object.")
+        return Reader(value, f"{self.where}{key}.")
+
+    def layers(self, key: str = "num_hidden_layers", default: int | None = None) -> int:
+        return self.integer(key, default, most=MAX_LAYERS)
+
+    def layer_kinds(self, layers: int, known: tuple[str, ...], default: list[str]) -> list[str]:
+        """`layer_types`, checked."""
+        kinds = self.get("layer_types")
+        if kinds is None:
+            return default
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise ValueError(
+                f"{self.where}layer_types={str(kinds)[:200]} is not a list with one entry for each of {layers} layers."
+            )
+        if unknown := set(map(str, kinds)) - set(known):
+            raise ValueError(f"{self.where}layer_types has {unknown}; {' and '.join(known)} are supported.")
+        return kinds
+
+    def dtype(self) -> str:
+        name = self.get("dtype") or self.get("torch_dtype") or "float32"
+        name = str(name).removeprefix("torch.")
+        if name not in DTYPES:
+            raise ValueError(f"dtype={name!r} is not one of {', '.join(DTYPES)}.")
+        return name
+
+    def must_be(self, key: str, *wanted: Any) -> None:
+        value = self.get(key)
+        if value is not None and value not in wanted:
+            supported = " or ".join(repr(one) for one in wanted)
+            raise ValueError(f"{self.where}{key}={str(value)[:200]!r} is not supported; only {supported} is.")
+
+
+# transformers' names of activations to ours; a model is saved under the first that means the same.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+def read_activation(config: Reader, key: str = "hidden_act", default: str = "silu") -> str:
+    return config.choice(key, ACTIVATIONS, default)
+
+
+@functools.cache
+def written_activation(name: str, prefer: str | None = None) -> str:
+    """transformers' name of an activation; `prefer`, where it means the same."""
+    if prefer is not None and ACTIVATIONS.get(prefer) == name:
+        return prefer
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)

@@ -1,0 +1,87 @@
+"""Falcon: few key/value heads, attention and network side by side, rotary or ALiBi. arXiv:2311.16867."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from model.blocks.attention import Attention
+from model.blocks.ffn import MLP
+from model.blocks.norms import LayerNorm
+from model.blocks.positions import Alibi
+from model.config import Block, ModelConfig
+from model.families.bloom import BLOCK, OUTSIDE
+from model.families.common import Family, Reader, read_activation, written_activation
+from model.families.decoders import ROTARY, read_model
+from model.families.rope import read_rope, write_rope
+from model.families.tensors import Names
+
+ONE_NORM: Names = OUTSIDE | BLOCK
+TWO_NORMS: Names = {
+    name.replace("input_layernorm", "ln_attn").replace("post_attention_layernorm", "ln_mlp"): ours
+    for name, ours in ONE_NORM.items()
+}
+
+
+def read(config: Reader) -> ModelConfig:
+    if "n_embed" in config.saved:  # the name of old folders
+        config = Reader({**config.saved, "hidden_size": config.integer("n_embed")})
+    width, heads = config.integer("hidden_size"), config.integer("num_attention_heads", 71)
+    bias, new = config.flag("bias", False), config.flag("new_decoder_architecture", False)
+    if new:
+        kv_heads = config.integer("num_kv_heads", heads)
+    else:
+        kv_heads = 1 if config.flag("multi_query", True) else heads
+        config.get("num_kv_heads")
+    head_dim = width // heads
+    if config.flag("alibi", False):
+        position: dict[str, Any] = {"rope": None, "alibi": Alibi(scale=head_dim**-0.5)}
+    else:
+        position = {"rope": read_rope(config, head_dim)}
+    mixer = Attention(heads, kv_heads, head_dim, **position, qkv_bias=bias, out_bias=bias)
+    activation = read_activation(config, "activation", "gelu")
+    ffn = MLP(config.integer("ffn_hidden_size", 4 * width), activation, bias)
+    norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))
+    block = Block(mixer, ffn, norm, parallel=_read_parallel(config, new))
+    return read_model(config, [block] * config.layers(default=32), norm, tied=True, max_length=2048)
+
+
+def _read_parallel(config: Reader, new: bool) -> Literal["no", "one norm", "two norms"]:
+    norms = config.integer("num_ln_in_parallel_attn", 2 if new else 1, most=2)
+    parallel = config.flag("parallel_attn", True)
+    if (new and not parallel) or (not new and norms == 2):
+        raise ValueError(
+            f"parallel_attn={parallel}, num_ln_in_parallel_attn={norms} with new_decoder_architecture={new} is not "
+            "supported."
+        )
+    return "no" if not parallel else "two norms" if norms == 2 else "one norm"
+
+
+def write(cfg: Any) -> dict[str, Any]:
+    block = cfg.blocks[0]
+    mixer, two = block.mixer, block.parallel == "two norms"
+    new = two or mixer.num_kv_heads not in (1, mixer.num_heads)
+    return {
+        "hidden_size": cfg.width,
+        "num_attention_heads": mixer.num_heads,
+        "num_kv_heads": mixer.num_kv_heads,
+        "num_hidden_layers": len(cfg.blocks),
+        "new_decoder_architecture": new,
+        "multi_query": mixer.num_kv_heads == 1,
+        "parallel_attn": block.parallel != "no",
+        "num_ln_in_parallel_attn": (2 if two else 1) if block.parallel != "no" else None,
+        "alibi": mixer.alibi is not None,
+        "bias": block.ffn.bias,
+        "ffn_hidden_size": block.ffn.width,
+        "activation": written_activation(block.ffn.activation, "gelu"),
+        "layer_norm_epsilon": cfg.final_norm.eps,
+        "max_position_embeddings": cfg.max_length,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    } | (write_rope(mixer.rope) if mixer.rope else {})
+
+
+def names(cfg: ModelConfig) -> Names:
+    return TWO_NORMS if cfg.blocks[0].parallel == "two norms" else ONE_NORM
+
+
+FAMILY = Family("falcon", "FalconForCausalLM", read, write, names, ROTARY)
