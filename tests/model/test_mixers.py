@@ -44,6 +44,7 @@ MIXERS = {
     "kimi, bounded": (KimiDeltaAttention(2, 4, 3, decay_lower_bound=-5.0), loops.kimi_delta_attention),
     "mamba": (Mamba(10, 4, 3), loops.mamba),
     "mamba, normed": (Mamba(10, 4, 3, 3, conv_bias=False, bias=True, norm=RMSNorm(1e-3)), loops.mamba),
+    "mamba, normed without scales": (Mamba(10, 4, 3, norm=RMSNorm(1e-3, scale=False)), loops.mamba),
     "rg-lru": (RGLRU(3, 4), loops.rglru),
     "rwkv-7": (RWKV7(3, 4, 2, 3, 4, 5, first=True), loops.rwkv7),
     "rwkv-7 channels": (RWKV7ChannelMix(10, WIDTH), loops.rwkv7_channel_mix),
@@ -170,6 +171,7 @@ def test_a_cache_without_segments_takes_every_token(name):
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, spec.init_cache(3, 4, 3, np.float32))
     axes = spec.cache_axes()
     assert {key: len(axes[key]) for key in cache} == {key: leaf.ndim for key, leaf in cache.items()}
+    assert all(names[0] == "rows" for names in axes.values())
 
 
 @every_mixer
