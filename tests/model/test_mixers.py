@@ -232,3 +232,19 @@ def test_later_layers_of_rwkv7_mix_in_the_values_of_the_first():
     wanted = loops.rwkv7(later, double(params_2), double(x_2[0]), v_first)
     np.testing.assert_allclose(y[0], wanted, atol=2e-5, rtol=2e-5)
     assert cache is None and first.shares == ("v_first",) and later.shares == ()
+
+
+@every_option
+def test_flops_are_two_for_each_weight_of_a_map_and_some_for_each_number_of_the_state(name):
+    spec, params = built(name)
+    maps = {
+        key: leaf
+        for key, leaf in params.items()
+        if np.ndim(leaf) > 1 and "conv" not in key and "bias" not in key
+    }
+    state = spec.init_cache(0, 0, 1, np.float32).get("ssm" if "mamba" in name else "state", np.zeros(0))
+    products = {GatedDeltaNet: 3, KimiDeltaAttention: 3, RWKV7: 4, RGLRU: 0}.get(
+        type(spec), 2
+    )  # with the state
+    wanted = 2 * (sum(leaf.size for leaf in maps.values()) + products * state.size)
+    assert spec.flops_per_token(WIDTH, 100) == wanted
