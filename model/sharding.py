@@ -29,6 +29,7 @@ class ShardingRules:
     act_kv_heads: Axes = ("tensor",)
     act_mlp: Axes = ("tensor",)
     act_vocab: Axes = ("tensor",)
+    act_experts: Axes = ("expert",)
     # the cache
     pages: Axes = ()
     slots: Axes = ()
@@ -40,6 +41,7 @@ class ShardingRules:
     kv_heads: Axes = ("tensor",)
     head_dim: Axes = ()
     mlp: Axes = ("tensor",)
+    experts: Axes = ("expert",)
     norm: Axes = ()
     layers: Axes = ("stage",)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from model import ModelConfig, ShardingRules, WeightedSum, apply
 from model.function import Params
 from model.logprobs import entropy, token_logprobs
-from train.objectives import Batch, Objective
+from train.objectives import Batch, Objective, with_aux
 
 
 def grpo(
@@ -46,7 +46,7 @@ def grpo(
             "clipped": WeightedSum.of(gain_BT < ratio_BT * advantages_BT, weights_BT),
             "entropy": WeightedSum.of(entropy(jax.lax.stop_gradient(logits_BTV)), weights_BT),
         }
-        return WeightedSum.of(-gain_BT, weights_BT), metrics
+        return with_aux(WeightedSum.of(-gain_BT, weights_BT), metrics, out.aux)
 
     return objective
 

@@ -21,9 +21,22 @@ Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]
 
 
 def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: ShardingRules | None = None):
-    """(log p of the targets, log-normaliser), both [B, T] float32 nats, for a packed batch."""
+    """(log p of the targets, log-normaliser, the blocks' aux) of a packed batch; the first two [B, T] float32 nats."""
     out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"], rules=rules)
-    return token_logprobs(out.logits, batch["targets"])
+    return *token_logprobs(out.logits, batch["targets"]), out.aux
+
+
+def with_aux(
+    loss: WeightedSum, metrics: dict[str, WeightedSum], aux: dict[str, WeightedSum]
+) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+    """The loss plus what the blocks want added to it (routers' losses), and the metrics with theirs.
+
+    The means add up: `aux["loss"]` is a mean over tokens and counts with the weight of the objective's loss.
+    """
+    metrics = metrics | {name: value for name, value in aux.items() if name != "loss"}
+    if "loss" not in aux:
+        return loss, metrics
+    return WeightedSum(loss.total + aux["loss"].mean() * loss.weight, loss.weight), metrics
 
 
 def language_modelling(
@@ -36,11 +49,11 @@ def language_modelling(
     """
 
     def objective(params: Params, batch: Batch):
-        logprobs_BT, log_z_BT = batch_logprobs(cfg, params, batch, rules)
+        logprobs_BT, log_z_BT, aux = batch_logprobs(cfg, params, batch, rules)
         weights_BT = batch["loss_weights"]
         nll = WeightedSum.of(-logprobs_BT, weights_BT)
         loss = WeightedSum(nll.total + z_loss * jnp.sum(weights_BT * log_z_BT**2), nll.weight)
-        return loss, {"nll": nll}
+        return with_aux(loss, {"nll": nll}, aux)
 
     return objective
 
@@ -57,7 +70,7 @@ def dpo(
 
     def objective(params: Params, batch: Batch):
         weights_BT = batch["loss_weights"]
-        logprobs_BT, _ = batch_logprobs(cfg, params, batch, rules)
+        logprobs_BT, _, aux = batch_logprobs(cfg, params, batch, rules)
         ratio_B = jnp.sum((logprobs_BT - batch["reference_logprobs"]) * weights_BT, axis=1)
         chosen_N, rejected_N = ratio_B.reshape(-1, 2).T
         margin_N = beta * (chosen_N - rejected_N)
@@ -71,7 +84,7 @@ def dpo(
             "chosen_reward": WeightedSum.of(beta * chosen_N, real_N),
             "rejected_reward": WeightedSum.of(beta * rejected_N, real_N),
         }
-        return WeightedSum.of(loss_N, real_N), metrics
+        return with_aux(WeightedSum.of(loss_N, real_N), metrics, aux)
 
     return objective
 
@@ -80,5 +93,5 @@ def with_reference(
     cfg: ModelConfig, reference: Params, batch: Batch, rules: ShardingRules | None = None
 ) -> Batch:
     """The batch with `reference_logprobs` of the frozen model."""
-    logprobs_BT, _ = batch_logprobs(cfg, reference, batch, rules)
+    logprobs_BT, _, _ = batch_logprobs(cfg, reference, batch, rules)
     return batch | {"reference_logprobs": jax.lax.stop_gradient(logprobs_BT)}

@@ -1,11 +1,13 @@
-"""AdamW, its decay mask and its schedules, on optax."""
+"""AdamW, its decay mask and its schedules, on optax; the balancing of experts without a loss."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from model import ModelConfig, logical_axes
+from model.blocks.moe import MoE
 from train.config import OptimizerSpec
 
 
@@ -35,7 +37,37 @@ def adamw(spec: OptimizerSpec, steps: int, cfg: ModelConfig) -> optax.GradientTr
         optax.add_decayed_weights(spec.weight_decay, decay_mask(cfg)),
         optax.scale_by_learning_rate(learning_rate(spec, steps)),
     ]
-    return optax.chain(*parts)
+    return balance_experts(cfg, optax.chain(*parts))
+
+
+def balance_experts(
+    cfg: ModelConfig, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optimizer`, but each mixture's `choice_bias` takes steps of its `balance_rate` against its gradient's sign.
+
+    That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
+    `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
+    """
+    rates = {name: block.ffn.balance_rate for name, block, _ in cfg.runs() if isinstance(block.ffn, MoE)}
+    if not any(rates.values()):
+        return optimizer
+
+    def is_choice_bias(path) -> bool:
+        return path[-1].key == "choice_bias"
+
+    def update(grads, state, params=None):
+        hidden = jax.tree_util.tree_map_with_path(
+            lambda path, g: jnp.zeros_like(g) if is_choice_bias(path) else g, grads
+        )
+        updates, state = optimizer.update(hidden, state, params)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, u, g: -rates[path[0].key] * jnp.sign(g) if is_choice_bias(path) else u,
+            updates,
+            grads,
+        )
+        return updates, state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def decay_mask(cfg: ModelConfig):

@@ -1,0 +1,120 @@
+"""Differential attention: what one half of the heads sees less lambda times what the other half sees.
+
+Ye et al. 2024, arXiv:2410.05258.
+"""
+
+# B batch, T tokens, D model width, H query heads, K key/value heads, C head width, E = 2 C width of a value
+# P = H // 2 pairs of query heads, S slots of a row
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.attention import read_pages, write_pages
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.norms import RMSNorm
+from model.blocks.positions import Rope
+from model.kernels.attention import Scores, Sight, attention, self_attention
+from model.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferentialAttention:
+    """Causal self-attention; heads h and h + H/2 are a pair and share values, those of heads k and k + K/2."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lambda_init: float  # the paper: 0.8 - 0.6 exp(-0.3 * layer), layers counted from 0
+    rope: Rope = Rope()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    pair_norm: RMSNorm = RMSNorm(scale=False)  # of each pair's difference
+
+    def __post_init__(self):
+        if self.num_kv_heads % 2 or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}: differential attention pairs heads, so "
+                "num_kv_heads must be even and num_heads a multiple of it."
+            )
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return DifferentialAttentionModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """Empty pages: {"k", "v"} of [num_pages, page_size, K, C]."""
+        shape = (num_pages, page_size, self.num_kv_heads, self.head_dim)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        axes = ("pages", "slots", "act_kv_heads", None)
+        return {"k": axes, "v": axes}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        projections = 2 * width * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return projections + 2 * 3 * (seq_len + 1) / 2 * self.num_heads * self.head_dim
+
+
+class DifferentialAttentionModule(nn.Module):
+    spec: DifferentialAttention
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec = self.spec
+        q_BTHC = spec.rope(self._project("q", x_BTD, spec.num_heads, "heads"), info.positions)
+        k_BTKC = spec.rope(self._project("k", x_BTD, spec.num_kv_heads, "kv_heads"), info.positions)
+        v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
+        if cache is None:
+            v_BTKE = _shared_values(v_BTKC)
+            out_BTHE = self_attention(q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids)
+        else:
+            cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
+            k_BSKC, v_BSKC = (read_pages(cache[name], info).astype(q_BTHC.dtype) for name in ("k", "v"))
+            mask_BTS = Sight().sees(info.positions[:, :, None], jnp.arange(k_BSKC.shape[1]))
+            out_BTHE = attention(q_BTHC, k_BSKC, _shared_values(v_BSKC), mask_BTS, Scores())
+        first_BTPE, second_BTPE = jnp.split(out_BTHE, 2, axis=2)
+        difference_BTPE = first_BTPE - self._lambda().astype(out_BTHE.dtype) * second_BTPE
+        pairs_BTPE = spec.pair_norm.module(self.ctx, "pair_norm", "head_dim")(difference_BTPE)
+        return self._output((1 - spec.lambda_init) * pairs_BTPE), cache
+
+    def _lambda(self) -> jax.Array:
+        """exp(q1 . k1) - exp(q2 . k2) + lambda_init, float32 scalar."""
+        ctx = dataclasses.replace(self.ctx, dtype=jnp.dtype("float32"))
+        init, shape = nn.initializers.normal(0.1), (self.spec.head_dim,)
+        q1, k1, q2, k2 = (
+            param(self, ctx, f"lambda_{name}", shape, ("head_dim",), init)
+            for name in ("q1", "k1", "q2", "k2")
+        )
+        return jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + self.spec.lambda_init
+
+    def _project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
+        D, C = x_BTD.shape[-1], self.spec.head_dim
+        w_DHC = param(self, self.ctx, name, (D, heads, C), ("embed", axis, "head_dim"), fan_in_normal(D))
+        y_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC)
+        if self.spec.qkv_bias:
+            axes = (axis, "head_dim")
+            y_BTHC += param(self, self.ctx, f"{name}_bias", (heads, C), axes, nn.initializers.zeros)
+        return constrain(y_BTHC, self.ctx.rules, "batch", "length", f"act_{axis}", None)
+
+    def _output(self, pairs_BTPE: jax.Array) -> jax.Array:
+        P, E, D = *pairs_BTPE.shape[2:], self.ctx.width
+        init = fan_in_normal(P * E, scale=(2 * self.ctx.num_blocks) ** -0.5)
+        w_PED = param(self, self.ctx, "o", (P, E, D), ("heads", "head_dim", "embed"), init)
+        y_BTD = jnp.einsum("BTPE,PED->BTD", pairs_BTPE, w_PED)
+        if self.spec.out_bias:
+            y_BTD += param(self, self.ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
+        return y_BTD
+
+
+def _shared_values(v_BSKC: jax.Array) -> jax.Array:
+    """[B, S, K, 2 C]: heads k and k + K/2 both give the values of the two, side by side."""
+    pairs = jnp.concatenate(jnp.split(v_BSKC, 2, axis=2), axis=-1)
+    return jnp.concatenate([pairs, pairs], axis=2)

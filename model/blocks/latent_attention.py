@@ -1,0 +1,154 @@
+"""Multi-head latent attention: keys and values of all heads come from one small vector a token, and that is cached.
+
+DeepSeek-AI 2024, arXiv:2405.04434. Beside the latent, one rotated key is shared by all heads.
+"""
+
+# B batch, T tokens, D model width, H heads, Q rank of the queries, L rank of keys and values (the latent)
+# C channels of a query and a key: N without rotation, then R rotated; E channels of a value; S slots of a row
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.attention import read_pages, write_pages
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.norms import Norm, RMSNorm
+from model.blocks.positions import Rope
+from model.kernels.attention import Scores, Sight, attention, self_attention
+from model.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Causal self-attention through a latent of `kv_rank` channels; the cache holds it and the rotated key."""
+
+    num_heads: int
+    nope_dim: int  # channels of a head's query and key without position
+    rope_dim: int  # channels with position; of the key they are shared by all heads
+    v_dim: int
+    kv_rank: int
+    q_rank: int | None = None  # queries come from a latent too; None: from the token itself
+    rope: Rope = Rope(interleaved=True)
+    norm: Norm = RMSNorm(1e-6)  # of both latents
+    bias: bool = False  # of the maps from and to the model's width, save that of queries without a latent
+    scale: float | None = None  # of the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
+
+    def __post_init__(self):
+        if self.rope.rotated(self.rope_dim) % 2:
+            raise ValueError(
+                f"rope_dim={self.rope_dim} is odd; rotary positions turn pairs, so use an even width."
+            )
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return LatentAttentionModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """Empty pages: {"latent", "k_rope"}, [num_pages, page_size, kv_rank] and [num_pages, page_size, rope_dim]."""
+        return {
+            "latent": jnp.zeros((num_pages, page_size, self.kv_rank), dtype),
+            "k_rope": jnp.zeros((num_pages, page_size, self.rope_dim), dtype),
+        }
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {"latent": ("pages", "slots", None), "k_rope": ("pages", "slots", None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass without a cache, in the mean over a row of `seq_len` tokens."""
+        H, C = self.num_heads, self.nope_dim + self.rope_dim
+        queries = width * H * C if self.q_rank is None else self.q_rank * (width + H * C)
+        latent = width * (self.kv_rank + self.rope_dim)
+        keys_values = self.kv_rank * H * (self.nope_dim + self.v_dim)
+        seen = (seq_len + 1) / 2
+        return 2 * (queries + latent + keys_values + H * self.v_dim * width + seen * H * (C + self.v_dim))
+
+
+class LatentAttentionModule(nn.Module):
+    spec: LatentAttention
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec = self.spec
+        q_BTHC = self._queries(x_BTD)
+        q_BTHN, q_BTHR = q_BTHC[..., : spec.nope_dim], q_BTHC[..., spec.nope_dim :]
+        q_BTHR = spec.rope(q_BTHR, info.positions)
+        latent_BTL, k_BTR = self._latent(x_BTD, info)
+        shape = (spec.kv_rank, spec.num_heads, spec.nope_dim + spec.v_dim)
+        kv_b = param(
+            self, self.ctx, "kv_b", shape, ("norm", "heads", "head_dim"), fan_in_normal(spec.kv_rank)
+        )
+        if cache is None:
+            out_BTHE = self._attend(q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info)
+        else:
+            cache = write_pages(cache, {"latent": latent_BTL, "k_rope": k_BTR}, info)
+            out_BTHE = self._attend_pages(q_BTHN, q_BTHR, cache, kv_b, info)
+        return self._output(out_BTHE), cache
+
+    def _queries(self, x_BTD: jax.Array) -> jax.Array:
+        spec, ctx = self.spec, self.ctx
+        source, name = x_BTD, "q"
+        if spec.q_rank is not None:
+            source, name = spec.norm.module(ctx, "q_a_norm")(self._linear("q_a", x_BTD, spec.q_rank)), "q_b"
+        fan_in, axis = source.shape[-1], "embed" if spec.q_rank is None else "norm"
+        shape = (fan_in, spec.num_heads, spec.nope_dim + spec.rope_dim)
+        w = param(self, ctx, name, shape, (axis, "heads", "head_dim"), fan_in_normal(fan_in))
+        q_BTHC = jnp.einsum("BTI,IHC->BTHC", source, w)
+        return constrain(q_BTHC, ctx.rules, "batch", "length", "act_heads", None)
+
+    def _latent(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array]:
+        """(the normalised latent, the rotated key)."""
+        spec = self.spec
+        both = self._linear("kv_a", x_BTD, spec.kv_rank + spec.rope_dim)
+        latent_BTL = spec.norm.module(self.ctx, "kv_a_norm")(both[..., : spec.kv_rank])
+        k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.positions)
+        return latent_BTL, k_BT1R[:, :, 0]
+
+    def _attend(self, q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info: TokenInfo) -> jax.Array:
+        """Keys and values of each head, made from the latent."""
+        spec = self.spec
+        kv = jnp.einsum("BTL,LHX->BTHX", latent_BTL, kv_b)
+        k_BTHR = jnp.broadcast_to(k_BTR[:, :, None], (*kv.shape[:3], spec.rope_dim))
+        q_BTHC = jnp.concatenate([q_BTHN, q_BTHR], -1)
+        k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
+        v_BTHE = kv[..., spec.nope_dim :]
+        return self_attention(
+            q_BTHC, k_BTHC, v_BTHE, info.positions, info.segment_ids, Sight(), self._scores()
+        )
+
+    def _attend_pages(self, q_BTHN, q_BTHR, cache: dict, kv_b, info: TokenInfo) -> jax.Array:
+        """The same numbers without making keys and values: q . (W z) = (W^T q) . z, so heads look at latents."""
+        spec, dtype = self.spec, q_BTHN.dtype
+        latent_BSL = read_pages(cache["latent"], info).astype(dtype)
+        k_BSR = read_pages(cache["k_rope"], info).astype(dtype)
+        q_BTHL = jnp.einsum("BTHN,LHN->BTHL", q_BTHN, kv_b[..., : spec.nope_dim])
+        q_BTHX = jnp.concatenate([q_BTHL, q_BTHR], -1)
+        k_BSX = jnp.concatenate([latent_BSL, k_BSR], -1)
+        mask_BTS = Sight().sees(info.positions[:, :, None], jnp.arange(k_BSX.shape[1]))
+        out_BTHL = attention(q_BTHX, k_BSX[:, :, None], latent_BSL[:, :, None], mask_BTS, self._scores())
+        return jnp.einsum("BTHL,LHE->BTHE", out_BTHL, kv_b[..., spec.nope_dim :])
+
+    def _scores(self) -> Scores:
+        spec = self.spec
+        return Scores((spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale)
+
+    def _linear(self, name: str, x_BTD: jax.Array, features: int) -> jax.Array:
+        D = x_BTD.shape[-1]
+        y = x_BTD @ param(self, self.ctx, name, (D, features), ("embed", "norm"), fan_in_normal(D))
+        if self.spec.bias:
+            y += param(self, self.ctx, f"{name}_bias", (features,), ("norm",), nn.initializers.zeros)
+        return jnp.asarray(y)
+
+    def _output(self, out_BTHE: jax.Array) -> jax.Array:
+        H, E, D = *out_BTHE.shape[2:], self.ctx.width
+        init = fan_in_normal(H * E, scale=(2 * self.ctx.num_blocks) ** -0.5)
+        w_HED = param(self, self.ctx, "o", (H, E, D), ("heads", "head_dim", "embed"), init)
+        y_BTD = jnp.einsum("BTHE,HED->BTD", out_BTHE, w_HED)
+        if self.spec.bias:
+            y_BTD += param(self, self.ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
+        return y_BTD

@@ -1,0 +1,203 @@
+"""Mixture of experts: a feed-forward part in which each token passes through a few of many networks.
+
+Shazeer et al. 2017, arXiv:1701.06538; load-balance loss: Fedus et al. 2021, arXiv:2101.03961; router z-loss: Zoph et
+al. 2022, arXiv:2202.08906; balancing without a loss: Wang et al. 2024, arXiv:2408.15664; shared experts: Dai et al.
+2024, arXiv:2401.06066. What routes and what computes are in router.py and experts.py.
+"""
+
+# B batch, T tokens, D model width, E experts, K experts of a token
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.experts import (
+    Expert,
+    Experts,
+    capacity_slots,
+    dropless,
+    expert_choice_slots,
+    through_slots,
+)
+from model.blocks.ffn import MLP, GatedMLP
+from model.blocks.router import ExpertChoice, Router, SparseMixer
+from model.weighted import WeightedSum
+
+DISPATCH = ("dropless", "capacity")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+    """Each token passes through `experts_per_token` of `num_experts` networks, and through `shared` if there is one.
+
+    The three coefficients are of the mean over the model's mixtures, as in Hugging Face and MegaBlocks.
+    """
+
+    num_experts: int
+    experts_per_token: int  # with `ExpertChoice`: the mean
+    expert: Expert
+    router: Router | SparseMixer | ExpertChoice = Router()
+    shared: GatedMLP | MLP | None = None
+    shared_gate: bool = False  # the shared expert's output times sigmoid(x @ shared_gate)
+    weigh_input: bool = False  # Llama 4: the weight multiplies what goes into an expert, not what comes out
+    dispatch: str = "dropless"  # "capacity": a row's tokens beyond an expert's slots are dropped
+    capacity_factor: float = 1.25  # slots, over those that an even load takes
+    balance_loss: float = 0.0  # of the load-balance loss
+    z_loss: float = 0.0  # of the mean squared log-normaliser of the router's logits
+    balance_rate: float = 0.0  # balancing without a loss: how far a step moves each expert's `choice_bias`
+
+    def __post_init__(self):
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} is not in 1 to num_experts={self.num_experts}."
+            )
+        if self.dispatch not in DISPATCH:
+            raise ValueError(f"dispatch={self.dispatch!r} is not one of {', '.join(DISPATCH)}.")
+        if self.balance_rate and not self.has_choice_bias:
+            raise ValueError("balance_rate moves the router's choice_bias: use Router(choice_bias=True).")
+        if self.shared_gate and self.shared is None:
+            raise ValueError("shared_gate=True gates a shared expert, and there is none.")
+        self.router.check(self.num_experts, self.experts_per_token)
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return MoEModule(self, ctx, name=name)
+
+    def flops_per_token(self, width: int) -> float:
+        """Of the forward pass: the chosen experts, the shared one, the router."""
+        shared = self.shared.flops_per_token(width) if self.shared is not None else 0
+        routing = 2 * width * (self.num_experts + self.shared_gate)
+        return self.experts_per_token * self.expert.flops_per_token(width) + shared + routing
+
+    @property
+    def has_choice_bias(self) -> bool:
+        return isinstance(self.router, Router) and self.router.choice_bias
+
+    @property
+    def active_share(self) -> float:
+        """Of the parameters under "experts": what one token uses."""
+        return self.experts_per_token / self.num_experts
+
+    def slots(self, length: int) -> int:
+        """Slots of each expert in a row of `length` tokens."""
+        factor = 1.0 if isinstance(self.router, ExpertChoice) else self.capacity_factor
+        return min(length, math.ceil(factor * self.experts_per_token * length / self.num_experts))
+
+
+class MoEModule(nn.Module):
+    spec: MoE
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, dict[str, WeightedSum]]:
+        spec, ctx = self.spec, self.ctx
+        real_BT = jnp.ones(x_BTD.shape[:2], bool) if info.segment_ids is None else info.segment_ids != 0
+        logits_BTE = self._logits(x_BTD)
+        bias_E = self._choice_bias()
+        if isinstance(spec.router, ExpertChoice):
+            y_BTD, load_E = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
+        else:
+            y_BTD, load_E = self._tokens_choose(spec.router, x_BTD, logits_BTE, bias_E, real_BT)
+        self.sow("intermediates", "expert_load", load_E)
+        y_BTD = y_BTD.astype(ctx.dtype)
+        if spec.shared is not None:
+            y_BTD += self._shared(spec.shared, x_BTD, info)
+        return y_BTD, _aux(spec, logits_BTE, load_E, bias_E, real_BT)
+
+    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+        E, D, ctx = self.spec.num_experts, self.ctx.width, _float32(self.ctx)
+        w_DE = param(self, ctx, "router", (D, E), ("embed", "norm"), fan_in_normal(D))
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE)
+        if self.spec.router.bias:
+            logits_BTE += param(self, ctx, "router_bias", (E,), ("norm",), nn.initializers.zeros)
+        return logits_BTE
+
+    def _choice_bias(self) -> jax.Array | None:
+        if not self.spec.has_choice_bias:
+            return None
+        shape = (self.spec.num_experts,)
+        return param(self, _float32(self.ctx), "choice_bias", shape, ("norm",), nn.initializers.zeros)
+
+    def _tokens_choose(
+        self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT
+    ) -> tuple[jax.Array, jax.Array]:
+        spec, ctx = self.spec, self.ctx
+        experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
+        chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
+        wanted_BTKE = jax.nn.one_hot(chosen_BTK, spec.num_experts) * real_BT[:, :, None, None]
+        load_E = wanted_BTKE.sum((0, 1, 2))
+        if spec.dispatch == "dropless":
+            return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), load_E
+        slots_BTES, weights_BTE = capacity_slots(
+            chosen_BTK, weights_BTK, real_BT, spec.num_experts, spec.slots(x_BTD.shape[1])
+        )
+        return through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules), load_E
+
+    def _experts_choose(
+        self, router: ExpertChoice, x_BTD, logits_BTE, real_BT, info: TokenInfo
+    ) -> tuple[jax.Array, jax.Array]:
+        spec, ctx = self.spec, self.ctx
+        if info.rows is not None:
+            raise ValueError("a router with ExpertChoice looks at whole rows: it cannot decode with a cache.")
+        experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
+        tokens_BES, weights_BES = router.choose_tokens(logits_BTE, real_BT, spec.slots(x_BTD.shape[1]))
+        slots_BTES, weights_BTE = expert_choice_slots(tokens_BES, weights_BES, real_BT)
+        y_BTD = through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules)
+        return y_BTD, slots_BTES.sum((0, 1, 3), dtype=jnp.float32)
+
+    def _shared(self, spec: GatedMLP | MLP, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+        y_BTD, _ = spec.module(self.ctx, "shared")(x_BTD, info)
+        if not self.spec.shared_gate:
+            return y_BTD
+        D = self.ctx.width
+        w_D = param(self, self.ctx, "shared_gate", (D, 1), ("embed", "norm"), fan_in_normal(D))
+        return nn.sigmoid(x_BTD @ w_D) * y_BTD
+
+
+def _float32(ctx: Context) -> Context:
+    return dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
+
+
+def _aux(
+    spec: MoE, logits_BTE: jax.Array, load_E: jax.Array, bias_E: jax.Array | None, real_BT: jax.Array
+) -> dict[str, WeightedSum]:
+    """The router's losses and metrics, means over real tokens; "loss" is what training adds, coefficients applied."""
+    real_BT = real_BT.astype(jnp.float32)
+    tokens = real_BT.sum()
+    probs_BTE = spec.router.probabilities(logits_BTE)
+    mean_E = jnp.einsum("BTE,BT->E", probs_BTE, real_BT) / jnp.maximum(tokens, 1)
+    entropy_BT = -jnp.sum(probs_BTE * jnp.log(jnp.maximum(probs_BTE, 1e-20)), -1)
+    z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
+    share_E = load_E / jnp.maximum(load_E.sum(), 1)
+    balance = load_balance_loss(load_E / jnp.maximum(tokens, 1), mean_E)
+    z = WeightedSum.of(z_BT, real_BT)
+    loss = spec.balance_loss * balance + spec.z_loss * z.mean()
+    if bias_E is not None and spec.balance_rate:
+        loss += _pull(bias_E, share_E - 1 / spec.num_experts)
+    return {
+        "loss": WeightedSum(loss * tokens, tokens),
+        "moe_load_balance": WeightedSum(balance * tokens, tokens),
+        "moe_z_loss": z,
+        "moe_entropy": WeightedSum.of(entropy_BT, real_BT),
+        "moe_max_load": WeightedSum(share_E.max() * spec.num_experts * tokens, tokens),
+    }
+
+
+def load_balance_loss(load_E: jax.Array, probability_E: jax.Array) -> jax.Array:
+    """E * sum_e load_e * probability_e of experts chosen by a token and the router's mean probability.
+
+    The number of experts a token when both are even, more when experts that are chosen often are also probable. Its
+    gradient goes through the probabilities. Fedus et al. 2021, arXiv:2101.03961, and Hugging Face's for several
+    experts a token.
+    """
+    return load_E.size * jnp.sum(jax.lax.stop_gradient(load_E) * probability_E)
+
+
+def _pull(bias_E: jax.Array, error_E: jax.Array) -> jax.Array:
+    """Zero, with `error_E` as its gradient to the bias: so the optimizer is told which experts have too much to do."""
+    return jnp.sum(jax.lax.stop_gradient(error_E) * (bias_E - jax.lax.stop_gradient(bias_E)))

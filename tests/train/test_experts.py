@@ -1,0 +1,115 @@
+"""Mixtures of experts in training: their losses are added, their load is balanced with and without a loss."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import apply, decoder, init
+from model.blocks.ffn import GatedMLP
+from model.blocks.moe import MoE
+from model.blocks.router import Router
+from train.config import OptimizerSpec
+from train.objectives import dpo, language_modelling, with_reference
+from train.optimizer import adamw
+from train.step import accumulate, make_train_step, new_state
+
+from .test_step import packed_batch
+
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+PLAIN = MoE(8, 2, GatedMLP(12), balance_loss=0.1, z_loss=0.01)
+NO_LOSS = MoE(8, 2, GatedMLP(12), Router("sigmoid", choice_bias=True), balance_rate=0.01)
+
+
+def model(moe, **changes):
+    cfg = decoder(64, 16, 1, 2, 1, 8, 24, **changes)
+    return cfg.replace(blocks=(dataclasses.replace(cfg.blocks[0], ffn=moe),))
+
+
+def fresh(cfg):
+    return jit(init, static_argnums=0)(cfg, jax.random.key(0))
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_the_loss_is_the_objective_and_what_the_mixtures_add(scan):
+    dense, cfg = decoder(64, 16, 1, 2, 1, 8, 24), model(PLAIN, scan=scan)
+    cfg = cfg.replace(blocks=dense.blocks + 2 * cfg.blocks)  # two mixtures: their mean is added
+    params, batch = fresh(cfg), packed_batch()
+    loss, metrics = jit(language_modelling(cfg))(params, batch)
+    value = {name: float(metric.mean()) for name, metric in metrics.items()}
+    added = 0.1 * value["moe_load_balance"] + 0.01 * value["moe_z_loss"]
+    assert float(loss.mean()) == pytest.approx(value["nll"] + added, rel=1e-5)
+    assert set(value) == {"nll", "moe_load_balance", "moe_z_loss", "moe_entropy", "moe_max_load"}
+    assert float(metrics["moe_entropy"].weight) == 2 * (batch["segment_ids"] > 0).sum()
+
+
+def test_preferences_add_it_too():
+    cfg = model(PLAIN)
+    params, batch = fresh(cfg), packed_batch()
+    batch["loss_weights"][:, 0] = 1.0  # every pair counts
+    loss, metrics = jit(lambda p, b: dpo(cfg)(p, with_reference(cfg, p, b)))(params, batch)
+    added = 0.1 * metrics["moe_load_balance"].mean() + 0.01 * metrics["moe_z_loss"].mean()
+    assert float(loss.mean()) == pytest.approx(np.log(2) + float(added), rel=1e-5)
+
+
+def test_microbatches_weigh_the_router_loss_by_their_tokens():
+    cfg = model(dataclasses.replace(PLAIN, balance_loss=0.0, z_loss=1.0))  # a mean over tokens, as the nll
+    params, batch = fresh(cfg), packed_batch()
+    batch["loss_weights"] = (batch["segment_ids"] > 0).astype(np.float32)
+    whole, parts = (
+        jit(lambda p, b, n=n: accumulate(language_modelling(cfg), p, b, n))(params, batch) for n in (1, 2)
+    )
+    assert float(parts[1][0].total) == pytest.approx(float(whole[1][0].total), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), parts[0], whole[0])
+
+
+def test_the_choice_bias_moves_by_its_rate_and_is_seen_by_nothing_else():
+    spec = OptimizerSpec(peak_lr=0.1, warmup_steps=0, schedule="constant", clip_norm=1.0)
+    cfg = model(NO_LOSS)
+    params, optimizer = fresh(cfg), adamw(spec, 10, cfg)
+    params["block_0"]["ffn"]["choice_bias"] = jnp.ones(8)
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    state = optimizer.init(params)
+    updates, _ = jit(optimizer.update)(grads, state, params)
+    bias = grads["block_0"]["ffn"]["choice_bias"]
+    np.testing.assert_allclose(updates["block_0"]["ffn"]["choice_bias"], -0.01 * jnp.sign(bias), rtol=1e-6)
+    grads["block_0"]["ffn"]["choice_bias"] = 1e6 * bias
+    louder, _ = jit(optimizer.update)(grads, state, params)
+    jax.tree.map(np.testing.assert_array_equal, louder, updates)
+
+
+def max_load(cfg, params, batch):
+    out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    return float(out.aux["moe_max_load"].mean())
+
+
+@pytest.mark.parametrize(
+    "moe, lr, before, after",
+    [
+        (NO_LOSS, 0.0, 3.5, 1.4),
+        (dataclasses.replace(PLAIN, router=Router(bias=True), balance_loss=1.0), 0.05, 3.5, 1.5),
+    ],
+    ids=["without a loss", "with a loss"],
+)
+def test_a_skewed_router_becomes_even(moe, lr, before, after):
+    """Two of eight experts get nearly every token at first: a largest load of 4 means."""
+    moe = dataclasses.replace(moe, router=dataclasses.replace(moe.router, bias=True))
+    cfg = model(moe)
+    params = fresh(cfg)
+    params["block_0"]["ffn"]["router_bias"] = jnp.array([1.5, 1.5, 0, 0, 0, 0, 0, 0])
+    params["block_0"]["ffn"]["router"] *= 0.3
+    batch = packed_batch()
+    assert max_load(cfg, params, batch) > before
+    spec = OptimizerSpec(peak_lr=lr, warmup_steps=0, schedule="constant", weight_decay=0.0)
+    optimizer = adamw(spec, 60, cfg)
+    step = jit(make_train_step(language_modelling(cfg), optimizer))
+    state = new_state(params, optimizer)
+    for _ in range(60):
+        state, _ = step(state, batch)
+    assert max_load(cfg, state.params, batch) < after
