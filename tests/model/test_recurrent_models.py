@@ -9,7 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from model import Attention, Block, ModelConfig, SwiGLU, apply, init, init_cache, logical_axes, param_shapes
+from model import (
+    Attention,
+    Block,
+    ModelConfig,
+    ShardingRules,
+    SwiGLU,
+    apply,
+    init,
+    init_cache,
+    logical_axes,
+    param_shapes,
+)
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -19,6 +30,7 @@ from model.blocks.rglru import RGLRU
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 from model.generate import generate
 from model.layout import relayout
+from model.sharding import named_sharding
 
 from .conftest import random_tokens
 
@@ -29,12 +41,12 @@ forward = jit(apply, static_argnums=0)
 
 
 def of(*blocks):
-    return ModelConfig(31, 12, blocks, max_length=64)
+    return ModelConfig(32, 12, blocks, max_length=64)
 
 
 def rwkv_layer(first):
     norm = LayerNorm()
-    time_mix = RWKV7(3, 4, 2, 3, 4, 5, first=first)
+    time_mix = RWKV7(2, 6, 2, 3, 4, 5, first=first)
     return Block(time_mix, None, norm), Block(RWKV7ChannelMix(20, 12), None, norm)
 
 
@@ -42,7 +54,7 @@ MODELS = {
     "mamba-2": of(*[Block(Mamba2(4, 6, 5), None)] * 2),
     "hybrid": of(
         Block(GatedDeltaNet(4, 2, 3, 4), SwiGLU(20)),
-        Block(Attention(2, 1, 6), SwiGLU(20)),
+        Block(Attention(2, 2, 6), SwiGLU(20)),
         Block(Mamba(24, 4, 2, norm=RMSNorm()), None),
     ),
     "rwkv-7": of(*rwkv_layer(True), *rwkv_layer(False), *rwkv_layer(False)),
@@ -50,10 +62,15 @@ MODELS = {
 EVERY = MODELS | {
     "all": of(
         Block(KimiDeltaAttention(2, 4, decay_lower_bound=-5.0), None),
-        Block(RGLRU(3, 4), SwiGLU(20)),
+        Block(RGLRU(4, 3), SwiGLU(20)),
         Block(Retention(2, 4, 5), SwiGLU(20)),
     )
 }
+
+
+mostly_slow = pytest.mark.parametrize(
+    "name", ["mamba-2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(EVERY)[1:])]
+)
 
 
 @functools.cache
@@ -106,9 +123,7 @@ def test_configs_axes_and_shapes_agree(name):
     assert ranks == jax.tree.map(lambda leaf: leaf.ndim, param_shapes(cfg))
 
 
-@pytest.mark.parametrize(
-    "name", ["mamba-2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(EVERY)[1:])]
-)
+@mostly_slow
 def test_a_fresh_model_learns_to_recall_the_token_before_the_last(name):
     """Target t is token t - 1: no model without a working memory can do it."""
     cfg = EVERY[name]
@@ -134,3 +149,22 @@ def test_a_fresh_model_learns_to_recall_the_token_before_the_last(name):
     params = jit(init, static_argnums=0)(cfg, jax.random.key(1))
     params, losses = train(params, jax.random.key(2))
     assert losses[0] > 1.9 and float(jit(loss)(params, jnp.asarray(tokens))) < 0.2
+
+
+@mostly_slow
+def test_a_model_split_over_eight_devices_gives_the_same_logits(name):
+    """Heads and channels over `tensor`, model width over `fsdp`, rows over both data axes."""
+    cfg, params = fresh(name)
+    tokens, rules = random_tokens(cfg, (4, 12)), ShardingRules()
+    wanted = forward(cfg, params, tokens).logits
+    names, sizes = ("data", "fsdp", "stage", "context", "expert", "tensor"), (2, 2, 1, 1, 1, 2)
+    mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * 6)
+    is_names = lambda leaf: isinstance(leaf, tuple)
+    shardings = jax.tree.map(
+        lambda axes: named_sharding(mesh, rules, axes), logical_axes(cfg), is_leaf=is_names
+    )
+    with jax.set_mesh(mesh):
+        logits = jit(functools.partial(apply, cfg, rules=rules))(
+            jax.device_put(params, shardings), tokens
+        ).logits
+    np.testing.assert_allclose(logits, wanted, atol=5e-5)
