@@ -68,6 +68,9 @@ class TokenInfo:
     )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
     rows: jax.Array | None = None  # [B] int32 row of a recurrent mixer's state, set when there is a cache
+    shared: dict[str, jax.Array] = flax.struct.field(
+        default_factory=dict
+    )  # from earlier blocks to later ones
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
@@ -76,7 +79,12 @@ def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
 
 
 def param(
-    module: nn.Module, ctx: Context, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Callable
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable,
 ):
     """Declare a parameter with logical axis names and give it in the dtype of the computation."""
     value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)

@@ -17,6 +17,7 @@ from model.families.decoders import (
     write_model,
 )
 from model.families.rope import read_rope
+from model.families.tensors import Names, Whole
 
 
 def read(config: Reader) -> ModelConfig:
@@ -49,4 +50,8 @@ def write(cfg: Any) -> dict[str, Any]:
     return saved
 
 
-FAMILY = Family("cohere", "CohereForCausalLM", read, write, NAMES, ROTARY)
+QK_NORMS: Names = {
+    "model.layers.{i}.self_attn.q_norm.weight": Whole("mixer/q_norm/scale"),
+    "model.layers.{i}.self_attn.k_norm.weight": Whole("mixer/k_norm/scale"),
+}
+FAMILY = Family("cohere", "CohereForCausalLM", read, write, NAMES | QK_NORMS, ROTARY)

@@ -29,12 +29,14 @@ def read(config: Reader) -> ModelConfig:
     bias, new = config.flag("bias", False), config.flag("new_decoder_architecture", False)
     if new:
         kv_heads = config.integer("num_kv_heads", heads)
+        config.get("multi_query")
     else:
         kv_heads = 1 if config.flag("multi_query", True) else heads
         config.get("num_kv_heads")
     head_dim = width // heads
     if config.flag("alibi", False):
         position: dict[str, Any] = {"rope": None, "alibi": Alibi(scale=head_dim**-0.5)}
+        config.get("rope_parameters")
     else:
         position = {"rope": read_rope(config, head_dim)}
     mixer = Attention(heads, kv_heads, head_dim, **position, qkv_bias=bias, out_bias=bias)

@@ -79,6 +79,7 @@ def read_gemma2(config: Reader) -> ModelConfig:
 
 def read_gemma3(config: Reader) -> ModelConfig:
     layers, pattern = config.layers(), config.integer("sliding_window_pattern", 6)
+    config.get("_sliding_window_pattern")
     kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     return _read_sandwich(
         config,

@@ -39,6 +39,7 @@ def read(config: Reader) -> ModelConfig:
         config.get(key)  # of no effect in transformers
     attention = config.part("attn_config")
     attention.must_be("alibi", True)
+    attention.must_be("alibi_bias_max", 8)  # another one is of no effect in transformers
     attention.must_be("attn_type", "multihead_attention")
     attention.must_be("prefix_lm", False)
     attention.must_be("qk_ln", False)
@@ -50,7 +51,7 @@ def read(config: Reader) -> ModelConfig:
         heads,
         width // heads,
         rope=None,
-        alibi=Alibi(attention.number("alibi_bias_max", 8.0)),
+        alibi=Alibi(),
         scale=attention.number_or_none("softmax_scale", None),
         clip_qkv=attention.number_or_none("clip_qkv", None),
     )
@@ -68,7 +69,6 @@ def read(config: Reader) -> ModelConfig:
 
 def write(cfg: Any) -> dict[str, Any]:
     mixer = cfg.blocks[0].mixer
-    bias = mixer.alibi.max_bias
     return {
         "d_model": cfg.width,
         "n_heads": mixer.num_heads,
@@ -77,7 +77,7 @@ def write(cfg: Any) -> dict[str, Any]:
         "max_seq_len": cfg.max_length,
         "attn_config": {
             "alibi": True,
-            "alibi_bias_max": int(bias) if bias == int(bias) else bias,
+            "alibi_bias_max": 8,
             "softmax_scale": mixer.scale,
             "clip_qkv": mixer.clip_qkv,
         },

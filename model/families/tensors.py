@@ -40,13 +40,20 @@ def kept(ours: str) -> Fused:
 
 
 @dataclasses.dataclass(frozen=True)
+class Whole:
+    """Stored in the very shape that ours has."""
+
+    ours: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Conv:
     """A convolution's kernel, ours [..., width], stored as [channels, 1, width]."""
 
     ours: str
 
 
-Rule = str | Fused | Conv
+Rule = str | Fused | Whole | Conv
 Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
 # A checkpoint's name to ours, such as "mixer/q". "{i}" is the layer's number, "{e}" the expert's.
 Names = dict[str, Rule]
@@ -146,7 +153,9 @@ def name_of(names: Names, ours: str) -> str:
 
 
 def _ours(rule: Rule) -> tuple[str, ...]:
-    return (rule,) if isinstance(rule, str) else (rule.ours,) if isinstance(rule, Conv) else rule.ours
+    if isinstance(rule, str):
+        return (rule,)
+    return rule.ours if isinstance(rule, Fused) else (rule.ours,)
 
 
 def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
@@ -177,6 +186,9 @@ def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterat
         if isinstance(rule, Conv):
             shape = (math.prod(first.shape[:-1]), 1, first.shape[-1])
             yield Tensor(full_name, shape, pieces, transposed=False)
+            continue
+        if isinstance(rule, Whole):
+            yield Tensor(full_name, first.shape, pieces, transposed=False)
             continue
         transposed = first.inputs > 0 and (isinstance(rule, str) or rule.transposed)
         groups = 1

@@ -2,7 +2,7 @@
 
     python3 -m venv .venvs/goldens
     .venvs/goldens/bin/pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0   (a CPU build of torch is enough)
-    .venvs/goldens/bin/python tests/goldens/make.py
+    .venvs/goldens/bin/python tests/goldens/make.py [folder ...]   (all, or these alone)
 
 Writes beside itself: a folder for each tiny random checkpoint as `save_pretrained` writes it, with `logits.npz`
 (tokens, mask, positions, logits: what transformers computes in float32); two GGUF files of them; and
@@ -11,7 +11,10 @@ Writes beside itself: a folder for each tiny random checkpoint as `save_pretrain
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
@@ -32,6 +35,12 @@ COMMON = {
     "vocab_size": 83, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 36,
     "intermediate_size": 52, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
     "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+SMALL = COMMON | {"vocab_size": 61, "intermediate_size": 44}
+FALCON = {
+    "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 1,
+    "eos_token_id": 2, "max_position_embeddings": 1024,
 }  # fmt: skip
 
 # folder -> (config class, its arguments, arguments of save_pretrained)
@@ -63,24 +72,165 @@ CHECKPOINTS = {
     ),
     "qwen2": ("Qwen2Config", COMMON | {"tie_word_embeddings": True}, {}),
     "qwen3": ("Qwen3Config", COMMON | {"head_dim": 16, "rms_norm_eps": 1e-6}, {}),
+    "gemma": ("GemmaConfig", SMALL | {"head_dim": 10, "hidden_size": 30}, {}),
+    "gemma2": (
+        "Gemma2Config",
+        SMALL
+        | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12, "attn_logit_softcapping": 2.0}
+        | {"final_logit_softcapping": 3.0},
+        {},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        SMALL
+        | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 12, "num_hidden_layers": 5}
+        | {
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        {},
+    ),
+    "olmo2": ("Olmo2Config", SMALL, {}),
+    "granite": (
+        "GraniteConfig",
+        SMALL
+        | {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.7}
+        | {"attention_multiplier": 0.3, "attention_bias": True, "mlp_bias": True},
+        {},
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        SMALL
+        | {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "sliding_window": 3}
+        | {"use_sliding_window": True, "pad_token_id": 0},
+        {},
+    ),
+    "phi3": (
+        "Phi3Config",
+        SMALL
+        | {
+            "pad_token_id": 0,
+            "sliding_window": 5,
+            "original_max_position_embeddings": 512,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.5, 3.0, 8.0],
+            },
+        },
+        {},
+    ),
+    "phi3_partial": (  # Phi-4-mini
+        "Phi3Config",
+        SMALL
+        | {"pad_token_id": 0, "hidden_size": 48}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.75}},
+        {},
+    ),
+    "cohere": ("CohereConfig", SMALL | {"use_qk_norm": True, "logit_scale": 0.3}, {}),
+    "starcoder2": ("Starcoder2Config", SMALL | {"sliding_window": 4, "norm_epsilon": 1e-5}, {}),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 61, "n_embd": 36, "n_layer": 4, "n_head": 6, "n_positions": 720}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+        {},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        SMALL | {"hidden_size": 48, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        {},
+    ),
+    "gpt_neox_serial": (
+        "GPTNeoXConfig",
+        SMALL | {"use_parallel_residual": False, "attention_bias": False, "hidden_size": 48},
+        {},
+    ),
+    "bloom": (
+        "BloomConfig",
+        {
+            "vocab_size": 61,
+            "hidden_size": 36,
+            "n_layer": 4,
+            "n_head": 6,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        {},
+    ),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": 61, "d_model": 36, "n_layers": 4, "n_heads": 6, "max_seq_len": 1024}
+        | {"attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3}},
+        {},
+    ),
+    "falcon_7b": ("FalconConfig", FALCON, {}),
+    "falcon_40b": (
+        "FalconConfig",
+        FALCON
+        | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_attention_heads": 6, "hidden_size": 36},
+        {},
+    ),
+    "falcon_11b": (
+        "FalconConfig",
+        FALCON
+        | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
+        | {"ffn_hidden_size": 50},
+        {},
+    ),
+    "falcon_rw": (
+        "FalconConfig",
+        FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        {},
+    ),
 }
 
 
-def main() -> None:
+def main(wanted: list[str]) -> None:
     for name, (config_class, arguments, options) in CHECKPOINTS.items():
+        if wanted and name not in wanted:
+            continue
         model = random_model(getattr(transformers, config_class)(**arguments))
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, **options)
         (folder / "generation_config.json").unlink(missing_ok=True)
         # read anew: `.to(bfloat16)` has rounded the rotary frequencies of this one
-        in_float32 = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        )
-        np.savez_compressed(folder / "logits.npz", **logits(in_float32.eval()))
+        np.savez_compressed(folder / "logits.npz", **logits(read_float32(folder, name)))
         if name in ("llama_tied", "llama_untied_sharded"):
             write_gguf(HERE / f"{name}.gguf", model)
-    np.savez_compressed(HERE / "dequantize.npz", **dequantized())
+    if not wanted:
+        np.savez_compressed(HERE / "dequantize.npz", **dequantized())
+    defaults = {name: default_config(config_class) for name, (config_class, _, _) in CHECKPOINTS.items()}
+    (HERE / "defaults.json").write_text(json.dumps(defaults, indent=1, sort_keys=True) + "\n")
+
+
+def read_float32(folder: Path, name: str) -> torch.nn.Module:
+    # eager attention adds Falcon's ALiBi twice (transformers 5.23), the other does not
+    attention = "sdpa" if name == "falcon_rw" else "eager"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    ).eval()
+
+
+def check(folder: Path, names: list[str]) -> dict[str, float]:
+    """By how much transformers' logits of the models in `folder` differ from the golden ones."""
+    found = {}
+    for name in names:
+        golden = np.load(HERE / name / "logits.npz")
+        again = logits(read_float32(folder / name, name))["logits"]
+        real = golden["mask"] == 1
+        found[name] = float(np.abs(again[real] - golden["logits"][real]).max())
+    return found
+
+
+def default_config(config_class: str) -> dict[str, object]:
+    """What transformers takes for each key that a config.json leaves out."""
+    return getattr(transformers, config_class)().to_dict()
 
 
 def random_model(config) -> torch.nn.Module:
@@ -103,14 +253,20 @@ def logits(model) -> dict[str, np.ndarray]:
     mask[1, 9:], mask[2, :5], mask[3, 1:] = 0, 0, 0
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     positions[1] += 700
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor(tokens),
-            attention_mask=torch.tensor(mask),
-            position_ids=torch.tensor(positions),
-            use_cache=False,
-        )
-    return {"tokens": tokens, "mask": mask, "positions": positions, "logits": out.logits.numpy()}
+    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    inputs = {
+        key: value for key, value in inputs.items() if key in inspect.signature(model.forward).parameters
+    }
+    rows = []
+    for row in range(
+        len(tokens)
+    ):  # alone, since LongRoPE chooses its frequencies by the longest row of a batch
+        with torch.no_grad():
+            out = model(
+                **{key: torch.tensor(value[row : row + 1]) for key, value in inputs.items()}, use_cache=False
+            )
+        rows.append(out.logits.numpy())
+    return {"tokens": tokens, "mask": mask, "positions": positions, "logits": np.concatenate(rows)}
 
 
 GGUF_NAMES = {
@@ -197,4 +353,7 @@ def dequantized() -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--check"]:
+        print(json.dumps(check(Path(sys.argv[2]), sys.argv[3:])))
+    else:
+        main(sys.argv[1:])

@@ -37,6 +37,12 @@ def small():
     return cfg, random_params(cfg)
 
 
+def compiled_fast(function, **options):
+    """jit for tests: most of their time is compiling, so the program is little optimised."""
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(function, compiler_options=quick, **options)
+
+
 def random_tokens(cfg, shape, seed=0):
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape).astype(np.int32)
 

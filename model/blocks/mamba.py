@@ -1,0 +1,103 @@
+"""The Mamba mixer: a selective state space of every channel. Gu and Dao 2023, arXiv:2312.00752.
+
+With norms on time step, B and C: Jamba, arXiv:2403.19887 (learned scales), Falcon Mamba, arXiv:2410.05355 (none).
+"""
+
+# B batch, T tokens, D model width, F inner width, N state width, R rank of the time step, K taps of the convolution
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.norms import RMSNorm
+from model.blocks.recurrence import (
+    Walk,
+    begin,
+    causal_conv,
+    finish,
+    inverse_softplus_of_log_uniform,
+    linear,
+    linear_out,
+    param32,
+)
+from model.kernels.linear_scan import selective_scan
+from model.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba:
+    """The time step passes through `dt_rank` channels on its way from the inner width to itself."""
+
+    width: int
+    state_dim: int
+    dt_rank: int
+    conv_width: int = 4
+    conv_bias: bool = True
+    bias: bool = False  # of the maps from and to the model width
+    norm: RMSNorm | None = None  # of the low-rank time step, B and C
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return MambaModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """A row's last tokens before the convolution and its state [F, N]."""
+        return {
+            "conv": jnp.zeros((num_rows, self.conv_width - 1, self.width), dtype),
+            "ssm": jnp.zeros((num_rows, self.width, self.state_dim), jnp.float32),
+        }
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {"conv": (None, None, "act_mlp"), "ssm": (None, "act_mlp", None)}
+
+
+class MambaModule(nn.Module):
+    spec: Mamba
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec, ctx, state, inner = self.spec, self.ctx, {}, (self.spec.width,)
+        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        x_BTF = linear(self, ctx, "in_x", x_BTD, inner, ("mlp",), spec.bias)
+        z_BTF = linear(self, ctx, "in_z", x_BTD, inner, ("mlp",), spec.bias)
+        w_KF = param(
+            self, ctx, "conv", (spec.conv_width, *inner), (None, "mlp"), fan_in_normal(spec.conv_width)
+        )
+        x_BTF, state["conv"] = causal_conv(x_BTF, w_KF, walk.state["conv"], walk)
+        if spec.conv_bias:
+            x_BTF += param(self, ctx, "conv_bias", inner, ("mlp",), nn.initializers.zeros)
+        x_BTF = constrain(nn.silu(x_BTF), ctx.rules, "batch", "length", "act_mlp")
+        y_BTF, state["ssm"] = self._scan(x_BTF, walk)
+        y_BTF = (y_BTF * nn.silu(z_BTF.astype(jnp.float32))).astype(ctx.dtype)
+        return finish(linear_out(self, ctx, y_BTF, ("mlp",), spec.bias), state, walk, info, cache)
+
+    def _scan(self, x_BTF: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
+        spec, ctx, (F, N) = self.spec, self.ctx, (self.spec.width, self.spec.state_dim)
+        low_BTR = self._selected("dt_low", x_BTF, spec.dt_rank)
+        k_BTN, q_BTN = (self._selected(name, x_BTF, N) for name in ("B", "C"))
+        dt_BTF = linear(self, ctx, "dt", low_BTR, (F,), ("mlp",), in_axis=None).astype(jnp.float32)
+        start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
+        dt_BTF = jax.nn.softplus(dt_BTF + param32(self, ctx, "dt_bias", (F,), ("mlp",), start))
+        A_FN = -jnp.exp(param32(self, ctx, "A_log", (F, N), ("mlp", None), _log_of_count))
+        D_F = param32(self, ctx, "D", (F,), ("mlp",), nn.initializers.ones)
+        y_BTF, state_BFN = selective_scan(
+            x_BTF, walk.only_real(dt_BTF), A_FN, k_BTN, q_BTN, walk.first_BT, walk.state["ssm"]
+        )
+        return y_BTF + D_F * x_BTF.astype(jnp.float32), state_BFN
+
+    def _selected(self, name: str, x_BTF: jax.Array, size: int) -> jax.Array:
+        """What the token chooses for itself: the low-rank time step, B or C."""
+        y = linear(self, self.ctx, name, x_BTF, (size,), (None,), in_axis="mlp")
+        return y if self.spec.norm is None else self.spec.norm.module(self.ctx, f"{name}_norm")(y)
+
+
+def _log_of_count(key, shape: tuple[int, ...], dtype) -> jax.Array:
+    """log(1), log(2), ... along the last axis: S4D's real start."""
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[-1] + 1)), shape).astype(dtype)

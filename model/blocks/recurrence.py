@@ -1,0 +1,186 @@
+"""What recurrent mixers share: where documents start, the rows of the state, and the short causal convolution.
+
+A recurrent mixer keeps a state of constant size for each row instead of pages. Its module calls `begin`, walks over
+the tokens from `walk.state`, and gives its output and new state to `finish`.
+"""
+
+# B batch, T tokens, D model width, R rows of the state, K taps of a convolution, F channels
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+
+
+class RecurrentMixer(Protocol):
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]: ...
+
+
+@flax.struct.dataclass
+class Walk:
+    """A batch as a recurrence goes over it: real tokens stand first in each row."""
+
+    positions_BT: jax.Array
+    first_BT: jax.Array  # bool: the state before this token counts as zero
+    real_BT: jax.Array | None  # bool: the others must leave the state as it is; None: all are real
+    state: dict[str, jax.Array]  # of each batch row before its first token
+    place_BT: jax.Array | None = None  # where the token at t of the caller stands in this order; None: at t
+
+    def only_real(self, x_BTF: jax.Array) -> jax.Array:
+        """Zero at tokens that are not real."""
+        return x_BTF if self.real_BT is None else jnp.where(_like(self.real_BT, x_BTF), x_BTF, 0)
+
+
+def begin(
+    mixer: RecurrentMixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None
+) -> tuple[jax.Array, Walk]:
+    """The tokens in the order of the walk. Without a cache, a document starts at every change of segment."""
+    B, T = x_BTD.shape[:2]
+    if cache is None:
+        first_BT = jnp.broadcast_to(jnp.arange(T) == 0, (B, T))
+        if info.segment_ids is not None:
+            change_BT = info.segment_ids[:, 1:] != info.segment_ids[:, :-1]
+            first_BT = jnp.concatenate([first_BT[:, :1], change_BT], axis=1)
+        return x_BTD, Walk(info.positions, first_BT, None, mixer.init_cache(0, 0, B, x_BTD.dtype))
+
+    rows_B = cast(jax.Array, info.rows)  # set whenever there is a cache
+    state = {name: value.at[rows_B].get(mode="clip") for name, value in cache.items()}
+    if info.segment_ids is None:
+        return x_BTD, Walk(info.positions, info.positions == 0, None, state)
+    real_BT, positions_BT, place_BT = info.segment_ids != 0, info.positions, None
+    if (
+        T > 1
+    ):  # a convolution reaches back over a fixed number of tokens, so what is not real moves to the end
+        order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
+        place_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1) - 1, 0)
+        x_BTD = jnp.take_along_axis(x_BTD, order_BT[..., None], axis=1)
+        real_BT, positions_BT = (jnp.take_along_axis(x, order_BT, axis=1) for x in (real_BT, positions_BT))
+    return x_BTD, Walk(positions_BT, real_BT & (positions_BT == 0), real_BT, state, place_BT)
+
+
+def finish(
+    y_BTD: jax.Array, state: dict[str, jax.Array], walk: Walk, info: TokenInfo, cache: dict | None
+) -> tuple[jax.Array, dict | None]:
+    """The output in the caller's order, and the cache with `state` ([B, ...] each) in the rows of the batch."""
+    if cache is None:
+        return y_BTD, None
+    if walk.place_BT is not None:
+        y_BTD = jnp.take_along_axis(y_BTD, walk.place_BT[..., None], axis=1)
+    rows_B = cast(jax.Array, info.rows)
+    return y_BTD, {
+        name: value.at[rows_B].set(state[name].astype(value.dtype), mode="drop")
+        for name, value in cache.items()
+    }
+
+
+def causal_conv(
+    x_BTF: jax.Array, w_KF: jax.Array, tail_BKF: jax.Array, walk: Walk
+) -> tuple[jax.Array, jax.Array]:
+    """Depthwise: y_t = sum over l < K of w_(K-1-l) x_(t-l), over tokens of one document.
+
+    Args:
+      x_BTF: F stands for any further axes, which `w` and `tail` have too.
+      tail_BKF: the K - 1 real tokens before these.
+
+    Returns:
+      y in the dtype of `x` (summed in float32), and the K - 1 last real tokens, zero where the document has fewer.
+    """
+    (B, T), K = x_BTF.shape[:2], w_KF.shape[0]
+    line_BSF = jnp.concatenate([tail_BKF.astype(x_BTF.dtype), x_BTF], axis=1)
+    document_BS = jnp.pad(jnp.cumsum(walk.first_BT, axis=1), ((0, 0), (K - 1, 0)))
+    y_BTF = jnp.zeros(x_BTF.shape, jnp.float32)
+    for tap in range(K):
+        same_BT = document_BS[:, tap : tap + T] == document_BS[:, K - 1 :]
+        seen_BTF = jnp.where(_like(same_BT, x_BTF), line_BSF[:, tap : tap + T], 0)
+        y_BTF += seen_BTF.astype(jnp.float32) * w_KF[tap].astype(jnp.float32)
+
+    length_B = jnp.full((B,), T) if walk.real_BT is None else walk.real_BT.sum(axis=1)
+    last_BK = length_B[:, None] + jnp.arange(K - 1)
+    own_BK = jnp.take_along_axis(document_BS, last_BK, axis=1) == document_BS[:, -1:]
+    tail_BKF = jnp.take_along_axis(line_BSF, _like(last_BK, x_BTF), axis=1)
+    return y_BTF.astype(x_BTF.dtype), jnp.where(_like(own_BK, x_BTF), tail_BKF, 0)
+
+
+def linear(
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    x_BTD: jax.Array,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    bias: bool = False,
+    in_axis: str | None = "embed",
+) -> jax.Array:
+    """A linear map of the last axis to axes of `shape`, with parameters `name` and, if asked for, `name`_bias."""
+    D = x_BTD.shape[-1]
+    y = jnp.tensordot(x_BTD, param(module, ctx, name, (D, *shape), (in_axis, *axes), fan_in_normal(D)), 1)
+    if bias:
+        y += param(module, ctx, f"{name}_bias", shape, axes, nn.initializers.zeros)
+    return y
+
+
+def linear_out(
+    module: nn.Module, ctx: Context, y_BTHP: jax.Array, axes: tuple[str | None, ...], bias: bool = False
+) -> jax.Array:
+    """All axes after tokens to the model width: parameters "o" and, if asked for, "o_bias"."""
+    shape = y_BTHP.shape[2:]
+    init = fan_in_normal(int(np.prod(shape)), scale=(2 * ctx.num_blocks) ** -0.5)
+    y_BTD = jnp.tensordot(
+        y_BTHP, param(module, ctx, "o", (*shape, ctx.width), (*axes, "embed"), init), len(shape)
+    )
+    if bias:
+        y_BTD += param(module, ctx, "o_bias", (ctx.width,), ("norm",), nn.initializers.zeros)
+    return y_BTD
+
+
+def param32(
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable,
+) -> jax.Array:
+    """A parameter of a decay or a gate, in float32 whatever the dtype of the computation."""
+    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)
+    return jnp.asarray(value, jnp.float32)
+
+
+def head_rms_norm(module: nn.Module, ctx: Context, o_BTHV: jax.Array, eps: float) -> jax.Array:
+    """RMS norm of each head's output in float32, with a scale "norm" that all heads share."""
+    o_BTHV = o_BTHV.astype(jnp.float32)
+    scale_V = param32(module, ctx, "norm", o_BTHV.shape[-1:], ("head_dim",), nn.initializers.ones)
+    return o_BTHV * jax.lax.rsqrt(jnp.mean(o_BTHV * o_BTHV, axis=-1, keepdims=True) + eps) * scale_V
+
+
+def log_uniform(low: float, high: float) -> Callable:
+    """log(x) for x uniform in [low, high): the start of A_log."""
+
+    def init(key, shape, dtype):
+        return jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high)).astype(dtype)
+
+    return init
+
+
+def inverse_softplus_of_log_uniform(low: float, high: float) -> Callable:
+    """b such that softplus(b) is log-uniform in [low, high): the start of a time step's bias."""
+
+    def init(key, shape, dtype):
+        step = jnp.exp(jax.random.uniform(key, shape, jnp.float32, np.log(low), np.log(high)))
+        return (step + jnp.log(-jnp.expm1(-step))).astype(dtype)
+
+    return init
+
+
+def _like(mask_BT: jax.Array, x_BTF: jax.Array) -> jax.Array:
+    return mask_BT.reshape(mask_BT.shape + (1,) * (x_BTF.ndim - 2))

@@ -1,0 +1,95 @@
+"""The recurrent block of Griffin: a short convolution and a real-gated linear recurrent unit (RG-LRU).
+
+De et al. 2024, arXiv:2402.19427, as in RecurrentGemma, arXiv:2404.07839.
+"""
+
+# B batch, T tokens, D model width, H heads (blocks of the gates), C head width, K taps of the convolution
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.recurrence import Walk, begin, causal_conv, finish, linear, linear_out, param32
+from model.kernels.linear_scan import linear_scan
+from model.sharding import constrain
+
+SHARPNESS = 8.0  # "c" of the paper: log decay = -c * gate * softplus(a)
+HEADS = ("heads", "head_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class RGLRU:
+    """gelu(y) * recurrence(conv(x)); the gates' maps are block-diagonal, one block a head."""
+
+    num_heads: int
+    head_dim: int
+    conv_width: int = 4
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return RGLRUModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """A row's last tokens before the convolution and its state [H, C]."""
+        heads = (self.num_heads, self.head_dim)
+        return {
+            "conv": jnp.zeros((num_rows, self.conv_width - 1, *heads), dtype),
+            "state": jnp.zeros((num_rows, *heads), jnp.float32),
+        }
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {"conv": (None, None, "act_heads", None), "state": (None, "act_heads", None)}
+
+
+class RGLRUModule(nn.Module):
+    spec: RGLRU
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec, ctx, state = self.spec, self.ctx, {}
+        heads, K = (spec.num_heads, spec.head_dim), spec.conv_width
+        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        y_BTHC = nn.gelu(linear(self, ctx, "y", x_BTD, heads, HEADS, bias=True), approximate=True)
+        x_BTHC = linear(self, ctx, "x", x_BTD, heads, HEADS, bias=True)
+        w_KHC = param(self, ctx, "conv", (K, *heads), (None, *HEADS), fan_in_normal(K))
+        x_BTHC, state["conv"] = causal_conv(x_BTHC, w_KHC, walk.state["conv"], walk)
+        x_BTHC += param(self, ctx, "conv_bias", heads, HEADS, nn.initializers.zeros)
+        x_BTHC = constrain(x_BTHC, ctx.rules, "batch", "length", "act_heads", None)
+        h_BTHC, state["state"] = self._recur(x_BTHC, walk)
+        y_BTD = linear_out(self, ctx, h_BTHC.astype(ctx.dtype) * y_BTHC, HEADS, bias=True)
+        return finish(y_BTD, state, walk, info, cache)
+
+    def _recur(self, x_BTHC: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
+        """Float32 states of every token, and the last."""
+        a_HC = param32(self, self.ctx, "a", x_BTHC.shape[2:], HEADS, _between_decays(0.9, 0.999))
+        log_decay_BTHC = -SHARPNESS * self._gate("a_gate", x_BTHC) * jax.nn.softplus(a_HC)
+        # sqrt(1 - decay^2) keeps the state's size; a document's first token has nothing before it to make room for.
+        room_BTHC = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay_BTHC), 1e-30))
+        room_BTHC = jnp.where(walk.first_BT[..., None, None], 1.0, room_BTHC)
+        input_BTHC = x_BTHC.astype(jnp.float32) * self._gate("x_gate", x_BTHC) * room_BTHC
+        return linear_scan(
+            walk.only_real(input_BTHC), walk.only_real(log_decay_BTHC), walk.first_BT, walk.state["state"]
+        )
+
+    def _gate(self, name: str, x_BTHC: jax.Array) -> jax.Array:
+        H, C = x_BTHC.shape[2:]
+        w_HCC = param(self, self.ctx, name, (H, C, C), ("heads", None, "head_dim"), fan_in_normal(C))
+        bias_HC = param(self, self.ctx, f"{name}_bias", (H, C), HEADS, nn.initializers.zeros)
+        return jax.nn.sigmoid((jnp.einsum("BTHI,HIC->BTHC", x_BTHC, w_HCC) + bias_HC).astype(jnp.float32))
+
+
+def _between_decays(low: float, high: float):
+    """softplus(a) such that exp(-c softplus(a)), the decay of an open gate, is uniform by area in [low, high]."""
+
+    def init(key, shape, dtype):
+        square = jax.random.uniform(key, shape, jnp.float32, low**2, high**2)
+        return jnp.log(jnp.expm1(-0.5 * jnp.log(square) / SHARPNESS)).astype(dtype)
+
+    return init

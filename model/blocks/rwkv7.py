@@ -1,0 +1,192 @@
+"""The two mixers of RWKV-7 "Goose": time mixing, and channel mixing, whose token shift needs a state too.
+
+Peng et al. 2025, arXiv:2503.14456. Each is a mixer of its own; a layer of the paper is two residual steps.
+"""
+
+# B batch, T tokens, D model width, H heads, C head width, F feed-forward width
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.recurrence import Walk, begin, causal_conv, finish, linear, linear_out, param32
+from model.kernels.rwkv7 import rwkv7
+from model.sharding import constrain
+
+HEADS = ("heads", "head_dim")
+FASTEST = -math.exp(-0.5)  # a channel's log decay is between this and 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7:
+    """Decay, learning rate, gate and value mix of a token are maps of low rank.
+
+    The first layer's values are shared: with `first`, the module returns a third element, {"v_first": [B, T, H, C]},
+    and every later layer finds it in `info.shared`.
+    """
+
+    num_heads: int
+    head_dim: int
+    decay_rank: int
+    rate_rank: int  # of the in-context learning rate "a"
+    gate_rank: int
+    value_rank: int
+    first: bool = False
+    norm_eps: float = 64e-5  # of the norm over each head's output
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """What the module gives to the layers after it."""
+        return ("v_first",) if self.first else ()
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return RWKV7Module(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """A row's last token, as wide as the model, and its state [H, C, C]."""
+        state = (num_rows, self.num_heads, self.head_dim, self.head_dim)
+        return {
+            "shift": jnp.zeros((num_rows, 1, self.num_heads * self.head_dim), dtype),
+            "state": jnp.zeros(state, jnp.float32),
+        }
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {"shift": (None, None, None), "state": (None, "act_heads", None, None)}
+
+
+class RWKV7Module(nn.Module):
+    spec: RWKV7
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec, ctx, state = self.spec, self.ctx, {}
+        if spec.num_heads * spec.head_dim != ctx.width:
+            raise ValueError(
+                f"RWKV-7's heads fill the model's width: num_heads={spec.num_heads} times head_dim={spec.head_dim} "
+                f"is not {ctx.width}."
+            )
+        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        mixed, state["shift"] = _token_shift(self, ctx, x_BTD, "rwkvag", walk)
+        r_BTHC, k_BTHC, v_BTHC = (self._project(name, mixed[name]) for name in "rkv")
+        shared = {"v_first": v_BTHC} if spec.first else {}
+        if not spec.first:
+            mix_BTHC = jax.nn.sigmoid(self._low_rank("v", mixed["v"], spec.value_rank, 0.73))
+            v_BTHC += (info.shared["v_first"] - v_BTHC) * mix_BTHC
+        decay_BTHC = self._low_rank("w", mixed["w"], spec.decay_rank, _slow_to_fast, jnp.tanh)
+        log_decay_BTHC = FASTEST * jax.nn.sigmoid(decay_BTHC.astype(jnp.float32))
+        rate_BTHC = jax.nn.sigmoid(self._low_rank("a", mixed["a"], spec.rate_rank, -0.19).astype(jnp.float32))
+        gate_BTHC = self._low_rank("g", mixed["g"], spec.gate_rank, None, jax.nn.sigmoid)
+
+        k_BTHC = k_BTHC.astype(jnp.float32)
+        erase_BTHC = walk.only_real(_unit(k_BTHC * self._channels("k_k", 0.71)))
+        k_BTHC = k_BTHC * (1 + (rate_BTHC - 1) * self._channels("k_a", 1.02))
+        o_BTHC, state["state"] = rwkv7(
+            r_BTHC,
+            walk.only_real(log_decay_BTHC),
+            walk.only_real(k_BTHC),
+            v_BTHC,
+            -erase_BTHC,
+            erase_BTHC * rate_BTHC,
+            walk.first_BT,
+            walk.state["state"],
+        )
+        own_BTH1 = jnp.sum(r_BTHC * k_BTHC * self._channels("r_k", -0.04), axis=-1, keepdims=True)
+        y_BTHC = (self._norm(o_BTHC) + own_BTH1 * v_BTHC.astype(jnp.float32)).astype(ctx.dtype) * gate_BTHC
+        y_BTD, cache = finish(linear_out(self, ctx, y_BTHC, HEADS), state, walk, info, cache)
+        return (y_BTD, cache, shared) if spec.first else (y_BTD, cache)
+
+    def _project(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        heads = (self.spec.num_heads, self.spec.head_dim)
+        y_BTHC = linear(self, self.ctx, name, x_BTD, heads, HEADS)
+        return constrain(y_BTHC, self.ctx.rules, "batch", "length", "act_heads", None)
+
+    def _low_rank(self, name: str, x_BTD: jax.Array, rank: int, bias, between=None) -> jax.Array:
+        """between(x `name`_a) `name`_b + `name`_bias; `bias` is the bias's start, None for no bias."""
+        D, heads = x_BTD.shape[-1], (self.spec.num_heads, self.spec.head_dim)
+        low_BTR = x_BTD @ param(
+            self, self.ctx, f"{name}_a", (D, rank), ("embed", None), nn.initializers.zeros
+        )
+        low_BTR = low_BTR if between is None else between(low_BTR)
+        w_RHC = param(self, self.ctx, f"{name}_b", (rank, *heads), (None, *HEADS), fan_in_normal(rank, 0.1))
+        y_BTHC = jnp.tensordot(low_BTR, w_RHC, 1)
+        if bias is not None:
+            start = bias if callable(bias) else nn.initializers.constant(bias)
+            y_BTHC += param(self, self.ctx, f"{name}_bias", heads, HEADS, start)
+        return y_BTHC
+
+    def _channels(self, name: str, start: float) -> jax.Array:
+        heads = (self.spec.num_heads, self.spec.head_dim)
+        return param32(self, self.ctx, name, heads, HEADS, nn.initializers.constant(start))
+
+    def _norm(self, o_BTHC: jax.Array) -> jax.Array:
+        """Layer norm of each head by itself."""
+        o_BTHC = o_BTHC - jnp.mean(o_BTHC, axis=-1, keepdims=True)
+        o_BTHC *= jax.lax.rsqrt(jnp.mean(o_BTHC * o_BTHC, axis=-1, keepdims=True) + self.spec.norm_eps)
+        return o_BTHC * self._channels("norm", 1.0) + self._channels("norm_bias", 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV7ChannelMix:
+    """value(relu(key(x mixed with the token before))^2): a feed-forward network with a token shift."""
+
+    width: int
+    model_width: int  # of the token that a row's state keeps
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return RWKV7ChannelMixModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """A row's last token."""
+        return {"shift": jnp.zeros((num_rows, 1, self.model_width), dtype)}
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {"shift": (None, None, None)}
+
+
+class RWKV7ChannelMixModule(nn.Module):
+    spec: RWKV7ChannelMix
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        ctx = self.ctx
+        x_BTD, walk = begin(self.spec, x_BTD, info, cache)
+        mixed, tail = _token_shift(self, ctx, x_BTD, "k", walk)
+        h_BTF = jnp.square(nn.relu(linear(self, ctx, "k", mixed["k"], (self.spec.width,), ("mlp",))))
+        h_BTF = constrain(h_BTF, ctx.rules, "batch", "length", "act_mlp")
+        return finish(linear_out(self, ctx, h_BTF, ("mlp",)), {"shift": tail}, walk, info, cache)
+
+
+def _token_shift(
+    module: nn.Module, ctx: Context, x_BTD: jax.Array, names: str, walk: Walk
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """For each name, x moved towards the token before it by the shares "x_`name`" [D]; and the new last token."""
+    before_BTD, tail = causal_conv(x_BTD, jnp.array([[1.0], [0.0]]), walk.state["shift"], walk)
+    delta_BTD, D = before_BTD - x_BTD, x_BTD.shape[-1]
+    start = lambda key, shape, dtype: (1 - jnp.sqrt(jnp.arange(D) / D)).astype(dtype)
+    mixed = {
+        name: x_BTD + delta_BTD * param(module, ctx, f"x_{name}", (D,), ("norm",), start) for name in names
+    }
+    return mixed, tail
+
+
+def _unit(x_BTHC: jax.Array) -> jax.Array:
+    square_BTH1 = jnp.sum(x_BTHC * x_BTHC, axis=-1, keepdims=True)
+    return x_BTHC * jax.lax.rsqrt(jnp.maximum(square_BTH1, 1e-24))
+
+
+def _slow_to_fast(key, shape: tuple[int, ...], dtype) -> jax.Array:
+    """The decay's bias: channels from memory that hardly fades to memory of a few tokens."""
+    ramp = jnp.linspace(0.0, 1.0, math.prod(shape)).reshape(shape)
+    return (-5.5 + 6 * ramp**1.5).astype(dtype)

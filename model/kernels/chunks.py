@@ -1,0 +1,53 @@
+"""Recurrences in chunks: what happens within a chunk is a handful of matrix products, between chunks goes a state."""
+
+# B batch, T tokens, Q tokens of a chunk
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def scan_chunks(step: Callable, state: Any, inputs: Any, chunk: int) -> tuple[Any, Any]:
+    """Run `step(state, inputs) -> (state, outputs)` over chunks of the token axis.
+
+    Args:
+      inputs: tree of [B, T, ...]; the last chunk is filled up with zeros, which must leave the state as it is.
+
+    Returns:
+      The last state, and the outputs joined to [B, T, ...]. The backward pass recomputes what is within a chunk.
+    """
+    B, T = jax.tree.leaves(inputs)[0].shape[:2]
+    if T <= chunk:
+        state, outputs = step(state, jax.tree.map(lambda x: _pad(x, chunk), inputs))
+        return state, jax.tree.map(lambda y: y[:, :T], outputs)
+
+    def split(x):
+        return jnp.moveaxis(_pad(x, chunk).reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def join(y):
+        return jnp.moveaxis(y, 0, 1).reshape(B, -1, *y.shape[3:])[:, :T]
+
+    state, outputs = jax.lax.scan(jax.checkpoint(step), state, jax.tree.map(split, inputs))
+    return state, jax.tree.map(join, outputs)
+
+
+def same_document(first_BQ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Who sees whom in a chunk in which a document starts at each `first`.
+
+    Returns:
+      [B, Q, Q] whether the second token is the first or stands before it in its document; [B, Q] whether a token
+      sees the state before the chunk; [B, Q] whether the state after the chunk sees the token.
+    """
+    document_BQ = jnp.cumsum(first_BQ, axis=1)
+    causal_QQ = jnp.tril(jnp.ones((first_BQ.shape[1],) * 2, bool))
+    pairs_BQQ = causal_QQ & (document_BQ[:, :, None] == document_BQ[:, None, :])
+    return pairs_BQQ, document_BQ == 0, document_BQ == document_BQ[:, -1:]
+
+
+def _pad(x: jax.Array, multiple: int) -> jax.Array:
+    extra = -x.shape[1] % multiple
+    return x if extra == 0 else jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))

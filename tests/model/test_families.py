@@ -1,0 +1,146 @@
+"""Every family of models in parity with transformers, both ways; tests/goldens/make.py made the golden files."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from model import apply, init_cache, load, save
+from model.families import FAMILIES
+
+from .conftest import GOLDENS, compiled_fast
+
+CHECKPOINTS = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npz"))
+DEFAULTS = json.loads((GOLDENS / "defaults.json").read_text())
+OTHER_PYTHON = GOLDENS.parents[1] / ".venvs" / "goldens" / "bin" / "python"
+
+forward = compiled_fast(apply, static_argnums=0)
+
+
+def all_tensors(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def form(tensors):
+    return {name: (array.dtype, array.shape) for name, array in tensors.items()}
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_every_family_has_a_golden_checkpoint():
+    assert {config_of(GOLDENS / name)["model_type"] for name in CHECKPOINTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_equal_those_of_transformers(name):
+    golden = np.load(GOLDENS / name / "logits.npz")
+    assert np.abs(golden["logits"]).max() > 1
+    cfg, params = load(GOLDENS / name, dtype="float32")
+    out = forward(cfg, params, golden["tokens"], positions=golden["positions"], segment_ids=golden["mask"])
+    real = golden["mask"] == 1
+    assert np.abs(np.asarray(out.logits)[real] - golden["logits"][real]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_saving_back_gives_the_same_tensors_bit_for_bit(name, tmp_path):
+    cfg, params = load(GOLDENS / name)
+    save(tmp_path / "copy", cfg, params, format="huggingface")
+    before, after = all_tensors(GOLDENS / name), all_tensors(tmp_path / "copy")
+    assert form(before) == form(after)
+    assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+    assert load(tmp_path / "copy")[0] == cfg
+    saved, wanted = config_of(tmp_path / "copy"), config_of(GOLDENS / name)
+    assert [saved[key] for key in ("model_type", "architectures")] == [
+        wanted[key] for key in ("model_type", "architectures")
+    ]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_changed_model_is_saved_in_the_same_form(name, tmp_path):
+    """As after a training step: no parameter is what it was."""
+    cfg, params = load(GOLDENS / name)
+    moved = jax.tree.map(lambda x: x + jnp.asarray(0.25, x.dtype), params)
+    save(tmp_path / "moved", cfg, moved, format="huggingface")
+    before, after = all_tensors(GOLDENS / name), all_tensors(tmp_path / "moved")
+    assert form(before) == form(after)
+    assert all((before[key] != after[key]).any() for key in before)
+    again = load(tmp_path / "moved")[1]
+    jax.tree.map(np.testing.assert_array_equal, again, moved)
+
+
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
+def test_a_key_that_is_absent_has_the_default_of_transformers(name, caplog):
+    saved = DEFAULTS[name]
+    family = FAMILIES[saved["model_type"]]
+    with caplog.at_level(logging.WARNING):
+        whole = family.read_config(saved)
+    assert not caplog.records  # every key of transformers' class is read, or known to change nothing
+    for key in saved:
+        rest = {other: value for other, value in saved.items() if other != key}
+        try:
+            assert family.read_config(rest) == whole, key
+        except ValueError as error:
+            assert str(error) == f"{key} is missing."
+
+
+def decoded(cfg, params, tokens, prompt):
+    """Logits of a prompt at once, then of one token after the other."""
+    cache = init_cache(cfg, len(tokens), tokens.shape[1] + 1)
+    out = forward(cfg, params, tokens[:, :prompt], cache=cache)
+    logits = [out.logits]
+    for t in range(prompt, tokens.shape[1]):
+        out = forward(cfg, params, tokens[:, t : t + 1], cache=out.cache)
+        logits.append(out.logits)
+    return jnp.concatenate(logits, axis=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_decoding_token_by_token_equals_the_whole_text_at_once(name):
+    cfg, params = load(GOLDENS / name, dtype="float32")
+    tokens = np.load(GOLDENS / name / "logits.npz")["tokens"].astype(np.int32)
+    whole = forward(cfg, params, tokens).logits
+    np.testing.assert_allclose(decoded(cfg, params, tokens, 8), whole, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_scanned_model_computes_the_same(name):
+    cfg, params = load(GOLDENS / name, dtype="float32")
+    scanned_cfg, scanned = load(GOLDENS / name, cfg=cfg.replace(scan=True), dtype="float32")
+    tokens = np.load(GOLDENS / name / "logits.npz")["tokens"].astype(np.int32)
+    whole = forward(cfg, params, tokens).logits
+    np.testing.assert_allclose(forward(scanned_cfg, scanned, tokens).logits, whole, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OTHER_PYTHON.is_file(), reason="no .venvs/goldens with transformers; see tests/goldens/make.py"
+)
+def test_transformers_computes_the_same_from_what_we_save(tmp_path):
+    for name in CHECKPOINTS:
+        cfg, params = load(GOLDENS / name, dtype="float32")
+        save(tmp_path / name, cfg, params, format="huggingface")
+    program = GOLDENS / "make.py"
+    command = [str(OTHER_PYTHON), str(program), "--check", str(tmp_path), *CHECKPOINTS]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    differences = json.loads(run.stdout.splitlines()[-1])
+    assert set(differences) == set(CHECKPOINTS)
+    assert {name: value for name, value in differences.items() if not value < 1e-5} == {}
+
+
+def test_a_model_without_a_family_of_its_own_is_saved_as_the_first_that_can_hold_it(tmp_path):
+    cfg, params = load(GOLDENS / "gpt2")
+    save(tmp_path / "model", dataclasses.replace(cfg, family=None), params, format="huggingface")
+    assert config_of(tmp_path / "model")["model_type"] == "gpt2"
