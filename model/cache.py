@@ -38,7 +38,15 @@ def init_pages(
     Args:
       dtype: of keys and values; default: that of the computation.
       num_rows: of recurrent state, for the mixers that have one.
+
+    Raises:
+      ValueError: an encoder, which has nothing to continue.
     """
+    if not cfg.causal:
+        raise ValueError(
+            "this model is an encoder: its tokens see those after them, so there is no cache and no text to continue. "
+            "Use apply on whole texts, or model.embed."
+        )
     of_cache = jnp.dtype(dtype or cfg.dtype)
     layers = {}
     for name, block, numbers in cfg.runs():

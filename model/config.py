@@ -13,6 +13,7 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
+from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -42,7 +43,7 @@ PARTS = {
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
-        *(RMSNorm, LayerNorm),
+        *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
         *(Alibi, LearnedPositions, SinusoidalPositions),
     )
@@ -88,10 +89,13 @@ class ModelConfig:
     tied_head: bool = True  # logits through the transposed embedding
     head_bias: bool = False
     positions: LearnedPositions | SinusoidalPositions | None = None  # added to the embedding
+    token_types: int = 0  # kinds of tokens (BERT's sentences A and B), each with a vector that is added
     embed_norm: Norm | None = None  # of what the first block reads
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits stay within +-logit_softcap
+    head_transform: Transform | None = None  # of the hidden state, before the logits (BERT)
+    pooler: Transform | None = None  # of the hidden state: `out.pooled`
     heads: tuple[ScalarHead, ...] = ()
     max_length: int = 2048  # longest context that the model is meant for, tokens
     dtype: str = "float32"  # of the computation
@@ -112,6 +116,11 @@ class ModelConfig:
                 f"a model needs at least one block, token and channel; given {len(self.blocks)} blocks, "
                 f"vocab_size={self.vocab_size}, width={self.width}."
             )
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees those after it, so that text can be written one token after the other."""
+        return all(getattr(block.mixer, "causal", True) for block in self.blocks)
 
     def runs(self) -> list[tuple[str, Block, range]]:
         """Name, block and layer numbers of each parameter group: equal neighbours together when scanned."""

@@ -22,7 +22,14 @@ from model.function import Params, param_shapes
 # What each parameter does, by the last two parts of its path.
 TASKS = {
     "embedding": "a vector for each token",
+    "token_types": "a vector for each kind of token",
+    "positions/table": "a vector for each position",
     "head": "logits: one direction for each token of the vocabulary",
+    "head_bias": "bias of the logits",
+    "head_transform/dense": "what the logits are read from",
+    "head_transform/dense_bias": "its bias",
+    "pooler/dense": "the vector that stands for the text, from its first token",
+    "pooler/dense_bias": "its bias",
     "final_norm/scale": "scale of the last hidden state",
     "mixer_norm/scale": "scale of what attention reads",
     "mixer/q": "queries: what each head looks for",
@@ -69,7 +76,9 @@ def parameter_count(cfg: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(cfg: ModelConfig) -> int:
-    """Of one row, over all blocks, in the dtype of the computation."""
+    """Of one row, over all blocks, in the dtype of the computation; 0 for an encoder, which has no cache."""
+    if not cfg.causal:
+        return 0
     dtype = jnp.dtype(cfg.dtype)
     states = {
         block: jax.eval_shape(lambda b=block: b.mixer.init_cache(1, 1, 1, dtype)) for block in set(cfg.blocks)

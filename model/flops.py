@@ -44,7 +44,8 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
         + (block.ffn.flops_per_token(cfg.width) if block.ffn else 0)
         for block in set(cfg.blocks)
     }
-    return sum(per_block[block] for block in cfg.blocks) + 2 * cfg.width * cfg.vocab_size
+    transforms = sum(2 * cfg.width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
+    return sum(per_block[block] for block in cfg.blocks) + transforms + 2 * cfg.width * cfg.vocab_size
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

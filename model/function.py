@@ -27,6 +27,7 @@ NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
 class Output:
     logits: jax.Array  # [B, T, V] float32 ([B, N, V] when `logits_at` was given)
     hidden: jax.Array  # [B, T, D] after the final norm
+    pooled: jax.Array | None = None  # [B, T, D] what the pooler makes of each token; BERT uses the first
     cache: Cache | None = None
     aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
     heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32
@@ -46,6 +47,7 @@ def apply(
     cache: Cache | None = None,
     *,
     logits_at: jax.Array | None = None,
+    token_types: jax.Array | None = None,
     rules: ShardingRules | None = None,
 ) -> Output:
     """Run the model.
@@ -57,10 +59,14 @@ def apply(
         out of the cache and any other number means a real token.
       cache: keys and values of what came before; the one in the output holds these tokens too.
       logits_at: [B, N] int32 indices into T: logits at these tokens only.
+      token_types: [B, T] int32, below `cfg.token_types`; default: 0.
       rules: sharding of activations, for use under `jax.set_mesh`.
     """
     module = Transformer(cfg, rules)
-    return cast(Output, module.apply({"params": params}, tokens, positions, segment_ids, cache, logits_at))
+    return cast(
+        Output,
+        module.apply({"params": params}, tokens, positions, segment_ids, cache, logits_at, token_types),
+    )
 
 
 def logical_axes(cfg: ModelConfig) -> Params:
@@ -78,7 +84,7 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 def _init_boxed(cfg: ModelConfig, key: jax.Array):
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(cfg).init(key, tokens, None, None, None, None)["params"]
+    return Transformer(cfg).init(key, tokens, *[None] * 5)["params"]
 
 
 class BlockModule(nn.Module):
@@ -126,7 +132,7 @@ class Transformer(nn.Module):
     rules: ShardingRules | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids, cache, logits_at) -> Output:
+    def __call__(self, tokens, positions, segment_ids, cache, logits_at, token_types) -> Output:
         cfg = self.cfg
         ctx = Context(
             cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules
@@ -135,7 +141,7 @@ class Transformer(nn.Module):
         # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
         init = nn.initializers.normal(cfg.width**-0.5)
         embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
-        x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info)
+        x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info, token_types)
 
         states, aux = {}, {}
         for name, block, numbers in cfg.runs():
@@ -154,14 +160,21 @@ class Transformer(nn.Module):
         return Output(
             logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
             hidden=hidden_BTD,
+            pooled=None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD),
             cache=_advance(cache, states, tokens, segment_ids),
             aux=aux,
             heads={head.name: self._scalar_head(ctx, head.name, hidden_BTD) for head in cfg.heads},
         )
 
-    def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+    def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo, token_types) -> jax.Array:
         cfg = self.cfg
         x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        if cfg.token_types:
+            shape, init = (cfg.token_types, cfg.width), nn.initializers.normal(0.1 * cfg.width**-0.5)
+            table_SD = param(self, ctx, "token_types", shape, ("norm", "embed"), init)
+            x_BTD += table_SD[0] if token_types is None else jnp.take(table_SD, token_types, axis=0)
+        elif token_types is not None:
+            raise ValueError("token_types were given to a model whose config has none.")
         if cfg.positions is not None:
             x_BTD += cfg.positions.module(ctx, "positions")(info.positions)
         if cfg.embed_norm is not None:
@@ -187,6 +200,8 @@ class Transformer(nn.Module):
     def _logits(self, ctx: Context, embedding_VD, hidden_BTD, logits_at) -> jax.Array:
         if logits_at is not None:
             hidden_BTD = jnp.take_along_axis(hidden_BTD, logits_at[:, :, None], axis=1)
+        if self.cfg.head_transform is not None:
+            hidden_BTD = self.cfg.head_transform.module(ctx, "head_transform")(hidden_BTD)
         if self.cfg.tied_head:
             head_VD = embedding_VD
         else:

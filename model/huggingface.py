@@ -61,7 +61,8 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     names = family.names_of(cfg)
-    table, stored = tensor_table(cfg, names), read_headers(folder)
+    table = tensor_table(cfg, names)
+    stored = _respelt(family, {tensor.name for tensor in table}, read_headers(folder))
     _check_tensors(folder, cfg, family, names, table, stored)
     params: dict[tuple[str, ...], np.ndarray] = {}
     for tensor in table:
@@ -179,6 +180,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
+def _respelt(family: Family, wanted: set[str], stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Each tensor under the name that the model has for it, where that is another than the file's."""
+    found = {}
+    for name, tensor in stored.items():
+        others = [other for other in family.spellings(name) if other in wanted and other not in stored]
+        found[name if name in wanted or not others else others[0]] = tensor
+    return found
+
+
 def _check_tensors(
     folder: Path,
     cfg: ModelConfig,
@@ -193,6 +203,11 @@ def _check_tensors(
             f"{folder}: lacks {len(missing)} tensors that config.json calls for: {_some(missing)}."
         )
     for tensor in table:
+        if stored[tensor.name].dtype not in safetensors_file.DTYPES.values():
+            raise ValueError(
+                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].dtype}; parameters are "
+                f"{', '.join(safetensors_file.DTYPES)}."
+            )
         if stored[tensor.name].shape != tensor.shape:
             raise ValueError(
                 f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by "
@@ -209,7 +224,12 @@ def _check_tensors(
             )
         harmless.append(head)
     if harmless:
-        _log.info("%s: passed over %d tensors that repeat others: %s", folder, len(harmless), _some(harmless))
+        _log.info(
+            "%s: passed over %d tensors that the model does not need: %s",
+            folder,
+            len(harmless),
+            _some(harmless),
+        )
     unknown = [name for name in extra if name not in harmless]
     if unknown:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Families of models: how their configs and tensor names map to ours. The model itself never asks for one."""
 
 from model.families import (
+    bert,
     bloom,
     cohere,
     dbrx,
@@ -52,5 +53,6 @@ _ALL = (
     gpt_oss.FAMILY,
     llama4.FAMILY,
     dbrx.FAMILY,
+    bert.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}  # by Hugging Face's model_type

@@ -45,7 +45,9 @@ class Family:
     read: Callable[[Reader], ModelConfig]
     write: Callable[[Any], dict[str, Any]]
     names: Names | Callable[[ModelConfig], Names]
-    harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
+    harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
+    # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
+    spellings: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
@@ -224,6 +226,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "tanh": "tanh",
 }
 
 

@@ -5,8 +5,9 @@
     .venvs/goldens/bin/python tests/goldens/make.py [folder ...]   (all, or these alone)
 
 Writes beside itself: a folder for each tiny random checkpoint as `save_pretrained` writes it, with `logits.npz`
-(tokens, mask, positions, logits: what transformers computes in float32); two GGUF files of them; and
-`dequantize.npz` (random blocks of each type and what the gguf package makes of them). Everything is seeded.
+(tokens, mask, positions and what else goes in; logits or hidden states: what transformers computes in float32); two
+GGUF files of them; and `dequantize.npz` (random blocks of each type and what the gguf package makes of them).
+Everything is seeded.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ COMMON = {
 }  # fmt: skip
 
 SMALL = COMMON | {"vocab_size": 61, "intermediate_size": 44}
+BERT = {
+    "vocab_size": 61, "hidden_size": 36, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 50,
+    "max_position_embeddings": 720,
+}  # fmt: skip
 FALCON = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 1,
     "eos_token_id": 2, "max_position_embeddings": 1024,
@@ -271,6 +276,8 @@ CHECKPOINTS = {
         | {"intermediate_size_mlp": 50, "floor_scale": 3, "attn_scale": 0.5, "pad_token_id": 0},
         {},
     ),
+    "bert": ("BertConfig", BERT | {"hidden_act": "gelu_new", "type_vocab_size": 3}, {}),
+    "bert_bare": ("BertConfig", BERT, {}),
     "dbrx": (
         "DbrxConfig",
         {"vocab_size": 61, "d_model": 36, "n_heads": 6, "n_layers": 4, "max_seq_len": 1024, "pad_token_id": 0}
@@ -283,12 +290,19 @@ CHECKPOINTS = {
     ),
 }
 
+# What transformers makes of a config; causal language models otherwise.
+HEADS = {"bert": "AutoModelForMaskedLM", "bert_bare": "AutoModel"}
+NAMES_OF_INPUTS = {
+    "tokens": "input_ids", "mask": "attention_mask", "positions": "position_ids", "token_types": "token_type_ids",
+}  # fmt: skip
+NAMES_OF_OUTPUTS = {"logits": "logits", "last_hidden_state": "hidden", "pooler_output": "pooled"}
+
 
 def main(wanted: list[str]) -> None:
     for name, (config_class, arguments, options) in CHECKPOINTS.items():
         if wanted and name not in wanted:
             continue
-        model = random_model(getattr(transformers, config_class)(**arguments))
+        model = random_model(name, getattr(transformers, config_class)(**arguments))
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, **options)
@@ -306,9 +320,11 @@ def main(wanted: list[str]) -> None:
 def read_float32(folder: Path, name: str) -> torch.nn.Module:
     # eager attention adds Falcon's ALiBi twice (transformers 5.23), the other does not
     attention = "sdpa" if name == "falcon_rw" else "eager"
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    return auto(name).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def auto(name: str):
+    return getattr(transformers, HEADS.get(name, "AutoModelForCausalLM"))
 
 
 def check(folder: Path, names: list[str]) -> dict[str, float]:
@@ -316,9 +332,12 @@ def check(folder: Path, names: list[str]) -> dict[str, float]:
     found = {}
     for name in names:
         golden = np.load(HERE / name / "logits.npz")
-        again = logits(read_float32(folder / name, name))["logits"]
-        real = golden["mask"] == 1
-        found[name] = float(np.abs(again[real] - golden["logits"][real]).max())
+        again, real = logits(read_float32(folder / name, name)), golden["mask"] == 1
+        found[name] = max(
+            float(np.abs(again[key][real] - golden[key][real]).max())
+            for key in ("logits", "hidden")
+            if key in golden
+        )
     return found
 
 
@@ -327,10 +346,10 @@ def default_config(config_class: str) -> dict[str, object]:
     return getattr(transformers, config_class)().to_dict()
 
 
-def random_model(config) -> torch.nn.Module:
+def random_model(name: str, config) -> torch.nn.Module:
     """Weights large enough that every part of the model shows in the logits."""
     torch.manual_seed(config.num_hidden_layers)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = auto(name).from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
@@ -355,20 +374,20 @@ def logits(model) -> dict[str, np.ndarray]:
     ):  # counts from the beginning of the row, whatever position_ids say
         mask[2] = 1
         positions = np.broadcast_to(np.arange(14), (4, 14)).copy()
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-    inputs = {
-        key: value for key, value in inputs.items() if key in inspect.signature(model.forward).parameters
-    }
+    inputs = {"tokens": tokens, "mask": mask, "positions": positions}
+    if kinds := getattr(model.config, "type_vocab_size", 0):
+        inputs["token_types"] = rng.integers(0, kinds, tokens.shape)
+    taken = inspect.signature(model.forward).parameters
     rows = []
     for row in range(
         len(tokens)
     ):  # alone, since LongRoPE chooses its frequencies by the longest row of a batch
+        of_row = {NAMES_OF_INPUTS[key]: torch.tensor(value[row : row + 1]) for key, value in inputs.items()}
+        of_row |= {"use_cache": False} if "use_cache" in taken else {}
         with torch.no_grad():
-            out = model(
-                **{key: torch.tensor(value[row : row + 1]) for key, value in inputs.items()}, use_cache=False
-            )
-        rows.append(out.logits.numpy())
-    return {"tokens": tokens, "mask": mask, "positions": positions, "logits": np.concatenate(rows)}
+            out = model(**{key: value for key, value in of_row.items() if key in taken})
+        rows.append({ours: out[key].numpy() for key, ours in NAMES_OF_OUTPUTS.items() if key in out})
+    return inputs | {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 
 
 GGUF_NAMES = {
