@@ -63,6 +63,9 @@ class Block:
     mixer: Any  # a `Mixer` of model.blocks.common
     ffn: Any  # a `FeedForward`; None: the mixer is all
     norm: Norm | None = RMSNorm()
+    norm_mixer: bool = (
+        True  # False: the mixer reads x itself (ModernBERT's first block: the embedding has a norm)
+    )
     post_norm: Norm | None = None
     sum_norm: Norm | None = None
     # x + mixer(norm(x)) + ffn(norm(x)) in one sum, with a norm for each of the two or one for both

@@ -96,7 +96,7 @@ class BlockModule(nn.Module):
         spec = self.spec
         if spec.ffn is not None and spec.parallel != "no":
             return self._parallel(spec.ffn, x_BTD, state, info)
-        y_BTD, state, shared = self._mix(self._norm(spec.norm, "mixer_norm", x_BTD), state, info)
+        y_BTD, state, shared = self._mix(self._read(x_BTD), state, info)
         x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
         if spec.ffn is not None:
             y_BTD, aux = spec.ffn.module(self.ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
@@ -105,12 +105,16 @@ class BlockModule(nn.Module):
 
     def _parallel(self, ffn: FeedForward, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
         spec = self.spec
-        read_BTD = self._norm(spec.norm, "mixer_norm", x_BTD)
+        read_BTD = self._read(x_BTD)
         y_BTD, state, shared = self._mix(read_BTD, state, info)
         if spec.parallel == "two norms":
             read_BTD = self._norm(spec.norm, "ffn_norm", x_BTD)
         z_BTD, aux = ffn.module(self.ctx, "ffn")(read_BTD, info)
         return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, aux, shared)
+
+    def _read(self, x_BTD: jax.Array) -> jax.Array:
+        """What the mixer reads."""
+        return self._norm(self.spec.norm if self.spec.norm_mixer else None, "mixer_norm", x_BTD)
 
     def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
         y_BTD, state, *shared = self.spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)

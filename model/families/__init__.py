@@ -17,6 +17,7 @@ from model.families import (
     llama4,
     mistral,
     mixtral,
+    modernbert,
     mpt,
     olmo,
     phi,
@@ -53,6 +54,6 @@ _ALL = (
     gpt_oss.FAMILY,
     llama4.FAMILY,
     dbrx.FAMILY,
-    bert.FAMILY,
+    *(bert.FAMILY, modernbert.FAMILY),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}  # by Hugging Face's model_type

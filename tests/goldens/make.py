@@ -43,6 +43,7 @@ BERT = {
     "vocab_size": 61, "hidden_size": 36, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 50,
     "max_position_embeddings": 720,
 }  # fmt: skip
+TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 FALCON = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 1,
     "eos_token_id": 2, "max_position_embeddings": 1024,
@@ -278,6 +279,21 @@ CHECKPOINTS = {
     ),
     "bert": ("BertConfig", BERT | {"hidden_act": "gelu_new", "type_vocab_size": 3}, {}),
     "bert_bare": ("BertConfig", BERT, {}),
+    "modernbert": (
+        "ModernBertConfig",
+        BERT
+        | TOKEN_IDS
+        | {"num_hidden_layers": 5, "local_attention": 6, "norm_bias": True, "attention_bias": True}
+        | {"mlp_bias": True, "classifier_bias": True, "intermediate_size": 38}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+        {},
+    ),
+    "modernbert_bare": ("ModernBertConfig", BERT | TOKEN_IDS | {"local_attention": 8}, {}),
     "dbrx": (
         "DbrxConfig",
         {"vocab_size": 61, "d_model": 36, "n_heads": 6, "n_layers": 4, "max_seq_len": 1024, "pad_token_id": 0}
@@ -291,7 +307,12 @@ CHECKPOINTS = {
 }
 
 # What transformers makes of a config; causal language models otherwise.
-HEADS = {"bert": "AutoModelForMaskedLM", "bert_bare": "AutoModel"}
+HEADS = {
+    "bert": "AutoModelForMaskedLM",
+    "bert_bare": "AutoModel",
+    "modernbert": "AutoModelForMaskedLM",
+    "modernbert_bare": "AutoModel",
+}
 NAMES_OF_INPUTS = {
     "tokens": "input_ids", "mask": "attention_mask", "positions": "position_ids", "token_types": "token_type_ids",
 }  # fmt: skip

@@ -17,7 +17,7 @@ from model.families import FAMILIES
 from .conftest import GOLDENS, compiled_fast
 
 CHECKPOINTS = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npz"))
-ENCODERS = ("bert", "bert_bare")
+ENCODERS = ("bert", "bert_bare", "modernbert", "modernbert_bare")
 DEFAULTS = json.loads((GOLDENS / "defaults.json").read_text())
 UNUSABLE = {
     "deepseek_v2": {"num_experts_per_tok": 6},
