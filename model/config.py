@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from model.blocks.attention import Attention, Temperature
+from model.blocks.cross_attention import CrossAttention
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
@@ -26,6 +27,7 @@ from model.blocks.positions import (
     Llama3Scaling,
     LongRopeScaling,
     NTKScaling,
+    RelativeBias,
     Rope,
     SinusoidalPositions,
     YarnScaling,
@@ -39,22 +41,24 @@ from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 PARTS = {
     cls.__name__: cls
     for cls in (
-        *(Attention, Temperature, LatentAttention, DifferentialAttention),
+        *(Attention, CrossAttention, Temperature, LatentAttention, DifferentialAttention),
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
-        *(Alibi, LearnedPositions, SinusoidalPositions),
+        *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
     )
 }
 
+STACKS = ("encoder_", "")  # of blocks, by what the names of their parameters begin with
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One residual block: x + mixer(norm(x)), then x + ffn(norm(x)).
+    """One residual block: x + mixer(norm(x)), then, in a decoder with an encoder, x + cross(norm(x)), then
+    x + ffn(norm(x)).
 
     Norms may stand elsewhere: on the mixer's and the network's results before they are added (`post_norm`; with `norm`
     as well the sandwich of Gemma 2, without it OLMo 2), or on the sums (`sum_norm`: BERT; with `skip_scale` DeepNorm).
@@ -70,8 +74,25 @@ class Block:
     sum_norm: Norm | None = None
     # x + mixer(norm(x)) + ffn(norm(x)) in one sum, with a norm for each of the two or one for both
     parallel: Literal["no", "two norms", "one norm"] = "no"
+    cross: CrossAttention | None = None  # to the encoder of `ModelConfig.encoder`
     residual_scale: float = 1.0  # of what is added
     skip_scale: float = 1.0  # of what it is added to
+
+    def __post_init__(self):
+        if self.cross is not None and self.parallel != "no":
+            raise ValueError(f"parallel={self.parallel!r} blocks have no place for cross attention.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What reads the other text of an encoder-decoder; its tokens have the decoder's embedding."""
+
+    blocks: tuple[Block, ...]
+    final_norm: Norm | None = RMSNorm()
+
+    def __post_init__(self):
+        if not self.blocks:
+            raise ValueError("an encoder needs at least one block.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +109,7 @@ class ModelConfig:
     vocab_size: int
     width: int
     blocks: tuple[Block, ...]
+    encoder: Encoder | None = None
     final_norm: Norm | None = RMSNorm()
     tied_head: bool = True  # logits through the transposed embedding
     head_bias: bool = False
@@ -114,10 +136,20 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(DTYPES)}.")
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
+        self._check_encoder()
         if not self.blocks or self.vocab_size < 1 or self.width < 1:
             raise ValueError(
                 f"a model needs at least one block, token and channel; given {len(self.blocks)} blocks, "
                 f"vocab_size={self.vocab_size}, width={self.width}."
+            )
+
+    def _check_encoder(self) -> None:
+        crossing = [block.cross is not None for block in self.blocks]
+        if self.encoder is None and any(crossing):
+            raise ValueError("blocks with cross attention need an encoder, and this model has none.")
+        if self.encoder is not None and (self.positions or self.token_types or self.embed_norm):
+            raise ValueError(
+                "an encoder-decoder has nothing beside its embedding that blocks read: give positions to attention."
             )
 
     @property
@@ -125,14 +157,19 @@ class ModelConfig:
         """Whether no token sees those after it, so that text can be written one token after the other."""
         return all(getattr(block.mixer, "causal", True) for block in self.blocks)
 
-    def runs(self) -> list[tuple[str, Block, range]]:
-        """Name, block and layer numbers of each parameter group: equal neighbours together when scanned."""
+    def runs(self, stack: str = "") -> list[tuple[str, Block, range]]:
+        """Name, block and layer numbers of each parameter group: equal neighbours together when scanned.
+
+        Args:
+          stack: one of STACKS, with which the names begin.
+        """
+        blocks = self.blocks if stack == "" else self.encoder.blocks if self.encoder else ()
         if not self.scan:
-            return [(f"block_{i}", block, range(i, i + 1)) for i, block in enumerate(self.blocks)]
+            return [(f"{stack}block_{i}", block, range(i, i + 1)) for i, block in enumerate(blocks)]
         runs, start = [], 0
-        for block, group in itertools.groupby(self.blocks):
+        for block, group in itertools.groupby(blocks):
             count = len(list(group))
-            runs.append((f"run_{len(runs)}", block, range(start, start + count)))
+            runs.append((f"{stack}run_{len(runs)}", block, range(start, start + count)))
             start += count
         return runs
 
@@ -191,7 +228,7 @@ def _from_jsonable(value: Any) -> Any:
         return tuple(_from_jsonable(v) for v in value)
     if not isinstance(value, dict):
         return value
-    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, ScalarHead)}
+    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ScalarHead)}
     cls = kinds.get(str(value.get("kind")))
     if cls is None:
         raise ValueError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from configs import gguf
 from configs.paths import resolve_model
 from model import checkpoint, huggingface, storage
-from model.config import ModelConfig
+from model.config import STACKS, ModelConfig
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.function import Params, param_shapes
 
@@ -30,6 +30,7 @@ TASKS = {
     "head_transform/dense_bias": "its bias",
     "pooler/dense": "the vector that stands for the text, from its first token",
     "pooler/dense_bias": "its bias",
+    "encoder_final_norm/scale": "scale of what the encoder gives",
     "final_norm/scale": "scale of the last hidden state",
     "mixer_norm/scale": "scale of what attention reads",
     "mixer/q": "queries: what each head looks for",
@@ -42,6 +43,12 @@ TASKS = {
     "mixer/o_bias": "bias of attention's output",
     "q_norm/scale": "scale of each head's query",
     "k_norm/scale": "scale of each head's key",
+    "mixer/relative": "a number for each range of distances: what attention adds to its scores",
+    "cross_norm/scale": "scale of what cross attention reads",
+    "cross/q": "queries to the encoder",
+    "cross/k": "keys of the encoder's tokens",
+    "cross/v": "values of the encoder's tokens",
+    "cross/o": "adds what was found in the encoder to the residual stream",
     "ffn_norm/scale": "scale of what the feed-forward network reads",
     "ffn/gate": "gate: silu of this opens a feature",
     "ffn/up": "value of each feature",
@@ -131,15 +138,15 @@ def _stored(kind: str, tensors: list[tuple[str, int]]) -> str:
 def _table(cfg: ModelConfig) -> list[str]:
     scanned = cfg.replace(scan=True)
     shapes, total = param_shapes(scanned), parameter_count(cfg)
-    runs = {name: numbers for name, _, numbers in scanned.runs()}
+    runs = {name: (stack, numbers) for stack in STACKS for name, _, numbers in scanned.runs(stack)}
     rows = []
     before = {"embedding": shapes["embedding"]}
     after = {key: value for key, value in shapes.items() if key not in runs and key != "embedding"}
     rows += [_row(name, shape, 1, total, _task(cfg, name)) for name, shape in _flat(before)]
-    for run, numbers in runs.items():
+    for run, (stack, numbers) in runs.items():
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[run]))
         count = len(numbers)
-        label = f"block {numbers[0]}" if count == 1 else f"block {numbers[0]}-{numbers[-1]}"
+        label = stack.replace("_", " ") + f"block {numbers[0]}" + (f"-{numbers[-1]}" if count > 1 else "")
         alike = (
             ""
             if count == 1

@@ -25,6 +25,7 @@ from model.families import (
     qwen_moe,
     smollm3,
     starcoder2,
+    t5,
 )
 from model.families.common import Family
 
@@ -55,5 +56,6 @@ _ALL = (
     llama4.FAMILY,
     dbrx.FAMILY,
     *(bert.FAMILY, modernbert.FAMILY),
+    t5.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}  # by Hugging Face's model_type

@@ -122,4 +122,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("bert", "BertForMaskedLM", read, write, names, HARMLESS, spellings)
+FAMILY = Family("bert", "BertForMaskedLM", read, write, names, HARMLESS, spellings=spellings)

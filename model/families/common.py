@@ -46,6 +46,7 @@ class Family:
     write: Callable[[Any], dict[str, Any]]
     names: Names | Callable[[ModelConfig], Names]
     harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
+    encoder_decoder: bool = False
     # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
     spellings: Callable[[str], tuple[str, ...]] = lambda name: ()
 
@@ -53,7 +54,7 @@ class Family:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
         config = Reader(saved)
         config.must_be("quantization_config", None)
-        config.must_be("is_encoder_decoder", False)
+        config.must_be("is_encoder_decoder", self.encoder_decoder)
         config.must_be("add_cross_attention", False)
         cfg = self.read(config)
         dtype = config.dtype()

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import STACKS, ModelConfig
 from model.function import Params, logical_axes, param_shapes
 
 Path = tuple[str, ...]
+
+ENCODER = "encoder/"  # before our names of what is in an encoder's blocks
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
@@ -64,7 +66,8 @@ class Conv:
 
 Rule = str | Fused | Whole | Merged | Conv
 Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
-# A checkpoint's name to ours, such as "mixer/q". "{i}" is the layer's number, "{e}" the expert's.
+# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block. "{i}" is the layer's
+# number, "{e}" the expert's.
 Names = dict[str, Rule]
 
 
@@ -173,7 +176,7 @@ def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
     """(None, everything outside the blocks), then (layer, what is in it) for each block."""
     scanned = cfg.replace(scan=True)  # one trace for each run of equal blocks
     shapes, axes = param_shapes(scanned), logical_axes(scanned)
-    runs = {name: numbers for name, _, numbers in scanned.runs()}
+    runs = {name: (stack, numbers) for stack in STACKS for name, _, numbers in scanned.runs(stack)}
 
     def flat(shape_tree: Params, axes_tree: Params, drop: int) -> Leaves:
         pairs = zip(_flat(shape_tree), _flat(axes_tree), strict=True)
@@ -181,8 +184,10 @@ def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
 
     outside = [{key: value for key, value in tree.items() if key not in runs} for tree in (shapes, axes)]
     yield None, flat(outside[0], outside[1], 0)
-    for run, numbers in runs.items():
+    for run, (stack, numbers) in runs.items():
         leaves = flat(shapes[run], axes[run], 1)
+        if stack:
+            leaves = {ENCODER + key: leaf for key, leaf in leaves.items()}
         for i in numbers:
             yield i, leaves
 
@@ -219,7 +224,9 @@ def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterat
 
 
 def _piece(key: str, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None) -> Piece:
-    path = tuple(key.split("/")) if layer is None else (f"block_{layer}", *key.split("/"))
+    path = tuple(key.removeprefix(ENCODER).split("/"))
+    if layer is not None:
+        path = (f"encoder_block_{layer}" if key.startswith(ENCODER) else f"block_{layer}", *path)
     shape, axes = leaf
     inputs = INPUT_AXES.get(path[-1], 0)
     if expert is not None:

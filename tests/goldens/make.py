@@ -44,6 +44,10 @@ BERT = {
     "max_position_embeddings": 720,
 }  # fmt: skip
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+T5 = {
+    "vocab_size": 61, "d_model": 28, "d_kv": 5, "d_ff": 40, "num_layers": 4, "num_decoder_layers": 5, "num_heads": 6,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10, "decoder_start_token_id": 0,
+}  # fmt: skip
 FALCON = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 1,
     "eos_token_id": 2, "max_position_embeddings": 1024,
@@ -294,6 +298,18 @@ CHECKPOINTS = {
         {},
     ),
     "modernbert_bare": ("ModernBertConfig", BERT | TOKEN_IDS | {"local_attention": 8}, {}),
+    "t5": ("T5Config", T5, {}),
+    "flan_t5": (
+        "T5Config",
+        T5
+        | {
+            "d_ff": 22,
+            "num_decoder_layers": 4,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+        {},
+    ),
     "dbrx": (
         "DbrxConfig",
         {"vocab_size": 61, "d_model": 36, "n_heads": 6, "n_layers": 4, "max_seq_len": 1024, "pad_token_id": 0}
@@ -312,9 +328,15 @@ HEADS = {
     "bert_bare": "AutoModel",
     "modernbert": "AutoModelForMaskedLM",
     "modernbert_bare": "AutoModel",
+    "t5": "AutoModelForSeq2SeqLM",
+    "flan_t5": "AutoModelForSeq2SeqLM",
 }
 NAMES_OF_INPUTS = {
     "tokens": "input_ids", "mask": "attention_mask", "positions": "position_ids", "token_types": "token_type_ids",
+}  # fmt: skip
+NAMES_OF_DECODER_INPUTS = {
+    "tokens": "decoder_input_ids", "mask": "decoder_attention_mask", "encoder_tokens": "input_ids",
+    "encoder_mask": "attention_mask",
 }  # fmt: skip
 NAMES_OF_OUTPUTS = {"logits": "logits", "last_hidden_state": "hidden", "pooler_output": "pooled"}
 
@@ -371,11 +393,20 @@ def random_model(name: str, config) -> torch.nn.Module:
     """Weights large enough that every part of the model shows in the logits."""
     torch.manual_seed(config.num_hidden_layers)
     model = auto(name).from_config(config, attn_implementation="eager").eval()
+    if model.config.model_type == "t5" and not config.scale_decoder_outputs:
+        # transformers 5 ties the head of T5 1.1 too, unless a checkpoint has one of its own, as those of T5 1.1 do
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.config.tie_word_embeddings = False
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
         else:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    if model.config.model_type == "t5":  # its scores are not scaled
+        for name, parameter in model.named_parameters():
+            parameter.data *= config.d_kv**-0.5 if name.endswith(".q.weight") else 1.0
+    if getattr(config, "scale_decoder_outputs", False):  # the tied head shrinks by the root of the width
+        torch.nn.init.normal_(model.shared.weight, std=1.5)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.3)
@@ -398,12 +429,18 @@ def logits(model) -> dict[str, np.ndarray]:
     inputs = {"tokens": tokens, "mask": mask, "positions": positions}
     if kinds := getattr(model.config, "type_vocab_size", 0):
         inputs["token_types"] = rng.integers(0, kinds, tokens.shape)
-    taken = inspect.signature(model.forward).parameters
+    names, taken = NAMES_OF_INPUTS, inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder:
+        names = NAMES_OF_DECODER_INPUTS
+        inputs["encoder_tokens"] = rng.integers(0, model.config.vocab_size, (4, 17))
+        inputs["encoder_mask"] = (np.arange(17) < np.array([[17], [3], [12], [9]])).astype(np.int64)
     rows = []
     for row in range(
         len(tokens)
     ):  # alone, since LongRoPE chooses its frequencies by the longest row of a batch
-        of_row = {NAMES_OF_INPUTS[key]: torch.tensor(value[row : row + 1]) for key, value in inputs.items()}
+        of_row = {
+            names[key]: torch.tensor(value[row : row + 1]) for key, value in inputs.items() if key in names
+        }
         of_row |= {"use_cache": False} if "use_cache" in taken else {}
         with torch.no_grad():
             out = model(**{key: value for key, value in of_row.items() if key in taken})
