@@ -37,12 +37,14 @@ def generate(
       the new token ids of each prompt, its stop token included when it was reached.
 
     Raises:
-      ValueError: an empty prompt.
+      ValueError: an empty prompt; an encoder, or an encoder-decoder without `encoder_prompts`.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise ValueError(
             "generate needs at least one prompt and at least one token in each; begin with tokenizer.bos_id."
         )
+    if (encoder_prompts is None) != (cfg.encoder is None):
+        raise ValueError("give encoder_prompts to a model with an encoder, and to no other.")
     tokens = _in_rows(prompts)
     source = None
     if encoder_prompts is not None:
