@@ -103,6 +103,19 @@ class ScalarHead:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassHead:
+    """A linear map of the final hidden state to a number for each label, float32: `out.heads[name]` is [B, T, labels].
+
+    Where a text as a whole is classified, one token has its numbers: an encoder's first, a decoder's last.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    bias: bool = True
+    pooled: bool = False  # of what the pooler makes of the hidden state
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """All that defines the pure function. `scan` and `dtype` change how it runs, not what it computes."""
 
@@ -121,7 +134,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits stay within +-logit_softcap
     head_transform: Transform | None = None  # of the hidden state, before the logits (BERT)
     pooler: Transform | None = None  # of the hidden state: `out.pooled`
-    heads: tuple[ScalarHead, ...] = ()
+    heads: tuple[ScalarHead | ClassHead, ...] = ()
     max_length: int = 2048  # longest context that the model is meant for, tokens
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of freshly made parameters
@@ -137,6 +150,10 @@ class ModelConfig:
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
         self._check_encoder()
+        if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
+            raise ValueError(
+                "a head that reads what the pooler makes needs a pooler, and this model has none."
+            )
         if not self.blocks or self.vocab_size < 1 or self.width < 1:
             raise ValueError(
                 f"a model needs at least one block, token and channel; given {len(self.blocks)} blocks, "
@@ -228,7 +245,7 @@ def _from_jsonable(value: Any) -> Any:
         return tuple(_from_jsonable(v) for v in value)
     if not isinstance(value, dict):
         return value
-    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ScalarHead)}
+    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ScalarHead, ClassHead)}
     cls = kinds.get(str(value.get("kind")))
     if cls is None:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The pure function: every forward pass anywhere (loss, rollout, serving, evaluation, reward) is `apply`."""
 
-# B batch, T tokens, S tokens of the encoder, D model width, V vocabulary, N chosen positions
+# B batch, T tokens, S tokens of the encoder, D model width, V vocabulary, N chosen positions, L labels
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from model.blocks.common import Context, FeedForward, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm
 from model.cache import Cache, page_size_of
-from model.config import Block, Encoder, ModelConfig
+from model.config import Block, ClassHead, Encoder, ModelConfig, ScalarHead
 from model.sharding import ShardingRules, constrain
 
 Params = dict[str, Any]
@@ -33,7 +33,7 @@ class Output:
     )
     cache: Cache | None = None
     aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
-    heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32
+    heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32, or [B, T, labels]
 
 
 class Source(NamedTuple):
@@ -189,14 +189,15 @@ class Transformer(nn.Module):
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
         x_BTD, states, new_aux = self._stack(ctx, "", x_BTD, cache, info)
         hidden_BTD = x_BTD if cfg.final_norm is None else cfg.final_norm.module(ctx, "final_norm")(x_BTD)
+        pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
         return Output(
             logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
             hidden=hidden_BTD,
-            pooled=None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD),
+            pooled=pooled_BTD,
             encoder=info.encoder,
             cache=_advance(cache, states, tokens, segment_ids),
             aux=_add_up(aux, new_aux),
-            heads={head.name: self._scalar_head(ctx, head.name, hidden_BTD) for head in cfg.heads},
+            heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
         )
 
     def _context(self, num_blocks: int) -> Context:
@@ -278,6 +279,21 @@ class Transformer(nn.Module):
         if (cap := self.cfg.logit_softcap) is not None:
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
+
+    def _head(self, ctx: Context, head: ScalarHead | ClassHead, hidden_BTD, pooled_BTD) -> jax.Array:
+        if isinstance(head, ScalarHead):
+            return self._scalar_head(ctx, head.name, hidden_BTD)
+        return self._class_head(ctx, head, pooled_BTD if head.pooled else hidden_BTD)
+
+    def _class_head(self, ctx: Context, head: ClassHead, read_BTD: jax.Array) -> jax.Array:
+        name, L = f"{head.name}_head", len(head.labels)
+        w_DL = param(self, ctx, name, (ctx.width, L), ("embed", None), nn.initializers.zeros)
+        y_BTL = jnp.einsum("BTD,DL->BTL", read_BTD, w_DL, preferred_element_type=jnp.float32)
+        return (
+            y_BTL + param(self, ctx, f"{name}_bias", (L,), (None,), nn.initializers.zeros)
+            if head.bias
+            else y_BTL
+        )
 
     def _scalar_head(self, ctx: Context, name: str, hidden_BTD: jax.Array) -> jax.Array:
         w_D = param(self, ctx, f"{name}_head", (ctx.width,), ("norm",), nn.initializers.zeros)

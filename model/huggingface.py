@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import safetensors_file
-from model.config import ModelConfig
+from model.config import ModelConfig, ScalarHead
 from model.families import FAMILIES
 from model.families.common import Family
 from model.families.tensors import Names, Tensor, get, name_of, tensor_table, unflatten
@@ -242,8 +242,9 @@ def _some(names: list[str]) -> str:
 
 
 def _family_of(cfg: ModelConfig) -> Family:
-    if cfg.heads:
-        names = ", ".join(head.name for head in cfg.heads)
+    scalars = [head for head in cfg.heads if isinstance(head, ScalarHead)]
+    if scalars:
+        names = ", ".join(head.name for head in scalars)
         raise ValueError(
             f'a Hugging Face folder has no place for the heads {names}. Save with format="native".'
         )

@@ -1,4 +1,4 @@
-"""BERT: an encoder with its masked-token head, or bare with its pooler, as sentence embedders are saved.
+"""BERT: an encoder with its masked-token head, bare with its pooler (sentence embedders), or as a classifier.
 
 Devlin et al. 2018, arXiv:1810.04805; Reimers and Gurevych 2019, arXiv:1908.10084.
 """
@@ -12,12 +12,13 @@ from model.blocks.ffn import MLP
 from model.blocks.heads import Transform
 from model.blocks.norms import LayerNorm
 from model.blocks.positions import LearnedPositions
-from model.config import Block, ModelConfig
+from model.config import Block, ClassHead, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import read_model
 from model.families.tensors import Names
 
-BARE = "BertModel"
+BARE, MASKED, PRETRAINED = "BertModel", "BertForMaskedLM", "BertForPreTraining"
+CLASSIFIER = "BertForSequenceClassification"
 INSIDE: Names = {
     "embeddings.word_embeddings.weight": "embedding",
     "embeddings.position_embeddings.weight": "positions/table",
@@ -50,15 +51,17 @@ HEAD: Names = {
     "cls.predictions.transform.LayerNorm.bias": "head_transform/norm/bias",
     "cls.predictions.bias": "head_bias",
     "cls.predictions.decoder.weight": "head",
+    "classifier.weight": "class_head",
+    "classifier.bias": "class_head_bias",
 }
 # A constant, the head's bias once more, and the parts that the other kind of checkpoint has.
 HARMLESS = ("embeddings.position_ids", "predictions.decoder.bias")
-HARMLESS += tuple(name for name in HEAD if not name.endswith("decoder.weight"))
+HARMLESS += tuple(name for name in HEAD if name.startswith("cls.") and not name.endswith("decoder.weight"))
 HARMLESS += ("pooler.dense.weight", "pooler.dense.bias", "seq_relationship.weight", "seq_relationship.bias")
 
 
 def names(cfg: ModelConfig) -> Names:
-    prefix = "bert." if cfg.head_transform else ""
+    prefix = "bert." if cfg.head_transform or cfg.heads else ""
     return {prefix + name: ours for name, ours in INSIDE.items()} | HEAD
 
 
@@ -79,7 +82,8 @@ def read(config: Reader) -> ModelConfig:
     activation = read_activation(config, default="gelu")
     mixer = Attention(heads, heads, width // heads, None, qkv_bias=True, out_bias=True, causal=False)
     block = Block(mixer, MLP(config.integer("intermediate_size"), activation), None, sum_norm=norm)
-    bare = architecture == BARE
+    masked = architecture in (MASKED, PRETRAINED)
+    classes = (ClassHead("class", _read_labels(config), pooled=True),) if architecture == CLASSIFIER else ()
     return read_model(
         config,
         [block] * config.layers(),
@@ -89,16 +93,16 @@ def read(config: Reader) -> ModelConfig:
         positions=LearnedPositions(config.integer("max_position_embeddings", 512)),
         token_types=config.integer("type_vocab_size", 2),
         embed_norm=norm,
-        head_bias=not bare,
-        head_transform=None if bare else Transform(activation, norm=norm),
-        pooler=Transform("tanh", norm=None) if bare else None,
+        head_bias=masked,
+        head_transform=Transform(activation, norm=norm) if masked else None,
+        pooler=None if masked else Transform("tanh", norm=None),
+        heads=classes,
     )
 
 
 def _architecture(config: Reader) -> str:
     """The first that is known: a model saved by transformers names one."""
-    named = config.get("architectures") or ["BertForMaskedLM"]
-    known = (BARE, "BertForMaskedLM", "BertForPreTraining")
+    named, known = config.get("architectures") or [MASKED], (BARE, MASKED, PRETRAINED, CLASSIFIER)
     found = [name for name in known if isinstance(named, list) and name in named]
     if not found:
         raise ValueError(
@@ -107,10 +111,26 @@ def _architecture(config: Reader) -> str:
     return found[0]
 
 
+def _read_labels(config: Reader) -> tuple[str, ...]:
+    labels = config.get("id2label")
+    if labels is None:
+        return tuple(f"LABEL_{i}" for i in range(config.integer("num_labels", 2)))
+    if not isinstance(labels, dict) or {str(i) for i in labels} != {str(i) for i in range(len(labels))}:
+        raise ValueError(f"id2label={str(labels)[:200]} does not name the classes from 0 on.")
+    return tuple(str(name) for _, name in sorted(labels.items(), key=lambda item: int(item[0])))
+
+
 def write(cfg: Any) -> dict[str, Any]:
-    block = cfg.blocks[0]
-    return {
-        "architectures": ["BertForMaskedLM" if cfg.head_transform else BARE],
+    block, saved = cfg.blocks[0], {}
+    if cfg.heads:
+        labels = cfg.heads[0].labels
+        saved = {
+            "id2label": {str(i): name for i, name in enumerate(labels)},
+            "label2id": {name: i for i, name in enumerate(labels)},
+        }
+    architecture = MASKED if cfg.head_transform else CLASSIFIER if cfg.heads else BARE
+    return saved | {
+        "architectures": [architecture],
         "hidden_size": cfg.width,
         "num_hidden_layers": len(cfg.blocks),
         "num_attention_heads": block.mixer.num_heads,
@@ -122,4 +142,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("bert", "BertForMaskedLM", read, write, names, HARMLESS, spellings=spellings)
+FAMILY = Family("bert", MASKED, read, write, names, HARMLESS, spellings=spellings)

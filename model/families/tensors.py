@@ -23,7 +23,16 @@ ENCODER = "encoder/"  # before our names of what is in an encoder's blocks
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
 INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-INPUT_AXES |= {"router": 1, "shared_gate": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1, "dense": 1}
+INPUT_AXES |= {
+    "router": 1,
+    "shared_gate": 1,
+    "q_a": 1,
+    "q_b": 1,
+    "kv_a": 1,
+    "kv_b": 1,
+    "dense": 1,
+    "class_head": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)

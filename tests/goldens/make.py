@@ -283,6 +283,11 @@ CHECKPOINTS = {
     ),
     "bert": ("BertConfig", BERT | {"hidden_act": "gelu_new", "type_vocab_size": 3}, {}),
     "bert_bare": ("BertConfig", BERT, {}),
+    "bert_classes": (
+        "BertConfig",
+        BERT | {"num_hidden_layers": 3, "id2label": {0: "good", 1: "bad", 2: "neither"}},
+        {},
+    ),
     "modernbert": (
         "ModernBertConfig",
         BERT
@@ -326,6 +331,7 @@ CHECKPOINTS = {
 HEADS = {
     "bert": "AutoModelForMaskedLM",
     "bert_bare": "AutoModel",
+    "bert_classes": "AutoModelForSequenceClassification",
     "modernbert": "AutoModelForMaskedLM",
     "modernbert_bare": "AutoModel",
     "t5": "AutoModelForSeq2SeqLM",
@@ -338,7 +344,12 @@ NAMES_OF_DECODER_INPUTS = {
     "tokens": "decoder_input_ids", "mask": "decoder_attention_mask", "encoder_tokens": "input_ids",
     "encoder_mask": "attention_mask",
 }  # fmt: skip
-NAMES_OF_OUTPUTS = {"logits": "logits", "last_hidden_state": "hidden", "pooler_output": "pooled"}
+NAMES_OF_OUTPUTS = {
+    "logits": "logits",
+    "last_hidden_state": "hidden",
+    "pooler_output": "pooled",
+    "classes": "classes",
+}
 
 
 def main(wanted: list[str]) -> None:
@@ -376,10 +387,9 @@ def check(folder: Path, names: list[str]) -> dict[str, float]:
     for name in names:
         golden = np.load(HERE / name / "logits.npz")
         again, real = logits(read_float32(folder / name, name)), golden["mask"] == 1
+        of = {"logits": real, "hidden": real, "classes": slice(None)}
         found[name] = max(
-            float(np.abs(again[key][real] - golden[key][real]).max())
-            for key in ("logits", "hidden")
-            if key in golden
+            float(np.abs(again[key][of[key]] - golden[key][of[key]]).max()) for key in of if key in golden
         )
     return found
 
@@ -444,6 +454,8 @@ def logits(model) -> dict[str, np.ndarray]:
         of_row |= {"use_cache": False} if "use_cache" in taken else {}
         with torch.no_grad():
             out = model(**{key: value for key, value in of_row.items() if key in taken})
+        if "logits" in out and out["logits"].ndim == 2:  # of a text as a whole
+            out = {"classes": out["logits"]}
         rows.append({ours: out[key].numpy() for key, ours in NAMES_OF_OUTPUTS.items() if key in out})
     return inputs | {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 

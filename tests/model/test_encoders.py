@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from model import Block, ModelConfig, apply, init_cache, load, logical_axes, param_shapes, save
 from model.blocks.positions import RelativeBias
-from model.config import Encoder
+from model.config import ClassHead, Encoder
 from model.describe import describe, parameter_count
 from model.embed import embed
 from model.generate import generate
@@ -85,6 +85,34 @@ def test_the_pooler_makes_of_the_first_token_what_it_makes_in_transformers():
     out = forward(cfg, params, golden["tokens"], token_types=golden["token_types"], **inputs)
     real = golden["mask"][:, 0] == 1
     assert np.abs(np.asarray(out.pooled)[real, 0] - golden["pooled"][real]).max() < 1e-5
+
+
+def test_a_classifier_keeps_the_names_of_its_labels(tmp_path):
+    cfg, params = load(GOLDENS / "bert_classes")
+    assert cfg.heads[0].labels == ("good", "bad", "neither") and cfg.pooler is not None
+    save(tmp_path / "model", cfg, params, format="huggingface")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert saved["id2label"] == {"0": "good", "1": "bad", "2": "neither"} and saved["label2id"]["bad"] == 1
+    assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    with pytest.raises(ValueError, match="needs a pooler"):
+        cfg.replace(pooler=None)
+    wrong = saved | {"id2label": {"0": "a", "2": "b"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="id2label.*does not name the classes from 0"):
+        load(tmp_path / "model")
+
+
+def test_a_decoder_may_have_a_head_of_classes_that_only_our_own_format_holds(tmp_path):
+    cfg, params = load(GOLDENS / "llama_tied")
+    cfg = cfg.replace(heads=(ClassHead("topic", ("a", "b", "c"), bias=False),))
+    weights = np.random.default_rng(0).normal(size=(cfg.width, 3)).astype("f4")
+    params = params | {"topic_head": jnp.asarray(weights)}
+    out = forward(cfg, params, np.array([[3, 1, 4, 1, 5]], np.int32))
+    np.testing.assert_allclose(out.heads["topic"], np.asarray(out.hidden) @ weights, atol=1e-5)
+    save(tmp_path / "model", cfg, params)
+    assert load(tmp_path / "model")[0] == cfg
+    with pytest.raises(ValueError, match="no Hugging Face family can hold"):
+        save(tmp_path / "other", cfg, params, format="huggingface")
 
 
 def test_token_types_are_all_the_first_where_none_are_given():

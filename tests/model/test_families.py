@@ -17,7 +17,7 @@ from model.families import FAMILIES
 from .conftest import GOLDENS, compiled_fast
 
 CHECKPOINTS = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npz"))
-ENCODERS = ("bert", "bert_bare", "modernbert", "modernbert_bare")
+ENCODERS = ("bert", "bert_bare", "bert_classes", "modernbert", "modernbert_bare")
 DEFAULTS = json.loads((GOLDENS / "defaults.json").read_text())
 ENCODER_INPUTS = {"encoder_tokens": "encoder_tokens", "encoder_mask": "encoder_segment_ids"}
 UNUSABLE = {
@@ -74,11 +74,13 @@ def test_logits_equal_those_of_transformers(name):
     golden = np.load(GOLDENS / name / "logits.npz")
     cfg, params = load(GOLDENS / name, dtype="float32")
     out, real = forward(cfg, params, golden["tokens"], **inputs_of(golden)), golden["mask"] == 1
-    computed = [key for key in ("logits", "hidden") if key in golden]
-    for key in computed:
-        assert np.abs(golden[key]).max() > 1
-        assert np.abs(np.asarray(getattr(out, key))[real] - golden[key][real]).max() < 1e-4
-    assert computed
+    pairs = [(getattr(out, key)[real], golden[key][real]) for key in ("logits", "hidden") if key in golden]
+    if "classes" in golden:  # of the first token, where that is none of the padding
+        pairs.append((out.heads["class"][real[:, 0], 0], golden["classes"][real[:, 0]]))
+    for ours, theirs in pairs:
+        assert np.abs(theirs).max() > 1
+        assert np.abs(ours - theirs).max() < 1e-4
+    assert pairs
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
