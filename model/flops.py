@@ -1,8 +1,9 @@
 """Floating-point operations of the model, from its config alone, and the peak rate of the chip under it.
 
-A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal
-attention counts half of the square. The backward pass is twice the forward pass; recomputation (remat) is not
-useful work and does not count. So MFU = tokens/s * train_flops_per_token / (peak flops/s of all devices).
+A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal attention counts
+half of the square, a mixture of experts those that a token uses. The backward pass is twice the forward pass;
+recomputation (remat) is not useful work and does not count. So MFU = tokens/s * train_flops_per_token / (peak flops/s
+of all devices).
 Chowdhery et al. 2022, arXiv:2204.02311.
 """
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 
-MFU_FORMULA = "MFU = tokens/s * 3 * (2 * matrix parameters + causal attention) / peak flops/s"
+MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
 # bf16 dense peak of one chip by jax's device_kind, flops/s (vendors' data sheets)
 PEAK_FLOPS = {

@@ -176,7 +176,7 @@ class Transformer(nn.Module):
             return module(block, ctx, name=name)
         scanned = nn.scan(
             module,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax takes a tuple too
             length=count,

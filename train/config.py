@@ -8,7 +8,45 @@ from typing import Literal
 
 import jax
 
-from model import ModelConfig, ShardingRules, decoder
+from model import GatedMLP, ModelConfig, ShardingRules, decoder
+from model.blocks.moe import MoE
+from model.blocks.router import Router
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSpec:
+    """Experts in place of the blocks' feed-forward networks; the fields are those of `model.blocks.moe.MoE`."""
+
+    num_experts: int = 0  # 0: no mixture; else `ffn_width` is that of one expert
+    experts_per_token: int = 2
+    shared_width: int = 0  # of an expert that every token passes through; 0: none
+    dense_layers: int = 0  # first blocks that keep a network, as wide as all that a token passes through
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    capacity_factor: float = 1.25
+    balance_loss: float = 0.01
+    z_loss: float = 0.001
+    balance_rate: float = (
+        0.0  # above 0: sigmoid scores and a bias for choice, as in DeepSeek-V3; 1e-3 is usual
+    )
+
+    def put_into(self, cfg: ModelConfig, ffn_width: int) -> ModelConfig:
+        router = Router("sigmoid", choice_bias=True) if self.balance_rate else Router()
+        mixture = MoE(
+            self.num_experts,
+            self.experts_per_token,
+            GatedMLP(ffn_width),
+            router,
+            shared=GatedMLP(self.shared_width) if self.shared_width else None,
+            dispatch=self.dispatch,
+            capacity_factor=self.capacity_factor,
+            balance_loss=self.balance_loss,
+            z_loss=self.z_loss,
+            balance_rate=self.balance_rate,
+        )
+        dense = GatedMLP(self.experts_per_token * ffn_width + self.shared_width)
+        networks = [dense if i < self.dense_layers else mixture for i in range(len(cfg.blocks))]
+        blocks = zip(cfg.blocks, networks, strict=True)
+        return cfg.replace(blocks=tuple(dataclasses.replace(block, ffn=ffn) for block, ffn in blocks))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +65,7 @@ class ModelSpec:
     tied_head: bool = True
     max_length: int = 2048  # tokens of context that the model is meant for
     vocab_multiple: int = 64  # the vocabulary is padded up to this, so that it splits over devices
+    mixture: MixtureSpec = MixtureSpec()
 
     def build(self, vocab_size: int, run: Execution) -> ModelConfig:
         padded = -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -44,6 +83,8 @@ class ModelSpec:
             tied_head=self.tied_head,
             max_length=self.max_length,
         )
+        if self.mixture.num_experts:
+            cfg = self.mixture.put_into(cfg, self.ffn_width)
         return run.of(cfg)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
+from model.kernels.grouped_matmul import grouped_matmul
 from model.sharding import ShardingRules, constrain
 
 # of x, weights [E, in, out] and biases [E, out]
@@ -92,7 +93,7 @@ def dropless(
     sizes_E = jnp.bincount(expert_M, length=experts.num_experts)
 
     def linear(x, weights, bias):
-        y = jax.lax.ragged_dot(x, weights, sizes_E)
+        y = grouped_matmul(x, weights, sizes_E)
         return y if bias is None else y + bias[sorted_M]
 
     x_MD = x_BTD.reshape(B * T, D)[order_M // K]

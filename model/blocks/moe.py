@@ -129,8 +129,8 @@ class MoEModule(nn.Module):
         spec, ctx = self.spec, self.ctx
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
-        wanted_BTKE = jax.nn.one_hot(chosen_BTK, spec.num_experts) * real_BT[:, :, None, None]
-        load_E = wanted_BTKE.sum((0, 1, 2))
+        counted_BTK = jnp.broadcast_to(real_BT[..., None], chosen_BTK.shape).astype(jnp.float32)
+        load_E = jnp.zeros(spec.num_experts).at[chosen_BTK].add(counted_BTK)
         if spec.dispatch == "dropless":
             return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), load_E
         slots_BTES, weights_BTE = capacity_slots(

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from model import MESH_AXES, ShardingRules
+from model import MESH_AXES, ModelConfig, ShardingRules, apply, decoder, init_cache
 from model.blocks.common import Context, TokenInfo
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP
 from model.blocks.moe import MoE
 from model.blocks.router import ExpertChoice, Router, SparseMixer
+from model.function import Transformer
+from model.layout import relayout
 from model.sharding import named_sharding
+
+from .conftest import random_params, random_tokens
 
 jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -53,6 +57,7 @@ def run(spec, params, x, segments=None):
 
 
 forward = jit(run, static_argnums=0)
+model_forward = jit(apply, static_argnums=0)
 
 
 # The reading in plain loops.
@@ -353,6 +358,58 @@ def test_eight_devices_give_the_numbers_of_one(spec):
         found = jit(jax.grad(functools.partial(loss, sharded), has_aux=True))(placed, x)
     assert placed["experts"]["gate"].addressable_shards[0].data.shape == (E // 2, D, F // 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, wanted)
+
+
+# In a whole model.
+
+
+def whole(spec, **options):
+    """A dense block and two with a mixture."""
+    cfg = decoder(61, 24, 3, 4, 2, 6, 40, max_length=64, **options)
+    mixture = dataclasses.replace(cfg.blocks[0], ffn=spec)
+    return cfg.replace(blocks=(cfg.blocks[0], mixture, mixture))
+
+
+def test_scanned_blocks_give_the_logits_and_losses_of_unrolled_ones():
+    cfg = whole(LIKE["deepseek_v3, glm4"])
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
+    scanned_cfg, scanned = relayout(cfg, params, scan=True)
+    unrolled, rolled = model_forward(cfg, params, tokens), model_forward(scanned_cfg, scanned, tokens)
+    np.testing.assert_allclose(unrolled.logits, rolled.logits, atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), unrolled.aux, rolled.aux)
+    assert float(rolled.aux["moe_entropy"].weight) == 2 * 18
+    trace = lambda p: Transformer(scanned_cfg).apply(
+        {"params": p}, tokens, None, None, None, None, mutable=["intermediates"]
+    )
+    load_LE = jit(trace)(scanned)[1]["intermediates"]["run_1"]["ffn"]["expert_load"][0]
+    assert load_LE.shape == (2, E) and np.all(load_LE.sum(1) == 18 * 3)
+
+
+def test_decoding_equals_the_full_forward_pass():
+    cfg = whole(LIKE["qwen2"])
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
+    wanted, cache, start = model_forward(cfg, params, tokens).logits, init_cache(cfg, 2, 9), 0
+    for width in (6, 1, 1, 1):
+        out = model_forward(cfg, params, tokens[:, start : start + width], cache=cache)
+        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=3e-5)
+        cache, start = out.cache, start + width
+
+
+@pytest.mark.parametrize("spec", ROUTERS.values(), ids=ROUTERS)
+def test_bfloat16_routes_in_float32_and_is_close(spec):
+    cfg = whole(
+        dataclasses.replace(spec, experts_per_token=E, capacity_factor=1.0)
+    )  # all experts: no choice flips
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
+    exact, half = (model_forward(cfg.replace(dtype=t), params, tokens) for t in ("float32", "bfloat16"))
+    assert half.hidden.dtype == jnp.bfloat16 and half.aux["moe_entropy"].total.dtype == jnp.float32
+    error = jnp.sqrt(jnp.mean((exact.logits - half.logits) ** 2) / jnp.mean(exact.logits**2))
+    assert 1e-4 < float(error) < 0.03
+
+
+def test_a_mixture_comes_back_from_json():
+    for spec in [*LIKE.values(), ROUTERS["expert choice"]]:
+        assert ModelConfig.from_dict(whole(spec).to_dict()) == whole(spec)
 
 
 def test_a_mixture_that_can_not_be_is_refused_with_the_mend():

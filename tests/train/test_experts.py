@@ -12,7 +12,8 @@ from model import apply, decoder, init
 from model.blocks.ffn import GatedMLP
 from model.blocks.moe import MoE
 from model.blocks.router import Router
-from train.config import OptimizerSpec
+from model.flops import forward_flops_per_token
+from train.config import Execution, MixtureSpec, ModelSpec, OptimizerSpec
 from train.objectives import dpo, language_modelling, with_reference
 from train.optimizer import adamw
 from train.step import accumulate, make_train_step, new_state
@@ -113,3 +114,20 @@ def test_a_skewed_router_becomes_even(moe, lr, before, after):
     for _ in range(60):
         state, _ = step(state, batch)
     assert max_load(cfg, state.params, batch) < after
+
+
+def test_a_config_makes_a_mixture_with_the_flops_of_its_dense_blocks():
+    mixture = MixtureSpec(8, 2, shared_width=8, dense_layers=1, balance_rate=1e-3)
+    spec = ModelSpec(16, 3, 2, 1, 8, ffn_width=12, mixture=mixture)
+    cfg = spec.build(64, Execution(scan=False))
+    kinds = [type(block.ffn) for block in cfg.blocks]
+    assert kinds == [GatedMLP, MoE, MoE] and cfg.blocks[1].ffn.router.choice_bias
+    dense = cfg.replace(blocks=cfg.blocks[:1] * 3)
+    extra = forward_flops_per_token(cfg, 16) - forward_flops_per_token(dense, 16)
+    assert extra == 2 * 2 * 16 * 8  # two routers
+    optimizer = adamw(OptimizerSpec(), 10, cfg)
+    state = new_state(fresh(cfg), optimizer)
+    state, metrics = jit(make_train_step(language_modelling(cfg), optimizer))(state, packed_batch())
+    moved = state.params["block_1"]["ffn"]["choice_bias"]
+    assert np.max(np.abs(moved)) == pytest.approx(1e-3) and float(metrics["skipped"].total) == 0
+    assert float(metrics["loss"].mean()) > float(metrics["nll"].mean())

@@ -1,0 +1,91 @@
+"""Rows sorted into groups, each group times its own matrix: what the experts of a mixture compute.
+
+`reference` is the plain form. On TPU the compiler has a kernel for `jax.lax.ragged_dot`; on CPU it multiplies every row
+with every matrix, so there blocks of rows are multiplied one after the other, each with the one matrix it needs, as
+in MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
+"""
+
+# M rows, I inputs, O outputs, E groups, N blocks, R rows a block
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so each group wastes half a block
+
+
+def grouped_matmul(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """[M, O]: the first sizes_E[0] rows of `x` times w_EIO[0], the next sizes_E[1] rows times w_EIO[1], and so on.
+
+    Args:
+      sizes_E: int32, adding up to M.
+    """
+    return jax.lax.platform_dependent(x_MI, w_EIO, sizes_E, cpu=in_blocks, default=jax.lax.ragged_dot)
+
+
+def reference(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Every row times every matrix, and what is not wanted times zero."""
+    E = w_EIO.shape[0]
+    of_group_ME = jax.nn.one_hot(_groups(sizes_E, x_MI.shape[0]), E, dtype=x_MI.dtype)
+    return jnp.einsum("MI,EIO,ME->MO", x_MI, w_EIO, of_group_ME)
+
+
+@jax.custom_vjp
+def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Blocks of rows of one group, one block after the other."""
+    slot_M, group_N, R = _layout(sizes_E, x_MI.shape[0])
+
+    def multiply(block):
+        x_RI, group = block
+        return x_RI @ w_EIO[group]
+
+    y_NRO = jax.lax.map(multiply, (_to_blocks(x_MI, slot_M, len(group_N), R), group_N))
+    return y_NRO.reshape(-1, w_EIO.shape[2])[slot_M]
+
+
+def _forward(x_MI, w_EIO, sizes_E):
+    return in_blocks(x_MI, w_EIO, sizes_E), (x_MI, w_EIO, sizes_E)
+
+
+def _backward(saved, dy_MO: jax.Array):
+    x_MI, w_EIO, sizes_E = saved
+    slot_M, group_N, R = _layout(sizes_E, x_MI.shape[0])
+    to_blocks = functools.partial(_to_blocks, slot_M=slot_M, blocks=len(group_N), R=R)
+
+    def step(dw_EIO, block):
+        x_RI, dy_RO, group = block
+        product = jnp.einsum("RI,RO->IO", x_RI, dy_RO, preferred_element_type=jnp.float32)
+        return dw_EIO.at[group].add(product), dy_RO @ w_EIO[group].T
+
+    zeros = jnp.zeros(w_EIO.shape, jnp.float32)
+    dw_EIO, dx_NRI = jax.lax.scan(step, zeros, (to_blocks(x_MI), to_blocks(dy_MO), group_N))
+    return dx_NRI.reshape(-1, x_MI.shape[1])[slot_M], dw_EIO.astype(w_EIO.dtype), None
+
+
+in_blocks.defvjp(_forward, _backward)
+
+
+def _groups(sizes_E: jax.Array, length: int) -> jax.Array:
+    """The group of each of `length` rows; rows beyond the sizes count to the last group."""
+    return jnp.repeat(jnp.arange(len(sizes_E)), sizes_E, total_repeat_length=length)
+
+
+def _layout(sizes_E: jax.Array, M: int) -> tuple[jax.Array, jax.Array, int]:
+    """(where each row stands among the rows of all blocks [M], the group of each block [N], rows a block)."""
+    E = len(sizes_E)
+    R = min(max(MIN_BLOCK, 1 << (M // E).bit_length() - 1), MAX_BLOCK) if M >= E else MIN_BLOCK
+    blocks_E = -(-sizes_E // R)
+    group_M = _groups(sizes_E, M)
+    first_block_E = jnp.cumsum(blocks_E) - blocks_E
+    first_row_E = jnp.cumsum(sizes_E) - sizes_E
+    slot_M = first_block_E[group_M] * R + jnp.arange(M) - first_row_E[group_M]
+    return slot_M, _groups(blocks_E, M // R + E), R
+
+
+def _to_blocks(x_MI: jax.Array, slot_M: jax.Array, blocks: int, R: int) -> jax.Array:
+    """[N, R, I] with zeros between the groups."""
+    empty = jnp.zeros((blocks * R, x_MI.shape[1]), x_MI.dtype)
+    return empty.at[slot_M].set(x_MI, unique_indices=True).reshape(blocks, R, -1)
