@@ -46,7 +46,14 @@ def test_the_loss_is_the_objective_and_what_the_mixtures_add(scan):
     value = {name: float(metric.mean()) for name, metric in metrics.items()}
     added = 0.1 * value["moe_load_balance"] + 0.01 * value["moe_z_loss"]
     assert float(loss.mean()) == pytest.approx(value["nll"] + added, rel=1e-5)
-    assert set(value) == {"nll", "moe_load_balance", "moe_z_loss", "moe_entropy", "moe_max_load"}
+    assert set(value) == {
+        "nll",
+        "moe_load_balance",
+        "moe_z_loss",
+        "moe_entropy",
+        "moe_dropped",
+        "moe_max_load",
+    }
     assert float(metrics["moe_entropy"].weight) == 2 * (batch["segment_ids"] > 0).sum()
 
 
