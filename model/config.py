@@ -9,10 +9,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from model.blocks.attention import Attention, Temperature
+from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
 from model.blocks.latent_attention import LatentAttention
+from model.blocks.mamba import Mamba
+from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
 from model.blocks.positions import (
@@ -26,13 +29,17 @@ from model.blocks.positions import (
     SinusoidalPositions,
     YarnScaling,
 )
+from model.blocks.retnet import Retention
+from model.blocks.rglru import RGLRU
 from model.blocks.router import ExpertChoice, Router, SparseMixer
+from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
     cls.__name__: cls
     for cls in (
         *(Attention, Temperature, LatentAttention, DifferentialAttention),
+        *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm),

@@ -90,23 +90,25 @@ class BlockModule(nn.Module):
         spec = self.spec
         if spec.ffn is not None and spec.parallel != "no":
             return self._parallel(spec.ffn, x_BTD, state, info)
-        y_BTD, state = spec.mixer.module(self.ctx, "mixer")(
-            self._norm(spec.norm, "mixer_norm", x_BTD), info, state
-        )
+        y_BTD, state, shared = self._mix(self._norm(spec.norm, "mixer_norm", x_BTD), state, info)
         x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
         if spec.ffn is not None:
             y_BTD, aux = spec.ffn.module(self.ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
             x_BTD = self._add("ffn", x_BTD, y_BTD)
-        return x_BTD, (state, aux)
+        return x_BTD, (state, aux, shared)
 
     def _parallel(self, ffn: FeedForward, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
         spec = self.spec
         read_BTD = self._norm(spec.norm, "mixer_norm", x_BTD)
-        y_BTD, state = spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)
+        y_BTD, state, shared = self._mix(read_BTD, state, info)
         if spec.parallel == "two norms":
             read_BTD = self._norm(spec.norm, "ffn_norm", x_BTD)
         z_BTD, aux = ffn.module(self.ctx, "ffn")(read_BTD, info)
-        return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, aux)
+        return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, aux, shared)
+
+    def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
+        y_BTD, state, *shared = self.spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)
+        return y_BTD, state, shared[0] if shared else {}
 
     def _norm(self, norm: Norm | None, name: str, x_BTD: jax.Array) -> jax.Array:
         return x_BTD if norm is None else norm.module(self.ctx, name)(x_BTD)
@@ -138,11 +140,13 @@ class Transformer(nn.Module):
         states, aux = {}, {}
         for name, block, numbers in cfg.runs():
             run = self._run(ctx, name, block, len(numbers))
-            x_BTD, (states[name], run_aux) = run(
+            x_BTD, (states[name], run_aux, shared) = run(
                 x_BTD, cache.layers[name] if cache is not None else None, info
             )
             if cfg.scan:
                 run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
+                shared = jax.tree.map(lambda s: s[-1], shared)
+            info = dataclasses.replace(info, shared=info.shared | shared)
             for key, value in run_aux.items():
                 aux[key] = aux[key] + value if key in aux else value
 

@@ -60,6 +60,7 @@ class Attention:
     softcap: float | None = None
     sinks: bool = False
     clip_qkv: float | None = None  # queries, keys and values stay within +-clip_qkv
+    clip_first: bool = True  # before qk_norm
     gate: bool = False  # what each head found times the sigmoid of a projection of what it read
     temperature: Temperature | None = None
     key_scale: float = 1.0  # muP: of the keys
@@ -136,12 +137,15 @@ class AttentionModule(nn.Module):
         q_BTHC = self._project("q", x_BTD, spec.num_heads, "heads")
         k_BTKC = self._project("k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
         v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
-        if spec.clip_qkv is not None:
-            limit = spec.clip_qkv
-            clip = lambda x: jnp.clip(x, -limit, limit)
-            q_BTHC, k_BTKC, v_BTKC = clip(q_BTHC), clip(k_BTKC), clip(v_BTKC)
+        limit = jnp.inf if spec.clip_qkv is None else spec.clip_qkv
+        clip = lambda x: x if spec.clip_qkv is None else jnp.clip(x, -limit, limit)
+        if spec.clip_first:
+            q_BTHC, k_BTKC = clip(q_BTHC), clip(k_BTKC)
         if spec.qk_norm_first:
             q_BTHC, k_BTKC = self._qk_norm(q_BTHC, k_BTKC)
+        if not spec.clip_first:
+            q_BTHC, k_BTKC = clip(q_BTHC), clip(k_BTKC)
+        v_BTKC = clip(v_BTKC)
         if spec.rope is not None:
             q_BTHC = spec.rope(q_BTHC, info.positions)
             k_BTKC = spec.rope(k_BTKC, info.positions)

@@ -20,7 +20,8 @@ class Mixer(Protocol):
     """What mixes tokens with each other: attention, or a recurrence."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache)."""
+        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache), and a mixer whose `shares` names something
+        gives a third element, a dict that later blocks find in `info.shared`."""
         ...
 
     def init_cache(

@@ -69,8 +69,13 @@ class GatedDeltaNet:
         }
 
     def cache_axes(self) -> dict[str, Axes]:
-        keys, values = (None, None, "act_kv_heads", None), (None, None, "act_heads", None)
-        return {"conv_q": keys, "conv_k": keys, "conv_v": values, "state": (None, "act_heads", None, None)}
+        keys, values = ("rows", None, "act_kv_heads", None), ("rows", None, "act_heads", None)
+        return {"conv_q": keys, "conv_k": keys, "conv_v": values, "state": ("rows", "act_heads", None, None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; the recurrence as if token by token."""
+        keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
+        return 2 * width * (2 * keys + 3 * values + 2 * self.num_heads) + 6 * values * self.key_dim
 
 
 class GatedDeltaNetModule(nn.Module):
@@ -134,8 +139,14 @@ class KimiDeltaAttention:
         }
 
     def cache_axes(self) -> dict[str, Axes]:
-        axes: dict[str, Axes] = {f"conv_{name}": (None, None, "act_heads", None) for name in "qkv"}
-        return axes | {"state": (None, "act_heads", None, None)}
+        axes: dict[str, Axes] = {f"conv_{name}": ("rows", None, "act_heads", None) for name in "qkv"}
+        return axes | {"state": ("rows", "act_heads", None, None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; the recurrence as if token by token."""
+        inner = self.num_heads * self.head_dim
+        low_rank = 2 * self.head_dim * (width + inner)
+        return 2 * (width * (4 * inner + self.num_heads) + low_rank) + 6 * inner * self.head_dim
 
 
 class KimiDeltaAttentionModule(nn.Module):

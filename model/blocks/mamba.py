@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
-from model.blocks.norms import RMSNorm
+from model.blocks.norms import Norm
 from model.blocks.recurrence import (
     Walk,
     begin,
@@ -39,7 +39,7 @@ class Mamba:
     conv_width: int = 4
     conv_bias: bool = True
     bias: bool = False  # of the maps from and to the model width
-    norm: RMSNorm | None = None  # of the low-rank time step, B and C
+    norm: Norm | None = None  # of the low-rank time step, B and C
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return MambaModule(self, ctx, name=name)
@@ -54,7 +54,12 @@ class Mamba:
         }
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"conv": (None, None, "act_mlp"), "ssm": (None, "act_mlp", None)}
+        return {"conv": ("rows", None, "act_mlp"), "ssm": ("rows", "act_mlp", None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; the recurrence as if token by token."""
+        chosen = 2 * self.dt_rank + 2 * self.state_dim
+        return 2 * self.width * (3 * width + chosen) + 4 * self.width * self.state_dim
 
 
 class MambaModule(nn.Module):

@@ -9,7 +9,6 @@ Dao and Gu 2024, arXiv:2405.21060. With the options of its descendants: multipli
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
@@ -46,7 +45,7 @@ class Mamba2:
     norm_eps: float | None = 1e-5  # of the gated RMS norm over each group's channels; None: gate without norm
     norm_before_gate: bool = False
     dt_min: float = 0.0  # the time step is clamped to [dt_min, dt_max]
-    dt_max: float = math.inf
+    dt_max: float | None = None
     in_multiplier: float = 1.0
     multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)  # of z, x, B, C, dt
     out_multiplier: float = 1.0
@@ -74,13 +73,18 @@ class Mamba2:
         }
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        groups = (None, None, None, None)
         return {
-            "conv_x": (None, None, "act_heads", None),
-            "conv_B": groups,
-            "conv_C": groups,
-            "ssm": (None, "act_heads", None, None),
+            "conv_x": ("rows", None, "act_heads", None),
+            "conv_B": ("rows", None, None, None),
+            "conv_C": ("rows", None, None, None),
+            "ssm": ("rows", "act_heads", None, None),
         }
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; the recurrence as if token by token."""
+        inner = self.num_heads * self.head_dim
+        projected = 3 * inner + 2 * self.num_groups * self.state_dim + self.num_heads
+        return 2 * width * projected + 4 * inner * self.state_dim
 
 
 class Mamba2Module(nn.Module):

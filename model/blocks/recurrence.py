@@ -9,7 +9,7 @@ the tokens from `walk.state`, and gives its output and new state to `finish`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
@@ -17,13 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
-
-
-class RecurrentMixer(Protocol):
-    def init_cache(
-        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
-    ) -> dict[str, jax.Array]: ...
+from model.blocks.common import Context, Mixer, TokenInfo, fan_in_normal, param
 
 
 @flax.struct.dataclass
@@ -41,9 +35,7 @@ class Walk:
         return x_BTF if self.real_BT is None else jnp.where(_like(self.real_BT, x_BTF), x_BTF, 0)
 
 
-def begin(
-    mixer: RecurrentMixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None
-) -> tuple[jax.Array, Walk]:
+def begin(mixer: Mixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None) -> tuple[jax.Array, Walk]:
     """The tokens in the order of the walk. Without a cache, a document starts at every change of segment."""
     B, T = x_BTD.shape[:2]
     if cache is None:
@@ -151,9 +143,14 @@ def param32(
     axes: tuple[str | None, ...],
     init: Callable,
 ) -> jax.Array:
-    """A parameter of a decay or a gate, in float32 whatever the dtype of the computation."""
-    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)
-    return jnp.asarray(value, jnp.float32)
+    """A number for each channel or head, of a decay, gate or norm: float32 whatever the dtype of the computation.
+
+    It is stored flat, split over devices along the first of `axes`: it is no matrix, and weight decay is for matrices.
+    """
+    flat = lambda key, size, dtype: init(key, shape, dtype).reshape(size)
+    boxed = nn.with_logical_partitioning(flat, axes[:1])
+    value = module.param(name, boxed, (int(np.prod(shape)),), ctx.param_dtype)
+    return jnp.asarray(value, jnp.float32).reshape(shape)
 
 
 def head_rms_norm(module: nn.Module, ctx: Context, o_BTHV: jax.Array, eps: float) -> jax.Array:

@@ -50,7 +50,12 @@ class Retention:
         return {"state": jnp.zeros((num_rows, self.num_heads, self.value_dim, self.key_dim), jnp.float32)}
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"state": (None, "act_heads", None, None)}
+        return {"state": ("rows", "act_heads", None, None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; the recurrence as if token by token."""
+        projected = self.num_heads * (2 * self.key_dim + 3 * self.value_dim)
+        return 2 * width * projected + 4 * self.num_heads * self.key_dim * self.value_dim
 
     def log_decay(self) -> np.ndarray:
         """[H] float32."""

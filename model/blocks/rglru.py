@@ -44,7 +44,11 @@ class RGLRU:
         }
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"conv": (None, None, "act_heads", None), "state": (None, "act_heads", None)}
+        return {"conv": ("rows", None, "act_heads", None), "state": ("rows", "act_heads", None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass."""
+        return 2 * self.num_heads * self.head_dim * (3 * width + 2 * self.head_dim)
 
 
 class RGLRUModule(nn.Module):

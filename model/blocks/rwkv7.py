@@ -59,7 +59,12 @@ class RWKV7:
         }
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"shift": (None, None, None), "state": (None, "act_heads", None, None)}
+        return {"shift": ("rows", None, None), "state": ("rows", "act_heads", None, None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; the recurrence as if token by token."""
+        ranks = self.decay_rank + self.rate_rank + self.gate_rank + (0 if self.first else self.value_rank)
+        return 2 * (4 * width * width + 2 * width * ranks) + 8 * width * self.head_dim
 
 
 class RWKV7Module(nn.Module):
@@ -151,7 +156,11 @@ class RWKV7ChannelMix:
         return {"shift": jnp.zeros((num_rows, 1, self.model_width), dtype)}
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"shift": (None, None, None)}
+        return {"shift": ("rows", None, None)}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass."""
+        return 2 * 2 * width * self.width
 
 
 class RWKV7ChannelMixModule(nn.Module):

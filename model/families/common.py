@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
 from model.families.tensors import Names
 
@@ -26,7 +27,7 @@ HARMLESS_KEYS = frozenset(
     output_attentions output_hidden_states output_router_logits chunk_size_feed_forward finetuning_task
     task_specific_params tokenizer_class prefix torchscript use_bfloat16 remove_invalid_values attn_implementation
     _attn_implementation attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
-    residual_dropout embedding_dropout attn_dropout
+    residual_dropout embedding_dropout attn_dropout emb_pdrop
     resid_dropout emb_dropout hidden_dropout_prob attention_probs_dropout_prob classifier_dropout dropout dropout_rate
     ffn_dropout mlp_dropout router_aux_loss_coef router_z_loss_coef router_jitter_noise is_decoder
     """.split()
@@ -83,9 +84,16 @@ class Family:
         } | self.write(cfg)
 
 
+# What a format need not say: how the function runs or is trained, not what it computes.
+FREE: dict[type, tuple[str, ...]] = {
+    ModelConfig: ("scan", "dtype", "param_dtype", "remat", "family"),
+    MoE: ("balance_loss", "z_loss", "balance_rate", "dispatch", "capacity_factor"),
+}
+
+
 def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
     """The first part in which a model is not as a format would have it, as a sentence without its subject."""
-    free = ("scan", "dtype", "param_dtype", "remat", "family") if isinstance(ours, ModelConfig) else ()
+    free = FREE.get(type(ours), ())
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         names = [field.name for field in dataclasses.fields(ours) if field.name not in free]
         parts: list[tuple[str, Any, Any]] = [
@@ -143,6 +151,15 @@ class Reader:
         """A key for which null has a meaning of its own."""
         value = self.get(key, default)
         return None if value is None else self.integer(key, default)
+
+    def alias(self, key: str, *others: str) -> str:
+        """The one of these names that the config uses for a thing; the first, if none."""
+        found = [name for name in (key, *others) if self.get(name) is not None]
+        if len({self.saved[name] for name in found}) > 1:
+            raise ValueError(
+                f"{' and '.join(self.where + name for name in found)} are one thing, and disagree."
+            )
+        return found[0] if found else key
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.value(key, default)

@@ -20,7 +20,8 @@ from model.function import Params, logical_axes, param_shapes
 Path = tuple[str, ...]
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "router": 1}
+INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+INPUT_AXES |= {"router": 1, "shared_gate": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +48,21 @@ class Whole:
 
 
 @dataclasses.dataclass(frozen=True)
+class Merged:
+    """Stacked experts, one below the other in one matrix."""
+
+    ours: str
+    transposed: bool = True  # each [outputs, inputs]
+
+
+@dataclasses.dataclass(frozen=True)
 class Conv:
     """A convolution's kernel, ours [..., width], stored as [channels, 1, width]."""
 
     ours: str
 
 
-Rule = str | Fused | Whole | Conv
+Rule = str | Fused | Whole | Merged | Conv
 Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
 # A checkpoint's name to ours, such as "mixer/q". "{i}" is the layer's number, "{e}" the expert's.
 Names = dict[str, Rule]
@@ -93,6 +102,8 @@ class Tensor:
         """One array for each piece; views of `theirs` where numpy can give them."""
         if len(self.pieces) == 1 and not self.transposed:
             return [theirs.reshape(self.pieces[0].shape)]
+        lead = self.pieces[0].matrix[:-2]
+        theirs = theirs.reshape(*lead, -1, theirs.shape[-1])
         matrix = np.swapaxes(theirs, -1, -2) if self.transposed else theirs
         if len(self.pieces) == 1:
             return [matrix.reshape(self.pieces[0].shape)]
@@ -191,6 +202,11 @@ def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterat
             yield Tensor(full_name, first.shape, pieces, transposed=False)
             continue
         transposed = first.inputs > 0 and (isinstance(rule, str) or rule.transposed)
+        if isinstance(rule, Merged):
+            lead, rows, columns = first.matrix
+            shape = (lead * columns, rows) if transposed else (lead * rows, columns)
+            yield Tensor(full_name, shape, pieces, transposed)
+            continue
         groups = 1
         if isinstance(rule, Fused) and rule.grouped:
             groups = min(piece.shape[piece.lead + piece.inputs] for piece in pieces)

@@ -43,6 +43,16 @@ FALCON = {
     "eos_token_id": 2, "max_position_embeddings": 1024,
 }  # fmt: skip
 
+MLA = {
+    "kv_lora_rank": 14, "q_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
+    "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0, "mscale": 0.7,
+    "mscale_all_dim": 0.9, "original_max_position_embeddings": 256,
+}  # fmt: skip
+
 # folder -> (config class, its arguments, arguments of save_pretrained)
 CHECKPOINTS = {
     "llama_tied": ("LlamaConfig", COMMON | {"tie_word_embeddings": True}, {}),
@@ -187,6 +197,90 @@ CHECKPOINTS = {
         FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         {},
     ),
+    "mixtral": ("MixtralConfig", SMALL | {"num_local_experts": 5, "sliding_window": 6, "head_dim": 8}, {}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        SMALL
+        | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+        | {"shared_expert_intermediate_size": 28, "mlp_only_layers": [1]},
+        {},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        SMALL
+        | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8}
+        | {"norm_topk_prob": True, "decoder_sparse_step": 2},
+        {},
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        SMALL | {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 20, "clip_qkv": 2.0},
+        {},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        SMALL
+        | MLA
+        | {"q_lora_rank": None, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
+        | {"routed_scaling_factor": 1.5, "num_key_value_heads": 6},
+        {},
+    ),
+    "deepseek_v2_yarn": (
+        "DeepseekV2Config",
+        SMALL | MLA | {"topk_method": "greedy", "num_key_value_heads": 6, "rope_parameters": YARN},
+        {},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        SMALL
+        | MLA
+        | {
+            "n_group": 2,
+            "topk_group": 1,
+            "num_key_value_heads": 6,
+            "rope_parameters": YARN,
+            "num_mtp_layers": 0,
+        },
+        {},
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        SMALL
+        | {"n_routed_experts": 6, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "head_dim": 8}
+        | {"moe_intermediate_size": 20, "use_qk_norm": True, "attention_bias": True, "num_mtp_layers": 0}
+        | {"routed_scaling_factor": 1.5},
+        {},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        SMALL
+        | {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "pad_token_id": 0,
+        }
+        | {"rope_parameters": YARN | {"truncate": False, "mscale": None, "mscale_all_dim": None}},
+        {},
+    ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        SMALL
+        | {"num_local_experts": 3, "head_dim": 8, "attention_chunk_size": 5, "interleave_moe_layer_step": 2}
+        | {"intermediate_size_mlp": 50, "floor_scale": 3, "attn_scale": 0.5, "pad_token_id": 0},
+        {},
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {"vocab_size": 61, "d_model": 36, "n_heads": 6, "n_layers": 4, "max_seq_len": 1024, "pad_token_id": 0}
+        | {
+            "attn_config": {"clip_qkv": 2.0, "kv_n_heads": 2},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        }
+        | {"ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 5, "moe_top_k": 2}},
+        {},
+    ),
 }
 
 
@@ -238,10 +332,13 @@ def random_model(config) -> torch.nn.Module:
     torch.manual_seed(config.num_hidden_layers)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
         else:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.3)
     return model.to(getattr(torch, str(config.dtype or "float32").removeprefix("torch.")))
 
 
@@ -253,6 +350,11 @@ def logits(model) -> dict[str, np.ndarray]:
     mask[1, 9:], mask[2, :5], mask[3, 1:] = 0, 0, 0
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     positions[1] += 700
+    if (
+        model.config.model_type == "llama4_text"
+    ):  # counts from the beginning of the row, whatever position_ids say
+        mask[2] = 1
+        positions = np.broadcast_to(np.arange(14), (4, 14)).copy()
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
     inputs = {
         key: value for key, value in inputs.items() if key in inspect.signature(model.forward).parameters

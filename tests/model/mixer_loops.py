@@ -52,7 +52,7 @@ def mamba2(spec, p, x):
         y = y * silu(z)
     if spec.norm_eps is not None:
         grouped = y.reshape(T, spec.num_groups, -1)
-        y = rms_norm(grouped, spec.norm_eps).reshape(y.shape) * p["norm"]
+        y = rms_norm(grouped, spec.norm_eps).reshape(y.shape) * p["norm"].reshape(y.shape[1:])
         y = y * silu(z) if spec.norm_before_gate else y
     return (np.tensordot(y, p["o"], 2) + p.get("o_bias", 0)) * spec.out_multiplier
 
@@ -86,8 +86,8 @@ def gated_delta_net(spec, p, x):
 
 def kimi_delta_attention(spec, p, x):
     q, k, v = (silu(convolve(linear(p, n, x), p[f"conv_{n}"])) for n in "qkv")
-    beta, shift = sigmoid(linear(p, "b", x)), linear(p, "f_b", linear(p, "f_a", x)) + p["dt_bias"]
-    rate = np.exp(p["A_log"])[:, None]
+    beta, shift = sigmoid(linear(p, "b", x)), linear(p, "f_b", linear(p, "f_a", x))
+    rate, shift = np.exp(p["A_log"])[:, None], shift + p["dt_bias"].reshape(shift.shape[1:])
     bound = spec.decay_lower_bound
     log_decay = -rate * softplus(shift) if bound is None else bound * sigmoid(rate * shift)
     y = np.zeros_like(v)
@@ -107,8 +107,9 @@ def mamba(spec, p, x):
         chosen = {name: rms_norm(value, spec.norm.eps, norms[name]) for name, value in chosen.items()}
     dt = softplus(chosen["dt_low"] @ p["dt"] + p["dt_bias"])
     state, y = np.zeros((spec.width, spec.state_dim)), np.zeros_like(x)
+    A = -np.exp(p["A_log"]).reshape(state.shape)
     for t in range(len(x)):
-        state = np.exp(-np.exp(p["A_log"]) * dt[t][:, None]) * state
+        state = np.exp(A * dt[t][:, None]) * state
         state = state + np.outer(dt[t] * x[t], chosen["B"][t])
         y[t] = state @ chosen["C"][t] + p["D"] * x[t]
     return (y * silu(z)) @ p["o"] + p.get("o_bias", 0)
@@ -118,7 +119,7 @@ def rglru(spec, p, x):
     y, x = linear(p, "y", x), convolve(linear(p, "x", x), p["conv"], p["conv_bias"])
     y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
     gate = lambda name: sigmoid(np.einsum("thi,hic->thc", x, p[name]) + p[f"{name}_bias"])
-    decay = np.exp(-8 * gate("a_gate") * softplus(p["a"]))
+    decay = np.exp(-8 * gate("a_gate") * softplus(p["a"].reshape(x.shape[1:])))
     inputs, h = x * gate("x_gate"), np.zeros_like(x)
     h[0] = inputs[0]
     for t in range(1, len(x)):
@@ -155,7 +156,8 @@ def rwkv7_values(p, x):
 
 
 def rwkv7(spec, p, x, v_first=None):
-    mixed = {name: token_shift(x, p[f"x_{name}"]) for name in "rwkvag"}
+    mixed, heads = {name: token_shift(x, p[f"x_{name}"]) for name in "rwkvag"}, p["r"].shape[1:]
+    p = p | {name: p[name].reshape(heads) for name in ("k_k", "k_a", "r_k", "norm", "norm_bias")}
     low = lambda name, f: (
         np.tensordot(f(mixed[name] @ p[f"{name}_a"]), p[f"{name}_b"], 1) + p.get(f"{name}_bias", 0)
     )

@@ -44,6 +44,7 @@ MIXERS = {
     "kimi, bounded": (KimiDeltaAttention(2, 4, 3, decay_lower_bound=-5.0), loops.kimi_delta_attention),
     "mamba": (Mamba(10, 4, 3), loops.mamba),
     "mamba, normed": (Mamba(10, 4, 3, 3, conv_bias=False, bias=True, norm=RMSNorm(1e-3)), loops.mamba),
+    "mamba, normed without scales": (Mamba(10, 4, 3, norm=RMSNorm(1e-3, scale=False)), loops.mamba),
     "rg-lru": (RGLRU(3, 4), loops.rglru),
     "rwkv-7": (RWKV7(3, 4, 2, 3, 4, 5, first=True), loops.rwkv7),
     "rwkv-7 channels": (RWKV7ChannelMix(10, WIDTH), loops.rwkv7_channel_mix),
@@ -170,6 +171,7 @@ def test_a_cache_without_segments_takes_every_token(name):
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(jnp.shape, spec.init_cache(3, 4, 3, np.float32))
     axes = spec.cache_axes()
     assert {key: len(axes[key]) for key in cache} == {key: leaf.ndim for key, leaf in cache.items()}
+    assert all(names[0] == "rows" for names in axes.values())
 
 
 @every_mixer
@@ -230,3 +232,19 @@ def test_later_layers_of_rwkv7_mix_in_the_values_of_the_first():
     wanted = loops.rwkv7(later, double(params_2), double(x_2[0]), v_first)
     np.testing.assert_allclose(y[0], wanted, atol=2e-5, rtol=2e-5)
     assert cache is None and first.shares == ("v_first",) and later.shares == ()
+
+
+@every_option
+def test_flops_are_two_for_each_weight_of_a_map_and_some_for_each_number_of_the_state(name):
+    spec, params = built(name)
+    maps = {
+        key: leaf
+        for key, leaf in params.items()
+        if np.ndim(leaf) > 1 and "conv" not in key and "bias" not in key
+    }
+    state = spec.init_cache(0, 0, 1, np.float32).get("ssm" if "mamba" in name else "state", np.zeros(0))
+    products = {GatedDeltaNet: 3, KimiDeltaAttention: 3, RWKV7: 4, RGLRU: 0}.get(
+        type(spec), 2
+    )  # with the state
+    wanted = 2 * (sum(leaf.size for leaf in maps.values()) + products * state.size)
+    assert spec.flops_per_token(WIDTH, 100) == wanted
