@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
 from model.blocks.norms import RMSNorm
@@ -79,7 +82,7 @@ def read(config: Reader) -> ModelConfig:
         norm,
         tied=True,
         max_length=MAX_LENGTH,
-        embed_scale=width**0.5,
+        embed_scale=float(np.float32(width**0.5).astype(ml_dtypes.bfloat16)),  # rounded in transformers
         logit_softcap=config.number("logits_soft_cap", 30.0),
     )
 
