@@ -24,7 +24,7 @@ from model import safetensors_file
 from model.config import ModelConfig
 from model.families import FAMILIES
 from model.families.common import Family
-from model.families.tensors import Names, Tensor, get, name_of, tensor_table, unflatten
+from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
 from model.function import Params
 from model.layout import relayout
 from model.safetensors_file import StoredTensor
@@ -183,7 +183,7 @@ def _check_tensors(
     folder: Path,
     cfg: ModelConfig,
     family: Family,
-    names: Names,
+    names: NamesOf,
     table: list[Tensor],
     stored: dict[str, StoredTensor],
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
-from model.families.tensors import Names
+from model.families.tensors import Names, NamesOf
 
 MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
 
@@ -45,6 +45,9 @@ class Family:
     read: Callable[[Reader], ModelConfig]
     write: Callable[[Any], dict[str, Any]]
     names: Names | Callable[[ModelConfig], Names]
+    mixers: Mapping[type, Names] = dataclasses.field(
+        default_factory=dict
+    )  # further names in blocks of a mixer
     harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
@@ -61,8 +64,9 @@ class Family:
             )
         return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
 
-    def names_of(self, cfg: ModelConfig) -> Names:
-        return self.names(cfg) if callable(self.names) else self.names
+    def names_of(self, cfg: ModelConfig) -> NamesOf:
+        names = self.names(cfg) if callable(self.names) else self.names
+        return lambda block: names | self.mixers.get(type(block.mixer), {}) if block else names
 
     def why_not(self, cfg: ModelConfig) -> str | None:
         """What of this model the family can't say, or None."""
