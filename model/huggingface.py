@@ -6,6 +6,7 @@ and code that a config names is never run.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from model.families.common import Family
 from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
 from model.function import Params
 from model.layout import relayout
+from model.lazy import Lazy, Stacked
 from model.safetensors_file import StoredTensor
 
 WEIGHTS = "model.safetensors"
@@ -46,11 +48,10 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters as numpy arrays) of a folder.
+    """(cfg, parameters that are read when they are used, see `model.lazy`) of a folder.
 
     Args:
-      dtype: of parameters and computation; default: parameters as stored, views of the mapped files, so that
-        reading costs no memory before they are placed.
+      dtype: of parameters and computation; default: parameters as stored.
 
     Raises:
       FileNotFoundError: no weights.
@@ -63,16 +64,19 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     names = family.names_of(cfg)
     table, stored = tensor_table(cfg, names), read_headers(folder)
     _check_tensors(folder, cfg, family, names, table, stored)
-    params: dict[tuple[str, ...], np.ndarray] = {}
+    parts: dict[tuple[str, ...], list[Lazy]] = {}
     for tensor in table:
-        for piece, values in zip(tensor.pieces, tensor.to_ours(stored[tensor.name].read()), strict=True):
-            values = values if dtype is None else values.astype(jnp.dtype(dtype))
-            if piece.expert is None:
-                params[piece.path] = values
-            else:
-                whole = params.setdefault(piece.path, np.empty(piece.whole, values.dtype))
-                whole[piece.expert] = values
+        for i, piece in enumerate(tensor.pieces):
+            make = functools.partial(_read_piece, tensor, i, stored[tensor.name])
+            values = Lazy(piece.shape, jnp.dtype(dtype or stored[tensor.name].dtype), make)
+            parts.setdefault(piece.path, []).append(values)
+    stacked = {piece.path for tensor in table for piece in tensor.pieces if piece.expert is not None}
+    params = {path: Stacked(values) if path in stacked else values[0] for path, values in parts.items()}
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
+
+
+def _read_piece(tensor: Tensor, i: int, stored: StoredTensor) -> np.ndarray:
+    return tensor.to_ours(stored.read())[i]
 
 
 def save(
