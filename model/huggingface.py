@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model import safetensors_file
+from model import mxfp4, safetensors_file
 from model.config import ModelConfig
 from model.families import FAMILIES
 from model.families.common import Family
@@ -29,6 +29,7 @@ from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, 
 from model.function import Params
 from model.layout import relayout
 from model.lazy import Lazy, Stacked
+from model.mxfp4 import PackedTensor
 from model.safetensors_file import StoredTensor
 
 WEIGHTS = "model.safetensors"
@@ -62,7 +63,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     names = family.names_of(cfg)
-    table, stored = tensor_table(cfg, names, family.blocks_per_layer), read_headers(folder)
+    table, stored = tensor_table(cfg, names, family.blocks_per_layer), mxfp4.join(read_headers(folder))
     _check_tensors(folder, cfg, family, names, table, stored)
     parts: dict[tuple[str, ...], list[Lazy]] = {}
     for tensor in table:
@@ -75,7 +76,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
 
 
-def _read_piece(tensor: Tensor, i: int, stored: StoredTensor) -> np.ndarray:
+def _read_piece(tensor: Tensor, i: int, stored: StoredTensor | PackedTensor) -> np.ndarray:
     return tensor.to_ours(stored.read())[i]
 
 
@@ -189,7 +190,7 @@ def _check_tensors(
     family: Family,
     names: NamesOf,
     table: list[Tensor],
-    stored: dict[str, StoredTensor],
+    stored: dict[str, StoredTensor | PackedTensor],
 ) -> None:
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
@@ -201,6 +202,11 @@ def _check_tensors(
             raise ValueError(
                 f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by "
                 f"config.json it would be {tensor.shape}."
+            )
+        if stored[tensor.name].dtype not in safetensors_file.DTYPES.values():
+            raise ValueError(
+                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].dtype}; wanted one of "
+                f"{', '.join(safetensors_file.DTYPES)}."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     harmless = [name for name in extra if name.endswith(family.harmless)]

@@ -48,13 +48,14 @@ class Family:
     mixers: Mapping[type, Names] = dataclasses.field(
         default_factory=dict
     )  # further names in blocks of a mixer
+    packed: tuple[str, ...] = ()  # quantized weights that can be read, by transformers' quant_method
     blocks_per_layer: int = 1  # of ours in one layer of theirs
     harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
         config = Reader(saved)
-        config.must_be("quantization_config", None)
+        self._check_quantization(config)
         config.must_be("is_encoder_decoder", False)
         config.must_be("add_cross_attention", False)
         cfg = self.read(config)
@@ -64,6 +65,12 @@ class Family:
                 "config.json has keys that %s does not know; passed over: %s", self.model_type, unknown
             )
         return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
+
+    def _check_quantization(self, config: Reader) -> None:
+        method = config.part("quantization_config").get("quant_method")
+        if config.get("quantization_config") and method not in self.packed:
+            known = f"; only {', '.join(self.packed)} is" if self.packed else ""
+            raise ValueError(f"quantization_config with quant_method={method!r} is not supported{known}.")
 
     def names_of(self, cfg: ModelConfig) -> NamesOf:
         names = self.names(cfg) if callable(self.names) else self.names

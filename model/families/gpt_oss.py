@@ -96,5 +96,11 @@ def write(cfg: Any) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "gpt_oss", "GptOssForCausalLM", read, write, OUTSIDE | NORMS | ATTENTION | EXPERTS, harmless=ROTARY
+    "gpt_oss",
+    "GptOssForCausalLM",
+    read,
+    write,
+    OUTSIDE | NORMS | ATTENTION | EXPERTS,
+    packed=("mxfp4",),
+    harmless=ROTARY,
 )

@@ -379,6 +379,8 @@ def main(wanted: list[str]) -> None:
             write_gguf(HERE / f"{name}.gguf", model)
     if not wanted:
         np.savez_compressed(HERE / "dequantize.npz", **dequantized())
+        np.savez_compressed(HERE / "mxfp4.npz", **unpacked_mxfp4())
+    (HERE / "frequencies.json").write_text(json.dumps(frequencies(), indent=1) + "\n")
     defaults = {name: default_config(config_class) for name, (config_class, _, _) in CHECKPOINTS.items()}
     (HERE / "defaults.json").write_text(json.dumps(defaults, indent=1, sort_keys=True) + "\n")
 
@@ -399,6 +401,39 @@ def check(folder: Path, names: list[str]) -> dict[str, float]:
         again = logits(read_float32(folder / name, name))["logits"]
         real = golden["mask"] == 1
         found[name] = float(np.abs(again[real] - golden["logits"][real]).max())
+    return found
+
+
+def frequencies() -> dict[str, object]:
+    """transformers' rotary frequencies and their magnitude for the ways to stretch a context."""
+    kinds = {
+        "linear": {"factor": 3.0},
+        "dynamic": {"factor": 4.0},
+        "llama3": {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")},
+        "yarn": {"factor": 8.0, "original_max_position_embeddings": 512},
+        "yarn_wide": {"factor": 4.0, "beta_fast": 64.0, "beta_slow": 0.5, "truncate": False}
+        | {"original_max_position_embeddings": 512, "attention_factor": 1.3},
+        "longrope": {
+            "short_factor": [1.0 + 0.1 * i for i in range(16)],
+            "long_factor": [1.0 + i for i in range(16)],
+        }
+        | {"original_max_position_embeddings": 512},
+    }
+    found: dict[str, object] = {}
+    for name, parameters in kinds.items():
+        kind = name.split("_")[0]
+        parameters = parameters | {"rope_type": kind, "rope_theta": 10000.0}
+        config = transformers.LlamaConfig(
+            hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, rope_parameters=parameters
+        )
+        init = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind]
+        lengths = {"dynamic": [4096], "longrope": [100, 4096]}.get(kind, [100])
+        values = [init(config, device="cpu", seq_len=length) for length in lengths]
+        found[name] = {
+            "rope_parameters": parameters,
+            "frequencies": [frequency.tolist() for frequency, _ in values],
+            "magnitude": values[0][1],
+        }
     return found
 
 
@@ -514,6 +549,18 @@ def llama3_factors(config) -> np.ndarray:
             )
             factors.append(float(1 / ((1 - smooth) / rope["factor"] + smooth)))
     return np.array(factors, np.float32)
+
+
+def unpacked_mxfp4() -> dict[str, np.ndarray]:
+    """Experts of a tiny gpt-oss (width 64, 32 features, 2 experts) packed, and what transformers unpacks."""
+    rng, found = np.random.default_rng(2), {}
+    for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        blocks = rng.integers(0, 256, (2, rows, columns // 32, 16), dtype=np.uint8)
+        scales = rng.integers(115, 125, (2, rows, columns // 32), dtype=np.uint8)
+        unpack = transformers.integrations.mxfp4.convert_moe_packed_tensors
+        values = unpack(torch.tensor(blocks), torch.tensor(scales)).float().numpy()
+        found |= {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_values": values}
+    return found
 
 
 def dequantized() -> dict[str, np.ndarray]:
