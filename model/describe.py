@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from configs import gguf
 from configs.paths import resolve_model
 from model import checkpoint, huggingface, storage
+from model.cache import cache_axes, has_recurrent_state, init_pages
 from model.config import STACKS, ModelConfig
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.function import Params, param_shapes
@@ -83,18 +84,22 @@ def parameter_count(cfg: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(cfg: ModelConfig) -> int:
-    """Of one row, over all blocks, in the dtype of the computation; 0 for an encoder, which has no cache."""
-    if not cfg.causal:
+    """Keys and values of one token of one row, over all blocks, in the dtype of the computation."""
+    return _cache_bytes(cfg, "slots")
+
+
+def state_bytes_per_row(cfg: ModelConfig) -> int:
+    """What recurrent blocks keep of a row of any length, and cross attention of an encoder's longest text."""
+    return _cache_bytes(cfg, "rows")
+
+
+def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
+    if not cfg.causal:  # an encoder has no cache
         return 0
-    dtype = jnp.dtype(cfg.dtype)
-    states = {
-        block: jax.eval_shape(lambda b=block: b.mixer.init_cache(1, 1, 1, dtype)) for block in set(cfg.blocks)
-    }
-    sizes = {
-        block: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        for block, state in states.items()
-    }
-    return sum(sizes[block] for block in cfg.blocks)
+    cfg = cfg.replace(scan=False)
+    axes, state = cache_axes(cfg), jax.eval_shape(lambda: init_pages(cfg, 1, 1))
+    leaves = [leaf for name, part in state.items() for key, leaf in part.items() if axis in axes[name][key]]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _find(path: Path) -> tuple[ModelConfig, str]:
@@ -174,6 +179,8 @@ def _task(cfg: ModelConfig, name: str) -> str:
     short = _short(name)
     if short in TASKS:
         return TASKS[short]
+    if "/" in short:
+        return ""
     head = short.removesuffix("_bias").removesuffix("_head")
     return f"the {head} head" + (": its bias" if short.endswith("_bias") else "")
 
@@ -187,6 +194,7 @@ def _totals(cfg: ModelConfig, stored: str, batch: int, context: int) -> list[str
     sizes = {name: _bytes(parameters * jnp.dtype(name).itemsize) for name in ("float32", "bfloat16")}
     forward, train = forward_flops_per_token(cfg, context), train_flops_per_token(cfg, context)
     of_batch = _bytes(batch * context * per_token)
+    of_rows = f"; {_bytes(state_bytes_per_row(cfg))} a row of any length" if has_recurrent_state(cfg) else ""
     lines = [
         ("stored", stored),
         ("parameters", f"{parameters:,}: {', '.join(f'{size} in {name}' for name, size in sizes.items())}"),
@@ -195,7 +203,10 @@ def _totals(cfg: ModelConfig, stored: str, batch: int, context: int) -> list[str
             "flops a token",
             f"{forward:.4g} forward, {train:.4g} in training, in the mean over {context:,} tokens",
         ),
-        ("cache", f"{per_token:,} bytes a token in {cfg.dtype}; {of_batch} for {batch} x {context:,} tokens"),
+        (
+            "cache",
+            f"{per_token:,} bytes a token in {cfg.dtype}; {of_batch} for {batch} x {context:,} tokens{of_rows}",
+        ),
     ]
     return [f"{name:<14} {text}" for name, text in lines]
 

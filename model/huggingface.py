@@ -6,6 +6,7 @@ and code that a config names is never run.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -20,18 +21,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model import safetensors_file
+from model import mxfp4, safetensors_file
 from model.config import ModelConfig, ScalarHead
 from model.families import FAMILIES
 from model.families.common import Family
-from model.families.tensors import Names, Tensor, get, name_of, tensor_table, unflatten
+from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
 from model.function import Params
 from model.layout import relayout
+from model.lazy import Lazy, Stacked
+from model.mxfp4 import PackedTensor
 from model.safetensors_file import StoredTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+
+Stored = StoredTensor | PackedTensor
 
 _log = logging.getLogger(__name__)
 
@@ -46,11 +51,10 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters as numpy arrays) of a folder.
+    """(cfg, parameters that are read when they are used, see `model.lazy`) of a folder.
 
     Args:
-      dtype: of parameters and computation; default: parameters as stored, views of the mapped files, so that
-        reading costs no memory before they are placed.
+      dtype: of parameters and computation; default: parameters as stored.
 
     Raises:
       FileNotFoundError: no weights.
@@ -61,19 +65,22 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     names = family.names_of(cfg)
-    table = tensor_table(cfg, names)
-    stored = _respelt(family, {tensor.name for tensor in table}, read_headers(folder))
+    table = tensor_table(cfg, names, family.blocks_per_layer)
+    stored = _respelt(family, {tensor.name for tensor in table}, mxfp4.join(read_headers(folder)))
     _check_tensors(folder, cfg, family, names, table, stored)
-    params: dict[tuple[str, ...], np.ndarray] = {}
+    parts: dict[tuple[str, ...], list[Lazy]] = {}
     for tensor in table:
-        for piece, values in zip(tensor.pieces, tensor.to_ours(stored[tensor.name].read()), strict=True):
-            values = values if dtype is None else values.astype(jnp.dtype(dtype))
-            if piece.expert is None:
-                params[piece.path] = values
-            else:
-                whole = params.setdefault(piece.path, np.empty(piece.whole, values.dtype))
-                whole[piece.expert] = values
+        for i, piece in enumerate(tensor.pieces):
+            make = functools.partial(_read_piece, tensor, i, stored[tensor.name])
+            values = Lazy(piece.shape, jnp.dtype(dtype or stored[tensor.name].dtype), make)
+            parts.setdefault(piece.path, []).append(values)
+    stacked = {piece.path for tensor in table for piece in tensor.pieces if piece.expert is not None}
+    params = {path: Stacked(values) if path in stacked else values[0] for path, values in parts.items()}
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
+
+
+def _read_piece(tensor: Tensor, i: int, stored: Stored) -> np.ndarray:
+    return tensor.to_ours(stored.read())[i]
 
 
 def save(
@@ -97,7 +104,7 @@ def save(
     family = _family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
-    table = {tensor.name: tensor for tensor in tensor_table(cfg, names)}
+    table = {tensor.name: tensor for tensor in tensor_table(cfg, names, family.blocks_per_layer)}
     shards = _plan_shards(table, params, max_shard_bytes)
     with _replacing(folder) as new:
         for name, content in tokenizer.items():
@@ -180,7 +187,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _respelt(family: Family, wanted: set[str], stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _respelt(family: Family, wanted: set[str], stored: dict[str, Stored]) -> dict[str, Stored]:
     """Each tensor under the name that the model has for it, where that is another than the file's."""
     found = {}
     for name, tensor in stored.items():
@@ -193,9 +200,9 @@ def _check_tensors(
     folder: Path,
     cfg: ModelConfig,
     family: Family,
-    names: Names,
+    names: NamesOf,
     table: list[Tensor],
-    stored: dict[str, StoredTensor],
+    stored: dict[str, Stored],
 ) -> None:
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
@@ -203,15 +210,15 @@ def _check_tensors(
             f"{folder}: lacks {len(missing)} tensors that config.json calls for: {_some(missing)}."
         )
     for tensor in table:
-        if stored[tensor.name].dtype not in safetensors_file.DTYPES.values():
-            raise ValueError(
-                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].dtype}; parameters are "
-                f"{', '.join(safetensors_file.DTYPES)}."
-            )
         if stored[tensor.name].shape != tensor.shape:
             raise ValueError(
                 f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by "
                 f"config.json it would be {tensor.shape}."
+            )
+        if stored[tensor.name].dtype not in safetensors_file.DTYPES.values():
+            raise ValueError(
+                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].dtype}; wanted one of "
+                f"{', '.join(safetensors_file.DTYPES)}."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     harmless = [name for name in extra if name.endswith(family.harmless)]

@@ -154,4 +154,4 @@ def write(cfg: Any) -> dict[str, Any]:
     return saved
 
 
-FAMILY = Family("modernbert", MASKED, read, write, names, HARMLESS, spellings=spellings)
+FAMILY = Family("modernbert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings)

@@ -120,4 +120,6 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("t5", "T5ForConditionalGeneration", read, write, names, HARMLESS, encoder_decoder=True)
+FAMILY = Family(
+    "t5", "T5ForConditionalGeneration", read, write, names, harmless=HARMLESS, encoder_decoder=True
+)

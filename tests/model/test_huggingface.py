@@ -191,7 +191,7 @@ def rewrite(folder, change):
         ),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(36, "i8")}),
-            "'model.norm.weight' is int64; parameters are F32",
+            "'model.norm.weight' is int64; wanted one of",
         ),
     ],
     ids=["missing", "unknown", "misshapen", "untied", "float64", "integers"],
