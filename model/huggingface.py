@@ -62,7 +62,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     names = family.names_of(cfg)
-    table, stored = tensor_table(cfg, names), read_headers(folder)
+    table, stored = tensor_table(cfg, names, family.blocks_per_layer), read_headers(folder)
     _check_tensors(folder, cfg, family, names, table, stored)
     parts: dict[tuple[str, ...], list[Lazy]] = {}
     for tensor in table:
@@ -100,7 +100,7 @@ def save(
     family = _family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
-    table = {tensor.name: tensor for tensor in tensor_table(cfg, names)}
+    table = {tensor.name: tensor for tensor in tensor_table(cfg, names, family.blocks_per_layer)}
     shards = _plan_shards(table, params, max_shard_bytes)
     with _replacing(folder) as new:
         for name, content in tokenizer.items():

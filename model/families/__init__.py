@@ -26,6 +26,7 @@ from model.families import (
     qwen3_next,
     qwen_moe,
     recurrent_gemma,
+    rwkv7,
     smollm3,
     starcoder2,
 )
@@ -62,5 +63,6 @@ _ALL = (
     falcon_h1.FAMILY,
     recurrent_gemma.FAMILY,
     qwen3_next.FAMILY,
+    rwkv7.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}  # by Hugging Face's model_type

@@ -48,6 +48,7 @@ class Family:
     mixers: Mapping[type, Names] = dataclasses.field(
         default_factory=dict
     )  # further names in blocks of a mixer
+    blocks_per_layer: int = 1  # of ours in one layer of theirs
     harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:

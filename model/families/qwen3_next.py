@@ -95,5 +95,5 @@ FAMILY = Family(
     write_next,
     NAMES | EXPERTS | SHARED_EXPERT,
     {Attention: ATTENTION, GatedDeltaNet: DELTANET},
-    ROTARY,
+    harmless=ROTARY,
 )

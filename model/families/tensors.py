@@ -24,6 +24,7 @@ INPUT_AXES: dict[str, int] = dict.fromkeys(("q", "k", "v", "gate", "up", "down",
 INPUT_AXES |= dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b"), 1)  # latent attention
 INPUT_AXES |= dict.fromkeys(("in_z", "in_x", "in_B", "in_C", "in_dt", "dt_low", "dt", "B", "C"), 1)  # Mamba
 INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
+INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,10 @@ def kept(ours: str) -> Fused:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Stored in the very shape that ours has."""
+    """Stored in the very shape that ours has, after so many axes of length one."""
 
     ours: str
+    ones: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """Ours is flat, theirs a matrix with as many rows as another parameter has numbers."""
+    """Ours is flat, theirs a matrix with as many rows as another parameter has numbers, or heads."""
 
     ours: str
     rows_of: str
@@ -139,11 +141,12 @@ class Tensor:
         return (np.swapaxes(matrix, -1, -2) if self.transposed else matrix).reshape(self.shape)
 
 
-def tensor_table(cfg: ModelConfig, names: Names | NamesOf) -> list[Tensor]:
+def tensor_table(cfg: ModelConfig, names: Names | NamesOf, blocks_per_layer: int = 1) -> list[Tensor]:
     """The tensors of a checkpoint of `cfg`, embedding and head first, then layer by layer.
 
     Args:
       names: of all, or a function that gives those of a block, and of what is outside for None.
+      blocks_per_layer: of ours in one layer of the checkpoint.
 
     Raises:
       ValueError: a parameter that the format has no name for.
@@ -170,7 +173,7 @@ def tensor_table(cfg: ModelConfig, names: Names | NamesOf) -> list[Tensor]:
                     f"the format's tensor {name} also holds {', '.join(missing)}, which this model lacks. "
                     'Save with format="native".'
                 )
-            table += _tensors(name, rule, layer, leaves)
+            table += _tensors(name, rule, layer, blocks_per_layer, leaves)
     return table
 
 
@@ -204,7 +207,9 @@ def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
             yield i, leaves
 
 
-def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterator[Tensor]:
+def _tensors(
+    name: str, rule: Rule, layer: int | None, blocks_per_layer: int, leaves: Leaves
+) -> Iterator[Tensor]:
     """One tensor, or one for each expert."""
     ours = _ours(rule)
     experts = leaves[ours[0]][0][0] if "{e}" in name else 0
@@ -213,17 +218,22 @@ def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterat
         transposed = pieces[0].inputs > 0 and getattr(rule, "transposed", True)
         groups = _group_count(rule, pieces, leaves)
         shape = _stored_shape(rule, pieces, transposed, leaves, outside=layer is None)
-        yield Tensor(name.format(i=layer, e=expert), shape, pieces, transposed, groups)
+        yield Tensor(
+            name.format(i=(layer or 0) // blocks_per_layer, e=expert), shape, pieces, transposed, groups
+        )
 
 
 def _stored_shape(
     rule: Rule, pieces: tuple[Piece, ...], transposed: bool, leaves: Leaves, outside: bool
 ) -> tuple[int, ...]:
     first = pieces[0]
-    if isinstance(rule, Whole) or (isinstance(rule, str) and outside and first.inputs == 0):
+    if isinstance(rule, Whole):
+        return *(1,) * rule.ones, *first.shape
+    if isinstance(rule, str) and outside and first.inputs == 0:
         return first.shape
     if isinstance(rule, Folded):
-        rows = math.prod(leaves[rule.rows_of][0])
+        like = leaves[rule.rows_of][0]
+        rows = like[0] if len(like) == 1 else like[1]
         return rows, math.prod(first.shape) // rows
     outputs = sum(piece.matrix[-1] for piece in pieces)
     if first.inputs == 0:

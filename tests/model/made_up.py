@@ -3,12 +3,13 @@
 python -m tests.model.made_up FOLDER MEGABYTES [experts]
 """
 
+import dataclasses
 import json
 import struct
 import sys
 from pathlib import Path
 
-from model import decoder
+from model import ModelConfig, decoder
 from model.blocks.ffn import GatedMLP
 from model.blocks.moe import MoE
 from model.families import FAMILIES
@@ -16,16 +17,18 @@ from model.families.tensors import tensor_table
 
 
 def write_made_up(folder: Path, megabytes: int, experts: bool = False) -> tuple[int, int]:
-    """A Llama or a Mixtral in bfloat16 of at least so many megabytes.
+    """A Llama or a Mixtral in bfloat16 of about so many megabytes.
 
     Returns:
       bytes of all parameters, and of the largest tensor or stack of experts.
     """
-    width, layers = 256 * max(1, round((megabytes / 16) ** 0.5 / 2)), 8
-    cfg = decoder(4096, width, layers, 8, 4, width // 8, 4 * width, tied_head=False, dtype="bfloat16")
+    width = 1024 if megabytes >= 500 else 256
+    block = decoder(4096, width, 1, 8, 4, width // 8, 4 * width).blocks[0]
     if experts:
-        ffn = MoE(8, 2, GatedMLP(width))
-        cfg = cfg.replace(blocks=tuple(block.__class__(block.mixer, ffn, block.norm) for block in cfg.blocks))
+        block = dataclasses.replace(block, ffn=MoE(8, 2, GatedMLP(width)))
+    maps = 3 * width**2 + (3 * 8 * width**2 + 8 * width if experts else 12 * width**2)
+    layers = max(1, round(megabytes * 1e6 / (2 * maps)))
+    cfg = ModelConfig(4096, width, (block,) * layers, tied_head=False, dtype="bfloat16")
     family = FAMILIES["mixtral" if experts else "llama"]
     header, whole, stop = {}, {}, 0
     for tensor in tensor_table(cfg, family.names_of(cfg)):
