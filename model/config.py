@@ -9,10 +9,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from model.blocks.attention import Attention, Temperature
+from model.blocks.cross_attention import CrossAttention
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
+from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -26,6 +28,7 @@ from model.blocks.positions import (
     Llama3Scaling,
     LongRopeScaling,
     NTKScaling,
+    RelativeBias,
     Rope,
     SinusoidalPositions,
     YarnScaling,
@@ -39,23 +42,25 @@ from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 PARTS = {
     cls.__name__: cls
     for cls in (
-        *(Attention, Temperature, LatentAttention, DifferentialAttention),
+        *(Attention, CrossAttention, Temperature, LatentAttention, DifferentialAttention),
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
         Parallel,
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
-        *(RMSNorm, LayerNorm),
+        *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
-        *(Alibi, LearnedPositions, SinusoidalPositions),
+        *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
     )
 }
 
+STACKS = ("encoder_", "")  # of blocks, by what the names of their parameters begin with
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One residual block: x + mixer(norm(x)), then x + ffn(norm(x)).
+    """One residual block: x + mixer(norm(x)), then, in a decoder with an encoder, x + cross(norm(x)), then
+    x + ffn(norm(x)).
 
     Norms may stand elsewhere: on the mixer's and the network's results before they are added (`post_norm`; with `norm`
     as well the sandwich of Gemma 2, without it OLMo 2), or on the sums (`sum_norm`: BERT; with `skip_scale` DeepNorm).
@@ -64,12 +69,32 @@ class Block:
     mixer: Any  # a `Mixer` of model.blocks.common
     ffn: Any  # a `FeedForward`; None: the mixer is all
     norm: Norm | None = RMSNorm()
+    norm_mixer: bool = (
+        True  # False: the mixer reads x itself (ModernBERT's first block: the embedding has a norm)
+    )
     post_norm: Norm | None = None
     sum_norm: Norm | None = None
     # x + mixer(norm(x)) + ffn(norm(x)) in one sum, with a norm for each of the two or one for both
     parallel: Literal["no", "two norms", "one norm"] = "no"
+    cross: CrossAttention | None = None  # to the encoder of `ModelConfig.encoder`
     residual_scale: float = 1.0  # of what is added
     skip_scale: float = 1.0  # of what it is added to
+
+    def __post_init__(self):
+        if self.cross is not None and self.parallel != "no":
+            raise ValueError(f"parallel={self.parallel!r} blocks have no place for cross attention.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What reads the other text of an encoder-decoder; its tokens have the decoder's embedding."""
+
+    blocks: tuple[Block, ...]
+    final_norm: Norm | None = RMSNorm()
+
+    def __post_init__(self):
+        if not self.blocks:
+            raise ValueError("an encoder needs at least one block.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +105,38 @@ class ScalarHead:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassHead:
+    """A linear map of the final hidden state to a number for each label, float32: `out.heads[name]` is [B, T, labels].
+
+    Where a text as a whole is classified, one token has its numbers: an encoder's first, a decoder's last.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    bias: bool = True
+    pooled: bool = False  # of what the pooler makes of the hidden state
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """All that defines the pure function. `scan` and `dtype` change how it runs, not what it computes."""
 
     vocab_size: int
     width: int
     blocks: tuple[Block, ...]
+    encoder: Encoder | None = None
     final_norm: Norm | None = RMSNorm()
     tied_head: bool = True  # logits through the transposed embedding
     head_bias: bool = False
     positions: LearnedPositions | SinusoidalPositions | None = None  # added to the embedding
+    token_types: int = 0  # kinds of tokens (BERT's sentences A and B), each with a vector that is added
     embed_norm: Norm | None = None  # of what the first block reads
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits stay within +-logit_softcap
-    heads: tuple[ScalarHead, ...] = ()
+    head_transform: Transform | None = None  # of the hidden state, before the logits (BERT)
+    pooler: Transform | None = None  # of the hidden state: `out.pooled`
+    heads: tuple[ScalarHead | ClassHead, ...] = ()
     max_length: int = 2048  # longest context that the model is meant for, tokens
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of freshly made parameters
@@ -109,20 +151,44 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(DTYPES)}.")
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
+        self._check_encoder()
+        if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
+            raise ValueError(
+                "a head that reads what the pooler makes needs a pooler, and this model has none."
+            )
         if not self.blocks or self.vocab_size < 1 or self.width < 1:
             raise ValueError(
                 f"a model needs at least one block, token and channel; given {len(self.blocks)} blocks, "
                 f"vocab_size={self.vocab_size}, width={self.width}."
             )
 
-    def runs(self) -> list[tuple[str, Block, range]]:
-        """Name, block and layer numbers of each parameter group: equal neighbours together when scanned."""
+    def _check_encoder(self) -> None:
+        crossing = [block.cross is not None for block in self.blocks]
+        if self.encoder is None and any(crossing):
+            raise ValueError("blocks with cross attention need an encoder, and this model has none.")
+        if self.encoder is not None and (self.positions or self.token_types or self.embed_norm):
+            raise ValueError(
+                "an encoder-decoder has nothing beside its embedding that blocks read: give positions to attention."
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees those after it, so that text can be written one token after the other."""
+        return all(getattr(block.mixer, "causal", True) for block in self.blocks)
+
+    def runs(self, stack: str = "") -> list[tuple[str, Block, range]]:
+        """Name, block and layer numbers of each parameter group: equal neighbours together when scanned.
+
+        Args:
+          stack: one of STACKS, with which the names begin.
+        """
+        blocks = self.blocks if stack == "" else self.encoder.blocks if self.encoder else ()
         if not self.scan:
-            return [(f"block_{i}", block, range(i, i + 1)) for i, block in enumerate(self.blocks)]
+            return [(f"{stack}block_{i}", block, range(i, i + 1)) for i, block in enumerate(blocks)]
         runs, start = [], 0
-        for block, group in itertools.groupby(self.blocks):
+        for block, group in itertools.groupby(blocks):
             count = len(list(group))
-            runs.append((f"run_{len(runs)}", block, range(start, start + count)))
+            runs.append((f"{stack}run_{len(runs)}", block, range(start, start + count)))
             start += count
         return runs
 
@@ -181,7 +247,7 @@ def _from_jsonable(value: Any) -> Any:
         return tuple(_from_jsonable(v) for v in value)
     if not isinstance(value, dict):
         return value
-    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, ScalarHead)}
+    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ScalarHead, ClassHead)}
     cls = kinds.get(str(value.get("kind")))
     if cls is None:
         raise ValueError(

@@ -15,15 +15,23 @@ import jax.numpy as jnp
 from configs import gguf
 from configs.paths import resolve_model
 from model import checkpoint, huggingface, storage
-from model.cache import has_recurrent_state
-from model.config import ModelConfig
+from model.cache import cache_axes, has_recurrent_state, init_pages
+from model.config import STACKS, ModelConfig
 from model.flops import forward_flops_per_token, train_flops_per_token
 from model.function import Params, param_shapes
 
 # What each parameter does, by the last two parts of its path.
 TASKS = {
     "embedding": "a vector for each token",
+    "token_types": "a vector for each kind of token",
+    "positions/table": "a vector for each position",
     "head": "logits: one direction for each token of the vocabulary",
+    "head_bias": "bias of the logits",
+    "head_transform/dense": "what the logits are read from",
+    "head_transform/dense_bias": "its bias",
+    "pooler/dense": "the vector that stands for the text, from its first token",
+    "pooler/dense_bias": "its bias",
+    "encoder_final_norm/scale": "scale of what the encoder gives",
     "final_norm/scale": "scale of the last hidden state",
     "mixer_norm/scale": "scale of what attention reads",
     "mixer/q": "queries: what each head looks for",
@@ -36,6 +44,12 @@ TASKS = {
     "mixer/o_bias": "bias of attention's output",
     "q_norm/scale": "scale of each head's query",
     "k_norm/scale": "scale of each head's key",
+    "mixer/relative": "a number for each range of distances: what attention adds to its scores",
+    "cross_norm/scale": "scale of what cross attention reads",
+    "cross/q": "queries to the encoder",
+    "cross/k": "keys of the encoder's tokens",
+    "cross/v": "values of the encoder's tokens",
+    "cross/o": "adds what was found in the encoder to the residual stream",
     "ffn_norm/scale": "scale of what the feed-forward network reads",
     "ffn/gate": "gate: silu of this opens a feature",
     "ffn/up": "value of each feature",
@@ -75,18 +89,17 @@ def cache_bytes_per_token(cfg: ModelConfig) -> int:
 
 
 def state_bytes_per_row(cfg: ModelConfig) -> int:
-    """What recurrent blocks keep of a row of any length."""
+    """What recurrent blocks keep of a row of any length, and cross attention of an encoder's longest text."""
     return _cache_bytes(cfg, "rows")
 
 
 def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
-    dtype, sizes = jnp.dtype(cfg.dtype), {}
-    for block in set(cfg.blocks):
-        state = jax.eval_shape(lambda b=block: b.mixer.init_cache(1, 1, 1, dtype))
-        axes = block.mixer.cache_axes()
-        of_axis = [leaf for key, leaf in state.items() if axis in axes[key]]
-        sizes[block] = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in of_axis)
-    return sum(sizes[block] for block in cfg.blocks)
+    if not cfg.causal:  # an encoder has no cache
+        return 0
+    cfg = cfg.replace(scan=False)
+    axes, state = cache_axes(cfg), jax.eval_shape(lambda: init_pages(cfg, 1, 1))
+    leaves = [leaf for name, part in state.items() for key, leaf in part.items() if axis in axes[name][key]]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _find(path: Path) -> tuple[ModelConfig, str]:
@@ -130,15 +143,15 @@ def _stored(kind: str, tensors: list[tuple[str, int]]) -> str:
 def _table(cfg: ModelConfig) -> list[str]:
     scanned = cfg.replace(scan=True)
     shapes, total = param_shapes(scanned), parameter_count(cfg)
-    runs = {name: numbers for name, _, numbers in scanned.runs()}
+    runs = {name: (stack, numbers) for stack in STACKS for name, _, numbers in scanned.runs(stack)}
     rows = []
     before = {"embedding": shapes["embedding"]}
     after = {key: value for key, value in shapes.items() if key not in runs and key != "embedding"}
     rows += [_row(name, shape, 1, total, _task(cfg, name)) for name, shape in _flat(before)]
-    for run, numbers in runs.items():
+    for run, (stack, numbers) in runs.items():
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[run]))
         count = len(numbers)
-        label = f"block {numbers[0]}" if count == 1 else f"block {numbers[0]}-{numbers[-1]}"
+        label = stack.replace("_", " ") + f"block {numbers[0]}" + (f"-{numbers[-1]}" if count > 1 else "")
         alike = (
             ""
             if count == 1

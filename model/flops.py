@@ -9,13 +9,14 @@ Chowdhery et al. 2022, arXiv:2204.02311.
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 
 import jax
 import jax.numpy as jnp
 
-from model.config import ModelConfig
+from model.config import Block, ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
@@ -38,13 +39,25 @@ PEAK_FLOPS = {
 
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Mean over the tokens of a full row of `seq_len` tokens."""
-    per_block = {
-        block: block.mixer.flops_per_token(cfg.width, seq_len)
-        + (block.ffn.flops_per_token(cfg.width) if block.ffn else 0)
-        for block in set(cfg.blocks)
-    }
-    return sum(per_block[block] for block in cfg.blocks) + 2 * cfg.width * cfg.vocab_size
+    """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
+    encoder = cfg.encoder.blocks if cfg.encoder else ()
+    blocks = collections.Counter(encoder + cfg.blocks)
+    per_block = {block: _forward_flops_of(block, cfg.width, seq_len) for block in blocks}
+    transforms = sum(2 * cfg.width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
+    return (
+        sum(count * per_block[block] for block, count in blocks.items())
+        + transforms
+        + 2 * cfg.width * cfg.vocab_size
+    )
+
+
+def _forward_flops_of(block: Block, width: int, seq_len: int) -> float:
+    cross = block.cross.flops_per_token(width, seq_len) if block.cross else 0
+    return (
+        block.mixer.flops_per_token(width, seq_len)
+        + cross
+        + (block.ffn.flops_per_token(width) if block.ffn else 0)
+    )
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

@@ -1,11 +1,11 @@
 """The pure function: every forward pass anywhere (loss, rollout, serving, evaluation, reward) is `apply`."""
 
-# B batch, T tokens, D model width, V vocabulary, N chosen positions
+# B batch, T tokens, S tokens of the encoder, D model width, V vocabulary, N chosen positions, L labels
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import flax.struct
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from model.blocks.common import Context, FeedForward, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm
 from model.cache import Cache, page_size_of
-from model.config import Block, ModelConfig
+from model.config import Block, ClassHead, Encoder, ModelConfig, ScalarHead
 from model.sharding import ShardingRules, constrain
 
 Params = dict[str, Any]
@@ -27,9 +27,21 @@ NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
 class Output:
     logits: jax.Array  # [B, T, V] float32 ([B, N, V] when `logits_at` was given)
     hidden: jax.Array  # [B, T, D] after the final norm
+    pooled: jax.Array | None = None  # [B, T, D] what the pooler makes of each token; BERT uses the first
+    encoder: jax.Array | None = (
+        None  # [B, S, D] what the encoder made of its tokens, where it has just read them
+    )
     cache: Cache | None = None
     aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
-    heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32
+    heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32, or [B, T, labels]
+
+
+class Source(NamedTuple):
+    """What the encoder reads."""
+
+    tokens: jax.Array | None = None
+    positions: jax.Array | None = None
+    segment_ids: jax.Array | None = None
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
@@ -46,6 +58,10 @@ def apply(
     cache: Cache | None = None,
     *,
     logits_at: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+    encoder_tokens: jax.Array | None = None,
+    encoder_positions: jax.Array | None = None,
+    encoder_segment_ids: jax.Array | None = None,
     rules: ShardingRules | None = None,
 ) -> Output:
     """Run the model.
@@ -57,10 +73,25 @@ def apply(
         out of the cache and any other number means a real token.
       cache: keys and values of what came before; the one in the output holds these tokens too.
       logits_at: [B, N] int32 indices into T: logits at these tokens only.
+      token_types: [B, T] int32, below `cfg.token_types`; default: 0.
+      encoder_tokens: [B, S] int32, what an encoder-decoder answers. A cache remembers them: they are given with the
+        first tokens of a row and not again.
+      encoder_positions: [B, S] int32; default: 0, 1, ...
+      encoder_segment_ids: [B, S] int32; a token sees those of its own segment (with a cache: of any), none of 0.
       rules: sharding of activations, for use under `jax.set_mesh`.
     """
+    if encoder_tokens is not None and cfg.encoder is None:
+        raise ValueError("encoder_tokens were given to a model without an encoder.")
+    if encoder_tokens is None and cfg.encoder is not None and cache is None:
+        raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
+    source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules)
-    return cast(Output, module.apply({"params": params}, tokens, positions, segment_ids, cache, logits_at))
+    return cast(
+        Output,
+        module.apply(
+            {"params": params}, tokens, positions, segment_ids, cache, logits_at, token_types, source
+        ),
+    )
 
 
 def logical_axes(cfg: ModelConfig) -> Params:
@@ -78,7 +109,8 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 def _init_boxed(cfg: ModelConfig, key: jax.Array):
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(cfg).init(key, tokens, None, None, None, None)["params"]
+    source = Source(tokens if cfg.encoder else None)
+    return Transformer(cfg).init(key, tokens, *[None] * 5, source)["params"]
 
 
 class BlockModule(nn.Module):
@@ -90,21 +122,30 @@ class BlockModule(nn.Module):
         spec = self.spec
         if spec.ffn is not None and spec.parallel != "no":
             return self._parallel(spec.ffn, x_BTD, state, info)
-        y_BTD, state, shared = self._mix(self._norm(spec.norm, "mixer_norm", x_BTD), state, info)
+        y_BTD, mixed, shared = self._mix(self._read(x_BTD), _part(state, cross=False), info)
         x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
+        if spec.cross is not None:
+            read_BTD = self._norm(spec.norm, "cross_norm", x_BTD)
+            y_BTD, crossed = spec.cross.module(self.ctx, "cross")(read_BTD, info, _part(state, cross=True))
+            x_BTD = self._add("cross", x_BTD, y_BTD)
+            mixed = mixed if crossed is None else mixed | crossed
         if spec.ffn is not None:
             y_BTD, aux = spec.ffn.module(self.ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
             x_BTD = self._add("ffn", x_BTD, y_BTD)
-        return x_BTD, (state, aux, shared)
+        return x_BTD, (mixed, aux, shared)
 
     def _parallel(self, ffn: FeedForward, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
         spec = self.spec
-        read_BTD = self._norm(spec.norm, "mixer_norm", x_BTD)
+        read_BTD = self._read(x_BTD)
         y_BTD, state, shared = self._mix(read_BTD, state, info)
         if spec.parallel == "two norms":
             read_BTD = self._norm(spec.norm, "ffn_norm", x_BTD)
         z_BTD, aux = ffn.module(self.ctx, "ffn")(read_BTD, info)
         return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, aux, shared)
+
+    def _read(self, x_BTD: jax.Array) -> jax.Array:
+        """What the mixer reads."""
+        return self._norm(self.spec.norm if self.spec.norm_mixer else None, "mixer_norm", x_BTD)
 
     def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
         y_BTD, state, *shared = self.spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)
@@ -121,47 +162,82 @@ class BlockModule(nn.Module):
         return constrain(x_BTD, self.ctx.rules, "batch", "length", "act_embed")
 
 
+def _part(state: dict | None, *, cross: bool) -> dict | None:
+    """Of a block's state, what its mixer or its cross attention has."""
+    if state is None:
+        return None
+    return {key: value for key, value in state.items() if key.startswith("cross_") == cross}
+
+
 class Transformer(nn.Module):
     cfg: ModelConfig
     rules: ShardingRules | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids, cache, logits_at) -> Output:
+    def __call__(self, tokens, positions, segment_ids, cache, logits_at, token_types, source) -> Output:
         cfg = self.cfg
-        ctx = Context(
-            cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules
-        )
+        ctx = self._context(len(cfg.blocks))
         info = _token_info(cfg, tokens, positions, segment_ids, cache)
         # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
         init = nn.initializers.normal(cfg.width**-0.5)
         embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
-        x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info)
+        x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info, token_types)
 
+        aux = {}
+        if source.tokens is not None:
+            encoded_BSD, aux = self._encode(embedding_VD, source)
+            info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
+        x_BTD, states, new_aux = self._stack(ctx, "", x_BTD, cache, info)
+        hidden_BTD = x_BTD if cfg.final_norm is None else cfg.final_norm.module(ctx, "final_norm")(x_BTD)
+        pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
+        return Output(
+            logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
+            hidden=hidden_BTD,
+            pooled=pooled_BTD,
+            encoder=info.encoder,
+            cache=_advance(cache, states, tokens, segment_ids),
+            aux=_add_up(aux, new_aux),
+            heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
+        )
+
+    def _context(self, num_blocks: int) -> Context:
+        cfg = self.cfg
+        return Context(cfg.width, num_blocks, jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules)
+
+    def _encode(self, embedding_VD: jax.Array, source: Source) -> tuple[jax.Array, dict]:
+        encoder = cast(Encoder, self.cfg.encoder)
+        ctx, tokens_BS = self._context(len(encoder.blocks)), cast(jax.Array, source.tokens)
+        info = _token_info(self.cfg, tokens_BS, source.positions, source.segment_ids, None)
+        x_BSD = jnp.take(embedding_VD, tokens_BS, axis=0) * jnp.asarray(self.cfg.embed_scale, ctx.dtype)
+        x_BSD, _, aux = self._stack(ctx, "encoder_", x_BSD, None, info)
+        if encoder.final_norm is not None:
+            x_BSD = encoder.final_norm.module(ctx, "encoder_final_norm")(x_BSD)
+        return x_BSD, aux
+
+    def _stack(self, ctx: Context, stack: str, x_BTD: jax.Array, cache: Cache | None, info: TokenInfo):
+        """What comes out of the last block, each group's new state, and what the blocks report."""
         states, aux = {}, {}
-        for name, block, numbers in cfg.runs():
+        for name, block, numbers in self.cfg.runs(stack):
             run = self._run(ctx, name, block, len(numbers))
             x_BTD, (states[name], run_aux, shared) = run(
                 x_BTD, cache.layers[name] if cache is not None else None, info
             )
-            if cfg.scan:
+            if self.cfg.scan:
                 run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
                 shared = jax.tree.map(lambda s: s[-1], shared)
             info = dataclasses.replace(info, shared=info.shared | shared)
-            for key, value in run_aux.items():
-                aux[key] = aux[key] + value if key in aux else value
+            aux = _add_up(aux, run_aux)
+        return x_BTD, states, aux
 
-        hidden_BTD = x_BTD if cfg.final_norm is None else cfg.final_norm.module(ctx, "final_norm")(x_BTD)
-        return Output(
-            logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
-            hidden=hidden_BTD,
-            cache=_advance(cache, states, tokens, segment_ids),
-            aux=aux,
-            heads={head.name: self._scalar_head(ctx, head.name, hidden_BTD) for head in cfg.heads},
-        )
-
-    def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+    def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo, token_types) -> jax.Array:
         cfg = self.cfg
         x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+        if cfg.token_types:
+            shape, init = (cfg.token_types, cfg.width), nn.initializers.normal(0.1 * cfg.width**-0.5)
+            table_SD = param(self, ctx, "token_types", shape, ("norm", "embed"), init)
+            x_BTD += table_SD[0] if token_types is None else jnp.take(table_SD, token_types, axis=0)
+        elif token_types is not None:
+            raise ValueError("token_types were given to a model whose config has none.")
         if cfg.positions is not None:
             x_BTD += cfg.positions.module(ctx, "positions")(info.positions)
         if cfg.embed_norm is not None:
@@ -187,6 +263,8 @@ class Transformer(nn.Module):
     def _logits(self, ctx: Context, embedding_VD, hidden_BTD, logits_at) -> jax.Array:
         if logits_at is not None:
             hidden_BTD = jnp.take_along_axis(hidden_BTD, logits_at[:, :, None], axis=1)
+        if self.cfg.head_transform is not None:
+            hidden_BTD = self.cfg.head_transform.module(ctx, "head_transform")(hidden_BTD)
         if self.cfg.tied_head:
             head_VD = embedding_VD
         else:
@@ -202,10 +280,29 @@ class Transformer(nn.Module):
             logits_BTV = cap * jnp.tanh(logits_BTV / cap)
         return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
 
+    def _head(self, ctx: Context, head: ScalarHead | ClassHead, hidden_BTD, pooled_BTD) -> jax.Array:
+        if isinstance(head, ScalarHead):
+            return self._scalar_head(ctx, head.name, hidden_BTD)
+        return self._class_head(ctx, head, pooled_BTD if head.pooled else hidden_BTD)
+
+    def _class_head(self, ctx: Context, head: ClassHead, read_BTD: jax.Array) -> jax.Array:
+        name, L = f"{head.name}_head", len(head.labels)
+        w_DL = param(self, ctx, name, (ctx.width, L), ("embed", None), nn.initializers.zeros)
+        y_BTL = jnp.einsum("BTD,DL->BTL", read_BTD, w_DL, preferred_element_type=jnp.float32)
+        return (
+            y_BTL + param(self, ctx, f"{name}_bias", (L,), (None,), nn.initializers.zeros)
+            if head.bias
+            else y_BTL
+        )
+
     def _scalar_head(self, ctx: Context, name: str, hidden_BTD: jax.Array) -> jax.Array:
         w_D = param(self, ctx, f"{name}_head", (ctx.width,), ("norm",), nn.initializers.zeros)
         bias = param(self, ctx, f"{name}_head_bias", (), (), nn.initializers.zeros)
         return jnp.einsum("BTD,D->BT", hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
+
+
+def _add_up(aux: dict, more: dict) -> dict:
+    return aux | {key: aux[key] + value if key in aux else value for key, value in more.items()}
 
 
 def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None) -> TokenInfo:

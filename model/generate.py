@@ -25,38 +25,57 @@ def generate(
     stop_ids: Sequence[int] = (),
     temperature: float = 0.0,
     seed: int = 0,
+    encoder_prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; greedy at temperature 0.
+
+    Args:
+      encoder_prompts: what the encoder of an encoder-decoder reads, one for each prompt; a prompt then begins the
+        answer (T5: its padding token alone).
 
     Returns:
       the new token ids of each prompt, its stop token included when it was reached.
 
     Raises:
-      ValueError: an empty prompt.
+      ValueError: an empty prompt; an encoder, or an encoder-decoder without `encoder_prompts`.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise ValueError(
             "generate needs at least one prompt and at least one token in each; begin with tokenizer.bos_id."
         )
-    longest = max(len(p) for p in prompts)
-    width = 1 << (longest - 1).bit_length()  # few shapes to compile
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    if (encoder_prompts is None) != (cfg.encoder is None):
+        raise ValueError("give encoder_prompts to a model with an encoder, and to no other.")
+    tokens = _in_rows(prompts)
+    source = None
+    if encoder_prompts is not None:
+        if len(encoder_prompts) != len(prompts):
+            raise ValueError(
+                f"{len(encoder_prompts)} encoder_prompts for {len(prompts)} prompts; give one for each."
+            )
+        source = _in_rows(encoder_prompts), np.array([len(p) for p in encoder_prompts], np.int32)
     lengths = np.array([len(p) for p in prompts], np.int32)
     stops = np.array(sorted(stop_ids) or [-1], np.int32)
     new = np.asarray(
-        _generate(cfg, params, tokens, lengths, stops, max_new_tokens, temperature, jax.random.key(seed))
+        _generate(
+            cfg, params, tokens, lengths, stops, max_new_tokens, temperature, jax.random.key(seed), source
+        )
     )
     return [_until_stop(row.tolist(), set(stop_ids)) for row in new]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperature, key):
+def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperature, key, source):
     B, T = tokens_BT.shape
-    real_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
-    cache = init_cache(cfg, B, T + max_new_tokens)
-    out = apply(cfg, params, tokens_BT, segment_ids=real_BT, cache=cache, logits_at=lengths_B[:, None] - 1)
+    real_BT = _real(T, lengths_B)
+    cache = init_cache(
+        cfg, B, T + max_new_tokens, encoder_length=None if source is None else source[0].shape[1]
+    )
+    encoder = {}
+    if source is not None:
+        encoder = {"encoder_tokens": source[0], "encoder_segment_ids": _real(source[0].shape[1], source[1])}
+    out = apply(
+        cfg, params, tokens_BT, segment_ids=real_BT, cache=cache, logits_at=lengths_B[:, None] - 1, **encoder
+    )
 
     def choose(logits_BV, i):
         noise_BV = jax.random.gumbel(jax.random.fold_in(key, i), logits_BV.shape)
@@ -81,6 +100,19 @@ def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperat
         jnp.zeros((B,), bool),
     )
     return jax.lax.while_loop(more, step, start)[3]
+
+
+def _in_rows(prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Padded on the right to a power of two, so that there are few shapes to compile."""
+    longest = max(1, *(len(p) for p in prompts))
+    tokens = np.zeros((len(prompts), 1 << (longest - 1).bit_length()), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens
+
+
+def _real(length: int, lengths_B: jax.Array) -> jax.Array:
+    return (jnp.arange(length) < lengths_B[:, None]).astype(jnp.int32)
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> list[int]:

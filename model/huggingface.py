@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import mxfp4, safetensors_file
-from model.config import ModelConfig
+from model.config import ModelConfig, ScalarHead
 from model.families import FAMILIES
 from model.families.common import Family
 from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
@@ -35,6 +35,8 @@ from model.safetensors_file import StoredTensor
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+
+Stored = StoredTensor | PackedTensor
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     names = family.names_of(cfg)
-    table, stored = tensor_table(cfg, names, family.blocks_per_layer), mxfp4.join(read_headers(folder))
+    table = tensor_table(cfg, names, family.blocks_per_layer)
+    stored = _respelt(family, {tensor.name for tensor in table}, mxfp4.join(read_headers(folder)))
     _check_tensors(folder, cfg, family, names, table, stored)
     parts: dict[tuple[str, ...], list[Lazy]] = {}
     for tensor in table:
@@ -76,7 +79,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
 
 
-def _read_piece(tensor: Tensor, i: int, stored: StoredTensor | PackedTensor) -> np.ndarray:
+def _read_piece(tensor: Tensor, i: int, stored: Stored) -> np.ndarray:
     return tensor.to_ours(stored.read())[i]
 
 
@@ -184,13 +187,22 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
+def _respelt(family: Family, wanted: set[str], stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Each tensor under the name that the model has for it, where that is another than the file's."""
+    found = {}
+    for name, tensor in stored.items():
+        others = [other for other in family.spellings(name) if other in wanted and other not in stored]
+        found[name if name in wanted or not others else others[0]] = tensor
+    return found
+
+
 def _check_tensors(
     folder: Path,
     cfg: ModelConfig,
     family: Family,
     names: NamesOf,
     table: list[Tensor],
-    stored: dict[str, StoredTensor | PackedTensor],
+    stored: dict[str, Stored],
 ) -> None:
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
@@ -219,7 +231,12 @@ def _check_tensors(
             )
         harmless.append(head)
     if harmless:
-        _log.info("%s: passed over %d tensors that repeat others: %s", folder, len(harmless), _some(harmless))
+        _log.info(
+            "%s: passed over %d tensors that the model does not need: %s",
+            folder,
+            len(harmless),
+            _some(harmless),
+        )
     unknown = [name for name in extra if name not in harmless]
     if unknown:
         raise ValueError(
@@ -232,8 +249,9 @@ def _some(names: list[str]) -> str:
 
 
 def _family_of(cfg: ModelConfig) -> Family:
-    if cfg.heads:
-        names = ", ".join(head.name for head in cfg.heads)
+    scalars = [head for head in cfg.heads if isinstance(head, ScalarHead)]
+    if scalars:
+        names = ", ".join(head.name for head in scalars)
         raise ValueError(
             f'a Hugging Face folder has no place for the heads {names}. Save with format="native".'
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import STACKS, ModelConfig
 from model.function import Params
 from model.lazy import Lazy, Stacked
 
@@ -16,20 +16,18 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
     if cfg.scan == scan:
         return cfg, params
     target = cfg.replace(scan=scan)
-    names = {name for name, _, _ in cfg.runs()}
-    rest = {key: value for key, value in params.items() if key not in names}
-    if scan:
-        groups = {
-            name: jax.tree.map(lambda *xs: _stack(xs), *(params[f"block_{i}"] for i in numbers))
-            for name, _, numbers in target.runs()
-        }
-    else:
-        groups = {
-            f"block_{i}": jax.tree.map(lambda x, j=j: x[j], params[name])
-            for name, _, numbers in cfg.runs()
-            for j, i in enumerate(numbers)
-        }
-    return target, rest | groups
+    names = {name for stack in STACKS for name, _, _ in cfg.runs(stack)}
+    groups = {key: value for key, value in params.items() if key not in names}
+    for stack in STACKS:
+        for name, _, numbers in target.runs(stack) if scan else cfg.runs(stack):
+            unrolled = [f"{stack}block_{i}" for i in numbers]
+            if scan:
+                groups[name] = jax.tree.map(lambda *xs: _stack(xs), *(params[key] for key in unrolled))
+            else:
+                groups |= {
+                    key: jax.tree.map(lambda x, j=j: x[j], params[name]) for j, key in enumerate(unrolled)
+                }
+    return target, groups
 
 
 def _stack(arrays):

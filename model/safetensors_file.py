@@ -22,7 +22,8 @@ import numpy as np
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-READ = DTYPES | {"U8": np.dtype(np.uint8)}  # bytes, of packed weights
+# Bytes, of packed weights; position ids, in old checkpoints of BERT.
+READ = DTYPES | {"U8": np.dtype(np.uint8), "I64": np.dtype("<i8")}
 
 
 class SafetensorsError(ValueError):

@@ -37,6 +37,11 @@ class EngineConfig:
 
     def resolve(self, cfg: ModelConfig) -> EngineSizes:
         """Every size for this model; ValueError names a setting that can't be."""
+        if cfg.encoder is not None or not cfg.causal:
+            raise ValueError(
+                "the engine continues texts with a decoder alone, and this model has an encoder. Use model.embed, or "
+                "model.generate with encoder_prompts."
+            )
         for name in ("max_rows", "page_size", "prefill_chunk", "prefill_tokens", "decode_steps"):
             _check_positive(name, getattr(self, name))
         length = cfg.max_length if self.max_length is None else self.max_length

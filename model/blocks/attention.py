@@ -10,7 +10,8 @@ al. 2020, arXiv:2004.05150; chunks and temperature: Llama 4; gate: Qiu et al. 20
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, cast
+import functools
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm
-from model.blocks.positions import Alibi, Rope
+from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels.attention import Scores, Sight, attention, self_attention
 from model.sharding import constrain
 
@@ -55,6 +56,7 @@ class Attention:
     window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
     chunk: int | None = None  # a token sees its own chunk of so many positions
     alibi: Alibi | None = None
+    relative: RelativeBias | None = None
     causal: bool = True  # False: an encoder, whose tokens see those after them too; has no cache
     scale: float | None = None  # of the scores; None: head_dim ** -0.5
     softcap: float | None = None
@@ -80,6 +82,14 @@ class Attention:
                 f"head_dim={self.head_dim} leaves an odd number of channels to rotate; rotary positions turn pairs, "
                 "so use an even width."
             )
+
+        if self.relative is not None and self.alibi is not None:
+            raise ValueError("relative and alibi are two biases of the scores; give one.")
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """What the module gives to the layers after it."""
+        return ("relative_bias",) if self.relative is not None and self.relative.own else ()
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return AttentionModule(self, ctx, name=name)
@@ -117,26 +127,28 @@ class AttentionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
-        spec = self.spec
+        spec, shared = self.spec, self._relative_bias(info)
         q_BTHC, k_BTKC, v_BTKC = self._queries_keys_values(x_BTD, info)
+        scores = self._scores(shared)
         if cache is None:
             out_BTHC = self_attention(
-                q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), self._scores()
+                q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), scores
             )
         else:
             pages = {"k": k_BTKC, "v": v_BTKC}
             cache = write_pages(cache, pages, info)
-            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.sight(), self._scores())
+            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.sight(), scores)
         if spec.gate:
-            gate_BTHC = self._project("gate", x_BTD, spec.num_heads, "heads")
+            gate_BTHC = project_heads(self, "gate", x_BTD, spec.num_heads, "heads")
             out_BTHC = out_BTHC * nn.sigmoid(gate_BTHC)
-        return self._output(out_BTHC), cache
+        y_BTD = combine_heads(self, out_BTHC)
+        return (y_BTD, cache, shared) if spec.shares else (y_BTD, cache)
 
     def _queries_keys_values(self, x_BTD: jax.Array, info: TokenInfo):
         spec = self.spec
-        q_BTHC = self._project("q", x_BTD, spec.num_heads, "heads")
-        k_BTKC = self._project("k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
-        v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
+        q_BTHC = project_heads(self, "q", x_BTD, spec.num_heads, "heads")
+        k_BTKC = project_heads(self, "k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
+        v_BTKC = project_heads(self, "v", x_BTD, spec.num_kv_heads, "kv_heads")
         limit = jnp.inf if spec.clip_qkv is None else spec.clip_qkv
         clip = lambda x: x if spec.clip_qkv is None else jnp.clip(x, -limit, limit)
         if spec.clip_first:
@@ -168,33 +180,47 @@ class AttentionModule(nn.Module):
             norm.module(self.ctx, "k_norm", *k_axes, reduced=reduced)(k_BTKC),
         )
 
-    def _scores(self) -> Scores:
+    def _relative_bias(self, info: TokenInfo) -> dict[str, jax.Array]:
+        """The table of `spec.relative`, of this block or of the one before it that has it."""
+        spec = self.spec
+        if spec.relative is None:
+            return {}
+        if not spec.relative.own:
+            return {"relative_bias": info.shared["relative_bias"]}
+        shape, init = (spec.relative.buckets, spec.num_heads), nn.initializers.normal(self.ctx.width**-0.5)
+        return {"relative_bias": param(self, self.ctx, "relative", shape, ("norm", "heads"), init)}
+
+    def _scores(self, shared: dict[str, jax.Array]) -> Scores:
         spec, sinks_H, bias = self.spec, None, None
         if spec.sinks:
             sinks_H = param(self, self.ctx, "sinks", (spec.num_heads,), ("heads",), nn.initializers.zeros)
         if spec.alibi is not None:
             slopes_H = spec.alibi.slopes(spec.num_heads)
             bias = lambda distance: slopes_H[:, None, None] * distance[..., None, :, :].astype(jnp.float32)
+        if spec.relative is not None:
+            bias = functools.partial(spec.relative, shared["relative_bias"], spec.causal)
         return Scores(spec.scale, spec.softcap, sinks_H, bias)
 
-    def _project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
-        D, C = x_BTD.shape[-1], self.spec.head_dim
-        w_DHC = param(self, self.ctx, name, (D, heads, C), ("embed", axis, "head_dim"), fan_in_normal(D))
-        y_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC)
-        if self.spec.qkv_bias:
-            y_BTHC += param(
-                self, self.ctx, f"{name}_bias", (heads, C), (axis, "head_dim"), nn.initializers.zeros
-            )
-        return constrain(y_BTHC, self.ctx.rules, "batch", "length", f"act_{axis}", None)
 
-    def _output(self, out_BTHC: jax.Array) -> jax.Array:
-        H, C, D = *out_BTHC.shape[2:], self.ctx.width
-        init = fan_in_normal(H * C, scale=(2 * self.ctx.num_blocks) ** -0.5)
-        w_HCD = param(self, self.ctx, "o", (H, C, D), ("heads", "head_dim", "embed"), init)
-        y_BTD = jnp.einsum("BTHC,HCD->BTD", out_BTHC, w_HCD)
-        if self.spec.out_bias:
-            y_BTD += param(self, self.ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
-        return y_BTD
+def project_heads(module: Any, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
+    """[B, T, D] to [B, T, heads, C], by the `head_dim` and `qkv_bias` of the module's spec."""
+    ctx, D, C = module.ctx, x_BTD.shape[-1], module.spec.head_dim
+    w_DHC = param(module, ctx, name, (D, heads, C), ("embed", axis, "head_dim"), fan_in_normal(D))
+    y_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC)
+    if module.spec.qkv_bias:
+        y_BTHC += param(module, ctx, f"{name}_bias", (heads, C), (axis, "head_dim"), nn.initializers.zeros)
+    return constrain(y_BTHC, ctx.rules, "batch", "length", f"act_{axis}", None)
+
+
+def combine_heads(module: Any, out_BTHC: jax.Array) -> jax.Array:
+    """What the heads found, as wide as the model."""
+    ctx, (H, C), D = module.ctx, out_BTHC.shape[2:], module.ctx.width
+    init = fan_in_normal(H * C, scale=(2 * ctx.num_blocks) ** -0.5)
+    w_HCD = param(module, ctx, "o", (H, C, D), ("heads", "head_dim", "embed"), init)
+    y_BTD = jnp.einsum("BTHC,HCD->BTD", out_BTHC, w_HCD)
+    if module.spec.out_bias:
+        y_BTD += param(module, ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
+    return y_BTD
 
 
 def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:

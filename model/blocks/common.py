@@ -69,6 +69,10 @@ class TokenInfo:
     )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
     rows: jax.Array | None = None  # [B] int32 row of a recurrent mixer's state, set when there is a cache
+    encoder: jax.Array | None = (
+        None  # [B, S, D] what the encoder made of its tokens, where it has just read them
+    )
+    encoder_segment_ids: jax.Array | None = None  # [B, S] int32, 0 is padding
     shared: dict[str, jax.Array] = flax.struct.field(
         default_factory=dict
     )  # from earlier blocks to later ones

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "relu2": lambda x: jnp.square(nn.relu(x)),  # So et al. 2021, arXiv:2109.08668
     "sigmoid": nn.sigmoid,
+    "tanh": jnp.tanh,
 }
 
 
@@ -36,7 +37,7 @@ class GatedMLP:
     down_scale: float = 1.0  # muP: of the result
 
     def __post_init__(self):
-        _check_activation(self.activation)
+        check_activation(self.activation)
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return GatedMLPModule(self, ctx, name=name)
@@ -55,7 +56,7 @@ class MLP:
     bias: bool = True
 
     def __post_init__(self):
-        _check_activation(self.activation)
+        check_activation(self.activation)
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return MLPModule(self, ctx, name=name)
@@ -115,6 +116,6 @@ def _linear(
     return jnp.asarray(y)
 
 
-def _check_activation(name: str) -> None:
+def check_activation(name: str) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation={name!r} is not one of {', '.join(ACTIVATIONS)}.")

@@ -1,4 +1,4 @@
-"""How a model knows the order of its tokens: rotary embedding and its context scalings, ALiBi, learned, sinusoidal.
+"""How a model knows the order of its tokens: rotary embedding and its context scalings, biases, learned, sinusoidal.
 
 Rotary: Su et al. 2021, arXiv:2104.09864. ALiBi: Press et al. 2021, arXiv:2108.12409. Sinusoidal: Vaswani et al. 2017,
 arXiv:1706.03762.
@@ -183,6 +183,43 @@ class Alibi:
         first = 2.0 ** (-self.max_bias * np.arange(1, power + 1) / power)
         between = 2.0 ** (-self.max_bias * np.arange(1, 2 * power + 1, 2) / (2 * power))
         return (self.scale * np.concatenate([first, between])[:num_heads]).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+    """Adds to a head's scores a learned number for the key's distance: near distances have one each, farther ones share
+    a bucket, the wider the farther, up to `max_distance`; without causality half of the buckets are for either side.
+
+    T5, Raffel et al. 2019, arXiv:1910.10683.
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+    own: bool = True  # the block has the table; False: it uses that of the last block before it that has one
+
+    def __post_init__(self):
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"buckets={self.buckets}, max_distance={self.max_distance}: give at least 4 buckets, and a distance "
+                "beyond half of them."
+            )
+
+    def buckets_of(self, causal: bool) -> np.ndarray:
+        """[2 * max_distance + 1] int32: the bucket of each distance (key's position - query's), the least first."""
+        to_a_side = self.buckets if causal else self.buckets // 2
+        exact = to_a_side // 2
+        away = np.arange(self.max_distance + 1)
+        share = np.log(np.maximum(away, 1).astype(np.float32) / exact) / math.log(self.max_distance / exact)
+        shared = exact + (share * (to_a_side - exact)).astype(np.int32)
+        before = np.where(away < exact, away, np.minimum(shared, to_a_side - 1))
+        after = np.zeros_like(before) if causal else before + to_a_side
+        return np.concatenate([before[::-1], after[1:]]).astype(np.int32)
+
+    def __call__(self, table_NH: jax.Array, causal: bool, distance: jax.Array) -> jax.Array:
+        """[..., H, T, S] float32 for distances [..., T, S] and a table of numbers for each bucket and head."""
+        index = jnp.clip(distance, -self.max_distance, self.max_distance) + self.max_distance
+        bias = jnp.take(table_NH[self.buckets_of(causal)].astype(jnp.float32), index, axis=0)
+        return jnp.moveaxis(bias, -1, -3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Families of models: how their configs and tensor names map to ours. The model itself never asks for one."""
 
 from model.families import (
+    bert,
     bloom,
     cohere,
     dbrx,
@@ -19,6 +20,7 @@ from model.families import (
     mamba,
     mistral,
     mixtral,
+    modernbert,
     mpt,
     olmo,
     phi,
@@ -29,6 +31,7 @@ from model.families import (
     rwkv7,
     smollm3,
     starcoder2,
+    t5,
 )
 from model.families.common import Family
 
@@ -64,5 +67,7 @@ _ALL = (
     recurrent_gemma.FAMILY,
     qwen3_next.FAMILY,
     rwkv7.FAMILY,
+    *(bert.FAMILY, modernbert.FAMILY),
+    t5.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}  # by Hugging Face's model_type

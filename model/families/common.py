@@ -50,13 +50,16 @@ class Family:
     )  # further names in blocks of a mixer
     packed: tuple[str, ...] = ()  # quantized weights that can be read, by transformers' quant_method
     blocks_per_layer: int = 1  # of ours in one layer of theirs
-    harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
+    harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
+    encoder_decoder: bool = False
+    # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
+    spellings: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
         config = Reader(saved)
         self._check_quantization(config)
-        config.must_be("is_encoder_decoder", False)
+        config.must_be("is_encoder_decoder", self.encoder_decoder)
         config.must_be("add_cross_attention", False)
         cfg = self.read(config)
         dtype = config.dtype()
@@ -82,7 +85,7 @@ class Family:
             again = self.read_config(self.write_config(cfg))
         except AttributeError as error:
             return f"has other parts ({error})"
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, LookupError, StopIteration) as error:
             return f"can't say it ({error})"
         return difference(cfg, again)
 
@@ -236,6 +239,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "tanh": "tanh",
 }
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from model.config import Block, ModelConfig
+from model.config import STACKS, Block, ModelConfig
 from model.function import Params, logical_axes, param_shapes
 
 Path = tuple[str, ...]
+
+ENCODER = "encoder/"  # before our names of what is in an encoder's blocks
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
 INPUT_AXES: dict[str, int] = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "router", "shared_gate"), 1)
@@ -25,6 +27,7 @@ INPUT_AXES |= dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b"), 1)  # latent attenti
 INPUT_AXES |= dict.fromkeys(("in_z", "in_x", "in_B", "in_C", "in_dt", "dt_low", "dt", "B", "C"), 1)  # Mamba
 INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
 INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
+INPUT_AXES |= dict.fromkeys(("dense", "class_head"), 1)  # heads of encoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Folded:
 
 Rule = str | Fused | Whole | Merged | Conv | Folded
 Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
-# A checkpoint's name to ours, such as "mixer/q". "{i}" is the layer's number, "{e}" the expert's.
+# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block. "{i}" is the layer's
+# number, "{e}" the expert's.
 Names = dict[str, Rule]
 NamesOf = Callable[[Block | None], Names]
 
@@ -152,8 +156,7 @@ def tensor_table(cfg: ModelConfig, names: Names | NamesOf, blocks_per_layer: int
       ValueError: a parameter that the format has no name for.
     """
     table = []
-    for layer, leaves in _groups(cfg):
-        block = None if layer is None else cfg.blocks[layer]
+    for block, layer, leaves in _groups(cfg):
         own = names(block) if callable(names) else names
         theirs = {key: (name, rule) for name, rule in own.items() for key in _ours(rule)}
         done = set()
@@ -189,22 +192,24 @@ def _ours(rule: Rule) -> tuple[str, ...]:
     return rule.ours if isinstance(rule, Fused | Conv) else (rule.ours,)
 
 
-def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
-    """(None, everything outside the blocks), then (layer, what is in it) for each block."""
+def _groups(cfg: ModelConfig) -> Iterator[tuple[Block | None, int | None, Leaves]]:
+    """(None, None, everything outside the blocks), then (block, layer, what is in it) for each block of a stack."""
     scanned = cfg.replace(scan=True)  # one trace for each run of equal blocks
     shapes, axes = param_shapes(scanned), logical_axes(scanned)
-    runs = {name: numbers for name, _, numbers in scanned.runs()}
+    runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
 
     def flat(shape_tree: Params, axes_tree: Params, drop: int) -> Leaves:
         pairs = zip(_flat(shape_tree), _flat(axes_tree), strict=True)
         return {key: (leaf.shape[drop:], of_leaf[drop:]) for (key, leaf), (_, of_leaf) in pairs}
 
     outside = [{key: value for key, value in tree.items() if key not in runs} for tree in (shapes, axes)]
-    yield None, flat(outside[0], outside[1], 0)
-    for run, numbers in runs.items():
+    yield None, None, flat(outside[0], outside[1], 0)
+    for run, (stack, block, numbers) in runs.items():
         leaves = flat(shapes[run], axes[run], 1)
+        if stack:
+            leaves = {ENCODER + key: leaf for key, leaf in leaves.items()}
         for i in numbers:
-            yield i, leaves
+            yield block, i, leaves
 
 
 def _tensors(
@@ -259,7 +264,9 @@ def _group_count(rule: Rule, pieces: tuple[Piece, ...], leaves: Leaves) -> int:
 def _piece(
     key: str, rule: Rule, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None
 ) -> Piece:
-    path = tuple(key.split("/")) if layer is None else (f"block_{layer}", *key.split("/"))
+    path = tuple(key.removeprefix(ENCODER).split("/"))
+    if layer is not None:
+        path = (f"encoder_block_{layer}" if key.startswith(ENCODER) else f"block_{layer}", *path)
     whole, axes = leaf
     shape = whole if expert is None else whole[1:]
     lead = int(expert is None and axes[:1] == ("experts",) and len(shape) > 1)

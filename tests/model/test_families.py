@@ -17,8 +17,10 @@ from model.families import FAMILIES
 from .conftest import GOLDENS, compiled_fast
 
 CHECKPOINTS = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npz"))
+ENCODERS = ("bert", "bert_bare", "bert_classes", "modernbert", "modernbert_bare")
 DEFAULTS = json.loads((GOLDENS / "defaults.json").read_text())
 ELSEWHERE = ["rwkv7"]  # transformers has no such class; make_rwkv7.py asked another implementation
+ENCODER_INPUTS = {"encoder_tokens": "encoder_tokens", "encoder_mask": "encoder_segment_ids"}
 UNUSABLE = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},
@@ -37,6 +39,13 @@ def all_tensors(folder):
 
 def form(tensors):
     return {name: (array.dtype, array.shape) for name, array in tensors.items()}
+
+
+def inputs_of(golden):
+    """What `apply` takes beside the tokens."""
+    names = {"token_types": "token_types", **ENCODER_INPUTS}
+    others = {ours: golden[key] for key, ours in names.items() if key in golden}
+    return {"positions": golden["positions"], "segment_ids": golden["mask"], **others}
 
 
 def config_of(folder):
@@ -64,11 +73,15 @@ def test_kimi_k2_is_a_deepseek_v3_with_code_of_its_own(tmp_path, caplog):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_those_of_transformers(name):
     golden = np.load(GOLDENS / name / "logits.npz")
-    assert np.abs(golden["logits"]).max() > 1
     cfg, params = load(GOLDENS / name, dtype="float32")
-    out = forward(cfg, params, golden["tokens"], positions=golden["positions"], segment_ids=golden["mask"])
-    real = golden["mask"] == 1
-    assert np.abs(np.asarray(out.logits)[real] - golden["logits"][real]).max() < 1e-4
+    out, real = forward(cfg, params, golden["tokens"], **inputs_of(golden)), golden["mask"] == 1
+    pairs = [(getattr(out, key)[real], golden[key][real]) for key in ("logits", "hidden") if key in golden]
+    if "classes" in golden:  # of the first token, where that is none of the padding
+        pairs.append((out.heads["class"][real[:, 0], 0], golden["classes"][real[:, 0]]))
+    for ours, theirs in pairs:
+        assert np.abs(theirs).max() > 1
+        assert np.abs(ours - theirs).max() < 1e-4
+    assert pairs
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -113,10 +126,18 @@ def test_a_key_that_is_absent_has_the_default_of_transformers(name, caplog):
             assert str(error) == f"{key} is missing." or key in UNUSABLE.get(saved["model_type"], {})
 
 
-def decoded(cfg, params, tokens, prompt):
+def tokens_of(name):
+    """Its golden file's tokens, and what an encoder reads beside them."""
+    golden = np.load(GOLDENS / name / "logits.npz")
+    others = {ours: golden[key] for key, ours in ENCODER_INPUTS.items() if key in golden}
+    return golden["tokens"].astype(np.int32), others
+
+
+def decoded(cfg, params, tokens, prompt, encoder):
     """Logits of a prompt at once, then of one token after the other."""
-    cache = init_cache(cfg, len(tokens), tokens.shape[1] + 1)
-    out = forward(cfg, params, tokens[:, :prompt], cache=cache)
+    length = encoder["encoder_tokens"].shape[1] + 2 if encoder else None
+    cache = init_cache(cfg, len(tokens), tokens.shape[1] + 1, encoder_length=length)
+    out = forward(cfg, params, tokens[:, :prompt], cache=cache, **encoder)
     logits = [out.logits]
     for t in range(prompt, tokens.shape[1]):
         out = forward(cfg, params, tokens[:, t : t + 1], cache=out.cache)
@@ -125,12 +146,12 @@ def decoded(cfg, params, tokens, prompt):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [name for name in CHECKPOINTS if name not in ENCODERS])
 def test_decoding_token_by_token_equals_the_whole_text_at_once(name):
     cfg, params = load(GOLDENS / name, dtype="float32")
-    tokens = np.load(GOLDENS / name / "logits.npz")["tokens"].astype(np.int32)
-    whole = forward(cfg, params, tokens).logits
-    np.testing.assert_allclose(decoded(cfg, params, tokens, 8), whole, atol=2e-4)
+    tokens, encoder = tokens_of(name)
+    whole = forward(cfg, params, tokens, **encoder).logits
+    np.testing.assert_allclose(decoded(cfg, params, tokens, 8, encoder), whole, atol=2e-4)
 
 
 @pytest.mark.slow
@@ -138,9 +159,9 @@ def test_decoding_token_by_token_equals_the_whole_text_at_once(name):
 def test_a_scanned_model_computes_the_same(name):
     cfg, params = load(GOLDENS / name, dtype="float32")
     scanned_cfg, scanned = load(GOLDENS / name, cfg=cfg.replace(scan=True), dtype="float32")
-    tokens = np.load(GOLDENS / name / "logits.npz")["tokens"].astype(np.int32)
-    whole = forward(cfg, params, tokens).logits
-    np.testing.assert_allclose(forward(scanned_cfg, scanned, tokens).logits, whole, atol=2e-4)
+    tokens, encoder = tokens_of(name)
+    whole = forward(cfg, params, tokens, **encoder).logits
+    np.testing.assert_allclose(forward(scanned_cfg, scanned, tokens, **encoder).logits, whole, atol=2e-4)
 
 
 @pytest.mark.slow

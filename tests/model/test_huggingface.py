@@ -189,8 +189,12 @@ def rewrite(folder, change):
             lambda t: t.update({"model.norm.weight": np.zeros(36, "f8")}),
             "'model.norm.weight' is F64; only F32",
         ),
+        (
+            lambda t: t.update({"model.norm.weight": np.zeros(36, "i8")}),
+            "'model.norm.weight' is int64; wanted one of",
+        ),
     ],
-    ids=["missing", "unknown", "misshapen", "untied", "float64"],
+    ids=["missing", "unknown", "misshapen", "untied", "float64", "integers"],
 )
 def test_tensors_that_disagree_with_the_config_are_errors(change, message, tmp_path):
     folder = copy_of("llama_tied", tmp_path)
@@ -360,7 +364,7 @@ BROKEN = [
         "twice",
     ),
     (file_of({"a": 5}), "has the entry 5"),
-    (file_of({"a": entry("I64")}, bytes(8)), "is I64; only F32, F16, BF16"),
+    (file_of({"a": entry("I32")}, bytes(8)), "is I32; only F32, F16, BF16"),
     (file_of({"a": entry(shape=(-2,))}, bytes(8)), r"the shape \[-2\]"),
     (file_of({"a": entry(shape=(True, 2))}, bytes(8)), "the shape"),
     (file_of({"a": entry(shape=(2**62, 4))}, bytes(8)), "has 73786976294838206464 bytes, but lies at"),

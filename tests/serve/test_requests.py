@@ -1,8 +1,11 @@
 """A request that can't be served is refused with the field, what was given and what was wanted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from model.config import Encoder
 from serve import EngineConfig, Request, RequestError, SamplingParams
 
 BAD_PARAMS = [
@@ -102,6 +105,14 @@ def test_numpy_prompts_are_taken():
 def test_sizes_that_can_not_be_are_refused(cfg, options, words):
     with pytest.raises(ValueError, match=words):
         EngineConfig(**({"page_size": 4} | options)).resolve(cfg)
+
+
+def test_a_model_with_an_encoder_is_refused(cfg):
+    block = cfg.blocks[0]
+    seeing_ahead = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, causal=False))
+    for other in (cfg.replace(encoder=Encoder((seeing_ahead,))), cfg.replace(blocks=(seeing_ahead,))):
+        with pytest.raises(ValueError, match="this model has an encoder"):
+            EngineConfig().resolve(other)
 
 
 def test_default_buckets_end_at_the_limits(cfg):

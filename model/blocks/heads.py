@@ -1,0 +1,45 @@
+"""What stands between an encoder's last hidden state and its logits or its pooled vector. Devlin et al. 2018,
+arXiv:1810.04805.
+"""
+
+# B batch, T tokens, D model width
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+
+from model.blocks.common import Context, fan_in_normal, param
+from model.blocks.ffn import ACTIVATIONS, check_activation
+from model.blocks.norms import LayerNorm, Norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """norm(activation(linear(x))), as wide as the model: what BERT's logits are read from, and its pooler."""
+
+    activation: str = "gelu"
+    bias: bool = True
+    norm: Norm | None = LayerNorm()
+
+    def __post_init__(self):
+        check_activation(self.activation)
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return TransformModule(self, ctx, name=name)
+
+
+class TransformModule(nn.Module):
+    spec: Transform
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        spec, D = self.spec, x_BTD.shape[-1]
+        y_BTD = x_BTD @ param(self, self.ctx, "dense", (D, D), ("embed", None), fan_in_normal(D))
+        if spec.bias:
+            y_BTD += param(self, self.ctx, "dense_bias", (D,), ("norm",), nn.initializers.zeros)
+        y_BTD = ACTIVATIONS[spec.activation](y_BTD)
+        return y_BTD if spec.norm is None else spec.norm.module(self.ctx, "norm")(y_BTD)
