@@ -28,7 +28,8 @@ def config_for(family):
 
 
 def loss(cfg, params, tokens):
-    out = apply(cfg, params, tokens[:, :-1])
+    encoder = {"encoder_tokens": tokens[:, :-5]} if cfg.encoder else {}
+    out = apply(cfg, params, tokens[:, :-1], **encoder)
     nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]).mean()
     return nll + (out.aux["loss"].mean() if "loss" in out.aux else 0.0)
 
