@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import flax.linen as nn
@@ -65,15 +66,21 @@ def apply(
 
 def logical_axes(cfg: ModelConfig) -> Params:
     """The tree of `init` with a tuple of logical axis names at each leaf."""
-    boxed = jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
-    return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-    )
+    return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(cfg), is_leaf=_is_box)
 
 
 def param_shapes(cfg: ModelConfig) -> Params:
     """The tree of `init` as ShapeDtypeStructs; allocates nothing."""
-    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.value, _boxed_shapes(cfg), is_leaf=_is_box)
+
+
+@functools.lru_cache(maxsize=16)
+def _boxed_shapes(cfg: ModelConfig):
+    return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _init_boxed(cfg: ModelConfig, key: jax.Array):

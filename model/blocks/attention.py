@@ -65,6 +65,17 @@ class Attention:
     temperature: Temperature | None = None
     key_scale: float = 1.0  # muP: of the keys
 
+    roles = {
+        "q": "queries: what each head looks for",
+        "k": "keys: what each token offers to be found by",
+        "v": "values: what a token passes on when looked at",
+        "q_norm": "each head's query",
+        "k_norm": "each head's key",
+        "sinks": "a score a head that takes a share of its attention and gives nothing",
+        "gate": "how much of each head's finding goes on",
+        "o": "adds the heads' findings to the residual stream",
+    }
+
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -35,6 +35,18 @@ class DifferentialAttention:
     out_bias: bool = False
     pair_norm: RMSNorm = RMSNorm(scale=False)  # of each pair's difference
 
+    roles = {
+        "q": "queries: what each head looks for",
+        "k": "keys: what each token offers to be found by",
+        "v": "values: what a token passes on when looked at",
+        "o": "adds the pairs' findings to the residual stream",
+        "lambda_q1": "how much of the second head of a pair is taken away",
+        "lambda_k1": "how much of the second head of a pair is taken away",
+        "lambda_q2": "how much of the second head of a pair is taken away",
+        "lambda_k2": "how much of the second head of a pair is taken away",
+        "pair_norm": "each pair's difference",
+    }
+
     def __post_init__(self):
         if self.num_kv_heads % 2 or self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -37,6 +37,17 @@ class LatentAttention:
     bias: bool = False  # of the maps from and to the model's width, save that of queries without a latent
     scale: float | None = None  # of the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
 
+    roles = {
+        "q": "queries: what each head looks for",
+        "q_a": "the token to the queries' latent",
+        "q_a_norm": "the queries' latent",
+        "q_b": "that latent to each head's query",
+        "kv_a": "the token to the latent that is cached, and to the rotated key",
+        "kv_a_norm": "the cached latent",
+        "kv_b": "the latent to each head's key and value",
+        "o": "adds the heads' findings to the residual stream",
+    }
+
     def __post_init__(self):
         if self.rope.rotated(self.rope_dim) % 2:
             raise ValueError(
