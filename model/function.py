@@ -96,7 +96,14 @@ class BlockModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
         spec = self.spec
         if spec.ffn is not None and spec.parallel != "no":
-            return self._parallel(spec.ffn, x_BTD, state, info)
+            x_BTD, more = self._parallel(spec.ffn, x_BTD, state, info)
+        else:
+            x_BTD, more = self._one_after_the_other(x_BTD, state, info)
+        self.sow("intermediates", "residual", x_BTD)
+        return x_BTD, more
+
+    def _one_after_the_other(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
+        spec = self.spec
         y_BTD, state, shared = self._mix(self._norm(spec.norm, "mixer_norm", x_BTD), state, info)
         x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
         if spec.ffn is not None:
@@ -134,15 +141,11 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, positions, segment_ids, cache, logits_at) -> Output:
-        cfg = self.cfg
-        ctx = Context(
-            cfg.width, len(cfg.blocks), jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules
-        )
+        cfg, ctx = self.cfg, self._context()
         info = _token_info(cfg, tokens, positions, segment_ids, cache)
-        # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
-        init = nn.initializers.normal(cfg.width**-0.5)
-        embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
+        embedding_VD = self._embedding(ctx)
         x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info)
+        self.sow("intermediates", "embedded", x_BTD)
 
         states, aux = {}, {}
         for name, block, numbers in cfg.runs():
@@ -157,7 +160,7 @@ class Transformer(nn.Module):
             for key, value in run_aux.items():
                 aux[key] = aux[key] + value if key in aux else value
 
-        hidden_BTD = x_BTD if cfg.final_norm is None else cfg.final_norm.module(ctx, "final_norm")(x_BTD)
+        hidden_BTD = self._final_norm(ctx, x_BTD)
         return Output(
             logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
             hidden=hidden_BTD,
@@ -165,6 +168,20 @@ class Transformer(nn.Module):
             aux=aux,
             heads={head.name: self._scalar_head(ctx, head.name, hidden_BTD) for head in cfg.heads},
         )
+
+    def _context(self) -> Context:
+        cfg = self.cfg
+        dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
+        return Context(cfg.width, len(cfg.blocks), *dtypes, self.rules)
+
+    def _embedding(self, ctx: Context) -> jax.Array:
+        # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
+        init = nn.initializers.normal(ctx.width**-0.5)
+        return param(self, ctx, "embedding", (self.cfg.vocab_size, ctx.width), ("vocab", "embed"), init)
+
+    def _final_norm(self, ctx: Context, x_BTD: jax.Array) -> jax.Array:
+        norm = self.cfg.final_norm
+        return x_BTD if norm is None else norm.module(ctx, "final_norm")(x_BTD)
 
     def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
         cfg = self.cfg

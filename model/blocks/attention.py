@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, Rope
-from model.kernels.attention import Scores, Sight, attention, self_attention
+from model.kernels.attention import Scores, Sight, attention, self_attention, self_attention_weights
 from model.sharding import constrain
 
 
@@ -130,14 +130,16 @@ class AttentionModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
         q_BTHC, k_BTKC, v_BTKC = self._queries_keys_values(x_BTD, info)
+        scores = self._scores()
         if cache is None:
+            sow_weights(self, q_BTHC, k_BTKC, info, spec.sight(), scores)
             out_BTHC = self_attention(
-                q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), self._scores()
+                q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), scores
             )
         else:
             pages = {"k": k_BTKC, "v": v_BTKC}
             cache = write_pages(cache, pages, info)
-            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.sight(), self._scores())
+            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.sight(), scores)
         if spec.gate:
             gate_BTHC = self._project("gate", x_BTD, spec.num_heads, "heads")
             out_BTHC = out_BTHC * nn.sigmoid(gate_BTHC)
@@ -206,6 +208,20 @@ class AttentionModule(nn.Module):
         if self.spec.out_bias:
             y_BTD += param(self, self.ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
         return y_BTD
+
+
+def sow_weights(
+    module: nn.Module,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    info: TokenInfo,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
+) -> None:
+    """Leaves the weights of attention for whoever asks for them (model.trace), and is nothing for all others."""
+    if module.is_mutable_collection("intermediates"):
+        weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, sight, scores)
+        module.sow("intermediates", "attention", weights)
 
 
 def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, write_pages
+from model.blocks.attention import read_pages, sow_weights, write_pages
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
@@ -86,6 +86,7 @@ class DifferentialAttentionModule(nn.Module):
         v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
         if cache is None:
             v_BTKE = _shared_values(v_BTKC)
+            sow_weights(self, q_BTHC, k_BTKC, info)
             out_BTHE = self_attention(q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids)
         else:
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)

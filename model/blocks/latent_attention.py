@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, write_pages
+from model.blocks.attention import read_pages, sow_weights, write_pages
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
@@ -128,6 +128,7 @@ class LatentAttentionModule(nn.Module):
         q_BTHC = jnp.concatenate([q_BTHN, q_BTHR], -1)
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
         v_BTHE = kv[..., spec.nope_dim :]
+        sow_weights(self, q_BTHC, k_BTHC, info, scores=self._scores())
         return self_attention(
             q_BTHC, k_BTHC, v_BTHE, info.positions, info.segment_ids, Sight(), self._scores()
         )
