@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model", description="Look at models and convert them.")
-    commands = parser.add_subparsers(required=True, metavar="{describe,convert}")
+    commands = parser.add_subparsers(required=True, metavar="{describe,trace,convert}")
 
     describe = commands.add_parser(
         "describe",
@@ -41,6 +41,17 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--context", type=int, help="tokens a row (default: the model's longest)")
     describe.add_argument("--json", action="store_true", help="the same figures for a program to read")
     describe.set_defaults(run=_describe)
+
+    trace = commands.add_parser(
+        "trace",
+        help="draw what happens inside for one text: one HTML page",
+        description="Writes one HTML page on what happens inside the model as it reads a text: the likeliest next "
+        "token after each block, what each head looks at, and how much each expert has to do.",
+    )
+    trace.add_argument("path", help=PATH_HELP)
+    trace.add_argument("text")
+    trace.add_argument("--out", default="trace.html", help="the page to write (default trace.html)")
+    trace.set_defaults(run=_trace)
 
     convert = commands.add_parser(
         "convert",
@@ -67,6 +78,27 @@ def _describe(options: argparse.Namespace) -> int:
     from model.describe import describe, describe_json
 
     print((describe_json if options.json else describe)(_path(options.path), options.batch, options.context))
+    return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from data import load_tokenizer
+    from model.storage import load, load_config
+    from model.trace_page import trace_page
+
+    path = _path(options.path)
+    tokenizer = load_tokenizer(path)
+    cfg, params = load(path, cfg=load_config(path).replace(scan=True))  # compiles faster
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+    def name_of(token: int) -> str:  # a vocabulary may be padded beyond the tokenizer's
+        inside = token < tokenizer.vocab_size
+        return tokenizer.decode([token], keep_special=True) if inside else f"<{token}>"
+
+    tokens = start + tokenizer.encode(options.text)
+    page = trace_page(cfg, params, tokens, name_of, options.path)
+    Path(options.out).write_text(page, encoding="utf-8")
+    print(f"{options.out}: {len(tokens)} tokens through {len(cfg.blocks)} blocks.")
     return 0
 
 

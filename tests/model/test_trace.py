@@ -1,6 +1,8 @@
 """What model.trace shows is what the model computes, and asking for nothing costs nothing."""
 
 import functools
+import json
+import re
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Attention, Block, ModelConfig, RMSNorm, SwiGLU, apply, param_shapes
+from data import train_tokenizer
+from model import Attention, Block, ModelConfig, RMSNorm, SwiGLU, apply, param_shapes, save
+from model.__main__ import main
 from model.blocks import attention as attention_file
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.latent_attention import LatentAttention
@@ -114,3 +118,36 @@ def test_the_program_is_the_same_as_without_any_of_it(scan, monkeypatch):
     monkeypatch.setattr(nn.Module, "sow", lambda *_, **__: False)
     monkeypatch.setattr(attention_file, "sow_weights", lambda *_, **__: None)
     assert program() == with_points
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hybrid")
+    tokenizer = train_tokenizer("bpe", ["the cat sat on the mat </script>"] * 20, 270)
+    tokenizer.save(folder / "tokenizer")
+    files = {item.name: item.read_bytes() for item in (folder / "tokenizer").iterdir()}
+    cfg = HYBRID.replace(vocab_size=320)
+    save(folder / "model", cfg, random_params(cfg), tokenizer=files)
+    return folder / "model"
+
+
+def test_the_page_stands_alone_and_has_the_figures(hybrid, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    text = "the cat </script> sat"
+    assert main(["trace", str(hybrid), text, f"--out={page}"]) == 0
+    written = page.read_text()
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", written)
+    (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', written, re.S)
+    found = json.loads(found)
+    tokens, blocks = len(found["tokens"]), len(HYBRID.blocks)
+    assert "".join(found["names"][str(i)] for i in found["tokens"]).endswith(text)
+    assert np.shape(found["ids"]) == np.shape(found["probabilities"]) == (blocks + 1, tokens, 5)
+    assert found["heads"] == {"0": 4, "2": 2, "3": 2, "4": 4}
+    assert sum(found["experts"]["0"]) == 2 * tokens
+    assert f"{tokens} tokens through {blocks} blocks" in capsys.readouterr().out
+
+
+def test_a_text_that_no_page_can_show_is_an_error(hybrid, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["trace", str(hybrid), "x, y; " * 200, f"--out={page}"]) == 2
+    assert "a page shows 1 to 256" in capsys.readouterr().err and not page.exists()
