@@ -91,12 +91,15 @@ def _trace(options: argparse.Namespace) -> int:
     cfg, params = load(path, cfg=load_config(path).replace(scan=True))  # compiles faster
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
-    def name_of(token: int) -> str:  # a vocabulary may be padded beyond the tokenizer's
-        inside = token < tokenizer.vocab_size
-        return tokenizer.decode([token], keep_special=True) if inside else f"<{token}>"
+    def name_of(token: int) -> str:
+        if token >= tokenizer.vocab_size:  # a vocabulary may be padded beyond the tokenizer's
+            return f"<{token}>"
+        name = tokenizer.decode([token], keep_special=True)
+        return tokenizer.bytes_of(token).hex(" ") if "\ufffd" in name else name  # a part of a character
 
     tokens = start + tokenizer.encode(options.text)
-    page = trace_page(cfg, params, tokens, name_of, options.path)
+    text = tokenizer.decode(tokens, keep_special=True)
+    page = trace_page(cfg, params, tokens, text, name_of, options.path)
     Path(options.out).write_text(page, encoding="utf-8")
     print(f"{options.out}: {len(tokens)} tokens through {len(cfg.blocks)} blocks.")
     return 0

@@ -23,12 +23,13 @@ MAX_TOKENS = 256  # the maps of a longer text would make a page that no browser 
 
 
 def trace_page(
-    cfg: ModelConfig, params: Params, tokens: list[int], name_of: Callable[[int], str], title: str
+    cfg: ModelConfig, params: Params, tokens: list[int], text: str, name_of: Callable[[int], str], title: str
 ) -> str:
     """The page of one text.
 
     Args:
-      tokens: of the text, 1 to 256.
+      tokens: ids, 1 to 256.
+      text: the same as text.
       name_of: what to show for a token id.
       title: what the model is called.
 
@@ -39,7 +40,7 @@ def trace_page(
         raise ValueError(f"the text has {len(tokens)} tokens; a page shows 1 to {MAX_TOKENS}.")
     found = trace(cfg, params, jnp.array([tokens], jnp.int32))
     ids, probabilities = likeliest(cfg, params, found.hidden)
-    data = _page_data(cfg, found, ids, probabilities, name_of)
+    data = {"text": text, **_page_data(cfg, found, ids, probabilities, name_of)}
     # "</" inside a string would end the script
     written = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
     page = Path(__file__).with_name("trace.html").read_text(encoding="utf-8")

@@ -140,7 +140,8 @@ def test_the_page_stands_alone_and_has_the_figures(hybrid, tmp_path, capsys):
     (found,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', written, re.S)
     found = json.loads(found)
     tokens, blocks = len(found["tokens"]), len(HYBRID.blocks)
-    assert "".join(found["names"][str(i)] for i in found["tokens"]).endswith(text)
+    assert found["text"].endswith(text)
+    assert "".join(found["names"][str(i)] for i in found["tokens"]) == found["text"]
     assert np.shape(found["ids"]) == np.shape(found["probabilities"]) == (blocks + 1, tokens, 5)
     assert found["heads"] == {"0": 4, "2": 2, "3": 2, "4": 4}
     assert sum(found["experts"]["0"]) == 2 * tokens
