@@ -18,6 +18,7 @@ from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
+from model.blocks.parallel import Parallel
 from model.blocks.positions import (
     Alibi,
     LearnedPositions,
@@ -40,6 +41,7 @@ PARTS = {
     for cls in (
         *(Attention, Temperature, LatentAttention, DifferentialAttention),
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
+        Parallel,
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm),

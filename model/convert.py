@@ -58,7 +58,7 @@ def convert(
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise ConfigError(f"{destination}: is there already. Remove it, or give another path.")
     tokenizer = tokenizer_files(source, gguf_tokenizer)
-    cfg, params = storage.load(source, dtype=dtype)
+    cfg, params = storage.load_lazily(source, dtype)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     storage.save(destination, cfg, params, format, tokenizer=tokenizer)

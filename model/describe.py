@@ -137,7 +137,7 @@ def _cache(cfg: ModelConfig, found: Anatomy) -> str:
     if found.cache_bytes_per_token or not found.state_bytes_per_row:
         parts.append(f"{found.cache_bytes_per_token:,} bytes a token in {cfg.dtype}")
     if found.state_bytes_per_row:
-        parts.append(f"{found.state_bytes_per_row:,} bytes of state a row")
+        parts.append(f"{found.state_bytes_per_row:,} bytes a row of any length")
     return " and ".join(parts)
 
 

@@ -6,6 +6,7 @@ read by `configs.gguf`, quantized blocks by `model.dequantize`.
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from model.config import Block, ModelConfig
 from model.dequantize import dequantize
 from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
 from model.function import Params
+from model.lazy import Lazy
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROTATED_PAIRS = ("llama",)  # stores queries and keys so that rotary pairs are neighbours: (0, 1), (2, 3), ...
@@ -64,7 +66,8 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters as numpy arrays) of a GGUF file; quantized tensors become `dtype`, default float32.
+    """(cfg, parameters that are read when they are used) of a GGUF file; quantized tensors become `dtype`, default
+    float32.
 
     Raises GGUFError as `load_config` does, and for missing, unknown or misshapen tensors.
     """
@@ -74,17 +77,19 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     table = tensor_table(cfg, NAMES)
     _check_tensors(file, table)
-    architecture = file.metadata["general.architecture"]
     params = {}
     for tensor in table:
-        stored = file.tensors[tensor.name]
-        values = dequantize(file.raw(tensor.name), stored.type, stored.shape)
-        if architecture in ROTATED_PAIRS and (heads := heads_of(cfg, tensor)):
-            values = pairs_to_halves(values, heads)
-        params[tensor.pieces[0].path] = tensor.to_ours(values)[0].astype(
-            jnp.dtype(cfg.param_dtype), copy=False
-        )
+        make = functools.partial(_values, file, cfg, tensor)
+        params[tensor.pieces[0].path] = Lazy(tensor.pieces[0].shape, jnp.dtype(cfg.param_dtype), make)
     return cfg, unflatten(params)
+
+
+def _values(file: GGUFFile, cfg: ModelConfig, tensor: Tensor) -> np.ndarray:
+    stored = file.tensors[tensor.name]
+    values = dequantize(file.raw(tensor.name), stored.type, stored.shape)
+    if file.metadata["general.architecture"] in ROTATED_PAIRS and (heads := heads_of(cfg, tensor)):
+        values = pairs_to_halves(values, heads)
+    return tensor.to_ours(values)[0]
 
 
 def pairs_to_halves(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -6,6 +6,7 @@ and code that a config names is never run.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -20,13 +21,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model import safetensors_file
+from model import mxfp4, safetensors_file
 from model.config import ModelConfig
 from model.families import FAMILIES
 from model.families.common import Family
-from model.families.tensors import Names, Tensor, get, name_of, tensor_table, unflatten
+from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
 from model.function import Params
 from model.layout import relayout
+from model.lazy import Lazy, Stacked
+from model.mxfp4 import PackedTensor
 from model.safetensors_file import StoredTensor
 
 WEIGHTS = "model.safetensors"
@@ -46,11 +49,10 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters as numpy arrays) of a folder.
+    """(cfg, parameters that are read when they are used, see `model.lazy`) of a folder.
 
     Args:
-      dtype: of parameters and computation; default: parameters as stored, views of the mapped files, so that
-        reading costs no memory before they are placed.
+      dtype: of parameters and computation; default: parameters as stored.
 
     Raises:
       FileNotFoundError: no weights.
@@ -61,18 +63,21 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     names = family.names_of(cfg)
-    table, stored = tensor_table(cfg, names), read_headers(folder)
+    table, stored = tensor_table(cfg, names, family.blocks_per_layer), mxfp4.join(read_headers(folder))
     _check_tensors(folder, cfg, family, names, table, stored)
-    params: dict[tuple[str, ...], np.ndarray] = {}
+    parts: dict[tuple[str, ...], list[Lazy]] = {}
     for tensor in table:
-        for piece, values in zip(tensor.pieces, tensor.to_ours(stored[tensor.name].read()), strict=True):
-            values = values if dtype is None else values.astype(jnp.dtype(dtype))
-            if piece.expert is None:
-                params[piece.path] = values
-            else:
-                whole = params.setdefault(piece.path, np.empty(piece.whole, values.dtype))
-                whole[piece.expert] = values
+        for i, piece in enumerate(tensor.pieces):
+            make = functools.partial(_read_piece, tensor, i, stored[tensor.name])
+            values = Lazy(piece.shape, jnp.dtype(dtype or stored[tensor.name].dtype), make)
+            parts.setdefault(piece.path, []).append(values)
+    stacked = {piece.path for tensor in table for piece in tensor.pieces if piece.expert is not None}
+    params = {path: Stacked(values) if path in stacked else values[0] for path, values in parts.items()}
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
+
+
+def _read_piece(tensor: Tensor, i: int, stored: StoredTensor | PackedTensor) -> np.ndarray:
+    return tensor.to_ours(stored.read())[i]
 
 
 def save(
@@ -96,7 +101,7 @@ def save(
     family = _family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
-    table = {tensor.name: tensor for tensor in tensor_table(cfg, names)}
+    table = {tensor.name: tensor for tensor in tensor_table(cfg, names, family.blocks_per_layer)}
     shards = _plan_shards(table, params, max_shard_bytes)
     with _replacing(folder) as new:
         for name, content in tokenizer.items():
@@ -183,9 +188,9 @@ def _check_tensors(
     folder: Path,
     cfg: ModelConfig,
     family: Family,
-    names: Names,
+    names: NamesOf,
     table: list[Tensor],
-    stored: dict[str, StoredTensor],
+    stored: dict[str, StoredTensor | PackedTensor],
 ) -> None:
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
@@ -197,6 +202,11 @@ def _check_tensors(
             raise ValueError(
                 f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].shape}, but by "
                 f"config.json it would be {tensor.shape}."
+            )
+        if stored[tensor.name].dtype not in safetensors_file.DTYPES.values():
+            raise ValueError(
+                f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].dtype}; wanted one of "
+                f"{', '.join(safetensors_file.DTYPES)}."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     harmless = [name for name in extra if name.endswith(family.harmless)]

@@ -8,6 +8,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.function import Params
+from model.lazy import Lazy, Stacked
 
 
 def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConfig, Params]:
@@ -32,4 +33,6 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
 
 
 def _stack(arrays):
+    if isinstance(arrays[0], Lazy | Stacked):
+        return Stacked(arrays)
     return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)

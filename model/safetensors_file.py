@@ -22,6 +22,7 @@ import numpy as np
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+READ = DTYPES | {"U8": np.dtype(np.uint8)}  # bytes, of packed weights
 
 
 class SafetensorsError(ValueError):
@@ -129,9 +130,9 @@ def _tensor(path: Path, name: str, entry: Any, data: np.ndarray, base: int) -> S
             f"{path}: tensor {name!r} has the entry {str(entry)[:80]}; wanted dtype, shape, data_offsets."
         )
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in DTYPES:
+    if not isinstance(kind, str) or kind not in READ:
         raise SafetensorsError(
-            f"{path}: tensor {name!r} is {str(kind)[:40]}; only {', '.join(DTYPES)} are read."
+            f"{path}: tensor {name!r} is {str(kind)[:40]}; only {', '.join(READ)} are read."
         )
     if not _naturals(shape) or len(shape) > 8:
         raise SafetensorsError(
@@ -141,13 +142,13 @@ def _tensor(path: Path, name: str, entry: Any, data: np.ndarray, base: int) -> S
         raise SafetensorsError(
             f"{path}: tensor {name!r} has data_offsets {str(offsets)[:80]}; wanted [begin, end]."
         )
-    nbytes = math.prod(shape) * DTYPES[kind].itemsize
+    nbytes = math.prod(shape) * READ[kind].itemsize
     if offsets[1] - offsets[0] != nbytes or base + offsets[1] > data.size:
         raise SafetensorsError(
             f"{path}: tensor {name!r} of {kind} {shape} has {nbytes} bytes, but lies at {offsets} of the "
             f"{data.size - base} bytes of data."
         )
-    return StoredTensor(name, DTYPES[kind], tuple(shape), path, data, base + offsets[0], base + offsets[1])
+    return StoredTensor(name, READ[kind], tuple(shape), path, data, base + offsets[0], base + offsets[1])
 
 
 def _naturals(values: Any) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Sharding
 
 from configs.paths import ModelPath, resolve_model
@@ -13,6 +14,7 @@ from model import checkpoint
 from model.config import ModelConfig
 from model.function import Params
 from model.layout import relayout
+from model.lazy import Lazy, Stacked, place
 
 Format = Literal["native", "huggingface", "gguf"]
 
@@ -41,14 +43,8 @@ def load(
         stored = checkpoint.load_config(found.weights)
         same_layout = cfg is None or cfg.scan == stored.scan
         stored, params = checkpoint.load_native(found.weights, shardings if same_layout else None, dtype)
-    elif found.kind == "huggingface":
-        from model import huggingface
-
-        stored, params = huggingface.load(found.weights, dtype)
     else:
-        from model import gguf
-
-        stored, params = gguf.load(found.weights, dtype)
+        stored, params = _load_lazily(found, dtype)
     if cfg is None:
         cfg = stored
     _check_same_model(path, stored, cfg)
@@ -73,7 +69,8 @@ def save(
       ValueError: a format that can't hold this model.
     """
     if format == "native":
-        checkpoint.save_native(path, cfg, params, tokenizer or {})
+        arrays = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, Lazy | Stacked) else x, params)
+        checkpoint.save_native(path, cfg, arrays, tokenizer or {})
     elif format == "huggingface":
         from model import huggingface
 
@@ -84,6 +81,23 @@ def save(
         gguf_write.save(path, cfg, params, tokenizer or {})
     else:
         raise ValueError(f"format={format!r} is not one of native, huggingface, gguf.")
+
+
+def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
+    """As `load`, but of Hugging Face folders and GGUF files each parameter is read only when it is used: what
+    `save` and `model.lazy.place` take in turn never is in memory whole."""
+    found = resolve_model(path)
+    return load(path, dtype=dtype) if found.kind == "native" else _load_lazily(found, dtype)
+
+
+def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Params]:
+    if found.kind == "huggingface":
+        from model import huggingface
+
+        return huggingface.load(found.weights, dtype)
+    from model import gguf
+
+    return gguf.load(found.weights, dtype)
 
 
 def _place(params: Params, shardings: Any) -> Params:
@@ -97,7 +111,7 @@ def _place(params: Params, shardings: Any) -> Params:
     else:
         wanted = tree.flatten_up_to(shardings)
     for i, sharding in enumerate(wanted):
-        leaves[i] = jax.block_until_ready(jax.device_put(leaves[i], sharding))
+        leaves[i] = jax.block_until_ready(place(leaves[i], sharding))
     return jax.tree.unflatten(tree, leaves)
 
 

@@ -43,8 +43,8 @@ def trace(cfg: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.
         for i, number in enumerate(numbers):
             block = jax.tree.map(lambda x, i=i: x[i], found[name]) if cfg.scan else found[name]
             hidden += block["residual"]
-            if "attention" in block.get("mixer", {}):
-                (attention[number],) = block["mixer"]["attention"]
+            if maps := _attention_maps(block.get("mixer", {})):
+                attention[number] = jnp.concatenate(maps, axis=1)
             if "expert_load" in block.get("ffn", {}):
                 (expert_load[number],) = block["ffn"]["expert_load"]
     return Trace(tokens, tuple(hidden), attention, expert_load)
@@ -76,6 +76,12 @@ def _intermediates(cfg: ModelConfig, params: Params, tokens, segment_ids) -> dic
         {"params": params}, tokens, None, segment_ids, None, None, mutable=["intermediates"]
     )
     return cast(dict, found["intermediates"])
+
+
+def _attention_maps(mixer: dict[str, Any]) -> list[jax.Array]:
+    """Of a mixer, and of mixers within it."""
+    inside = [leaf for part in mixer.values() if isinstance(part, dict) for leaf in _attention_maps(part)]
+    return [*mixer.get("attention", ()), *inside]
 
 
 def _read_out(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:

@@ -181,12 +181,10 @@ def _num_pages(cfg: Any, length: int, options: argparse.Namespace) -> int:
 
 
 def _page_bytes(cfg: Any) -> int:
-    import jax
+    """Of one page over all blocks; at least 1, for a model whose every block is recurrent."""
+    from model.anatomy import cache_bytes_per_token
 
-    from model import init_pages
-
-    pages = jax.eval_shape(lambda: init_pages(cfg, 1, _PAGE_SIZE))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pages))
+    return max(1, _PAGE_SIZE * cache_bytes_per_token(cfg))
 
 
 def _progress(done: int, total: int, seconds: float) -> None:

@@ -41,6 +41,7 @@ class Rows:
 
     page_table: Any  # [R, P] int32
     length: Any  # [R] int32, tokens in the cache
+    number: Any  # [R] int32, the row of the recurrent state that is its own
     stop_ids: Any  # [R, 16] int32, filled up with -1
     sampling: RowSampling
 
@@ -59,7 +60,14 @@ class Programs:
         )
         self.pages = self._new_pages()
         signature = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-        sizes = (config.num_pages, config.page_size, config.cache_dtype, config.decode_steps, vocab_size)
+        sizes = (
+            config.num_pages,
+            config.max_rows,
+            config.page_size,
+            config.cache_dtype,
+            config.decode_steps,
+            vocab_size,
+        )
         self._key = (cfg, treedef, signature, sizes)
         self._mine: dict[tuple, Any] = {}
         self._sealed = False
@@ -144,7 +152,7 @@ class Programs:
             return jitted.lower(pages, array(np.int32, P)).compile()
         floats, ints = array(np.float32, R), array(np.int32, R)
         sampling = RowSampling(floats, ints, floats, floats, array(np.uint32, R, 2), ints)
-        rows = Rows(array(np.int32, R, P), ints, array(np.int32, R, MAX_STOP_TOKENS), sampling)
+        rows = Rows(array(np.int32, R, P), ints, ints, array(np.int32, R, MAX_STOP_TOKENS), sampling)
         if kind == "prefill":
             function, more = _prefill, (array(np.int32, R, C), ints)
             out_shardings = (shardings, self._inputs)
@@ -159,7 +167,7 @@ class Programs:
 
 def _prefill(cfg, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
     real_RC = (jnp.arange(tokens_RC.shape[1]) < count_R[:, None]).astype(jnp.int32)
-    cache = Cache(pages, rows.page_table, rows.length)
+    cache = Cache(pages, rows.page_table, rows.length, rows.number)
     last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
     out = apply(cfg, params, tokens_RC, segment_ids=real_RC, cache=cache, logits_at=last_R1)
     sampled = sample(out.logits[:, 0], rows.sampling, rows.length + count_R, vocab_size)
@@ -181,7 +189,7 @@ def _decode(cfg, vocab_size, max_steps, params, pages, rows: Rows, token_R, budg
 
     def step(carry):
         i, pages, length_R, token_R, active_R, count_R, all_sampled = carry
-        cache = Cache(pages, rows.page_table, length_R)
+        cache = Cache(pages, rows.page_table, length_R, rows.number)
         out = apply(
             cfg, params, token_R[:, None], segment_ids=active_R[:, None].astype(jnp.int32), cache=cache
         )
@@ -200,8 +208,12 @@ def _decode(cfg, vocab_size, max_steps, params, pages, rows: Rows, token_R, budg
 
 
 def _clean(cfg, pages, index_P):
-    axis = int(cfg.scan)  # scanned layers come first
-    return jax.tree.map(lambda x: x.at[(slice(None),) * axis + (index_P,)].set(0, mode="drop"), pages)
+    def clean(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        if "pages" not in axes:
+            return x  # a recurrent state begins anew with each request
+        return x.at[(slice(None),) * axes.index("pages") + (index_P,)].set(0, mode="drop")
+
+    return jax.tree.map(clean, pages, cache_axes(cfg))
 
 
 def _placement(cfg: ModelConfig, sharding: Sharding) -> tuple[Sharding, Any]:
@@ -223,5 +235,7 @@ def _placement(cfg: ModelConfig, sharding: Sharding) -> tuple[Sharding, Any]:
 
 def _new_pages(cfg: ModelConfig, config: EngineSizes, shardings: Any) -> Any:
     # One more than is handed out: it stays zero, and page tables point to it where a row has no page.
-    pages = init_pages(cfg, config.num_pages + 1, config.page_size, config.cache_dtype)
+    # One row of recurrent state more as well, for what pads a batch.
+    rows = config.max_rows + 1
+    pages = init_pages(cfg, config.num_pages + 1, config.page_size, config.cache_dtype, rows)
     return jax.device_put(pages, shardings)

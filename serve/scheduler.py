@@ -208,4 +208,6 @@ class _RowTable:
         length = np.zeros(R, np.int32)
         length[: len(rows)] = lengths
         sampling = RowSampling(*(getattr(self._sampling, f)[index] for f in RowSampling.__dataclass_fields__))
-        return Rows(self.page_table[index, :P], length, self._stop_ids[index], sampling)
+        return Rows(
+            self.page_table[index, :P], length, index.astype(np.int32), self._stop_ids[index], sampling
+        )

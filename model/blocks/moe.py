@@ -46,7 +46,8 @@ class MoE:
     shared: GatedMLP | MLP | None = None
     shared_gate: bool = False  # the shared expert's output times sigmoid(x @ shared_gate)
     weigh_input: bool = False  # Llama 4: the weight multiplies what goes into an expert, not what comes out
-    dispatch: str = "dropless"  # "capacity": a row's tokens beyond an expert's slots are dropped
+    # "capacity": a row's tokens beyond an expert's slots are dropped, save with a cache, where chunks are no rows
+    dispatch: str = "dropless"
     capacity_factor: float = 1.25  # slots, over those that an even load takes
     balance_loss: float = 0.0  # of the load-balance loss
     z_loss: float = 0.0  # of the mean squared log-normaliser of the router's logits
@@ -111,19 +112,21 @@ class MoEModule(nn.Module):
         logits_BTE = self._logits(x_BTD)
         bias_E = self._choice_bias()
         if isinstance(spec.router, ExpertChoice):
-            y_BTD, load_E = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
+            y_BTD, load_E, held = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
         else:
-            y_BTD, load_E = self._tokens_choose(spec.router, x_BTD, logits_BTE, bias_E, real_BT)
+            y_BTD, load_E, held = self._tokens_choose(spec.router, x_BTD, logits_BTE, bias_E, real_BT, info)
         self.sow("intermediates", "expert_load", load_E)
         y_BTD = y_BTD.astype(ctx.dtype)
         if spec.shared is not None:
             y_BTD += self._shared(spec.shared, x_BTD, info)
-        return y_BTD, _aux(spec, logits_BTE, load_E, bias_E, real_BT)
+        return y_BTD, _aux(spec, logits_BTE, load_E, held, bias_E, real_BT)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         E, D, ctx = self.spec.num_experts, self.ctx.width, _float32(self.ctx)
         w_DE = param(self, ctx, "router", (D, E), ("embed", "norm"), fan_in_normal(D))
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE)
+        # TPUs would round both to bfloat16, and close choices would flip
+        highest = jax.lax.Precision.HIGHEST
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE, precision=highest)
         if self.spec.router.bias:
             logits_BTE += param(self, ctx, "router_bias", (E,), ("norm",), nn.initializers.zeros)
         return logits_BTE
@@ -135,23 +138,25 @@ class MoEModule(nn.Module):
         return param(self, _float32(self.ctx), "choice_bias", shape, ("norm",), nn.initializers.zeros)
 
     def _tokens_choose(
-        self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT
-    ) -> tuple[jax.Array, jax.Array]:
+        self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT, info: TokenInfo
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(y, how many tokens chose each expert [E], how many of all choices were computed)."""
         spec, ctx = self.spec, self.ctx
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
         counted_BTK = jnp.broadcast_to(real_BT[..., None], chosen_BTK.shape).astype(jnp.float32)
         load_E = jnp.zeros(spec.num_experts).at[chosen_BTK].add(counted_BTK)
-        if spec.dispatch == "dropless":
-            return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), load_E
+        if spec.dispatch == "dropless" or info.rows is not None:
+            return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), load_E, load_E.sum()
         slots_BTES, weights_BTE = capacity_slots(
             chosen_BTK, weights_BTK, real_BT, spec.num_experts, spec.slots(x_BTD.shape[1])
         )
-        return through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules), load_E
+        y_BTD = through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules)
+        return y_BTD, load_E, slots_BTES.sum(dtype=jnp.float32)
 
     def _experts_choose(
         self, router: ExpertChoice, x_BTD, logits_BTE, real_BT, info: TokenInfo
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         spec, ctx = self.spec, self.ctx
         if info.rows is not None:
             raise ValueError("a router with ExpertChoice looks at whole rows: it cannot decode with a cache.")
@@ -159,7 +164,8 @@ class MoEModule(nn.Module):
         tokens_BES, weights_BES = router.choose_tokens(logits_BTE, real_BT, spec.slots(x_BTD.shape[1]))
         slots_BTES, weights_BTE = expert_choice_slots(tokens_BES, weights_BES, real_BT)
         y_BTD = through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules)
-        return y_BTD, slots_BTES.sum((0, 1, 3), dtype=jnp.float32)
+        load_E = slots_BTES.sum((0, 1, 3), dtype=jnp.float32)
+        return y_BTD, load_E, load_E.sum()
 
     def _shared(self, spec: GatedMLP | MLP, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
         y_BTD, _ = spec.module(self.ctx, "shared")(x_BTD, info)
@@ -175,7 +181,12 @@ def _float32(ctx: Context) -> Context:
 
 
 def _aux(
-    spec: MoE, logits_BTE: jax.Array, load_E: jax.Array, bias_E: jax.Array | None, real_BT: jax.Array
+    spec: MoE,
+    logits_BTE: jax.Array,
+    load_E: jax.Array,
+    held: jax.Array,
+    bias_E: jax.Array | None,
+    real_BT: jax.Array,
 ) -> dict[str, WeightedSum]:
     """The router's losses and metrics, means over real tokens; "loss" is what training adds, coefficients applied."""
     real_BT = real_BT.astype(jnp.float32)
@@ -185,6 +196,7 @@ def _aux(
     entropy_BT = -jnp.sum(probs_BTE * jnp.log(jnp.maximum(probs_BTE, 1e-20)), -1)
     z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
     share_E = load_E / jnp.maximum(load_E.sum(), 1)
+    dropped = 1 - held / jnp.maximum(load_E.sum(), 1)
     balance = load_balance_loss(load_E / jnp.maximum(tokens, 1), mean_E)
     z = WeightedSum.of(z_BT, real_BT)
     loss = spec.balance_loss * balance + spec.z_loss * z.mean()
@@ -195,6 +207,7 @@ def _aux(
         "moe_load_balance": WeightedSum(balance * tokens, tokens),
         "moe_z_loss": z,
         "moe_entropy": WeightedSum.of(entropy_BT, real_BT),
+        "moe_dropped": WeightedSum(dropped * tokens, tokens),
         "moe_max_load": WeightedSum(share_E.max() * spec.num_experts * tokens, tokens),
     }
 

@@ -45,19 +45,18 @@ def begin(mixer: Mixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None) -
             first_BT = jnp.concatenate([first_BT[:, :1], change_BT], axis=1)
         return x_BTD, Walk(info.positions, first_BT, None, mixer.init_cache(0, 0, B, x_BTD.dtype))
 
-    rows_B = cast(jax.Array, info.rows)  # set whenever there is a cache
-    state = {name: value.at[rows_B].get(mode="clip") for name, value in cache.items()}
     if info.segment_ids is None:
-        return x_BTD, Walk(info.positions, info.positions == 0, None, state)
+        first_BT = info.positions == 0
+        return x_BTD, Walk(info.positions, first_BT, None, _read(cache, info, first_BT))
     real_BT, positions_BT, place_BT = info.segment_ids != 0, info.positions, None
-    if (
-        T > 1
-    ):  # a convolution reaches back over a fixed number of tokens, so what is not real moves to the end
+    if T > 1:
+        # A convolution reaches back over a fixed number of tokens, so what is not real moves to the end.
         order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
         place_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1) - 1, 0)
         x_BTD = jnp.take_along_axis(x_BTD, order_BT[..., None], axis=1)
         real_BT, positions_BT = (jnp.take_along_axis(x, order_BT, axis=1) for x in (real_BT, positions_BT))
-    return x_BTD, Walk(positions_BT, real_BT & (positions_BT == 0), real_BT, state, place_BT)
+    first_BT = real_BT & (positions_BT == 0)
+    return x_BTD, Walk(positions_BT, first_BT, real_BT, _read(cache, info, first_BT), place_BT)
 
 
 def finish(
@@ -69,10 +68,24 @@ def finish(
     if walk.place_BT is not None:
         y_BTD = jnp.take_along_axis(y_BTD, walk.place_BT[..., None], axis=1)
     rows_B = cast(jax.Array, info.rows)
-    return y_BTD, {
-        name: value.at[rows_B].set(state[name].astype(value.dtype), mode="drop")
-        for name, value in cache.items()
-    }
+
+    def write(value_R: jax.Array, new_B: jax.Array) -> jax.Array:
+        nowhere = value_R.shape[0]  # a batch row without real tokens may name a row that another one writes
+        to_B = rows_B if walk.real_BT is None else jnp.where(walk.real_BT.any(axis=1), rows_B, nowhere)
+        return value_R.at[to_B].set(new_B.astype(value_R.dtype), mode="drop")
+
+    return y_BTD, {name: write(value, state[name]) for name, value in cache.items()}
+
+
+def _read(cache: dict, info: TokenInfo, first_BT: jax.Array) -> dict[str, jax.Array]:
+    """The rows of the batch; zero, whatever was left there, for one that starts a document."""
+    rows_B = cast(jax.Array, info.rows)  # set whenever there is a cache
+
+    def read(value_R: jax.Array) -> jax.Array:
+        state_B = value_R.at[rows_B].get(mode="clip")
+        return jnp.where(_like(first_BT[:, 0], state_B), 0, state_B)
+
+    return {name: read(value) for name, value in cache.items()}
 
 
 def causal_conv(
@@ -179,5 +192,6 @@ def inverse_softplus_of_log_uniform(low: float, high: float) -> Callable:
     return init
 
 
-def _like(mask_BT: jax.Array, x_BTF: jax.Array) -> jax.Array:
-    return mask_BT.reshape(mask_BT.shape + (1,) * (x_BTF.ndim - 2))
+def _like(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`mask` with further axes, to meet an `x` that has the mask's axes and more."""
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))

@@ -14,7 +14,7 @@ from typing import Any
 
 from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
-from model.families.tensors import Names
+from model.families.tensors import Names, NamesOf
 
 MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
 
@@ -45,12 +45,17 @@ class Family:
     read: Callable[[Reader], ModelConfig]
     write: Callable[[Any], dict[str, Any]]
     names: Names | Callable[[ModelConfig], Names]
+    mixers: Mapping[type, Names] = dataclasses.field(
+        default_factory=dict
+    )  # further names in blocks of a mixer
+    packed: tuple[str, ...] = ()  # quantized weights that can be read, by transformers' quant_method
+    blocks_per_layer: int = 1  # of ours in one layer of theirs
     harmless: tuple[str, ...] = ()  # ends of tensor names that only repeat the config
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
         config = Reader(saved)
-        config.must_be("quantization_config", None)
+        self._check_quantization(config)
         config.must_be("is_encoder_decoder", False)
         config.must_be("add_cross_attention", False)
         cfg = self.read(config)
@@ -61,8 +66,15 @@ class Family:
             )
         return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
 
-    def names_of(self, cfg: ModelConfig) -> Names:
-        return self.names(cfg) if callable(self.names) else self.names
+    def _check_quantization(self, config: Reader) -> None:
+        method = config.part("quantization_config").get("quant_method")
+        if config.get("quantization_config") and method not in self.packed:
+            known = f"; only {', '.join(self.packed)} is" if self.packed else ""
+            raise ValueError(f"quantization_config with quant_method={method!r} is not supported{known}.")
+
+    def names_of(self, cfg: ModelConfig) -> NamesOf:
+        names = self.names(cfg) if callable(self.names) else self.names
+        return lambda block: names | self.mixers.get(type(block.mixer), {}) if block else names
 
     def why_not(self, cfg: ModelConfig) -> str | None:
         """What of this model the family can't say, or None."""

@@ -189,6 +189,6 @@ def write_v3(cfg: Any) -> dict[str, Any]:
     }
 
 
-V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, NAMES, ROTARY)
-V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, NAMES, ROTARY)
-KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, NAMES, ROTARY)
+V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, NAMES, harmless=ROTARY)
+V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, NAMES, harmless=ROTARY)
+KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, NAMES, harmless=ROTARY)

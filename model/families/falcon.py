@@ -86,4 +86,4 @@ def names(cfg: ModelConfig) -> Names:
     return TWO_NORMS if cfg.blocks[0].parallel == "two norms" else ONE_NORM
 
 
-FAMILY = Family("falcon", "FalconForCausalLM", read, write, names, ROTARY)
+FAMILY = Family("falcon", "FalconForCausalLM", read, write, names, harmless=ROTARY)

@@ -179,6 +179,6 @@ def _rope_part(rope: Rope) -> dict[str, Any]:
     return {"rope_theta": rope.theta, **(write_scaling(rope.scaling) or {"rope_type": "default"})}
 
 
-GEMMA = Family("gemma", "GemmaForCausalLM", read_gemma, write_gemma, NAMES, ROTARY)
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read_gemma2, write_gemma2, SANDWICH, ROTARY)
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", read_gemma3, write_gemma3, SANDWICH, ROTARY)
+GEMMA = Family("gemma", "GemmaForCausalLM", read_gemma, write_gemma, NAMES, harmless=ROTARY)
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read_gemma2, write_gemma2, SANDWICH, harmless=ROTARY)
+GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", read_gemma3, write_gemma3, SANDWICH, harmless=ROTARY)

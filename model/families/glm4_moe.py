@@ -86,4 +86,6 @@ def write(cfg: Any) -> dict[str, Any]:
     } | write_attention(mixer)
 
 
-FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", read, write, NAMES | EXPERTS | SHARED_EXPERTS, ROTARY)
+FAMILY = Family(
+    "glm4_moe", "Glm4MoeForCausalLM", read, write, NAMES | EXPERTS | SHARED_EXPERTS, harmless=ROTARY
+)

@@ -74,4 +74,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, NAMES, MASKS)
+FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, NAMES, harmless=MASKS)

@@ -72,4 +72,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", read, write, NAMES, CONSTANTS)
+FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", read, write, NAMES, harmless=CONSTANTS)

@@ -95,4 +95,12 @@ def write(cfg: Any) -> dict[str, Any]:
     } | write_attention(mixer)
 
 
-FAMILY = Family("gpt_oss", "GptOssForCausalLM", read, write, OUTSIDE | NORMS | ATTENTION | EXPERTS, ROTARY)
+FAMILY = Family(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    read,
+    write,
+    OUTSIDE | NORMS | ATTENTION | EXPERTS,
+    packed=("mxfp4",),
+    harmless=ROTARY,
+)

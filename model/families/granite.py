@@ -50,4 +50,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", read, write, NAMES, ROTARY)
+FAMILY = Family("granite", "GraniteForCausalLM", read, write, NAMES, harmless=ROTARY)

@@ -126,4 +126,4 @@ def write(cfg: Any) -> dict[str, Any]:
     return saved | write_attention(mixers[0]) | (write_rope(rotated.rope) if rotated.rope else {})
 
 
-FAMILY = Family("llama4_text", "Llama4ForCausalLM", read, write, NAMES, ROTARY)
+FAMILY = Family("llama4_text", "Llama4ForCausalLM", read, write, NAMES, harmless=ROTARY)

@@ -64,4 +64,6 @@ def write(cfg: Any) -> dict[str, Any]:
     } | write_attention(cfg.blocks[0].mixer)
 
 
-FAMILY = Family("mixtral", "MixtralForCausalLM", read, write, OUTSIDE | NORMS | ATTENTION | EXPERTS, ROTARY)
+FAMILY = Family(
+    "mixtral", "MixtralForCausalLM", read, write, OUTSIDE | NORMS | ATTENTION | EXPERTS, harmless=ROTARY
+)

@@ -88,8 +88,18 @@ def write_olmoe(cfg: Any) -> dict[str, Any]:
 
 
 OLMOE = Family(
-    "olmoe", "OlmoeForCausalLM", read_olmoe, write_olmoe, OUTSIDE | NORMS | ATTENTION | EXPERTS, ROTARY
+    "olmoe",
+    "OlmoeForCausalLM",
+    read_olmoe,
+    write_olmoe,
+    OUTSIDE | NORMS | ATTENTION | EXPERTS,
+    harmless=ROTARY,
 )
 OLMO2 = Family(
-    "olmo2", "Olmo2ForCausalLM", read_olmo2, write_olmo2, OUTSIDE | ATTENTION | GATED_MLP | POST_NORMS, ROTARY
+    "olmo2",
+    "Olmo2ForCausalLM",
+    read_olmo2,
+    write_olmo2,
+    OUTSIDE | ATTENTION | GATED_MLP | POST_NORMS,
+    harmless=ROTARY,
 )

@@ -54,4 +54,4 @@ def write_phi3(cfg: Any) -> dict[str, Any]:
     }
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", read_phi3, write_phi3, OUTSIDE | NORMS | FUSED, ROTARY)
+PHI3 = Family("phi3", "Phi3ForCausalLM", read_phi3, write_phi3, OUTSIDE | NORMS | FUSED, harmless=ROTARY)

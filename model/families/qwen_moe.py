@@ -125,8 +125,8 @@ QWEN2_MOE = Family(
     read_qwen2_moe,
     write_qwen2_moe,
     NAMES | EXPERTS | SHARED_EXPERT,
-    ROTARY,
+    harmless=ROTARY,
 )
 QWEN3_MOE = Family(
-    "qwen3_moe", "Qwen3MoeForCausalLM", read_qwen3_moe, write_qwen3_moe, NAMES | EXPERTS, ROTARY
+    "qwen3_moe", "Qwen3MoeForCausalLM", read_qwen3_moe, write_qwen3_moe, NAMES | EXPERTS, harmless=ROTARY
 )

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import Block, ModelConfig
 from model.function import Params, logical_axes, param_shapes
 
 Path = tuple[str, ...]
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
-INPUT_AXES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
-INPUT_AXES |= {"router": 1, "shared_gate": 1, "q_a": 1, "q_b": 1, "kv_a": 1, "kv_b": 1}
+INPUT_AXES: dict[str, int] = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "router", "shared_gate"), 1)
+INPUT_AXES |= dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b"), 1)  # latent attention
+INPUT_AXES |= dict.fromkeys(("in_z", "in_x", "in_B", "in_C", "in_dt", "dt_low", "dt", "B", "C"), 1)  # Mamba
+INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
+INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Fused:
     """Several of our parameters in one tensor, side by side along its outputs."""
 
     ours: tuple[str, ...]
-    grouped: bool = (
-        False  # not one whole after the other: for each key/value head (or channel) a part of each
-    )
+    # Not one whole after the other: for each key/value head (or channel) a part of each. The groups are as many as the
+    # smallest of them has heads, or as the parameter that is named has.
+    grouped: bool | str = False
     transposed: bool = True  # [outputs, inputs], as torch's Linear has it
 
 
@@ -42,9 +45,10 @@ def kept(ours: str) -> Fused:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Stored in the very shape that ours has."""
+    """Stored in the very shape that ours has, after so many axes of length one."""
 
     ours: str
+    ones: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +61,24 @@ class Merged:
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A convolution's kernel, ours [..., width], stored as [channels, 1, width]."""
+    """Kernels of a convolution, ours [taps, ...], side by side along the channels of [channels, 1, taps]."""
+
+    ours: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """Ours is flat, theirs a matrix with as many rows as another parameter has numbers, or heads."""
 
     ours: str
+    rows_of: str
 
 
-Rule = str | Fused | Whole | Merged | Conv
+Rule = str | Fused | Whole | Merged | Conv | Folded
 Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
 # A checkpoint's name to ours, such as "mixer/q". "{i}" is the layer's number, "{e}" the expert's.
 Names = dict[str, Rule]
+NamesOf = Callable[[Block | None], Names]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +141,21 @@ class Tensor:
         return (np.swapaxes(matrix, -1, -2) if self.transposed else matrix).reshape(self.shape)
 
 
-def tensor_table(cfg: ModelConfig, names: Names) -> list[Tensor]:
+def tensor_table(cfg: ModelConfig, names: Names | NamesOf, blocks_per_layer: int = 1) -> list[Tensor]:
     """The tensors of a checkpoint of `cfg`, embedding and head first, then layer by layer.
+
+    Args:
+      names: of all, or a function that gives those of a block, and of what is outside for None.
+      blocks_per_layer: of ours in one layer of the checkpoint.
 
     Raises:
       ValueError: a parameter that the format has no name for.
     """
-    theirs = {key: (name, rule) for name, rule in names.items() for key in _ours(rule)}
     table = []
     for layer, leaves in _groups(cfg):
+        block = None if layer is None else cfg.blocks[layer]
+        own = names(block) if callable(names) else names
+        theirs = {key: (name, rule) for name, rule in own.items() for key in _ours(rule)}
         done = set()
         for key in leaves:
             if key not in theirs:
@@ -154,19 +173,20 @@ def tensor_table(cfg: ModelConfig, names: Names) -> list[Tensor]:
                     f"the format's tensor {name} also holds {', '.join(missing)}, which this model lacks. "
                     'Save with format="native".'
                 )
-            table += _tensors(name, rule, layer, leaves)
+            table += _tensors(name, rule, layer, blocks_per_layer, leaves)
     return table
 
 
-def name_of(names: Names, ours: str) -> str:
+def name_of(names: Names | NamesOf, ours: str) -> str:
     """The checkpoint's name of a parameter outside the blocks."""
+    names = names(None) if callable(names) else names
     return next(name for name, rule in names.items() if ours in _ours(rule))
 
 
 def _ours(rule: Rule) -> tuple[str, ...]:
     if isinstance(rule, str):
         return (rule,)
-    return rule.ours if isinstance(rule, Fused) else (rule.ours,)
+    return rule.ours if isinstance(rule, Fused | Conv) else (rule.ours,)
 
 
 def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
@@ -187,44 +207,70 @@ def _groups(cfg: ModelConfig) -> Iterator[tuple[int | None, Leaves]]:
             yield i, leaves
 
 
-def _tensors(name: str, rule: Rule, layer: int | None, leaves: Leaves) -> Iterator[Tensor]:
+def _tensors(
+    name: str, rule: Rule, layer: int | None, blocks_per_layer: int, leaves: Leaves
+) -> Iterator[Tensor]:
     """One tensor, or one for each expert."""
-    experts = leaves[_ours(rule)[0]][0][0] if "{e}" in name else 0
+    ours = _ours(rule)
+    experts = leaves[ours[0]][0][0] if "{e}" in name else 0
     for expert in range(experts) if experts else (None,):
-        pieces = tuple(_piece(key, leaves[key], layer, expert) for key in _ours(rule))
-        full_name = name.format(i=layer, e=expert)
-        first = pieces[0]
-        if isinstance(rule, Conv):
-            shape = (math.prod(first.shape[:-1]), 1, first.shape[-1])
-            yield Tensor(full_name, shape, pieces, transposed=False)
-            continue
-        if isinstance(rule, Whole):
-            yield Tensor(full_name, first.shape, pieces, transposed=False)
-            continue
-        transposed = first.inputs > 0 and (isinstance(rule, str) or rule.transposed)
-        if isinstance(rule, Merged):
-            lead, rows, columns = first.matrix
-            shape = (lead * columns, rows) if transposed else (lead * rows, columns)
-            yield Tensor(full_name, shape, pieces, transposed)
-            continue
-        groups = 1
-        if isinstance(rule, Fused) and rule.grouped:
-            groups = min(piece.shape[piece.lead + piece.inputs] for piece in pieces)
-        shape = (*first.matrix[:-1], sum(piece.matrix[-1] for piece in pieces))
-        if len(pieces) == 1 and first.inputs == 0 and layer is None:
-            shape = first.shape
-        if transposed:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        yield Tensor(full_name, shape, pieces, transposed, groups)
+        pieces = tuple(_piece(key, rule, leaves[key], layer, expert) for key in ours)
+        transposed = pieces[0].inputs > 0 and getattr(rule, "transposed", True)
+        groups = _group_count(rule, pieces, leaves)
+        shape = _stored_shape(rule, pieces, transposed, leaves, outside=layer is None)
+        yield Tensor(
+            name.format(i=(layer or 0) // blocks_per_layer, e=expert), shape, pieces, transposed, groups
+        )
 
 
-def _piece(key: str, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None) -> Piece:
+def _stored_shape(
+    rule: Rule, pieces: tuple[Piece, ...], transposed: bool, leaves: Leaves, outside: bool
+) -> tuple[int, ...]:
+    first = pieces[0]
+    if isinstance(rule, Whole):
+        return *(1,) * rule.ones, *first.shape
+    if isinstance(rule, str) and outside and first.inputs == 0:
+        return first.shape
+    if isinstance(rule, Folded):
+        like = leaves[rule.rows_of][0]
+        rows = like[0] if len(like) == 1 else like[1]
+        return rows, math.prod(first.shape) // rows
+    outputs = sum(piece.matrix[-1] for piece in pieces)
+    if first.inputs == 0:
+        return *first.matrix[:-1], outputs
+    *lead, inputs, _ = first.matrix
+    if isinstance(rule, Conv):
+        return outputs, 1, inputs
+    rows, columns = (outputs, inputs) if transposed else (inputs, outputs)
+    if isinstance(rule, Merged):
+        return math.prod(lead) * rows, columns
+    return *lead, rows, columns
+
+
+def _group_count(rule: Rule, pieces: tuple[Piece, ...], leaves: Leaves) -> int:
+    """How many groups of outputs a tensor has, each with a part of every piece."""
+    if not isinstance(rule, Fused) or not rule.grouped:
+        return 1
+    if isinstance(rule.grouped, str):
+        return leaves[rule.grouped][0][1]
+    return min(piece.shape[piece.lead + piece.inputs] for piece in pieces)
+
+
+def _piece(
+    key: str, rule: Rule, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None
+) -> Piece:
     path = tuple(key.split("/")) if layer is None else (f"block_{layer}", *key.split("/"))
-    shape, axes = leaf
-    inputs = INPUT_AXES.get(path[-1], 0)
-    if expert is not None:
-        return Piece(path, shape[1:], shape, expert, 0, inputs)
-    return Piece(path, shape, shape, None, int(axes[:1] == ("experts",) and len(shape) > 1), inputs)
+    whole, axes = leaf
+    shape = whole if expert is None else whole[1:]
+    lead = int(expert is None and axes[:1] == ("experts",) and len(shape) > 1)
+    inputs = INPUT_AXES.get(path[-1], 0) if len(shape) - lead > 1 else 0
+    if path[-1] == "o":  # all but the model's width
+        inputs = len(shape) - 1
+    if isinstance(rule, Whole):
+        lead, inputs = 0, 0
+    if isinstance(rule, Conv):
+        inputs = 1
+    return Piece(path, shape, whole, expert, lead, inputs)
 
 
 def unflatten(params: Mapping[Path, object]) -> Params:

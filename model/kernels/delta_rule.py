@@ -129,21 +129,21 @@ def solve_unit_lower(strict_BHQQ: jax.Array, y_BHQV: jax.Array) -> jax.Array:
     The inverse is built from the inverses of the diagonal's blocks, doubling their size: as stable as forward
     substitution, in matrix products alone.
     """
-    inverse_BHQQ = _inverse_unit_lower(strict_BHQQ)
-    return jnp.matmul(inverse_BHQQ, y_BHQV, precision=jax.lax.Precision.HIGHEST)
+    return _product(_inverse_unit_lower(strict_BHQQ), y_BHQV)
 
 
 def _inverse_unit_lower(strict_QQ: jax.Array) -> jax.Array:
     Q = strict_QQ.shape[-1]
-    if Q == 1:
-        return jnp.ones_like(strict_QQ)
+    if Q <= 4:  # (1 + s)^-1 = 1 - s + s^2 - s^3, for s^4 = 0
+        one = jnp.eye(Q, dtype=strict_QQ.dtype)
+        return _product(one - strict_QQ, one + _product(strict_QQ, strict_QQ))
     half = Q // 2
-    corner = strict_QQ[..., half:, :half]
-    blocks = _inverse_unit_lower(jnp.stack([strict_QQ[..., :half, :half], strict_QQ[..., half:, half:]]))
-    corner = -jnp.matmul(
-        blocks[1],
-        jnp.matmul(corner, blocks[0], precision=jax.lax.Precision.HIGHEST),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    top = jnp.concatenate([blocks[0], jnp.zeros_like(corner)], axis=-1)
-    return jnp.concatenate([top, jnp.concatenate([corner, blocks[1]], axis=-1)], axis=-2)
+    top, bottom = _inverse_unit_lower(jnp.stack([strict_QQ[..., :half, :half], strict_QQ[..., half:, half:]]))
+    corner = -_product(bottom, _product(strict_QQ[..., half:, :half], top))
+    top = jnp.concatenate([top, jnp.zeros_like(corner)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([corner, bottom], axis=-1)], axis=-2)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """A TPU would round the factors to bfloat16, and the inverse multiplies such errors."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -271,6 +271,86 @@ CHECKPOINTS = {
         | {"intermediate_size_mlp": 50, "floor_scale": 3, "attn_scale": 0.5, "pad_token_id": 0},
         {},
     ),
+    "mamba": (
+        "MambaConfig",
+        {"vocab_size": 61, "hidden_size": 30, "num_hidden_layers": 4, "state_size": 5, "time_step_rank": 3}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        {},
+    ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "vocab_size": 61,
+            "hidden_size": 30,
+            "num_hidden_layers": 4,
+            "state_size": 5,
+            "num_heads": 6,
+            "head_dim": 10,
+        }
+        | {"n_groups": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "chunk_size": 4},
+        {},
+    ),
+    "jamba": (
+        "JambaConfig",
+        SMALL
+        | {
+            "num_hidden_layers": 5,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "num_experts": 5,
+            "pad_token_id": 0,
+        }
+        | {"num_experts_per_tok": 2, "mamba_d_state": 5, "mamba_dt_rank": 3, "use_mamba_kernels": False},
+        {},
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        SMALL
+        | {
+            "mamba_d_ssm": 24,
+            "mamba_n_heads": 4,
+            "mamba_d_state": 5,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 4,
+        }
+        | {
+            "lm_head_multiplier": 0.7,
+            "embedding_multiplier": 2.0,
+            "mlp_multipliers": [0.8, 0.6],
+            "head_dim": 8,
+        }
+        | {"key_multiplier": 0.9, "attention_out_multiplier": 0.7, "attention_in_multiplier": 1.1}
+        | {"ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9], "ssm_in_multiplier": 1.2, "ssm_out_multiplier": 0.8}
+        | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "pad_token_id": 0},
+        {},
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        {
+            "vocab_size": 61,
+            "hidden_size": 48,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "lru_width": 30,
+        }
+        | {"intermediate_size": 88, "attention_window_size": 4, "num_key_value_heads": 2, "conv1d_width": 3}
+        | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        {},
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        SMALL
+        | {"head_dim": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 7, "linear_num_key_heads": 2}
+        | {
+            "linear_num_value_heads": 4,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+        }
+        | {"shared_expert_intermediate_size": 14, "mlp_only_layers": [1], "partial_rotary_factor": 0.5}
+        | {"pad_token_id": 0},
+        {},
+    ),
     "dbrx": (
         "DbrxConfig",
         {"vocab_size": 61, "d_model": 36, "n_heads": 6, "n_layers": 4, "max_seq_len": 1024, "pad_token_id": 0}
@@ -299,6 +379,8 @@ def main(wanted: list[str]) -> None:
             write_gguf(HERE / f"{name}.gguf", model)
     if not wanted:
         np.savez_compressed(HERE / "dequantize.npz", **dequantized())
+        np.savez_compressed(HERE / "mxfp4.npz", **unpacked_mxfp4())
+    (HERE / "frequencies.json").write_text(json.dumps(frequencies(), indent=1) + "\n")
     defaults = {name: default_config(config_class) for name, (config_class, _, _) in CHECKPOINTS.items()}
     (HERE / "defaults.json").write_text(json.dumps(defaults, indent=1, sort_keys=True) + "\n")
 
@@ -319,6 +401,39 @@ def check(folder: Path, names: list[str]) -> dict[str, float]:
         again = logits(read_float32(folder / name, name))["logits"]
         real = golden["mask"] == 1
         found[name] = float(np.abs(again[real] - golden["logits"][real]).max())
+    return found
+
+
+def frequencies() -> dict[str, object]:
+    """transformers' rotary frequencies and their magnitude for the ways to stretch a context."""
+    kinds = {
+        "linear": {"factor": 3.0},
+        "dynamic": {"factor": 4.0},
+        "llama3": {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")},
+        "yarn": {"factor": 8.0, "original_max_position_embeddings": 512},
+        "yarn_wide": {"factor": 4.0, "beta_fast": 64.0, "beta_slow": 0.5, "truncate": False}
+        | {"original_max_position_embeddings": 512, "attention_factor": 1.3},
+        "longrope": {
+            "short_factor": [1.0 + 0.1 * i for i in range(16)],
+            "long_factor": [1.0 + i for i in range(16)],
+        }
+        | {"original_max_position_embeddings": 512},
+    }
+    found: dict[str, object] = {}
+    for name, parameters in kinds.items():
+        kind = name.split("_")[0]
+        parameters = parameters | {"rope_type": kind, "rope_theta": 10000.0}
+        config = transformers.LlamaConfig(
+            hidden_size=128, num_attention_heads=4, max_position_embeddings=2048, rope_parameters=parameters
+        )
+        init = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind]
+        lengths = {"dynamic": [4096], "longrope": [100, 4096]}.get(kind, [100])
+        values = [init(config, device="cpu", seq_len=length) for length in lengths]
+        found[name] = {
+            "rope_parameters": parameters,
+            "frequencies": [frequency.tolist() for frequency, _ in values],
+            "magnitude": values[0][1],
+        }
     return found
 
 
@@ -350,9 +465,7 @@ def logits(model) -> dict[str, np.ndarray]:
     mask[1, 9:], mask[2, :5], mask[3, 1:] = 0, 0, 0
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     positions[1] += 700
-    if (
-        model.config.model_type == "llama4_text"
-    ):  # counts from the beginning of the row, whatever position_ids say
+    if model.config.model_type in ("llama4_text", "recurrent_gemma"):  # these read a row from its beginning
         mask[2] = 1
         positions = np.broadcast_to(np.arange(14), (4, 14)).copy()
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
@@ -436,6 +549,18 @@ def llama3_factors(config) -> np.ndarray:
             )
             factors.append(float(1 / ((1 - smooth) / rope["factor"] + smooth)))
     return np.array(factors, np.float32)
+
+
+def unpacked_mxfp4() -> dict[str, np.ndarray]:
+    """Experts of a tiny gpt-oss (width 64, 32 features, 2 experts) packed, and what transformers unpacks."""
+    rng, found = np.random.default_rng(2), {}
+    for name, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        blocks = rng.integers(0, 256, (2, rows, columns // 32, 16), dtype=np.uint8)
+        scales = rng.integers(115, 125, (2, rows, columns // 32), dtype=np.uint8)
+        unpack = transformers.integrations.mxfp4.convert_moe_packed_tensors
+        values = unpack(torch.tensor(blocks), torch.tensor(scales)).float().numpy()
+        found |= {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_values": values}
+    return found
 
 
 def dequantized() -> dict[str, np.ndarray]:

@@ -40,6 +40,7 @@ from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm
+from model.blocks.parallel import Parallel
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.router import Router
@@ -75,6 +76,7 @@ EVERY_PART = ModelConfig(
             MoE(6, 2, SwiGLU(9), Router("sigmoid", choice_bias=True), shared=SwiGLU(7), shared_gate=True),
         ),
         Block(KimiDeltaAttention(2, 4), MoE(4, 1, MLP(9))),
+        Block(Parallel((Retention(2, 4, 5), RGLRU(4, 3)), out_norm=NORM), None),
         Block(RGLRU(4, 3), None),
         Block(Retention(2, 4, 5), None),
     ),

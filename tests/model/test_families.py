@@ -18,6 +18,7 @@ from .conftest import GOLDENS, compiled_fast
 
 CHECKPOINTS = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npz"))
 DEFAULTS = json.loads((GOLDENS / "defaults.json").read_text())
+ELSEWHERE = ["rwkv7"]  # transformers has no such class; make_rwkv7.py asked another implementation
 UNUSABLE = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "glm4_moe": {"head_dim": 128},
@@ -147,14 +148,15 @@ def test_a_scanned_model_computes_the_same(name):
     not OTHER_PYTHON.is_file(), reason="no .venvs/goldens with transformers; see tests/goldens/make.py"
 )
 def test_transformers_computes_the_same_from_what_we_save(tmp_path):
-    for name in CHECKPOINTS:
+    names = [name for name in CHECKPOINTS if name not in ELSEWHERE]
+    for name in names:
         cfg, params = load(GOLDENS / name, dtype="float32")
         save(tmp_path / name, cfg, params, format="huggingface")
     program = GOLDENS / "make.py"
-    command = [str(OTHER_PYTHON), str(program), "--check", str(tmp_path), *CHECKPOINTS]
+    command = [str(OTHER_PYTHON), str(program), "--check", str(tmp_path), *names]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     differences = json.loads(run.stdout.splitlines()[-1])
-    assert set(differences) == set(CHECKPOINTS)
+    assert set(differences) == set(names)
     assert {name: value for name, value in differences.items() if not value < 1e-5} == {}
 
 

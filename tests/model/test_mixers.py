@@ -97,7 +97,8 @@ def random_x(*shape, seed=0):
 def random_cache(spec, rows):
     rng = np.random.default_rng(7)
     cache = spec.init_cache(3, 4, rows, jnp.dtype("float32"))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), cache)
+    dirty = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), cache)
+    return jax.tree.map(lambda leaf: leaf.at[-1].set(jnp.nan), dirty)
 
 
 @every_option
@@ -157,6 +158,16 @@ def test_chunks_and_single_steps_on_reused_rows_equal_the_full_pass(name):
     jax.tree.map(
         lambda old, leaf: np.testing.assert_array_equal(old, leaf[jnp.array([1, 3])]), untouched, cache
     )
+
+
+def test_an_idle_batch_row_leaves_alone_the_row_that_it_names():
+    spec, params = built("mamba2")
+    x, cache, positions = random_x(3, 6), random_cache(spec, 2), np.broadcast_to(np.arange(6), (3, 6))
+    real = np.array([[0] * 6, [1] * 6, [0] * 6], np.int32)
+    y, after = run(spec, params, x, positions, real, cache, np.array([1, 1, 1]))
+    np.testing.assert_allclose(y[1], alone(spec, params, x)[1], atol=3e-5)
+    _, wanted = run(spec, params, x[1:2], positions[:1], real[1:2], cache, np.array([1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, wanted)
 
 
 @every_mixer

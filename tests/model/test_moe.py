@@ -177,7 +177,7 @@ def test_dropless_keeps_every_token_when_all_choose_the_same_expert():
         np.testing.assert_allclose(
             y[b, t], brute_expert(spec.expert, params["experts"], 5, x[b, t]), atol=1e-5
         )
-    assert float(aux["moe_max_load"].mean()) == E
+    assert float(aux["moe_max_load"].mean()) == E and float(aux["moe_dropped"].mean()) == 0
 
 
 def brute_capacity(spec, p, x, real, slots):
@@ -198,14 +198,28 @@ def test_capacity_drops_the_last_and_least_wanted_and_padding_takes_no_place(fac
     assert spec.slots(T) == slots
     params, x = make(spec, seed=3)
     segments = np.array([[0, 0, 1, 1, 1, 2, 2, 2, 0], [1] * T])
-    y, _ = forward(spec, params, x, segments)
+    y, aux = forward(spec, params, x, segments)
     dropped = 0
     for b in range(B):
         kept = brute_capacity(spec, params, x[b], segments[b], slots)
         dropped += 2 * int((segments[b] > 0).sum()) - sum(map(len, kept))
         for t in range(T):
             np.testing.assert_allclose(y[b, t], brute_token(spec, params, x[b, t], kept[t]), atol=1e-5)
-    assert dropped > 0
+    assert (
+        float(aux["moe_dropped"].mean()) == pytest.approx(dropped / (2 * (segments > 0).sum()))
+        and dropped > 0
+    )
+
+
+def test_capacity_drops_nothing_with_a_cache():
+    tight = dataclasses.replace(PLAIN, dispatch="capacity", capacity_factor=0.1)
+    params, x = make(tight)
+    cached = dataclasses.replace(info(), rows=jnp.arange(B))
+    y, aux = jit(lambda p, x: tight.module(CTX, "ffn").apply({"params": p}, x, cached))(
+        params, jnp.asarray(x)
+    )
+    np.testing.assert_allclose(y, forward(PLAIN, params, x)[0], atol=1e-6)
+    assert float(aux["moe_dropped"].mean()) == 0
 
 
 def test_experts_that_choose_take_their_best_tokens_of_each_row():

@@ -20,7 +20,9 @@ from model import (
     init_cache,
     logical_axes,
     param_shapes,
+    save,
 )
+from model.anatomy import cache_bytes_per_token, state_bytes_per_row
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -28,6 +30,7 @@ from model.blocks.norms import LayerNorm, RMSNorm
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
+from model.describe import describe
 from model.generate import generate
 from model.layout import relayout
 from model.sharding import named_sharding
@@ -168,3 +171,12 @@ def test_a_model_split_over_eight_devices_gives_the_same_logits(name):
             jax.device_put(params, shardings), tokens
         ).logits
     np.testing.assert_allclose(logits, wanted, atol=5e-5)
+
+
+def test_the_description_counts_states_by_row_and_pages_by_token(tmp_path):
+    cfg, params = fresh("hybrid")
+    save(tmp_path / "model", cfg, params)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(init_cache(cfg, 3, 10).layers))
+    assert 3 * (state_bytes_per_row(cfg) + 10 * cache_bytes_per_token(cfg)) == whole
+    text = describe(tmp_path / "model")
+    assert f"{2 * 2 * 6 * 4} bytes a token" in text and "a row of any length" in text

@@ -18,6 +18,7 @@ from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
+from model.blocks.parallel import Parallel
 from model.layout import relayout
 from model.trace import likeliest, logit_lens, trace
 
@@ -31,7 +32,7 @@ HYBRID = ModelConfig(
         Block(Mamba2(2, 6, 4), None),
         Block(LatentAttention(2, 4, 2, 5, 7), SwiGLU(16)),
         Block(LatentAttention(2, 4, 2, 5, 7), SwiGLU(16)),
-        Block(DifferentialAttention(4, 2, 6, 0.2), None),
+        Block(Parallel((DifferentialAttention(4, 2, 6, 0.2), Mamba2(2, 6, 4))), None),
     ),
     max_length=32,
 )

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import apply, decoder, init
+from model import ShardingRules, apply, decoder, init
 from model.blocks.ffn import GatedMLP
 from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.flops import forward_flops_per_token
-from train.config import Execution, MixtureSpec, ModelSpec, OptimizerSpec
+from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, OptimizerSpec
+from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import dpo, language_modelling, with_reference
 from train.optimizer import adamw
 from train.step import accumulate, make_train_step, new_state
@@ -45,7 +46,14 @@ def test_the_loss_is_the_objective_and_what_the_mixtures_add(scan):
     value = {name: float(metric.mean()) for name, metric in metrics.items()}
     added = 0.1 * value["moe_load_balance"] + 0.01 * value["moe_z_loss"]
     assert float(loss.mean()) == pytest.approx(value["nll"] + added, rel=1e-5)
-    assert set(value) == {"nll", "moe_load_balance", "moe_z_loss", "moe_entropy", "moe_max_load"}
+    assert set(value) == {
+        "nll",
+        "moe_load_balance",
+        "moe_z_loss",
+        "moe_entropy",
+        "moe_dropped",
+        "moe_max_load",
+    }
     assert float(metrics["moe_entropy"].weight) == 2 * (batch["segment_ids"] > 0).sum()
 
 
@@ -67,6 +75,21 @@ def test_microbatches_weigh_the_router_loss_by_their_tokens():
     )
     assert float(parts[1][0].total) == pytest.approx(float(whole[1][0].total), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), parts[0], whole[0])
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_eight_devices_give_the_gradient_of_one(scan):
+    cfg, rules = model(dataclasses.replace(PLAIN, shared=GatedMLP(8)), scan=scan), ShardingRules()
+    params, batch = fresh(cfg), packed_batch()
+    gradient = lambda rules: jit(lambda p, b: accumulate(language_modelling(cfg, rules), p, b, 2, rules))
+    wanted, (loss, _) = gradient(None)(params, batch)
+    mesh = make_mesh(MeshSpec(data=1, fsdp=2, expert=2, tensor=2))
+    cut = dataclasses.replace(rules, kv_heads=(), act_kv_heads=())  # there is one
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(cfg, mesh, cut))
+        found, (sharded_loss, _) = gradient(cut)(placed, place_batch(batch, mesh, cut))
+    assert float(sharded_loss.total) == pytest.approx(float(loss.total), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), found, wanted)
 
 
 def test_the_choice_bias_moves_by_its_rate_and_is_seen_by_nothing_else():

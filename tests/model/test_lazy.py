@@ -1,0 +1,129 @@
+"""Loading in parts: each device reads its own slice, and memory holds the parameters and one tensor, no more."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from model import MESH_AXES, load, load_config, logical_axes, save
+from model.lazy import Lazy, Stacked, place
+from model.sharding import ShardingRules, named_sharding
+from model.storage import load_lazily
+
+from .conftest import GOLDENS, random_params, tiny
+
+
+def counting(array, read):
+    """A Lazy of `array` that notes what is asked of it."""
+
+    class Noting(Lazy):
+        def __getitem__(self, index):
+            read.append(array[index].size)
+            return super().__getitem__(index)
+
+    return Noting(array.shape, array.dtype, lambda: array)
+
+
+def test_a_stack_of_lazy_arrays_is_sliced_like_an_array():
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(5)]
+    stack = Stacked([Lazy(a.shape, a.dtype, lambda a=a: a) for a in arrays])
+    wanted = np.stack(arrays)
+    for index in [(slice(1, 4), slice(0, 2), slice(3, 6)), (slice(None),) * 3]:
+        np.testing.assert_array_equal(stack[index], wanted[index])
+    np.testing.assert_array_equal(np.asarray(stack.astype("bfloat16")), wanted.astype("bfloat16"))
+    assert (stack.shape, stack.nbytes) == (wanted.shape, wanted.nbytes)
+
+
+def test_each_device_reads_its_own_slice_alone():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp", "tensor"))
+    arrays = [np.arange(8 * 6, dtype=np.float32).reshape(8, 6) + i for i in range(3)]
+    read = []
+    placed = place(Stacked([counting(array, read) for array in arrays]), sharding)
+    np.testing.assert_array_equal(placed, np.stack(arrays))
+    assert sum(read) == 3 * 8 * 6 and max(read) == 8 * 6 / 8
+
+
+@pytest.mark.parametrize("name", ["llama_untied_sharded", "mixtral", "gpt_neox", "mamba2"])
+def test_a_model_on_eight_devices_is_the_model(name):
+    cfg = load_config(GOLDENS / name)
+    sizes = {"fsdp": 2}
+    mesh = jax.make_mesh([sizes.get(axis, 1) for axis in MESH_AXES], MESH_AXES)
+    rules = ShardingRules(vocab=())
+    shardings = jax.tree.map(
+        lambda names: named_sharding(mesh, rules, names),
+        logical_axes(cfg),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    alone, split = load(GOLDENS / name)[1], load(GOLDENS / name, shardings=shardings)[1]
+    jax.tree.map(np.testing.assert_array_equal, alone, split)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(split))
+
+
+def test_what_is_loaded_lazily_is_saved_as_it_was(tmp_path):
+    cfg = tiny()
+    params = random_params(cfg)
+    save(tmp_path / "model", cfg, params, format="huggingface")
+    again_cfg, again = load_lazily(tmp_path / "model")
+    for format in ("huggingface", "native", "gguf"):
+        path = tmp_path / f"again.{format}"
+        save(path, again_cfg, again, format=format)
+        jax.tree.map(np.testing.assert_array_equal, load(path)[1], params)
+
+
+MEASURE = """
+import json, sys, threading, time
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from model import MESH_AXES, load, load_config, logical_axes
+from model.sharding import ShardingRules, named_sharding
+
+def private():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+path, how = sys.argv[1:3]
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, private())
+        time.sleep(0.002)
+if how == "mesh":
+    cfg = load_config(path)
+    mesh = jax.make_mesh([{"fsdp": 8}.get(axis, 1) for axis in MESH_AXES], MESH_AXES)
+    shardings = jax.tree.map(lambda names: named_sharding(mesh, ShardingRules(), names), logical_axes(cfg),
+                             is_leaf=lambda x: isinstance(x, tuple))
+before = private()
+thread = threading.Thread(target=watch); thread.start()
+if how == "mesh":
+    params = load(path, shardings=shardings)[1]
+else:
+    from model.convert import convert
+    convert(path, sys.argv[3], format={"native": "native"}.get(how))
+done = True; thread.join()
+print(json.dumps((peak - before) * 1024))
+"""
+
+
+def peak_memory(*arguments):
+    """Bytes of private memory that loading took at most, in a process of its own with eight devices."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="memory is read from /proc")
+@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_peak_memory_is_the_parameters_and_one_tensor(experts, tmp_path):
+    from tests.model.made_up import write_made_up
+
+    total, largest = write_made_up(tmp_path / "model", 64 if experts else 16, experts)
+    allowed = 20e6  # threads and buffers
+    assert peak_memory(tmp_path / "model", "mesh") < total + largest + allowed
+    assert peak_memory(tmp_path / "model", "convert", tmp_path / "copy") < largest + allowed

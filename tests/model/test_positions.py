@@ -1,0 +1,59 @@
+"""Rotary frequencies against transformers', ALiBi's slopes and sinusoids against their closed forms."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import Alibi, NTKScaling, Rope
+from model.families.common import Reader
+from model.families.rope import read_rope
+
+from .conftest import GOLDENS
+
+FREQUENCIES = json.loads((GOLDENS / "frequencies.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in FREQUENCIES if name != "dynamic"])
+def test_stretched_frequencies_equal_those_of_transformers(name):
+    golden = FREQUENCIES[name]
+    config = Reader({"rope_parameters": golden["rope_parameters"], "max_position_embeddings": 2048})
+    rope = read_rope(config, 32)
+    for long, wanted in enumerate(golden["frequencies"]):
+        np.testing.assert_allclose(rope.frequencies(32, long=bool(long)), wanted, rtol=1e-6)
+    assert getattr(rope.scaling, "magnitude", 1.0) == pytest.approx(golden["magnitude"], rel=1e-12)
+
+
+def test_ntk_frequencies_equal_those_of_transformers_at_the_length_that_needs_the_factor():
+    golden = FREQUENCIES["dynamic"]
+    factor = golden["rope_parameters"]["factor"]
+    needed = factor * 4096 / 2048 - (factor - 1)
+    rope = Rope(10_000.0, NTKScaling(needed))
+    np.testing.assert_allclose(rope.frequencies(32), golden["frequencies"][0], rtol=1e-6)
+    plain = Rope(10_000.0).frequencies(32)
+    np.testing.assert_allclose(rope.frequencies(32)[[0, -1]], plain[[0, -1]] / [1, needed], rtol=1e-6)
+
+
+def test_a_part_of_a_head_stands_still():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 8)), jnp.float32)
+    positions = jnp.arange(5)[None]
+    turned = Rope(fraction=0.5)(x, positions)
+    np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(turned[..., :4], Rope()(x[..., :4], positions), rtol=1e-6)
+    half = Rope(turning=0.5)(x, positions)
+    np.testing.assert_allclose(half[..., [2, 3, 6, 7]], x[..., [2, 3, 6, 7]], rtol=1e-6)
+    np.testing.assert_allclose(half[..., [0, 4]], Rope()(x, positions)[..., [0, 4]], rtol=1e-6)
+
+
+def test_pairs_of_neighbours_are_pairs_of_halves_in_another_order():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 8)), jnp.float32)
+    positions, order = jnp.arange(5)[None] + 3, np.array([0, 2, 4, 6, 1, 3, 5, 7])
+    neighbours = Rope(interleaved=True)(x, positions)
+    np.testing.assert_allclose(neighbours[..., order], Rope()(x[..., order], positions), rtol=1e-6)
+
+
+def test_slopes_of_alibi():
+    np.testing.assert_allclose(Alibi().slopes(8), 2.0 ** -np.arange(1, 9))
+    np.testing.assert_allclose(Alibi().slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
+    np.testing.assert_allclose(Alibi(max_bias=4, scale=0.5).slopes(2), [2**-2 / 2, 2**-4 / 2])
