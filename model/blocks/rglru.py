@@ -85,7 +85,8 @@ class RGLRUModule(nn.Module):
         a_HC = param32(self, self.ctx, "a", x_BTHC.shape[2:], HEADS, _between_decays(0.9, 0.999))
         log_decay_BTHC = -SHARPNESS * self._gate("a_gate", x_BTHC) * jax.nn.softplus(a_HC)
         # sqrt(1 - decay^2) keeps the state's size; a document's first token has nothing before it to make room for.
-        room_BTHC = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay_BTHC), 1e-30))
+        # Not by expm1: Griffin's own code and transformers subtract, and their rounding is seen in the logits.
+        room_BTHC = jnp.sqrt(jnp.maximum(1 - jnp.exp(2 * log_decay_BTHC), 1e-30))
         room_BTHC = jnp.where(walk.first_BT[..., None, None], 1.0, room_BTHC)
         input_BTHC = x_BTHC.astype(jnp.float32) * self._gate("x_gate", x_BTHC) * room_BTHC
         return linear_scan(
