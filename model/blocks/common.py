@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import flax.linen as nn
@@ -16,7 +16,17 @@ import jax.numpy as jnp
 from model.sharding import ShardingRules
 
 
-class Mixer(Protocol):
+class Part(Protocol):
+    """What a block's mixers and networks have in common."""
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """What each parameter does, by its path within the part; that of a norm says what is normalised, and a bias
+        needs none."""
+        ...
+
+
+class Mixer(Part, Protocol):
     """What mixes tokens with each other: attention, or a recurrence."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
@@ -36,7 +46,7 @@ class Mixer(Protocol):
     def flops_per_token(self, width: int, seq_len: int) -> float: ...
 
 
-class FeedForward(Protocol):
+class FeedForward(Part, Protocol):
     """What works on each token alone."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:

@@ -28,6 +28,13 @@ class CrossAttention:
     out_bias: bool = False
     scale: float | None = None  # of the scores; None: head_dim ** -0.5
 
+    roles = {
+        "q": "queries to the encoder",
+        "k": "keys of the encoder's tokens",
+        "v": "values of the encoder's tokens",
+        "o": "adds what was found in the encoder to the residual stream",
+    }
+
     def module(self, ctx: Context, name: str) -> nn.Module:
         """Called as a mixer is; its cache is its own part of the block's."""
         return CrossAttentionModule(self, ctx, name=name)

@@ -46,6 +46,22 @@ class GatedDeltaNet:
     norm_eps: float = 1e-6  # of the RMS norm over a head's output, before the gate
     negative_eigenvalues: bool = False  # the step size beta is in (0, 2) instead of (0, 1)
 
+    roles = {
+        "q": "queries: where a token reads the state",
+        "k": "keys: where it writes",
+        "v": "values: what it writes",
+        "conv_q": "mixes queries with those of the last few tokens",
+        "conv_k": "mixes keys with those of the last few tokens",
+        "conv_v": "mixes values with those of the last few tokens",
+        "b": "how much of what the state held at the key is replaced",
+        "z": "gate: opens each channel of the output",
+        "a": "how much of the state each head keeps",
+        "dt_bias": "where that starts from",
+        "A_log": "how fast a head forgets, as a logarithm",
+        "norm": "scale of each head's output",
+        "o": "adds what was read from the state to the residual stream",
+    }
+
     def __post_init__(self):
         if self.num_heads % self.num_key_heads:
             raise ValueError(
@@ -124,6 +140,24 @@ class KimiDeltaAttention:
     decay_lower_bound: float | None = (
         None  # log decay = bound * sigmoid(...), instead of -exp(A_log) softplus(...)
     )
+
+    roles = {
+        "q": "queries: where a token reads the state",
+        "k": "keys: where it writes",
+        "v": "values: what it writes",
+        "conv_q": "mixes queries with those of the last few tokens",
+        "conv_k": "mixes keys with those of the last few tokens",
+        "conv_v": "mixes values with those of the last few tokens",
+        "b": "how much of what the state held at the key is replaced",
+        "f_a": "the token to the low rank of its decay",
+        "f_b": "the low rank to how much each channel keeps",
+        "g_a": "the token to the low rank of its gate",
+        "g_b": "the low rank to the gate of each channel of the output",
+        "dt_bias": "where the decay starts from",
+        "A_log": "how fast a head forgets, as a logarithm",
+        "norm": "scale of each head's output",
+        "o": "adds what was read from the state to the residual stream",
+    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return KimiDeltaAttentionModule(self, ctx, name=name)

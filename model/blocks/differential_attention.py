@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, write_pages
+from model.blocks.attention import read_pages, sow_weights, write_pages
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
@@ -34,6 +34,18 @@ class DifferentialAttention:
     qkv_bias: bool = False
     out_bias: bool = False
     pair_norm: RMSNorm = RMSNorm(scale=False)  # of each pair's difference
+
+    roles = {
+        "q": "queries: what each head looks for",
+        "k": "keys: what each token offers to be found by",
+        "v": "values: what a token passes on when looked at",
+        "o": "adds the pairs' findings to the residual stream",
+        "lambda_q1": "how much of the second head of a pair is taken away",
+        "lambda_k1": "how much of the second head of a pair is taken away",
+        "lambda_q2": "how much of the second head of a pair is taken away",
+        "lambda_k2": "how much of the second head of a pair is taken away",
+        "pair_norm": "each pair's difference",
+    }
 
     def __post_init__(self):
         if self.num_kv_heads % 2 or self.num_heads % self.num_kv_heads:
@@ -74,6 +86,7 @@ class DifferentialAttentionModule(nn.Module):
         v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
         if cache is None:
             v_BTKE = _shared_values(v_BTKC)
+            sow_weights(self, q_BTHC, k_BTKC, info)
             out_BTHE = self_attention(q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids)
         else:
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)

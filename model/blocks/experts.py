@@ -35,6 +35,12 @@ class ClampedSwiGLU:
     alpha: float = 1.702
     bias: bool = True
 
+    roles = {
+        "gate": "what opens each feature",
+        "up": "value of each feature",
+        "down": "adds the open features to the residual stream",
+    }
+
     def flops_per_token(self, width: int) -> float:
         """Of the forward pass."""
         return 2 * 3 * width * self.width

@@ -36,6 +36,12 @@ class GatedMLP:
     gate_scale: float = 1.0  # muP: of what the activation takes
     down_scale: float = 1.0  # muP: of the result
 
+    roles = {
+        "gate": "what opens each feature",
+        "up": "value of each feature",
+        "down": "adds the open features to the residual stream",
+    }
+
     def __post_init__(self):
         check_activation(self.activation)
 
@@ -54,6 +60,11 @@ class MLP:
     width: int
     activation: str = "gelu"
     bias: bool = True
+
+    roles = {
+        "up": "value of each feature",
+        "down": "adds the open features to the residual stream",
+    }
 
     def __post_init__(self):
         check_activation(self.activation)

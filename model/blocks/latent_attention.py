@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, write_pages
+from model.blocks.attention import read_pages, sow_weights, write_pages
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
@@ -36,6 +36,17 @@ class LatentAttention:
     norm: Norm = RMSNorm(1e-6)  # of both latents
     bias: bool = False  # of the maps from and to the model's width, save that of queries without a latent
     scale: float | None = None  # of the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
+
+    roles = {
+        "q": "queries: what each head looks for",
+        "q_a": "the token to the queries' latent",
+        "q_a_norm": "the queries' latent",
+        "q_b": "that latent to each head's query",
+        "kv_a": "the token to the latent that is cached, and to the rotated key",
+        "kv_a_norm": "the cached latent",
+        "kv_b": "the latent to each head's key and value",
+        "o": "adds the heads' findings to the residual stream",
+    }
 
     def __post_init__(self):
         if self.rope.rotated(self.rope_dim) % 2:
@@ -117,6 +128,7 @@ class LatentAttentionModule(nn.Module):
         q_BTHC = jnp.concatenate([q_BTHN, q_BTHR], -1)
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
         v_BTHE = kv[..., spec.nope_dim :]
+        sow_weights(self, q_BTHC, k_BTHC, info, scores=self._scores())
         return self_attention(
             q_BTHC, k_BTHC, v_BTHE, info.positions, info.segment_ids, Sight(), self._scores()
         )

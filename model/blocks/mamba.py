@@ -41,6 +41,23 @@ class Mamba:
     bias: bool = False  # of the maps from and to the model width
     norm: Norm | None = None  # of the low-rank time step, B and C
 
+    roles = {
+        "in_x": "what enters the convolution and the state",
+        "in_z": "gate: opens each channel of the output",
+        "conv": "mixes each channel with its last few tokens",
+        "dt_low": "the token to the low rank of its time step",
+        "dt": "the low rank to each channel's time step",
+        "B": "how the token is written to the state",
+        "C": "how the token reads the state",
+        "dt_bias": "where a token's time step starts from",
+        "A_log": "how fast the state forgets, as a logarithm",
+        "D": "what passes by the state",
+        "dt_low_norm": "the low-rank time step",
+        "B_norm": "B",
+        "C_norm": "C",
+        "o": "adds what was read from the state to the residual stream",
+    }
+
     def module(self, ctx: Context, name: str) -> nn.Module:
         return MambaModule(self, ctx, name=name)
 

@@ -50,6 +50,22 @@ class Mamba2:
     multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)  # of z, x, B, C, dt
     out_multiplier: float = 1.0
 
+    roles = {
+        "in_z": "gate: opens each channel of the output",
+        "in_x": "values: what a token writes to the state",
+        "in_B": "keys: where it writes",
+        "in_C": "queries: where it reads",
+        "in_dt": "each head's time step: how much it writes and forgets",
+        "conv_x": "mixes values with those of the last few tokens",
+        "conv_B": "mixes keys with those of the last few tokens",
+        "conv_C": "mixes queries with those of the last few tokens",
+        "dt_bias": "where a token's time step starts from",
+        "A_log": "how fast the state forgets, as a logarithm",
+        "D": "what passes by the state",
+        "norm": "scale of the gated output",
+        "o": "adds what was read from the state to the residual stream",
+    }
+
     def __post_init__(self):
         if self.num_heads % self.num_groups:
             raise ValueError(

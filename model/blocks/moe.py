@@ -76,6 +76,17 @@ class MoE:
         return self.experts_per_token * self.expert.flops_per_token(width) + shared + routing
 
     @property
+    def roles(self) -> dict[str, str]:
+        shared = {} if self.shared is None else self.shared.roles
+        return {
+            "router": "which experts suit a token",
+            "choice_bias": "evens the experts' loads; decides who is chosen, not with what weight",
+            **{f"experts/{name}": f"in each expert: {role}" for name, role in self.expert.roles.items()},
+            **{f"shared/{name}": f"in the shared expert: {role}" for name, role in shared.items()},
+            "shared_gate": "how much of the shared expert's output goes on",
+        }
+
+    @property
     def has_choice_bias(self) -> bool:
         return isinstance(self.router, Router) and self.router.choice_bias
 

@@ -31,6 +31,14 @@ class Parallel:
             if scales is not None and len(scales) != len(self.mixers):
                 raise ValueError(f"{name} has {len(scales)} numbers for {len(self.mixers)} mixers.")
 
+    @property
+    def roles(self) -> dict[str, str]:
+        roles = {}
+        for i, mixer in enumerate(self.mixers):
+            of_mixer = {f"mixer_{i}/{path}": role for path, role in mixer.roles.items()}
+            roles |= of_mixer | {f"norm_{i}": f"what {type(mixer).__name__} gives"}
+        return roles
+
     def module(self, ctx: Context, name: str) -> nn.Module:
         return ParallelModule(self, ctx, name=name)
 

@@ -228,6 +228,8 @@ class LearnedPositions:
 
     length: int
 
+    roles = {"table": "a vector for each position"}
+
     def module(self, ctx: Context, name: str) -> nn.Module:
         return LearnedPositionsModule(self, ctx, name=name)
 

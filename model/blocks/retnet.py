@@ -34,6 +34,15 @@ class Retention:
     rope: Rope = Rope()
     norm_eps: float = 1e-5  # of the RMS norm over a head's output, before the gate
 
+    roles = {
+        "q": "queries: where a token reads the state",
+        "k": "keys: where it writes",
+        "v": "values: what it writes",
+        "z": "gate: opens each channel of the output",
+        "norm": "scale of each head's output",
+        "o": "adds what was read from the state to the residual stream",
+    }
+
     def __post_init__(self):
         if self.key_dim % 2:
             raise ValueError(

@@ -30,6 +30,16 @@ class RGLRU:
     head_dim: int
     conv_width: int = 4
 
+    roles = {
+        "y": "gate: opens each channel of the output",
+        "x": "what enters the convolution and the state",
+        "conv": "mixes each channel with its last few tokens",
+        "a": "how fast each channel forgets",
+        "a_gate": "how much of that the token asks for",
+        "x_gate": "how much of the token enters the state",
+        "o": "adds what was read from the state to the residual stream",
+    }
+
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RGLRUModule(self, ctx, name=name)
 

@@ -40,6 +40,34 @@ class RWKV7:
     first: bool = False
     norm_eps: float = 64e-5  # of the norm over each head's output
 
+    roles = {
+        "x_r": "how much of the token before is mixed in for the reading",
+        "x_w": "how much of the token before is mixed in for the decay",
+        "x_k": "how much of the token before is mixed in for the key",
+        "x_v": "how much of the token before is mixed in for the value",
+        "x_a": "how much of the token before is mixed in for the rate",
+        "x_g": "how much of the token before is mixed in for the gate",
+        "r": "receptance: where a token reads the state",
+        "k": "keys: where it writes",
+        "v": "values: what it writes",
+        "w_a": "the token to the low rank of its decay",
+        "a_a": "the token to the low rank of its rate",
+        "v_a": "the token to the low rank of its share of the first layer's values",
+        "g_a": "the token to the low rank of its gate",
+        "w_b": "the low rank to how much each channel keeps",
+        "a_b": "the low rank to how much of the state is replaced",
+        "v_b": "the low rank to the share of the first layer's values",
+        "g_b": "the low rank to the gate of each channel of the output",
+        "w_bias": "where the decay starts from",
+        "a_bias": "where the rate starts from",
+        "v_bias": "where that share starts from",
+        "k_k": "scale of the key that erases",
+        "k_a": "how far the rate weakens the key that writes",
+        "r_k": "how much of itself a token reads at once",
+        "norm": "scale of each head's output",
+        "o": "adds what was read from the state to the residual stream",
+    }
+
     @property
     def shares(self) -> tuple[str, ...]:
         """What the module gives to the layers after it."""
@@ -145,6 +173,12 @@ class RWKV7ChannelMix:
 
     width: int
     model_width: int  # of the token that a row's state keeps
+
+    roles = {
+        "x_k": "how much of the token before is mixed in",
+        "k": "value of each feature",
+        "o": "adds the open features to the residual stream",
+    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RWKV7ChannelMixModule(self, ctx, name=name)

@@ -107,15 +107,41 @@ def self_attention(
         first = 0 if reach is None else max(0, start - reach + 1)
         last = stop if sight.causal else T if reach is None else min(T, stop + reach - 1)
         queries, keys = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None]
-        mask_BTS = dataclasses.replace(sight, chunk=None).sees(queries, keys)[None]
-        if sight.chunk is not None:
-            chunk_BT = positions_BT // sight.chunk
-            mask_BTS = mask_BTS & (chunk_BT[:, start:stop, None] == chunk_BT[:, None, first:last])
-        if segment_ids_BT is not None:
-            mask_BTS = mask_BTS & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, first:last])
+        mask_BTS = _self_mask(slice(start, stop), slice(first, last), positions_BT, segment_ids_BT, sight)
         parts = q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, first:last], v_BKSE[:, :, first:last]
         outputs.append(_attend(*parts, mask_BTS, scores, (keys - queries)[None]))
     return _tokens_first(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3))
+
+
+def self_attention_weights(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
+) -> jax.Array:
+    """The weights with which `self_attention` mixes values, [B, H, T, S] float32: to be looked at."""
+    B, T, H = q_BTHC.shape[:3]
+    mask_BTS = _self_mask(slice(0, T), slice(0, T), positions_BT, segment_ids_BT, sight)
+    distance_1TT = (jnp.arange(T)[None] - jnp.arange(T)[:, None])[None]
+    q_BKGTC, k_BKSC, _ = _heads_first(q_BTHC, k_BTKC, k_BTKC)
+    weights_BKGTS, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_1TT)
+    return (weights_BKGTS / total_BKGT1).reshape(B, H, T, T)
+
+
+def _self_mask(
+    queries: slice, keys: slice, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, sight: Sight
+) -> jax.Array:
+    """bool [B or 1, T, S], for two stretches of the row."""
+    at_T, at_S = (jnp.arange(s.start, s.stop) for s in (queries, keys))
+    mask_BTS = dataclasses.replace(sight, chunk=None).sees(at_T[:, None], at_S[None])[None]
+    if sight.chunk is not None:
+        chunk_BT = positions_BT // sight.chunk
+        mask_BTS = mask_BTS & (chunk_BT[:, queries, None] == chunk_BT[:, None, keys])
+    if segment_ids_BT is not None:
+        mask_BTS = mask_BTS & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
+    return mask_BTS
 
 
 def _attend(
@@ -126,6 +152,21 @@ def _attend(
     scores: Scores,
     distance_BTS: jax.Array | None,
 ) -> jax.Array:
+    weights_BKGTS, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_BTS)
+    out_BKGTE = jnp.einsum(
+        "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32
+    )
+    return (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
+
+
+def _weights(
+    q_BKGTC: jax.Array,
+    k_BKSC: jax.Array,
+    mask_BTS: jax.Array,
+    scores: Scores,
+    distance_BTS: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(weights not yet divided, what to divide them by), float32."""
     B, K, G, T, C = q_BKGTC.shape
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
     scores_BKGTS *= C**-0.5 if scores.scale is None else scores.scale
@@ -146,10 +187,7 @@ def _attend(
     total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
     if scores.sinks_H is not None:
         total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1)
-    out_BKGTE = jnp.einsum(
-        "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32
-    )
-    return (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
+    return weights_BKGTS, total_BKGT1
 
 
 def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):

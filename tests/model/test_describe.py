@@ -8,11 +8,86 @@ import numpy as np
 import pytest
 
 from data import load_tokenizer, train_tokenizer
-from model import Attention, Block, RMSNorm, ScalarHead, SwiGLU, init_cache, load, load_config, save
+from model import (
+    Attention,
+    Block,
+    LearnedPositions,
+    ModelConfig,
+    RMSNorm,
+    ScalarHead,
+    SwiGLU,
+    apply,
+    init_cache,
+    load,
+    load_config,
+    save,
+)
 from model.__main__ import main
-from model.describe import cache_bytes_per_token, describe, parameter_count
+from model.anatomy import (
+    activation_bytes,
+    anatomy,
+    cache_bytes_per_token,
+    parameter_count,
+    parameter_groups,
+    state_bytes_per_row,
+)
+from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
+from model.blocks.differential_attention import DifferentialAttention
+from model.blocks.experts import ClampedSwiGLU
+from model.blocks.ffn import MLP
+from model.blocks.latent_attention import LatentAttention
+from model.blocks.mamba import Mamba
+from model.blocks.mamba2 import Mamba2
+from model.blocks.moe import MoE
+from model.blocks.norms import LayerNorm
+from model.blocks.parallel import Parallel
+from model.blocks.retnet import Retention
+from model.blocks.rglru import RGLRU
+from model.blocks.router import Router
+from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
+from model.config import PARTS
+from model.describe import describe
+from model.logprobs import token_logprobs
 
 from .conftest import GOLDENS, random_params, tiny
+
+NORM, LAYER_NORM = RMSNorm(), LayerNorm()
+EVERY_PART = ModelConfig(
+    31,
+    12,
+    (
+        Block(RWKV7(2, 6, 2, 3, 4, 5, first=True), None, LAYER_NORM),
+        Block(RWKV7(2, 6, 2, 3, 4, 5), None, LAYER_NORM),
+        Block(RWKV7ChannelMix(20, 12), None, LAYER_NORM),
+        Block(
+            Attention(4, 2, 6, qkv_bias=True, out_bias=True, qk_norm=LAYER_NORM, sinks=True, gate=True),
+            MLP(20),
+            post_norm=NORM,
+        ),
+        Block(
+            LatentAttention(2, 4, 2, 5, 7, q_rank=6, bias=True), SwiGLU(20, bias=True), None, None, LAYER_NORM
+        ),
+        Block(LatentAttention(2, 4, 2, 5, 7), None),
+        Block(DifferentialAttention(4, 2, 6, 0.2, qkv_bias=True, out_bias=True, pair_norm=NORM), None),
+        Block(Mamba(24, 4, 2, bias=True, norm=NORM), None),
+        Block(Mamba2(4, 6, 5, in_bias=True, out_bias=True), MoE(6, 2, ClampedSwiGLU(9), Router(bias=True))),
+        Block(
+            GatedDeltaNet(4, 2, 3, 4),
+            MoE(6, 2, SwiGLU(9), Router("sigmoid", choice_bias=True), shared=SwiGLU(7), shared_gate=True),
+        ),
+        Block(KimiDeltaAttention(2, 4), MoE(4, 1, MLP(9))),
+        Block(Parallel((Retention(2, 4, 5), RGLRU(4, 3)), out_norm=NORM), None),
+        Block(RGLRU(4, 3), None),
+        Block(Retention(2, 4, 5), None),
+    ),
+    positions=LearnedPositions(16),
+    embed_norm=NORM,
+    tied_head=False,
+    head_bias=True,
+    heads=(ScalarHead("value"),),
+    max_length=16,
+)
+MODELS = sorted(path.parent for path in GOLDENS.glob("*/config.json"))
 
 
 def lines_of(text):
@@ -40,6 +115,67 @@ def test_cache_bytes_are_those_of_a_cache(dtype):
     )
 
 
+def test_what_grows_with_a_row_and_what_does_not_are_told_apart():
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(init_cache(EVERY_PART, 2, n).layers)) for n in (10, 11)]
+    per_token = cache_bytes_per_token(EVERY_PART)
+    assert sizes[1] - sizes[0] == 2 * per_token
+    assert sizes[0] == 2 * (10 * per_token + state_bytes_per_row(EVERY_PART))
+
+
+def test_every_parameter_of_every_part_has_a_role():
+    used = {type(part).__name__ for block in EVERY_PART.blocks for part in (block.mixer, block.ffn)}
+    elsewhere = {"ClampedSwiGLU", "CrossAttention"}  # an expert; T5's, among the published families
+    assert {name for name, part in PARTS.items() if hasattr(part, "flops_per_token")} <= used | elsewhere
+    assert not [group.name for group in parameter_groups(EVERY_PART) if not group.role]
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
+def test_the_groups_of_a_published_family_are_its_arrays(path):
+    cfg = load_config(path)
+    cfg, params = load(path, cfg=cfg.replace(scan=False))
+    groups = parameter_groups(cfg)
+    assert all(group.role for group in groups)
+    assert sum(group.parameters for group in groups) == sum(x.size for x in jax.tree.leaves(params))
+    idle = 0
+    for i, block in enumerate(cfg.blocks):
+        if isinstance(block.ffn, MoE):
+            experts = sum(x.size for x in jax.tree.leaves(params[f"block_{i}"]["ffn"]["experts"]))
+            idle += experts // block.ffn.num_experts * (block.ffn.num_experts - block.ffn.experts_per_token)
+    assert sum(group.parameters - group.active for group in groups) == idle
+    assert (idle > 0) == any(isinstance(block.ffn, MoE) for block in cfg.blocks)
+
+
+def test_activations_are_about_what_the_compiled_step_needs():
+    cfg, rows = tiny(6, scan=True), jax.ShapeDtypeStruct((4, 64), np.int32)
+    loss = lambda params, tokens: -token_logprobs(apply(cfg, params, tokens).logits, tokens)[0].sum()
+    params = jax.eval_shape(lambda: random_params(cfg))
+    needed = jax.jit(jax.grad(loss)).lower(params, rows).compile().memory_analysis().temp_size_in_bytes
+    assert 0.7 < activation_bytes(cfg, 4, 64) / needed < 1.4
+    assert activation_bytes(cfg.replace(remat="full"), 4, 64) < activation_bytes(cfg, 4, 64) / 2
+
+
+def test_memory_is_the_sum_of_its_parts():
+    cfg = tiny(dtype="bfloat16")
+    found, count = anatomy(cfg, batch=3, context=20), parameter_count(cfg)
+    assert [found.training[name] for name in ("parameters", "gradients", "AdamW's moments")] == [
+        4 * count,
+        4 * count,
+        8 * count,
+    ]
+    assert found.serving == {"parameters": 2 * count, "cache": 3 * 20 * cache_bytes_per_token(cfg)}
+    assert found.backward_flops_per_token == 2 * found.forward_flops_per_token
+
+
+def test_json_has_the_figures_of_the_table(capsys):
+    path = GOLDENS / "mixtral"
+    assert main(["describe", str(path), "--json", "--batch=2", "--context=8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = lines_of(describe(path, 2, 8))
+    assert f"{found['active_parameters']:,} parameters a token" in lines["active"]
+    assert f"{found['parameters']:,}" in lines["total"]
+    assert found["groups"][0]["axes"] == ["vocab", "embed"]
+
+
 def test_every_group_is_listed_and_the_shares_add_up(tmp_path):
     norm = RMSNorm()
     wide = Block(Attention(4, 2, 6, qkv_bias=True, out_bias=True, qk_norm=norm), SwiGLU(40, bias=True), norm)
@@ -48,7 +184,7 @@ def test_every_group_is_listed_and_the_shares_add_up(tmp_path):
     save(tmp_path / "model", cfg, random_params(cfg))
     table = describe(tmp_path / "model").split("\n\n")[0].splitlines()[3:]
     row = re.compile(
-        r"(?P<indent> *)(?P<name>[\w/ -]+?)  +(\d+( x \d+)* +)?(?P<count>[\d,]+) +[\d.]+ %(?P<task>.*)"
+        r"(?P<indent> *)(?P<name>[\w/ -]+?)  +(\d+( x \d+)* +\w+( x \w+)* +)?(?P<count>[\d,]+) +[\d.]+ %(?P<task>.*)"
     )
     rows = [row.fullmatch(line).groupdict() for line in table]
     counts = {r["name"]: int(r["count"].replace(",", "")) for r in rows if not r["indent"]}

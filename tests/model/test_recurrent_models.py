@@ -22,6 +22,7 @@ from model import (
     param_shapes,
     save,
 )
+from model.anatomy import cache_bytes_per_token, state_bytes_per_row
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -29,7 +30,7 @@ from model.blocks.norms import LayerNorm, RMSNorm
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
-from model.describe import cache_bytes_per_token, describe, state_bytes_per_row
+from model.describe import describe
 from model.generate import generate
 from model.layout import relayout
 from model.sharding import named_sharding

@@ -1,0 +1,233 @@
+"""What a model is made of and what it costs, in numbers: parameters by group, flops, cache and
+memory. Reads no weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+
+from model.cache import cache_axes, init_pages
+from model.config import STACKS, Block, ModelConfig
+from model.flops import forward_flops_per_token, train_flops_per_token
+from model.function import Params, apply, logical_axes, param_shapes
+from model.logprobs import token_logprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One array of parameters, or the same array of `count` equal blocks."""
+
+    name: str
+    stack: str  # "encoder_" in the encoder's blocks, else ""
+    blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
+    shape: tuple[int, ...]  # of one block
+    axes: tuple[str | None, ...]
+    parameters: int  # of all its blocks
+    active: int  # those that one token uses
+    role: str
+
+    @property
+    def count(self) -> int:
+        return 1 if self.blocks is None else self.blocks[1] - self.blocks[0] + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Anatomy:
+    """`batch` rows of `context` tokens; memory in bytes."""
+
+    batch: int
+    context: int
+    groups: tuple[Group, ...]
+    parameters: int
+    active_parameters: int
+    forward_flops_per_token: float  # the mean over the row
+    backward_flops_per_token: float
+    cache_bytes_per_token: int  # of pages, in the dtype of the computation
+    state_bytes_per_row: int  # of recurrent mixers, however long the row is
+    training: dict[str, int]  # what -> bytes
+    serving: dict[str, int]
+
+
+def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Anatomy:
+    """Of the model that `cfg` defines.
+
+    Args:
+      batch, context: rows and tokens a row for flops, cache and memory; default: one row of full length.
+
+    Raises:
+      ValueError: no rows or no tokens.
+    """
+    context = cfg.max_length if context is None else context
+    if batch < 1 or context < 1:
+        raise ValueError(f"batch={batch} and context={context} must be at least 1.")
+    groups = parameter_groups(cfg)
+    parameters = sum(group.parameters for group in groups)
+    forward = forward_flops_per_token(cfg, context)
+    return Anatomy(
+        batch,
+        context,
+        groups,
+        parameters,
+        sum(group.active for group in groups),
+        forward,
+        train_flops_per_token(cfg, context) - forward,
+        cache_bytes_per_token(cfg),
+        state_bytes_per_row(cfg),
+        training_memory(cfg, batch, context),
+        serving_memory(cfg, batch, context),
+    )
+
+
+def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
+    """In the order of the computation, equal neighbouring blocks together."""
+    scanned = cfg.replace(scan=True)
+    shapes, axes = _flat(param_shapes(scanned)), _flat(logical_axes(scanned))
+    runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
+    keyed = []
+    for path, array in shapes.items():
+        run, _, name = path.partition("/")
+        size = math.prod(array.shape)
+        if run in runs:
+            stack, block, numbers = runs[run]
+            used = block.ffn.active_share if name.startswith("ffn/experts/") else 1
+            place, role = _role(roles(cfg, block), name)
+            what = name, stack, (numbers[0], numbers[-1]), array.shape[1:], axes[path][1:]
+            order = 1 + STACKS.index(stack)
+            keyed.append(((order, numbers[0], place), Group(*what, size, round(size * used), role)))
+        else:
+            place, role = _role(roles(cfg, None), path)
+            last = 1 + len(STACKS) if place >= list(roles(cfg, None)).index("final_norm") else 0
+            keyed.append(((last, 0, place), Group(path, "", None, array.shape, axes[path], size, size, role)))
+    return tuple(group for _, group in sorted(keyed, key=lambda pair: pair[0]))
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+    """Of the whole model; a tied head counts once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(cfg.replace(scan=True))))
+
+
+def cache_bytes_per_token(cfg: ModelConfig) -> int:
+    """Of one row, over all blocks, in the dtype of the computation."""
+    return _cache_bytes(cfg, "slots")
+
+
+def state_bytes_per_row(cfg: ModelConfig) -> int:
+    """What recurrent blocks keep of a row of any length, and cross attention of an encoder's longest text."""
+    return _cache_bytes(cfg, "rows")
+
+
+def training_memory(cfg: ModelConfig, batch: int, context: int) -> dict[str, int]:
+    """Bytes of a training step on one device: parameters, gradients and AdamW's two moments in float32, activations."""
+    weights = 4 * parameter_count(cfg)
+    return {
+        "parameters": weights,
+        "gradients": weights,
+        "AdamW's moments": 2 * weights,
+        "activations": activation_bytes(cfg, batch, context),
+    }
+
+
+def serving_memory(cfg: ModelConfig, batch: int, context: int) -> dict[str, int]:
+    """Bytes of `batch` full rows with parameters in the dtype of the computation."""
+    return {
+        "parameters": parameter_count(cfg) * jnp.dtype(cfg.dtype).itemsize,
+        "cache": batch * (context * cache_bytes_per_token(cfg) + state_bytes_per_row(cfg)),
+    }
+
+
+def activation_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
+    """What the forward pass keeps for the backward pass, as traced: the compiler may keep less. With remat, the
+    blocks' inputs and one block's inside."""
+    cfg = cfg.replace(scan=True)
+    kept = _residual_bytes(cfg, batch, context)
+    if cfg.remat == "none":
+        return kept
+    return kept + (_residual_bytes(cfg.replace(remat="none"), batch, context) - kept) // len(cfg.blocks)
+
+
+def roles(cfg: ModelConfig, block: Block | None) -> dict[str, str]:
+    """What each parameter of `block`, or of what is outside the blocks, does: in the order of the computation."""
+    if block is None:
+        tied = ", in and out (tied head)" if cfg.tied_head else ""
+        heads = {f"{head.name}_head": f"the {head.name} of each token" for head in cfg.heads}
+        pooled = "the vector that stands for the text, from its first token"
+        return {
+            "embedding": "a vector for each token" + tied,
+            "token_types": "a vector for each kind of token",
+            **_under("positions", cfg.positions),
+            "embed_norm": "what the first block reads",
+            "encoder_final_norm": "what the encoder gives",
+            "final_norm": "the last hidden state",
+            "pooler/dense": pooled,
+            "head_transform/dense": "what the logits are read from",
+            "head_transform/norm": "what the logits are read from",
+            "head": "logits: one direction for each token of the vocabulary",
+            **heads,
+        }
+    return {
+        "mixer_norm": "what the mixer reads",
+        **_under("mixer", block.mixer),
+        "mixer_post_norm": "what the mixer adds",
+        "mixer_sum_norm": "the sum after the mixer",
+        "cross_norm": "what cross attention reads",
+        **_under("cross", block.cross),
+        "ffn_norm": "what the feed-forward network reads",
+        **_under("ffn", block.ffn),
+        "ffn_post_norm": "what the feed-forward network adds",
+        "ffn_sum_norm": "the sum after the feed-forward network",
+    }
+
+
+def _role(named: Mapping[str, str], path: str) -> tuple[int, str]:
+    """Place in the order, and text: of the parameter itself, of a norm's parameter, or of a bias."""
+    order = list(named)
+    parent, _, leaf = path.rpartition("/")
+    biased = path.removesuffix("_bias")
+    if path in named:
+        return order.index(path), named[path]
+    if parent in named:
+        return order.index(parent), f"{leaf} of {named[parent]}"
+    if biased in named:
+        return order.index(biased), f"bias of {biased.split('/')[-1]}"
+    return len(order), ""
+
+
+def _under(name: str, part: Any) -> dict[str, str]:
+    return {f"{name}/{path}": text for path, text in getattr(part, "roles", {}).items()}
+
+
+def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
+    """Of one page of one slot and one row; an encoder alone has no cache."""
+    if not cfg.causal:
+        return 0
+    cfg = cfg.replace(scan=False)
+    axes, state = cache_axes(cfg), jax.eval_shape(lambda: init_pages(cfg, 1, 1))
+    leaves = [leaf for name, part in state.items() for key, leaf in part.items() if axis in axes[name][key]]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _residual_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
+    def loss(params: Params, tokens: jax.Array) -> jax.Array:
+        source: dict[str, Any] = {"encoder_tokens": tokens} if cfg.encoder is not None else {}
+        return -token_logprobs(apply(cfg, params, tokens, **source).logits, tokens)[0].sum()
+
+    tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32)
+    pullback = lambda params, tokens: jax.tree.leaves(jax.vjp(lambda p: loss(p, tokens), params)[1])
+    jaxpr = jax.make_jaxpr(pullback)(param_shapes(cfg), tokens).jaxpr
+    made = {var for var in jaxpr.outvars if isinstance(var, Var)} - set(jaxpr.invars)
+    arrays = [cast(jax.ShapeDtypeStruct, var.aval) for var in made]
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

@@ -1,0 +1,100 @@
+"""What happens inside a forward pass: the residual stream after each block, attention weights, the experts' loads.
+
+All comes out of the one pure function, whose modules leave these for whoever asks. The logit lens reads the residual
+stream of any depth through the final norm and the head: nostalgebraist 2020, "interpreting GPT: the logit lens".
+"""
+
+# B batch, T tokens, D model width, V vocabulary, H heads, E experts, L blocks, K likeliest tokens
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.config import ModelConfig
+from model.function import Params, Source, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    tokens: jax.Array  # [B, T]
+    hidden: tuple[
+        jax.Array, ...
+    ]  # L + 1 of [B, T, D]: the embedded tokens, then the residual stream after each block
+    attention: dict[
+        int, jax.Array
+    ]  # block -> [B, H, T, T] float32, a row for each query; blocks with attention
+    expert_load: dict[
+        int, jax.Array
+    ]  # block -> [E] float32, times that an expert was chosen; mixtures of experts
+
+
+def trace(cfg: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.Array | None = None) -> Trace:
+    """Run the model on `tokens` [B, T] and keep what is inside; `segment_ids` as for `apply`."""
+    if cfg.encoder is not None:
+        raise ValueError("a trace is of a model of one stack; this one has an encoder beside its decoder.")
+    tokens = jnp.asarray(tokens)
+    found = _intermediates(cfg, params, tokens, segment_ids)
+    hidden, attention, expert_load = list(found["embedded"]), {}, {}
+    for name, _, numbers in cfg.runs():
+        for i, number in enumerate(numbers):
+            block = jax.tree.map(lambda x, i=i: x[i], found[name]) if cfg.scan else found[name]
+            hidden += block["residual"]
+            if maps := _attention_maps(block.get("mixer", {})):
+                attention[number] = jnp.concatenate(maps, axis=1)
+            if "expert_load" in block.get("ffn", {}):
+                (expert_load[number],) = block["ffn"]["expert_load"]
+    return Trace(tokens, tuple(hidden), attention, expert_load)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logit_lens(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """[B, T, V] float32: what the final norm and the head make of a residual stream."""
+    return _read_out(cfg, params, hidden_BTD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def likeliest(
+    cfg: ModelConfig, params: Params, hidden: tuple[jax.Array, ...], count: int = 5
+) -> tuple[jax.Array, jax.Array]:
+    """(ids, probabilities), each [L + 1, B, T, K]: the next token as the lens reads it at each depth, best first."""
+
+    def read(hidden_BTD):  # one depth at a time, for V is large
+        probabilities_BTV = jax.nn.softmax(_read_out(cfg, params, hidden_BTD), axis=-1)
+        top_BTK, ids_BTK = jax.lax.top_k(probabilities_BTV, count)
+        return ids_BTK, top_BTK
+
+    return jax.lax.map(read, jnp.stack(hidden))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _intermediates(cfg: ModelConfig, params: Params, tokens, segment_ids) -> dict[str, Any]:
+    _, found = Transformer(cfg).apply(
+        {"params": params}, tokens, None, segment_ids, *[None] * 3, Source(), mutable=["intermediates"]
+    )
+    return cast(dict, found["intermediates"])
+
+
+def _attention_maps(mixer: dict[str, Any]) -> list[jax.Array]:
+    """Of a mixer, and of mixers within it."""
+    inside = [leaf for part in mixer.values() if isinstance(part, dict) for leaf in _attention_maps(part)]
+    return [*mixer.get("attention", ()), *inside]
+
+
+def _read_out(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    return cast(jax.Array, _Readout(cfg).apply({"params": params}, hidden_BTD))
+
+
+class _Readout(Transformer):
+    """The end of the model alone, with the same parameters."""
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx = self._context(len(self.cfg.blocks))
+        embedding_VD = self._embedding(ctx) if self.cfg.tied_head else None
+        return self._logits(ctx, embedding_VD, self._final_norm(ctx, x_BTD), None)
