@@ -124,7 +124,6 @@ class ModelConfig:
     vocab_size: int
     width: int
     blocks: tuple[Block, ...]
-    encoder: Encoder | None = None
     final_norm: Norm | None = RMSNorm()
     tied_head: bool = True  # logits through the transposed embedding
     head_bias: bool = False
@@ -142,6 +141,7 @@ class ModelConfig:
     param_dtype: str = "float32"  # of freshly made parameters
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
+    encoder: Encoder | None = None
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
 

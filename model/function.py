@@ -188,7 +188,9 @@ class Transformer(nn.Module):
     rules: ShardingRules | None = None
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids, cache, logits_at, token_types, source) -> Output:
+    def __call__(
+        self, tokens, positions, segment_ids, cache, logits_at, token_types=None, source=Source()
+    ) -> Output:
         cfg = self.cfg
         ctx = self._context(len(cfg.blocks))
         info = _token_info(cfg, tokens, positions, segment_ids, cache)
