@@ -110,12 +110,10 @@ class Attention:
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
         """Empty pages: {"k", "v"} of [N, Z, K, C]."""
-        shape = (num_pages, page_size, self.num_kv_heads, self.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        axes = ("pages", "slots", "act_kv_heads", None)
-        return {"k": axes, "v": axes}
+        return KEY_VALUE_AXES
 
     def sight(self) -> Sight:
         return Sight(self.causal, self.window, self.chunk)
@@ -248,6 +246,18 @@ def sow_weights(
     if module.is_mutable_collection("intermediates"):
         weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, sight, scores)
         module.sow("intermediates", "attention", weights)
+
+
+PAGES = ("pages", "slots", "act_kv_heads", None)
+KEY_VALUE_AXES: dict[str, tuple[str | None, ...]] = {"k": PAGES, "v": PAGES}
+
+
+def key_value_pages(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """Empty pages of keys and values, [N, Z, K, C] each."""
+    shape = (num_pages, page_size, num_kv_heads, head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
 
 
 def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:

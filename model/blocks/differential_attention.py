@@ -14,12 +14,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, sow_weights, write_pages
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.attention import (
+    KEY_VALUE_AXES,
+    combine_heads,
+    key_value_pages,
+    project_heads,
+    read_pages,
+    sow_weights,
+    write_pages,
+)
+from model.blocks.common import Context, TokenInfo, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
 from model.kernels.attention import Scores, Sight, attention, self_attention
-from model.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +68,10 @@ class DifferentialAttention:
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
         """Empty pages: {"k", "v"} of [num_pages, page_size, K, C]."""
-        shape = (num_pages, page_size, self.num_kv_heads, self.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+        return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        axes = ("pages", "slots", "act_kv_heads", None)
-        return {"k": axes, "v": axes}
+        return KEY_VALUE_AXES
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
         """Of the forward pass, in the mean over a row of `seq_len` tokens."""
@@ -81,9 +86,9 @@ class DifferentialAttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
-        q_BTHC = spec.rope(self._project("q", x_BTD, spec.num_heads, "heads"), info.positions)
-        k_BTKC = spec.rope(self._project("k", x_BTD, spec.num_kv_heads, "kv_heads"), info.positions)
-        v_BTKC = self._project("v", x_BTD, spec.num_kv_heads, "kv_heads")
+        q_BTHC = spec.rope(project_heads(self, "q", x_BTD, spec.num_heads, "heads"), info.positions)
+        k_BTKC = spec.rope(project_heads(self, "k", x_BTD, spec.num_kv_heads, "kv_heads"), info.positions)
+        v_BTKC = project_heads(self, "v", x_BTD, spec.num_kv_heads, "kv_heads")
         if cache is None:
             v_BTKE = _shared_values(v_BTKC)
             sow_weights(self, q_BTHC, k_BTKC, info)
@@ -96,7 +101,7 @@ class DifferentialAttentionModule(nn.Module):
         first_BTPE, second_BTPE = jnp.split(out_BTHE, 2, axis=2)
         difference_BTPE = first_BTPE - self._lambda().astype(out_BTHE.dtype) * second_BTPE
         pairs_BTPE = spec.pair_norm.module(self.ctx, "pair_norm", "head_dim")(difference_BTPE)
-        return self._output((1 - spec.lambda_init) * pairs_BTPE), cache
+        return combine_heads(self, (1 - spec.lambda_init) * pairs_BTPE), cache
 
     def _lambda(self) -> jax.Array:
         """exp(q1 . k1) - exp(q2 . k2) + lambda_init, float32 scalar."""
@@ -107,24 +112,6 @@ class DifferentialAttentionModule(nn.Module):
             for name in ("q1", "k1", "q2", "k2")
         )
         return jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + self.spec.lambda_init
-
-    def _project(self, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
-        D, C = x_BTD.shape[-1], self.spec.head_dim
-        w_DHC = param(self, self.ctx, name, (D, heads, C), ("embed", axis, "head_dim"), fan_in_normal(D))
-        y_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC)
-        if self.spec.qkv_bias:
-            axes = (axis, "head_dim")
-            y_BTHC += param(self, self.ctx, f"{name}_bias", (heads, C), axes, nn.initializers.zeros)
-        return constrain(y_BTHC, self.ctx.rules, "batch", "length", f"act_{axis}", None)
-
-    def _output(self, pairs_BTPE: jax.Array) -> jax.Array:
-        P, E, D = *pairs_BTPE.shape[2:], self.ctx.width
-        init = fan_in_normal(P * E, scale=(2 * self.ctx.num_blocks) ** -0.5)
-        w_PED = param(self, self.ctx, "o", (P, E, D), ("heads", "head_dim", "embed"), init)
-        y_BTD = jnp.einsum("BTPE,PED->BTD", pairs_BTPE, w_PED)
-        if self.spec.out_bias:
-            y_BTD += param(self, self.ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
-        return y_BTD
 
 
 def _shared_values(v_BSKC: jax.Array) -> jax.Array:

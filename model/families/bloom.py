@@ -53,9 +53,8 @@ def read(config: Reader) -> ModelConfig:
     config.get("slow_but_exact")
     for key in ("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add"):
         config.get(key)  # of old folders, of no effect
-    if "n_embed" in config.saved:  # the name of old folders
-        config = Reader({**config.saved, "hidden_size": config.integer("n_embed")})
-    width, heads = config.integer("hidden_size"), config.integer("n_head", 8)
+    width_key = config.alias("hidden_size", "n_embed")  # the second in old folders
+    width, heads = config.integer(width_key), config.integer("n_head", 8)
     norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))
     mixer = Attention(heads, heads, width // heads, None, qkv_bias=True, out_bias=True, alibi=Alibi())
     block = Block(mixer, MLP(4 * width, "gelu_tanh"), norm)
@@ -64,6 +63,7 @@ def read(config: Reader) -> ModelConfig:
         [block] * config.layers("n_layer", 2),
         norm,
         tied=True,
+        width_key=width_key,
         max_length_key="seq_length",
         max_length=2048,
         embed_norm=norm,

@@ -23,9 +23,8 @@ TWO_NORMS: Names = {
 
 
 def read(config: Reader) -> ModelConfig:
-    if "n_embed" in config.saved:  # the name of old folders
-        config = Reader({**config.saved, "hidden_size": config.integer("n_embed")})
-    width, heads = config.integer("hidden_size"), config.integer("num_attention_heads", 71)
+    width_key = config.alias("hidden_size", "n_embed")  # the second in old folders
+    width, heads = config.integer(width_key), config.integer("num_attention_heads", 71)
     bias, new = config.flag("bias", False), config.flag("new_decoder_architecture", False)
     if new:
         kv_heads = config.integer("num_kv_heads", heads)
@@ -44,7 +43,9 @@ def read(config: Reader) -> ModelConfig:
     ffn = MLP(config.integer("ffn_hidden_size", 4 * width), activation, bias)
     norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))
     block = Block(mixer, ffn, norm, parallel=_read_parallel(config, new))
-    return read_model(config, [block] * config.layers(default=32), norm, tied=True, max_length=2048)
+    return read_model(
+        config, [block] * config.layers(default=32), norm, tied=True, width_key=width_key, max_length=2048
+    )
 
 
 def _read_parallel(config: Reader, new: bool) -> Literal["no", "one norm", "two norms"]:

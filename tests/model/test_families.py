@@ -56,6 +56,16 @@ def test_every_family_has_a_golden_checkpoint():
     assert {config_of(GOLDENS / name)["model_type"] for name in CHECKPOINTS} | {"kimi_k2"} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("name", ["bloom", "falcon_7b"])
+def test_the_width_has_another_name_in_old_folders(name, caplog):
+    saved = config_of(GOLDENS / name)
+    family = FAMILIES[saved["model_type"]]
+    old = {"n_embed" if key == "hidden_size" else key: value for key, value in saved.items()}
+    assert family.read_config(old) == family.read_config(saved) and not caplog.records
+    with pytest.raises(ValueError, match="hidden_size and n_embed are one thing, and disagree"):
+        family.read_config(saved | {"n_embed": saved["hidden_size"] + 6})
+
+
 def test_kimi_k2_is_a_deepseek_v3_with_code_of_its_own(tmp_path, caplog):
     cfg, params = load(GOLDENS / "deepseek_v3")
     saved = config_of(GOLDENS / "deepseek_v3") | {
