@@ -1,13 +1,12 @@
 """Loading in parts: each device reads its own slice, and memory holds the parameters and one tensor, no more."""
 
 import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks.loading import peak_memory, write_made_up
 from model import MESH_AXES, load, load_config, logical_axes, save
 from model.lazy import Lazy, Stacked, place
 from model.sharding import ShardingRules, named_sharding
@@ -75,55 +74,10 @@ def test_what_is_loaded_lazily_is_saved_as_it_was(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, load(path)[1], params)
 
 
-MEASURE = """
-import json, sys, threading, time
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-from model import MESH_AXES, load, load_config, logical_axes
-from model.sharding import ShardingRules, named_sharding
-
-def private():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-path, how = sys.argv[1:3]
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, private())
-        time.sleep(0.002)
-if how == "mesh":
-    cfg = load_config(path)
-    mesh = jax.make_mesh([{"fsdp": 8}.get(axis, 1) for axis in MESH_AXES], MESH_AXES)
-    shardings = jax.tree.map(lambda names: named_sharding(mesh, ShardingRules(), names), logical_axes(cfg),
-                             is_leaf=lambda x: isinstance(x, tuple))
-before = private()
-thread = threading.Thread(target=watch); thread.start()
-if how == "mesh":
-    params = load(path, shardings=shardings)[1]
-else:
-    from model.convert import convert
-    convert(path, sys.argv[3], format={"native": "native"}.get(how))
-done = True; thread.join()
-print(json.dumps((peak - before) * 1024))
-"""
-
-
-def peak_memory(*arguments):
-    """Bytes of private memory that loading took at most, in a process of its own with eight devices."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(run.stdout.splitlines()[-1])
-
-
 @pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="memory is read from /proc")
 @pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peak_memory_is_the_parameters_and_one_tensor(experts, tmp_path):
-    from tests.model.made_up import write_made_up
-
     total, largest = write_made_up(tmp_path / "model", 64 if experts else 16, experts)
     allowed = 20e6  # threads and buffers
-    assert peak_memory(tmp_path / "model", "mesh") < total + largest + allowed
+    assert peak_memory(tmp_path / "model", "mesh", tmp_path) < total + largest + allowed
     assert peak_memory(tmp_path / "model", "convert", tmp_path / "copy") < largest + allowed
