@@ -1,7 +1,5 @@
 """Differential attention: a loop over pairs of heads and tokens; decoding and packing give the same numbers."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +12,9 @@ from model.blocks.positions import Rope
 from model.config import Block
 from model.flops import forward_flops_per_token
 
+from .conftest import compiled_fast as jit
 from .conftest import random_params, random_tokens
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 forward = jit(apply, static_argnums=0)
 
 PLAIN = DifferentialAttention(4, 2, 6, 0.2, Rope(100.0))

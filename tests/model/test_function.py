@@ -38,12 +38,10 @@ from model.kernels.attention import Sight, attention, self_attention
 from model.layout import relayout
 from model.sharding import check_divisible, named_sharding
 
+from .conftest import compiled_fast as jit
 from .conftest import random_params, random_tokens, tiny
 
 # Most of the time here is compiling; test_goldens.py holds the fully optimised program to other implementations.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 forward = jit(apply, static_argnums=0)
 
 

@@ -1,7 +1,5 @@
 """Grouped products against the plain form, at ragged, empty and lopsided groups, forward and backward."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,7 @@ import pytest
 
 from model.kernels.grouped_matmul import grouped_matmul, in_blocks, reference
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
+from .conftest import compiled_fast as jit
 
 
 def inputs(sizes, dtype=np.float32):

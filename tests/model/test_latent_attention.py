@@ -27,11 +27,9 @@ from model.config import Block
 from model.flops import forward_flops_per_token
 from model.sharding import named_sharding
 
+from .conftest import compiled_fast as jit
 from .conftest import random_params, random_tokens
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 forward = jit(apply, static_argnums=0)
 
 PLAIN = LatentAttention(4, 6, 4, 5, kv_rank=7, rope=Rope(100.0, interleaved=True))

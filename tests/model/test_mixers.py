@@ -19,10 +19,7 @@ from model.blocks.rglru import RGLRU
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 
 from . import mixer_loops as loops
-
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
+from .conftest import compiled_fast as jit
 
 WIDTH = 12
 MIXERS = {

@@ -19,11 +19,8 @@ from model.function import Transformer
 from model.layout import relayout
 from model.sharding import named_sharding
 
+from .conftest import compiled_fast as jit
 from .conftest import random_params, random_tokens
-
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 D, F, E, B, T = 10, 12, 8, 2, 9
 PLAIN = MoE(E, 2, GatedMLP(F))

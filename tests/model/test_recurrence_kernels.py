@@ -12,9 +12,8 @@ from model.kernels.linear_scan import linear_scan, selective_scan
 from model.kernels.rwkv7 import rwkv7
 from model.kernels.ssd import ssd
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
+from .conftest import compiled_fast as jit
+
 LENGTHS = pytest.mark.parametrize("T, chunk", [(1, 64), (5, 1), (16, 8), (37, 16), (130, 64), (70, 128)])
 
 

@@ -35,11 +35,9 @@ from model.generate import generate
 from model.layout import relayout
 from model.sharding import named_sharding
 
+from .conftest import compiled_fast as jit
 from .conftest import random_tokens
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 forward = jit(apply, static_argnums=0)
 
 
