@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs.paths import installed_file
-from model import decoder, param_shapes
+from model import Cache, decoder, init_pages, param_shapes
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
@@ -41,6 +41,23 @@ def compiled_fast(function, **options):
     """jit for tests: most of their time is compiling, so the program is little optimised."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function, compiler_options=quick, **options)
+
+
+def paged_cache(cfg, batch, pages_a_row, page_size, seed=0):
+    """Pages handed out in no order, with one page that nobody has."""
+    order = np.random.default_rng(seed).permutation(batch * pages_a_row).reshape(batch, pages_a_row) + 1
+    layers = init_pages(cfg, batch * pages_a_row + 1, page_size)
+    return Cache(layers, jax.numpy.asarray(order, np.int32), jax.numpy.zeros((batch,), np.int32))
+
+
+def check_decoding(forward, cfg, params, tokens, cache, widths, atol=3e-5):
+    """Logits of a text in parts of these widths, with a cache, are those of the whole at once; gives the last cache."""
+    wanted, start = forward(cfg, params, tokens).logits, 0
+    for width in widths:
+        out = forward(cfg, params, tokens[:, start : start + width], cache=cache)
+        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=atol)
+        cache, start = out.cache, start + width
+    return cache
 
 
 def random_tokens(cfg, shape, seed=0):

@@ -1,19 +1,18 @@
 """Differential attention: a loop over pairs of heads and tokens; decoding and packing give the same numbers."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Cache, ModelConfig, RMSNorm, apply, init_cache, init_pages, param_shapes
+from model import ModelConfig, RMSNorm, apply, init_cache, param_shapes
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.ffn import GatedMLP
 from model.blocks.positions import Rope
 from model.config import Block
 from model.flops import forward_flops_per_token
 
+from .conftest import check_decoding, paged_cache, random_params, random_tokens
 from .conftest import compiled_fast as jit
-from .conftest import random_params, random_tokens
 
 forward = jit(apply, static_argnums=0)
 
@@ -80,24 +79,12 @@ def test_differential_attention_equals_a_loop_over_pairs_of_heads(spec):
     )
 
 
-def paged_cache(cfg, batch, pages_a_row, page_size):
-    """Pages handed out in no order, with one page that nobody has."""
-    order = np.random.default_rng(0).permutation(batch * pages_a_row).reshape(batch, pages_a_row) + 1
-    layers = init_pages(cfg, batch * pages_a_row + 1, page_size)
-    return Cache(layers, jnp.asarray(order, jnp.int32), jnp.zeros((batch,), jnp.int32))
-
-
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
 def test_cached_decoding_equals_the_full_forward_pass(paged, small):
     cfg, params = small
     tokens = random_tokens(cfg, (2, 12))
-    wanted = forward(cfg, params, tokens).logits
     cache = paged_cache(cfg, 2, 3, 4) if paged else init_cache(cfg, 2, 12)
-    start = 0
-    for width in (5, 1, 5, 1):
-        out = forward(cfg, params, tokens[:, start : start + width], cache=cache)
-        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=3e-5)
-        cache, start = out.cache, start + width
+    check_decoding(forward, cfg, params, tokens, cache, (5, 1, 5, 1))
 
 
 def test_a_packed_row_equals_its_documents_alone(small):

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from model import (
     Attention,
     Block,
-    Cache,
     Llama3Scaling,
     ModelConfig,
     RMSNorm,
@@ -26,7 +25,6 @@ from model import (
     decoder,
     init,
     init_cache,
-    init_pages,
     load,
     load_config,
     logical_axes,
@@ -38,8 +36,8 @@ from model.kernels.attention import Sight, attention, self_attention
 from model.layout import relayout
 from model.sharding import check_divisible, named_sharding
 
+from .conftest import check_decoding, paged_cache, random_params, random_tokens, tiny
 from .conftest import compiled_fast as jit
-from .conftest import random_params, random_tokens, tiny
 
 # Most of the time here is compiling; test_goldens.py holds the fully optimised program to other implementations.
 forward = jit(apply, static_argnums=0)
@@ -262,27 +260,16 @@ def test_logits_can_be_asked_for_at_some_tokens_only(small):
 # Decoding.
 
 
-def paged_cache(cfg, batch, pages_a_row, page_size, seed=0):
-    """Pages handed out in no order, with one page that nobody has."""
-    order = np.random.default_rng(seed).permutation(batch * pages_a_row).reshape(batch, pages_a_row) + 1
-    layers = init_pages(cfg, batch * pages_a_row + 1, page_size)
-    return Cache(layers, jnp.asarray(order, jnp.int32), jnp.zeros((batch,), jnp.int32))
-
-
 @pytest.mark.parametrize(
     "paged, scan", [(False, False), (True, False), (True, True)], ids=["dense", "paged", "paged and scanned"]
 )
 def test_cached_decoding_equals_the_full_forward_pass(paged, scan, small):
     cfg, params = relayout(*small, scan=scan)
     tokens = random_tokens(cfg, (2, 19))
-    wanted = forward(cfg, params, tokens).logits
     cache = paged_cache(cfg, 2, 5, 4) if paged else init_cache(cfg, 2, 20)
-    start = 0
-    for width in (7, 1, 1, 7, 1, 1, 1):  # two chunks, and tokens one by one between and after them
-        out = forward(cfg, params, tokens[:, start : start + width], cache=cache)
-        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=3e-5)
-        cache, start = out.cache, start + width
-    assert start == 19 and cache.length.tolist() == [19, 19]
+    widths = (7, 1, 1, 7, 1, 1, 1)  # two chunks, and tokens one by one between and after them
+    cache = check_decoding(forward, cfg, params, tokens, cache, widths)
+    assert cache.length.tolist() == [19, 19]
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])

@@ -10,13 +10,11 @@ import pytest
 
 from model import (
     MESH_AXES,
-    Cache,
     ModelConfig,
     RMSNorm,
     ShardingRules,
     apply,
     init_cache,
-    init_pages,
     logical_axes,
     param_shapes,
 )
@@ -27,8 +25,8 @@ from model.config import Block
 from model.flops import forward_flops_per_token
 from model.sharding import named_sharding
 
+from .conftest import check_decoding, paged_cache, random_params, random_tokens
 from .conftest import compiled_fast as jit
-from .conftest import random_params, random_tokens
 
 forward = jit(apply, static_argnums=0)
 
@@ -103,24 +101,13 @@ def test_latent_attention_equals_a_loop_over_heads_and_tokens(spec):
         np.testing.assert_allclose(hidden[b], wanted, atol=3e-5)
 
 
-def paged_cache(cfg, batch, pages_a_row, page_size):
-    """Pages handed out in no order, with one page that nobody has."""
-    order = np.random.default_rng(0).permutation(batch * pages_a_row).reshape(batch, pages_a_row) + 1
-    layers = init_pages(cfg, batch * pages_a_row + 1, page_size)
-    return Cache(layers, jnp.asarray(order, jnp.int32), jnp.zeros((batch,), jnp.int32))
-
-
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
 def test_decoding_from_latents_equals_the_full_form(paged, small):
     cfg, params = small
     tokens = random_tokens(cfg, (2, 19))
-    wanted = forward(cfg, params, tokens).logits
     cache = paged_cache(cfg, 2, 5, 4) if paged else init_cache(cfg, 2, 20)
-    start = 0
-    for width in (7, 1, 1, 7, 1, 1, 1):  # two chunks, and tokens one by one between and after them
-        out = forward(cfg, params, tokens[:, start : start + width], cache=cache)
-        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=3e-5)
-        cache, start = out.cache, start + width
+    widths = (7, 1, 1, 7, 1, 1, 1)  # two chunks, and tokens one by one between and after them
+    check_decoding(forward, cfg, params, tokens, cache, widths)
 
 
 def test_padded_rows_of_a_prompt_decode_as_if_each_were_alone(small):

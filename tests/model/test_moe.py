@@ -19,8 +19,8 @@ from model.function import Transformer
 from model.layout import relayout
 from model.sharding import named_sharding
 
+from .conftest import check_decoding, random_params, random_tokens
 from .conftest import compiled_fast as jit
-from .conftest import random_params, random_tokens
 
 D, F, E, B, T = 10, 12, 8, 2, 9
 PLAIN = MoE(E, 2, GatedMLP(F))
@@ -399,11 +399,8 @@ def test_scanned_blocks_give_the_logits_and_losses_of_unrolled_ones():
 def test_decoding_equals_the_full_forward_pass():
     cfg = whole(LIKE["qwen2"])
     params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
-    wanted, cache, start = model_forward(cfg, params, tokens).logits, init_cache(cfg, 2, 9), 0
-    for width in (6, 1, 1, 1):
-        out = model_forward(cfg, params, tokens[:, start : start + width], cache=cache)
-        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=3e-5)
-        cache, start = out.cache, start + width
+    cache = init_cache(cfg, 2, 9)
+    check_decoding(model_forward, cfg, params, tokens, cache, (6, 1, 1, 1))
 
 
 @pytest.mark.parametrize("spec", ROUTERS.values(), ids=ROUTERS)

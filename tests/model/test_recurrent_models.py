@@ -35,8 +35,8 @@ from model.generate import generate
 from model.layout import relayout
 from model.sharding import named_sharding
 
+from .conftest import check_decoding, random_tokens
 from .conftest import compiled_fast as jit
-from .conftest import random_tokens
 
 forward = jit(apply, static_argnums=0)
 
@@ -88,12 +88,8 @@ def fresh(name):
 def test_decoding_with_a_cache_equals_the_full_forward_pass(name, scan):
     cfg, params = relayout(*fresh(name), scan=scan)
     tokens = random_tokens(cfg, (2, 12))
-    wanted = forward(cfg, params, tokens).logits
-    cache, start = init_cache(cfg, 2, 16), 0
-    for width in (7, 1, 1):
-        out = forward(cfg, params, tokens[:, start : start + width], cache=cache)
-        np.testing.assert_allclose(out.logits, wanted[:, start : start + width], atol=5e-5)
-        cache, start = out.cache, start + width
+    cache = init_cache(cfg, 2, 16)
+    check_decoding(forward, cfg, params, tokens, cache, (7, 1, 1), atol=5e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
