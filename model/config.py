@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
 from model.blocks.attention import Attention, Temperature
+from model.blocks.block import Block, Run, runs_of
 from model.blocks.cross_attention import CrossAttention
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
@@ -55,34 +55,6 @@ PARTS = {
 
 STACKS = ("encoder_", "")  # of blocks, by what the names of their parameters begin with
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """One residual block: x + mixer(norm(x)), then, in a decoder with an encoder, x + cross(norm(x)), then
-    x + ffn(norm(x)).
-
-    Norms may stand elsewhere: on the mixer's and the network's results before they are added (`post_norm`; with `norm`
-    as well the sandwich of Gemma 2, without it OLMo 2), or on the sums (`sum_norm`: BERT; with `skip_scale` DeepNorm).
-    """
-
-    mixer: Any  # a `Mixer` of model.blocks.common
-    ffn: Any  # a `FeedForward`; None: the mixer is all
-    norm: Norm | None = RMSNorm()
-    norm_mixer: bool = (
-        True  # False: the mixer reads x itself (ModernBERT's first block: the embedding has a norm)
-    )
-    post_norm: Norm | None = None
-    sum_norm: Norm | None = None
-    # x + mixer(norm(x)) + ffn(norm(x)) in one sum, with a norm for each of the two or one for both
-    parallel: Literal["no", "two norms", "one norm"] = "no"
-    cross: CrossAttention | None = None  # to the encoder of `ModelConfig.encoder`
-    residual_scale: float = 1.0  # of what is added
-    skip_scale: float = 1.0  # of what it is added to
-
-    def __post_init__(self):
-        if self.cross is not None and self.parallel != "no":
-            raise ValueError(f"parallel={self.parallel!r} blocks have no place for cross attention.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,21 +148,14 @@ class ModelConfig:
         """Whether no token sees those after it, so that text can be written one token after the other."""
         return all(getattr(block.mixer, "causal", True) for block in self.blocks)
 
-    def runs(self, stack: str = "") -> list[tuple[str, Block, range]]:
+    def runs(self, stack: str = "") -> list[Run]:
         """Name, block and layer numbers of each parameter group: equal neighbours together when scanned.
 
         Args:
           stack: one of STACKS, with which the names begin.
         """
         blocks = self.blocks if stack == "" else self.encoder.blocks if self.encoder else ()
-        if not self.scan:
-            return [(f"{stack}block_{i}", block, range(i, i + 1)) for i, block in enumerate(blocks)]
-        runs, start = [], 0
-        for block, group in itertools.groupby(blocks):
-            count = len(list(group))
-            runs.append((f"{stack}run_{len(runs)}", block, range(start, start + count)))
-            start += count
-        return runs
+        return runs_of(blocks, stack, self.scan)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)

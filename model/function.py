@@ -13,10 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, FeedForward, TokenInfo, fan_in_normal, param
-from model.blocks.norms import Norm
+from model.blocks.block import run_stack
+from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param
 from model.cache import Cache, page_size_of
-from model.config import Block, ClassHead, Encoder, ModelConfig, ScalarHead
+from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
 from model.sharding import ShardingRules, constrain
 
 Params = dict[str, Any]
@@ -120,69 +120,6 @@ def _init_boxed(cfg: ModelConfig, key: jax.Array):
     return Transformer(cfg).init(key, tokens, *[None] * 5, source)["params"]
 
 
-class BlockModule(nn.Module):
-    spec: Block
-    ctx: Context
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        spec = self.spec
-        if spec.ffn is not None and spec.parallel != "no":
-            x_BTD, more = self._parallel(spec.ffn, x_BTD, state, info)
-        else:
-            x_BTD, more = self._one_after_the_other(x_BTD, state, info)
-        self.sow("intermediates", "residual", x_BTD)
-        return x_BTD, more
-
-    def _one_after_the_other(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        spec = self.spec
-        y_BTD, mixed, shared = self._mix(self._read(x_BTD), _part(state, cross=False), info)
-        x_BTD, aux = self._add("mixer", x_BTD, y_BTD), {}
-        if spec.cross is not None:
-            read_BTD = self._norm(spec.norm, "cross_norm", x_BTD)
-            y_BTD, crossed = spec.cross.module(self.ctx, "cross")(read_BTD, info, _part(state, cross=True))
-            x_BTD = self._add("cross", x_BTD, y_BTD)
-            mixed = mixed if crossed is None else mixed | crossed
-        if spec.ffn is not None:
-            y_BTD, aux = spec.ffn.module(self.ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
-            x_BTD = self._add("ffn", x_BTD, y_BTD)
-        return x_BTD, (mixed, aux, shared)
-
-    def _parallel(self, ffn: FeedForward, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        spec = self.spec
-        read_BTD = self._read(x_BTD)
-        y_BTD, state, shared = self._mix(read_BTD, state, info)
-        if spec.parallel == "two norms":
-            read_BTD = self._norm(spec.norm, "ffn_norm", x_BTD)
-        z_BTD, aux = ffn.module(self.ctx, "ffn")(read_BTD, info)
-        return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, aux, shared)
-
-    def _read(self, x_BTD: jax.Array) -> jax.Array:
-        """What the mixer reads."""
-        return self._norm(self.spec.norm if self.spec.norm_mixer else None, "mixer_norm", x_BTD)
-
-    def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        y_BTD, state, *shared = self.spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)
-        return y_BTD, state, shared[0] if shared else {}
-
-    def _norm(self, norm: Norm | None, name: str, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if norm is None else norm.module(self.ctx, name)(x_BTD)
-
-    def _add(self, part: str, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
-        spec = self.spec
-        y_BTD = self._norm(spec.post_norm, f"{part}_post_norm", y_BTD)
-        x_BTD = x_BTD * spec.skip_scale + y_BTD * spec.residual_scale
-        x_BTD = self._norm(spec.sum_norm, f"{part}_sum_norm", x_BTD)
-        return constrain(x_BTD, self.ctx.rules, "batch", "length", "act_embed")
-
-
-def _part(state: dict | None, *, cross: bool) -> dict | None:
-    """Of a block's state, what its mixer or its cross attention has."""
-    if state is None:
-        return None
-    return {key: value for key, value in state.items() if key.startswith("cross_") == cross}
-
-
 class Transformer(nn.Module):
     cfg: ModelConfig
     rules: ShardingRules | None = None
@@ -202,7 +139,8 @@ class Transformer(nn.Module):
         if source.tokens is not None:
             encoded_BSD, aux = self._encode(embedding_VD, source)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
-        x_BTD, states, new_aux = self._stack(ctx, "", x_BTD, cache, info)
+        layers = None if cache is None else cache.layers
+        x_BTD, states, new_aux = run_stack(ctx, cfg.runs(), x_BTD, layers, info)
         hidden_BTD = self._final_norm(ctx, x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
         return Output(
@@ -211,38 +149,24 @@ class Transformer(nn.Module):
             pooled=pooled_BTD,
             encoder=info.encoder,
             cache=_advance(cache, states, tokens, segment_ids),
-            aux=_add_up(aux, new_aux),
+            aux=add_up(aux, new_aux),
             heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
         )
 
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg
-        return Context(cfg.width, num_blocks, jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype), self.rules)
+        dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
+        return Context(cfg.width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat)
 
     def _encode(self, embedding_VD: jax.Array, source: Source) -> tuple[jax.Array, dict]:
         encoder = cast(Encoder, self.cfg.encoder)
         ctx, tokens_BS = self._context(len(encoder.blocks)), cast(jax.Array, source.tokens)
         info = _token_info(self.cfg, tokens_BS, source.positions, source.segment_ids, None)
         x_BSD = jnp.take(embedding_VD, tokens_BS, axis=0) * jnp.asarray(self.cfg.embed_scale, ctx.dtype)
-        x_BSD, _, aux = self._stack(ctx, "encoder_", x_BSD, None, info)
+        x_BSD, _, aux = run_stack(ctx, self.cfg.runs("encoder_"), x_BSD, None, info)
         if encoder.final_norm is not None:
             x_BSD = encoder.final_norm.module(ctx, "encoder_final_norm")(x_BSD)
         return x_BSD, aux
-
-    def _stack(self, ctx: Context, stack: str, x_BTD: jax.Array, cache: Cache | None, info: TokenInfo):
-        """What comes out of the last block, each group's new state, and what the blocks report."""
-        states, aux = {}, {}
-        for name, block, numbers in self.cfg.runs(stack):
-            run = self._run(ctx, name, block, len(numbers))
-            x_BTD, (states[name], run_aux, shared) = run(
-                x_BTD, cache.layers[name] if cache is not None else None, info
-            )
-            if self.cfg.scan:
-                run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
-                shared = jax.tree.map(lambda s: s[-1], shared)
-            info = dataclasses.replace(info, shared=info.shared | shared)
-            aux = _add_up(aux, run_aux)
-        return x_BTD, states, aux
 
     def _embedding(self, ctx: Context) -> jax.Array:
         # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
@@ -267,22 +191,6 @@ class Transformer(nn.Module):
         if cfg.embed_norm is not None:
             x_BTD = cfg.embed_norm.module(ctx, "embed_norm")(x_BTD)
         return constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
-
-    def _run(self, ctx: Context, name: str, block: Block, count: int):
-        module = BlockModule
-        if self.cfg.remat == "full":
-            module = nn.remat(module, prevent_cse=not self.cfg.scan)
-        if not self.cfg.scan:
-            return module(block, ctx, name=name)
-        scanned = nn.scan(
-            module,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax takes a tuple too
-            length=count,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scanned(block, ctx, name=name)
 
     def _logits(self, ctx: Context, embedding_VD, hidden_BTD, logits_at) -> jax.Array:
         if logits_at is not None:
@@ -323,10 +231,6 @@ class Transformer(nn.Module):
         w_D = param(self, ctx, f"{name}_head", (ctx.width,), ("norm",), nn.initializers.zeros)
         bias = param(self, ctx, f"{name}_head_bias", (), (), nn.initializers.zeros)
         return jnp.einsum("BTD,D->BT", hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
-
-
-def _add_up(aux: dict, more: dict) -> dict:
-    return aux | {key: aux[key] + value if key in aux else value for key, value in more.items()}
 
 
 def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None) -> TokenInfo:

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, More, TokenInfo, fan_in_normal, param
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels.attention import Scores, Sight, attention, self_attention, self_attention_weights
@@ -98,11 +98,6 @@ class Attention:
         if self.relative is not None and self.alibi is not None:
             raise ValueError("relative and alibi are two biases of the scores; give one.")
 
-    @property
-    def shares(self) -> tuple[str, ...]:
-        """What the module gives to the layers after it."""
-        return ("relative_bias",) if self.relative is not None and self.relative.own else ()
-
     def module(self, ctx: Context, name: str) -> nn.Module:
         return AttentionModule(self, ctx, name=name)
 
@@ -153,7 +148,7 @@ class AttentionModule(nn.Module):
             gate_BTHC = project_heads(self, "gate", x_BTD, spec.num_heads, "heads")
             out_BTHC = out_BTHC * nn.sigmoid(gate_BTHC)
         y_BTD = combine_heads(self, out_BTHC)
-        return (y_BTD, cache, shared) if spec.shares else (y_BTD, cache)
+        return y_BTD, cache, More(shared=shared)
 
     def _queries_keys_values(self, x_BTD: jax.Array, info: TokenInfo):
         spec = self.spec
@@ -192,7 +187,7 @@ class AttentionModule(nn.Module):
         )
 
     def _relative_bias(self, info: TokenInfo) -> dict[str, jax.Array]:
-        """The table of `spec.relative`, of this block or of the one before it that has it."""
+        """The table of `spec.relative`, of this block or of the one before it that has it: for later blocks too."""
         spec = self.spec
         if spec.relative is None:
             return {}

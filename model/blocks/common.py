@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import flax.struct
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.sharding import ShardingRules
+from model.weighted import WeightedSum
 
 
 class Part(Protocol):
@@ -30,8 +31,7 @@ class Mixer(Part, Protocol):
     """What mixes tokens with each other: attention, or a recurrence."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache), and a mixer whose `shares` names something
-        gives a third element, a dict that later blocks find in `info.shared`."""
+        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache), or (y_BTD, cache, `More`)."""
         ...
 
     def init_cache(
@@ -65,6 +65,27 @@ class Context:
     dtype: jnp.dtype  # of the computation
     param_dtype: jnp.dtype  # of freshly made parameters
     rules: ShardingRules | None = None
+    scan: bool = False  # equal neighbours among blocks in one scan
+    remat: str = "none"
+
+
+class More(NamedTuple):
+    """What a mixer gives beside its result and its state."""
+
+    aux: dict[str, WeightedSum] = {}  # what it reports
+    shared: dict[str, jax.Array] = {}  # what later blocks find in `info.shared`
+
+    def join(self, *others: More) -> More:
+        """With that of others; what several report is summed."""
+        aux, shared = self
+        for other in others:
+            aux, shared = add_up(aux, other.aux), shared | other.shared
+        return More(aux, shared)
+
+
+def add_up(aux: dict[str, WeightedSum], more: dict[str, WeightedSum]) -> dict[str, WeightedSum]:
+    """The union; what both have is summed."""
+    return aux | {key: aux[key] + value if key in aux else value for key, value in more.items()}
 
 
 @flax.struct.dataclass

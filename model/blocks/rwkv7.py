@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, More, TokenInfo, fan_in_normal, param
 from model.blocks.recurrence import Walk, begin, causal_conv, finish, linear, linear_out, param32
 from model.kernels.rwkv7 import rwkv7
 from model.sharding import constrain
@@ -27,8 +27,8 @@ FASTEST = -math.exp(-0.5)  # a channel's log decay is between this and 0
 class RWKV7:
     """Decay, learning rate, gate and value mix of a token are maps of low rank.
 
-    The first layer's values are shared: with `first`, the module returns a third element, {"v_first": [B, T, H, C]},
-    and every later layer finds it in `info.shared`.
+    The first layer's values are shared: with `first`, the module gives {"v_first": [B, T, H, C]} to the blocks after
+    it, which find it in `info.shared`.
     """
 
     num_heads: int
@@ -67,11 +67,6 @@ class RWKV7:
         "norm": "scale of each head's output",
         "o": "adds what was read from the state to the residual stream",
     }
-
-    @property
-    def shares(self) -> tuple[str, ...]:
-        """What the module gives to the layers after it."""
-        return ("v_first",) if self.first else ()
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RWKV7Module(self, ctx, name=name)
@@ -135,7 +130,7 @@ class RWKV7Module(nn.Module):
         own_BTH1 = jnp.sum(r_BTHC * k_BTHC * self._channels("r_k", -0.04), axis=-1, keepdims=True)
         y_BTHC = (self._norm(o_BTHC) + own_BTH1 * v_BTHC.astype(jnp.float32)).astype(ctx.dtype) * gate_BTHC
         y_BTD, cache = finish(linear_out(self, ctx, y_BTHC, HEADS), state, walk, info, cache)
-        return (y_BTD, cache, shared) if spec.first else (y_BTD, cache)
+        return y_BTD, cache, More(shared=shared)
 
     def _project(self, name: str, x_BTD: jax.Array) -> jax.Array:
         heads = (self.spec.num_heads, self.spec.head_dim)
