@@ -16,6 +16,7 @@ from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
 from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
+from model.blocks.lora import LoRA
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
@@ -49,6 +50,7 @@ PARTS = {
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
+        LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
     )
 }
@@ -114,6 +116,7 @@ class ModelConfig:
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
     encoder: Encoder | None = None
+    adapters: LoRA | None = None  # beside the linear maps of all blocks
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
 
