@@ -74,7 +74,8 @@ def decay_mask(cfg: ModelConfig):
     """True for matrices; norms, biases and scalars are not decayed, however they are stacked."""
 
     def is_matrix(path, names):
-        return len([n for n in names if n != "layers"]) >= 2 and not str(path[-1].key).endswith("bias")
+        sizes = [name for name in names if name not in ("layers", "adapters")]
+        return len(sizes) >= 2 and not str(path[-1].key).endswith(("bias", "_magnitude"))
 
     return jax.tree_util.tree_map_with_path(
         is_matrix, logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple)
