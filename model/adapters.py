@@ -61,6 +61,20 @@ def is_adapter(path: Path) -> bool:
     return path[-1].endswith(ENDS)
 
 
+def split_trained(params: Params) -> tuple[Params, Params]:
+    """(what training changes, the rest): adapters where there are any, else all."""
+    flat = _flat(params)
+    adapters = {path: x for path, x in flat.items() if is_adapter(path)}
+    if not adapters:
+        return params, {}
+    return unflatten_dict(adapters), unflatten_dict({p: x for p, x in flat.items() if p not in adapters})
+
+
+def join(trained: Params, rest: Params) -> Params:
+    """The inverse of `split_trained`."""
+    return unflatten_dict(_flat(trained) | _flat(rest)) if rest else trained
+
+
 def drop_adapters(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The model as if it had none."""
     kept = {path: value for path, value in flatten_dict(params).items() if not is_adapter(path)}
