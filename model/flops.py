@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from model.config import Block, ModelConfig
+from model.config import ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
@@ -42,21 +42,12 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
     encoder = cfg.encoder.blocks if cfg.encoder else ()
     blocks = collections.Counter(encoder + cfg.blocks)
-    per_block = {block: _forward_flops_of(block, cfg.width, seq_len) for block in blocks}
+    per_block = {block: block.flops_per_token(cfg.width, seq_len) for block in blocks}
     transforms = sum(2 * cfg.width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
     return (
         sum(count * per_block[block] for block, count in blocks.items())
         + transforms
         + 2 * cfg.width * cfg.vocab_size
-    )
-
-
-def _forward_flops_of(block: Block, width: int, seq_len: int) -> float:
-    cross = block.cross.flops_per_token(width, seq_len) if block.cross else 0
-    return (
-        block.mixer.flops_per_token(width, seq_len)
-        + cross
-        + (block.ffn.flops_per_token(width) if block.ffn else 0)
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import ModelConfig, logical_axes
+from model import Block, ModelConfig, logical_axes
 from model.adapters import split_trained
 from model.blocks.moe import MoE
 from train.config import OptimizerSpec
@@ -49,7 +49,7 @@ def balance_experts(
     That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
-    rates = {name: block.ffn.balance_rate for name, block, _ in cfg.runs() if isinstance(block.ffn, MoE)}
+    rates = {name: _balance_rate(block) for name, block, _ in cfg.runs()}
     if not any(rates.values()):
         return optimizer
 
@@ -69,6 +69,15 @@ def balance_experts(
         return updates, state
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _balance_rate(block: Block) -> float:
+    rates = {network.balance_rate for network in block.networks if isinstance(network, MoE)}
+    if len(rates) > 1:
+        raise ValueError(
+            f"mixtures within one block have different balance_rate {sorted(rates)}; give them one."
+        )
+    return rates.pop() if rates else 0.0
 
 
 def decay_mask(cfg: ModelConfig):

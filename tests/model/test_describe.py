@@ -38,6 +38,8 @@ from model.blocks.ffn import MLP
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
+from model.blocks.mixture_of_depths import MixtureOfDepths
+from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm
 from model.blocks.parallel import Parallel
@@ -78,6 +80,9 @@ EVERY_PART = ModelConfig(
         Block(KimiDeltaAttention(2, 4), MoE(4, 1, MLP(9))),
         Block(Parallel((Retention(2, 4, 5), RGLRU(4, 3)), out_norm=NORM), None),
         Block(RGLRU(4, 3), None),
+        Block(MixtureOfDepths(Block(Retention(2, 4, 5), None)), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Narrowing()), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Assigned()), None, None),
         Block(Retention(2, 4, 5), None),
     ),
     positions=LearnedPositions(16),
