@@ -8,7 +8,7 @@ import numpy as np
 
 from model.config import STACKS, ModelConfig
 from model.function import Params
-from model.lazy import Lazy, Stacked
+from model.lazy import LAZY, Stacked
 
 
 def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConfig, Params]:
@@ -31,6 +31,6 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
 
 
 def _stack(arrays):
-    if isinstance(arrays[0], Lazy | Stacked):
+    if isinstance(arrays[0], LAZY):
         return Stacked(arrays)
     return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)
