@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from model import ModelConfig, logical_axes
+from model.blocks.future import future_blocks
 from model.blocks.moe import MoE
 from train.config import OptimizerSpec
 
@@ -48,7 +49,8 @@ def balance_experts(
     That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
-    rates = {name: block.ffn.balance_rate for name, block, _ in cfg.runs() if isinstance(block.ffn, MoE)}
+    blocks = {name: block for name, block, _ in cfg.runs()} | future_blocks(cfg.future)
+    rates = {name: block.ffn.balance_rate for name, block in blocks.items() if isinstance(block.ffn, MoE)}
     if not any(rates.values()):
         return optimizer
 
