@@ -17,6 +17,7 @@ from model.blocks.ffn import MLP, GatedMLP, SwiGLU
 from model.blocks.future import Future, ParallelFuture, SequentialFuture
 from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
+from model.blocks.lora import LoRA
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
@@ -50,6 +51,7 @@ PARTS = {
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
+        LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
         *(SequentialFuture, ParallelFuture),
     )
@@ -116,6 +118,7 @@ class ModelConfig:
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
     encoder: Encoder | None = None
+    adapters: LoRA | None = None  # beside the linear maps of all blocks
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
     future: Future | None = None  # what says the tokens after the next one: `out.future`

@@ -69,6 +69,7 @@ def apply(
     encoder_tokens: jax.Array | None = None,
     encoder_positions: jax.Array | None = None,
     encoder_segment_ids: jax.Array | None = None,
+    adapter: jax.Array | None = None,
     rules: ShardingRules | None = None,
 ) -> Output:
     """Run the model.
@@ -85,18 +86,21 @@ def apply(
         first tokens of a row and not again.
       encoder_positions: [B, S] int32; default: 0, 1, ...
       encoder_segment_ids: [B, S] int32; a token sees those of its own segment (with a cache: of any), none of 0.
+      adapter: [B] int32, which of `cfg.adapters` each row has, -1 for none; default: all rows the first.
       rules: sharding of activations, for use under `jax.set_mesh`.
     """
     if encoder_tokens is not None and cfg.encoder is None:
         raise ValueError("encoder_tokens were given to a model without an encoder.")
     if encoder_tokens is None and cfg.encoder is not None and cache is None:
         raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
+    if adapter is not None and cfg.adapters is None:
+        raise ValueError("adapter was given to a model whose config has no adapters.")
     source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules)
     return cast(
         Output,
         module.apply(
-            {"params": params}, tokens, positions, segment_ids, cache, logits_at, token_types, source
+            {"params": params}, tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter
         ),
     )
 
@@ -132,18 +136,26 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens, positions, segment_ids, cache, logits_at, token_types=None, source=Source()
+        self,
+        tokens,
+        positions,
+        segment_ids,
+        cache,
+        logits_at,
+        token_types=None,
+        source=Source(),
+        adapter=None,
     ) -> Output:
         cfg = self.cfg
         ctx = self._context(len(cfg.blocks))
-        info = _token_info(cfg, tokens, positions, segment_ids, cache)
+        info = _token_info(cfg, tokens, positions, segment_ids, cache, adapter)
         embedding_VD = self._embedding(ctx)
         x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info, token_types)
         self.sow("intermediates", "embedded", x_BTD)
 
         aux = {}
         if source.tokens is not None:
-            encoded_BSD, aux = self._encode(embedding_VD, source)
+            encoded_BSD, aux = self._encode(embedding_VD, source, adapter)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
         layers, embedded_BTD = None if cache is None else cache.layers, x_BTD
         trunk_BTD, states, more = run_part(ctx, cfg.runs()[:-1], x_BTD, layers, info)
@@ -172,12 +184,12 @@ class Transformer(nn.Module):
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg
         dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-        return Context(cfg.width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat)
+        return Context(cfg.width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat, cfg.adapters)
 
-    def _encode(self, embedding_VD: jax.Array, source: Source) -> tuple[jax.Array, dict]:
+    def _encode(self, embedding_VD: jax.Array, source: Source, adapter) -> tuple[jax.Array, dict]:
         encoder = cast(Encoder, self.cfg.encoder)
         ctx, tokens_BS = self._context(len(encoder.blocks)), cast(jax.Array, source.tokens)
-        info = _token_info(self.cfg, tokens_BS, source.positions, source.segment_ids, None)
+        info = _token_info(self.cfg, tokens_BS, source.positions, source.segment_ids, None, adapter)
         x_BSD = jnp.take(embedding_VD, tokens_BS, axis=0) * jnp.asarray(self.cfg.embed_scale, ctx.dtype)
         x_BSD, _, aux = run_stack(ctx, self.cfg.runs("encoder_"), x_BSD, None, info)
         if encoder.final_norm is not None:
@@ -258,23 +270,25 @@ class Transformer(nn.Module):
         return jnp.einsum("BTD,D->BT", hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
 
 
-def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None) -> TokenInfo:
+def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None, adapter) -> TokenInfo:
     B, T = tokens.shape
     if positions is None:
         start = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
     if cache is None:
-        return TokenInfo(positions, segment_ids)
+        return TokenInfo(positions, segment_ids, adapter=adapter)
     rows = jnp.arange(B, dtype=jnp.int32) if cache.rows is None else cache.rows
     page_size = page_size_of(cfg, cache.layers)
     if page_size is None:
-        return TokenInfo(positions, segment_ids, rows=rows)
+        return TokenInfo(positions, segment_ids, rows=rows, adapter=adapter)
     column = jnp.minimum(positions // page_size, cache.page_table.shape[1] - 1)
     page = jnp.take_along_axis(cache.page_table, column, axis=1)
     beyond = positions >= cache.page_table.shape[1] * page_size
     skipped = beyond if segment_ids is None else beyond | (segment_ids == 0)
     page = jnp.where(skipped, NO_PAGE, page)
-    return TokenInfo(positions, segment_ids, cache.page_table, page, positions % page_size, rows)
+    return TokenInfo(
+        positions, segment_ids, cache.page_table, page, positions % page_size, rows, adapter=adapter
+    )
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

@@ -43,6 +43,7 @@ class ShardingRules:
     mlp: Axes = ("tensor",)
     experts: Axes = ("expert",)
     norm: Axes = ()
+    adapters: Axes = ()
     layers: Axes = ("stage",)
 
     def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:

@@ -17,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, More, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, More, TokenInfo, param
+from model.blocks.linear import linear, linear_out
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels.attention import Scores, Sight, attention, self_attention, self_attention_weights
@@ -210,23 +211,14 @@ class AttentionModule(nn.Module):
 
 def project_heads(module: Any, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
     """[B, T, D] to [B, T, heads, C], by the `head_dim` and `qkv_bias` of the module's spec."""
-    ctx, D, C = module.ctx, x_BTD.shape[-1], module.spec.head_dim
-    w_DHC = param(module, ctx, name, (D, heads, C), ("embed", axis, "head_dim"), fan_in_normal(D))
-    y_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, w_DHC)
-    if module.spec.qkv_bias:
-        y_BTHC += param(module, ctx, f"{name}_bias", (heads, C), (axis, "head_dim"), nn.initializers.zeros)
+    spec, ctx = module.spec, module.ctx
+    y_BTHC = linear(module, name, x_BTD, (heads, spec.head_dim), (axis, "head_dim"), spec.qkv_bias)
     return constrain(y_BTHC, ctx.rules, "batch", "length", f"act_{axis}", None)
 
 
 def combine_heads(module: Any, out_BTHC: jax.Array) -> jax.Array:
     """What the heads found, as wide as the model."""
-    ctx, (H, C), D = module.ctx, out_BTHC.shape[2:], module.ctx.width
-    init = fan_in_normal(H * C, scale=(2 * ctx.num_blocks) ** -0.5)
-    w_HCD = param(module, ctx, "o", (H, C, D), ("heads", "head_dim", "embed"), init)
-    y_BTD = jnp.einsum("BTHC,HCD->BTD", out_BTHC, w_HCD)
-    if module.spec.out_bias:
-        y_BTD += param(module, ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
-    return y_BTD
+    return linear_out(module, out_BTHC, ("heads", "head_dim"), module.spec.out_bias)
 
 
 def sow_weights(

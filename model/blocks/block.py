@@ -124,16 +124,16 @@ class BlockModule(nn.Module):
         return x_BTD, more
 
     def _one_after_the_other(self, x_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        spec = self.spec
+        spec, ctx = self.spec, self._ctx(info)
         y_BTD, mixed, more = self._mix(self._read(x_BTD), _part(state, cross=False), info)
         x_BTD = self._add("mixer", x_BTD, y_BTD)
         if spec.cross is not None:
             read_BTD = self._norm(spec.norm, "cross_norm", x_BTD)
-            y_BTD, crossed = spec.cross.module(self.ctx, "cross")(read_BTD, info, _part(state, cross=True))
+            y_BTD, crossed = spec.cross.module(ctx, "cross")(read_BTD, info, _part(state, cross=True))
             x_BTD = self._add("cross", x_BTD, y_BTD)
             mixed = mixed if crossed is None else mixed | crossed
         if spec.ffn is not None:
-            y_BTD, aux = spec.ffn.module(self.ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
+            y_BTD, aux = spec.ffn.module(ctx, "ffn")(self._norm(spec.norm, "ffn_norm", x_BTD), info)
             x_BTD = self._add("ffn", x_BTD, y_BTD)
             more = more.join(More(aux))
         return x_BTD, (mixed, more)
@@ -144,15 +144,19 @@ class BlockModule(nn.Module):
         y_BTD, state, more = self._mix(read_BTD, state, info)
         if spec.parallel == "two norms":
             read_BTD = self._norm(spec.norm, "ffn_norm", x_BTD)
-        z_BTD, aux = ffn.module(self.ctx, "ffn")(read_BTD, info)
+        z_BTD, aux = ffn.module(self._ctx(info), "ffn")(read_BTD, info)
         return self._add("mixer", x_BTD, y_BTD + z_BTD), (state, more.join(More(aux)))
+
+    def _ctx(self, info: TokenInfo) -> Context:
+        """What the parts are built with."""
+        return dataclasses.replace(self.ctx, adapter=info.adapter)
 
     def _read(self, x_BTD: jax.Array) -> jax.Array:
         """What the mixer reads."""
         return self._norm(self.spec.norm if self.spec.norm_mixer else None, "mixer_norm", x_BTD)
 
     def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        y_BTD, state, *more = self.spec.mixer.module(self.ctx, "mixer")(read_BTD, info, state)
+        y_BTD, state, *more = self.spec.mixer.module(self._ctx(info), "mixer")(read_BTD, info, state)
         return y_BTD, state, More().join(*more)
 
     def _norm(self, norm: Norm | None, name: str, x_BTD: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from model.blocks.lora import LoRA
 from model.sharding import ShardingRules
 from model.weighted import WeightedSum
 
@@ -67,6 +68,10 @@ class Context:
     rules: ShardingRules | None = None
     scan: bool = False  # equal neighbours among blocks in one scan
     remat: str = "none"
+    adapters: LoRA | None = None  # beside the linear maps of blocks
+    adapter: jax.Array | None = (
+        None  # [B] int32: the one that each row has, -1 for none; None: all have the first
+    )
 
 
 class More(NamedTuple):
@@ -107,6 +112,7 @@ class TokenInfo:
     shared: dict[str, jax.Array] = flax.struct.field(
         default_factory=dict
     )  # from earlier blocks to later ones
+    adapter: jax.Array | None = None  # [B] int32, see `Context`
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:

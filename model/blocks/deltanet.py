@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.linear import linear, linear_out
 from model.blocks.recurrence import (
     Walk,
     begin,
@@ -21,8 +22,6 @@ from model.blocks.recurrence import (
     finish,
     head_rms_norm,
     inverse_softplus_of_log_uniform,
-    linear,
-    linear_out,
     log_uniform,
     param32,
 )
@@ -107,10 +106,10 @@ class GatedDeltaNetModule(nn.Module):
             _short_conv(self, ctx, name, x_BTD, keys, KEYS, spec.conv_width, walk, state) for name in "qk"
         )
         v_BTHV = _short_conv(self, ctx, "v", x_BTD, values, VALUES, spec.conv_width, walk, state)
-        z_BTHV = linear(self, ctx, "z", x_BTD, values, VALUES)
-        beta_BTH = jax.nn.sigmoid(linear(self, ctx, "b", x_BTD, values[:1], VALUES[:1]).astype(jnp.float32))
+        z_BTHV = linear(self, "z", x_BTD, values, VALUES)
+        beta_BTH = jax.nn.sigmoid(linear(self, "b", x_BTD, values[:1], VALUES[:1]).astype(jnp.float32))
         beta_BTH = beta_BTH * (2.0 if spec.negative_eigenvalues else 1.0)
-        a_BTH = linear(self, ctx, "a", x_BTD, values[:1], VALUES[:1])
+        a_BTH = linear(self, "a", x_BTD, values[:1], VALUES[:1])
         log_decay_BTH = _log_decay(self, ctx, a_BTH, VALUES[:1])
 
         group = spec.num_heads // spec.num_key_heads
@@ -126,7 +125,7 @@ class GatedDeltaNetModule(nn.Module):
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, ctx, y_BTHV, VALUES), state, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, VALUES), state, walk, info, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +194,7 @@ class KimiDeltaAttentionModule(nn.Module):
         q_BTHK, k_BTHK, v_BTHV = (
             _short_conv(self, ctx, name, x_BTD, heads, VALUES, spec.conv_width, walk, state) for name in "qkv"
         )
-        beta_BTH = jax.nn.sigmoid(linear(self, ctx, "b", x_BTD, heads[:1], VALUES[:1]).astype(jnp.float32))
+        beta_BTH = jax.nn.sigmoid(linear(self, "b", x_BTD, heads[:1], VALUES[:1]).astype(jnp.float32))
         log_decay_BTHK = _log_decay(
             self, ctx, self._low_rank("f", x_BTD, heads), VALUES, spec.decay_lower_bound
         )
@@ -210,11 +209,11 @@ class KimiDeltaAttentionModule(nn.Module):
         )
         gate_BTHV = jax.nn.sigmoid(self._low_rank("g", x_BTD, heads).astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, ctx, y_BTHV, VALUES), state, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, VALUES), state, walk, info, cache)
 
     def _low_rank(self, name: str, x_BTD: jax.Array, heads: tuple[int, int]) -> jax.Array:
-        low_BTK = linear(self, self.ctx, f"{name}_a", x_BTD, (self.spec.head_dim,), (None,))
-        return linear(self, self.ctx, f"{name}_b", low_BTK, heads, VALUES, in_axis=None)
+        low_BTK = linear(self, f"{name}_a", x_BTD, (self.spec.head_dim,), (None,))
+        return linear(self, f"{name}_b", low_BTK, heads, VALUES, in_axes=(None,))
 
 
 def _short_conv(
@@ -229,7 +228,7 @@ def _short_conv(
     state: dict,
 ) -> jax.Array:
     """silu(conv(x W)); the convolution's new tail goes into `state`."""
-    x_BTHK = linear(module, ctx, name, x_BTD, shape, axes)
+    x_BTHK = linear(module, name, x_BTD, shape, axes)
     w_WHK = param(module, ctx, f"conv_{name}", (taps, *shape), (None, *axes), fan_in_normal(taps))
     y_BTHK, state[f"conv_{name}"] = causal_conv(x_BTHK, w_WHK, walk.state[f"conv_{name}"], walk)
     return constrain(nn.silu(y_BTHK), ctx.rules, "batch", "length", f"act_{axes[0]}", None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -19,11 +20,18 @@ import jax.numpy as jnp
 
 from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
+from model.blocks.linear import adapters_of
+from model.blocks.lora import LoRA
 from model.kernels.grouped_matmul import grouped_matmul
 from model.sharding import ShardingRules, constrain
 
-# of x, weights [E, in, out] and biases [E, out]
-Linear = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+class Layout(NamedTuple):
+    """How rows of tokens meet their own experts' parameters."""
+
+    multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of rows and weights [E, in, out]
+    spread: Callable[[jax.Array], jax.Array]  # [E, out] to what can be added to the rows
+    adapter: jax.Array | None  # int32, that of each row, as wide as 1; None: all have the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +65,42 @@ class Experts(nn.Module):
     ctx: Context
 
     @nn.compact
-    def __call__(self, x: jax.Array, linear: Linear) -> jax.Array:
-        """Apply the experts to `x`, whose rows `linear` brings to their own experts' parameters."""
+    def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """Apply the experts to the rows of `x`."""
         spec, width, depth = self.spec, self.ctx.width, self.ctx.num_blocks
-        up = self._linear(linear, "up", x, (width, spec.width), ("embed", "mlp"))
+        up = self._linear(layout, "up", x, (width, spec.width), ("embed", "mlp"))
         if isinstance(spec, MLP):
             h = ACTIVATIONS[spec.activation](up)
         else:
-            gate = self._linear(linear, "gate", x, (width, spec.width), ("embed", "mlp"))
+            gate = self._linear(layout, "gate", x, (width, spec.width), ("embed", "mlp"))
             h = _clamped(spec, gate, up) if isinstance(spec, ClampedSwiGLU) else _gated(spec, gate, up)
-        y = self._linear(linear, "down", h, (spec.width, width), ("mlp", "embed"), (2 * depth) ** -0.5)
+        y = self._linear(layout, "down", h, (spec.width, width), ("mlp", "embed"), (2 * depth) ** -0.5)
         return y * spec.down_scale if isinstance(spec, GatedMLP) else y
 
-    def _linear(self, linear: Linear, name: str, x, sizes, axes, scale: float = 1.0) -> jax.Array:
-        E, bias = self.num_experts, None
-        weights = param(self, self.ctx, name, (E, *sizes), ("experts", *axes), fan_in_normal(sizes[0], scale))
+    def _linear(self, layout: Layout, name: str, x, sizes, axes, scale: float = 1.0) -> jax.Array:
+        E, axes = self.num_experts, ("experts", *axes)
+        weights = param(self, self.ctx, name, (E, *sizes), axes, fan_in_normal(sizes[0], scale))
+        y = layout.multiply(x, weights)
+        adapters = adapters_of(self, name, weights, 1, axes, experts=1)
+        if adapters is not None:
+            y = self._adapted(layout, x, y, *adapters)
         if self.spec.bias:
-            bias_axes = ("experts", "mlp" if axes[1] == "mlp" else "norm")
+            bias_axes = ("experts", "mlp" if axes[-1] == "mlp" else "norm")
             bias = param(self, self.ctx, f"{name}_bias", (E, sizes[1]), bias_axes, nn.initializers.zeros)
-        return linear(x, weights, bias)
+            y += layout.spread(bias)
+        return y
+
+    def _adapted(self, layout: Layout, x, y, a_ENIR, b_ENRO, gain_ENO) -> jax.Array:
+        """y of the map alone and each row's own adapter; the rows of one expert may have several."""
+        adapters = cast(LoRA, self.ctx.adapters)
+        result = y
+        for n in range(1 if layout.adapter is None else adapters.slots):
+            low_rank = layout.multiply(layout.multiply(x, a_ENIR[:, n]), b_ENRO[:, n] * adapters.scale)
+            of_n = y + low_rank.astype(y.dtype)
+            if gain_ENO is not None:
+                of_n *= layout.spread(gain_ENO[:, n])
+            result = of_n if layout.adapter is None else jnp.where(layout.adapter == n, of_n, result)
+        return result
 
 
 def _gated(spec: GatedMLP, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -98,14 +123,16 @@ def dropless(
     sorted_M = expert_M[order_M]
     sizes_E = jnp.bincount(expert_M, length=experts.num_experts)
 
-    def linear(x, weights, bias):
-        y = grouped_matmul(x, weights, sizes_E)
-        return y if bias is None else y + bias[sorted_M]
-
+    adapter_B = experts.ctx.adapter
+    layout = Layout(
+        lambda x, weights_EIO: grouped_matmul(x, weights_EIO, sizes_E),
+        lambda vectors_EO: vectors_EO[sorted_M],
+        None if adapter_B is None else jnp.repeat(adapter_B, T * K)[order_M, None],
+    )
     x_MD = x_BTD.reshape(B * T, D)[order_M // K]
     if weigh_input:
         x_MD = (x_MD * weights_BTK.reshape(-1)[order_M, None]).astype(x_BTD.dtype)
-    y_MD = experts(x_MD, linear)[jnp.argsort(order_M)].astype(jnp.float32)
+    y_MD = experts(x_MD, layout)[jnp.argsort(order_M)].astype(jnp.float32)
     y_BTKD = y_MD.reshape(B, T, K, D)
     return y_BTKD.sum(2) if weigh_input else jnp.einsum("BTKD,BTK->BTD", y_BTKD, weights_BTK)
 
@@ -125,16 +152,18 @@ def through_slots(
       weights_BTE: float32.
     """
 
-    def linear(x_EBSI, weights_EIO, bias_EO):
-        y_EBSO = jnp.einsum("EBSI,EIO->EBSO", x_EBSI, weights_EIO)
-        return y_EBSO if bias_EO is None else y_EBSO + bias_EO[:, None, None]
-
+    adapter_B = experts.ctx.adapter
+    layout = Layout(
+        lambda x_EBSI, weights_EIO: jnp.einsum("EBSI,EIO->EBSO", x_EBSI, weights_EIO),
+        lambda vectors_EO: vectors_EO[:, None, None],
+        None if adapter_B is None else adapter_B[:, None, None],
+    )
     slots_BTES = slots_BTES.astype(jnp.float32)
     weighted_BTES = slots_BTES * weights_BTE[..., None]
     into, out = (weighted_BTES, slots_BTES) if weigh_input else (slots_BTES, weighted_BTES)
     x_EBSD = jnp.einsum("BTES,BTD->EBSD", into.astype(x_BTD.dtype), x_BTD)
     x_EBSD = constrain(x_EBSD, rules, "act_experts", "batch", None, "act_embed")
-    y_EBSD = constrain(experts(x_EBSD, linear), rules, "act_experts", "batch", None, "act_embed")
+    y_EBSD = constrain(experts(x_EBSD, layout), rules, "act_experts", "batch", None, "act_embed")
     return jnp.einsum("BTES,EBSD->BTD", out, y_EBSD, preferred_element_type=jnp.float32)
 
 

@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo
+from model.blocks.linear import linear, linear_out
 from model.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -89,8 +90,8 @@ class GatedMLPModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, dict]:
         spec = self.spec
-        gate_BTF = _linear(self, "gate", x_BTD, ("embed", "mlp"), spec.width)
-        up_BTF = _linear(self, "up", x_BTD, ("embed", "mlp"), spec.width)
+        gate_BTF = linear(self, "gate", x_BTD, (spec.width,), ("mlp",), spec.bias)
+        up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), spec.bias)
         h_BTF = ACTIVATIONS[spec.activation](gate_BTF * spec.gate_scale) * up_BTF
         return _down(self, h_BTF) * spec.down_scale, {}
 
@@ -101,30 +102,13 @@ class MLPModule(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, dict]:
-        up_BTF = _linear(self, "up", x_BTD, ("embed", "mlp"), self.spec.width)
+        up_BTF = linear(self, "up", x_BTD, (self.spec.width,), ("mlp",), self.spec.bias)
         return _down(self, ACTIVATIONS[self.spec.activation](up_BTF)), {}
 
 
 def _down(module: GatedMLPModule | MLPModule, h_BTF: jax.Array) -> jax.Array:
-    ctx = module.ctx
-    h_BTF = constrain(h_BTF, ctx.rules, "batch", "length", "act_mlp")
-    return _linear(module, "down", h_BTF, ("mlp", "embed"), ctx.width, (2 * ctx.num_blocks) ** -0.5)
-
-
-def _linear(
-    module: GatedMLPModule | MLPModule,
-    name: str,
-    x: jax.Array,
-    axes: tuple[str, str],
-    features: int,
-    scale: float = 1.0,
-) -> jax.Array:
-    fan_in, ctx = x.shape[-1], module.ctx
-    y = x @ param(module, ctx, name, (fan_in, features), axes, fan_in_normal(fan_in, scale))
-    if module.spec.bias:
-        bias_axis = "mlp" if axes[1] == "mlp" else "norm"
-        y += param(module, ctx, f"{name}_bias", (features,), (bias_axis,), nn.initializers.zeros)
-    return jnp.asarray(y)
+    h_BTF = constrain(h_BTF, module.ctx.rules, "batch", "length", "act_mlp")
+    return linear_out(module, h_BTF, ("mlp",), module.spec.bias, name="down")
 
 
 def check_activation(name: str) -> None:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.attention import read_pages, sow_weights, write_pages
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo
+from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
 from model.kernels.attention import Scores, Sight, attention, self_attention
@@ -90,26 +91,23 @@ class LatentAttentionModule(nn.Module):
         q_BTHN, q_BTHR = q_BTHC[..., : spec.nope_dim], q_BTHC[..., spec.nope_dim :]
         q_BTHR = spec.rope(q_BTHR, info.positions)
         latent_BTL, k_BTR = self._latent(x_BTD, info)
-        shape = (spec.kv_rank, spec.num_heads, spec.nope_dim + spec.v_dim)
-        kv_b = param(
-            self, self.ctx, "kv_b", shape, ("norm", "heads", "head_dim"), fan_in_normal(spec.kv_rank)
-        )
+        heads = (spec.num_heads, spec.nope_dim + spec.v_dim)
+        kv_b = linear_map(self, "kv_b", (spec.kv_rank,), heads, ("norm", "heads", "head_dim"))
         if cache is None:
             out_BTHE = self._attend(q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info)
         else:
             cache = write_pages(cache, {"latent": latent_BTL, "k_rope": k_BTR}, info)
             out_BTHE = self._attend_pages(q_BTHN, q_BTHR, cache, kv_b, info)
-        return self._output(out_BTHE), cache
+        return linear_out(self, out_BTHE, ("heads", "head_dim"), spec.bias), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         spec, ctx = self.spec, self.ctx
         source, name = x_BTD, "q"
         if spec.q_rank is not None:
             source, name = spec.norm.module(ctx, "q_a_norm")(self._linear("q_a", x_BTD, spec.q_rank)), "q_b"
-        fan_in, axis = source.shape[-1], "embed" if spec.q_rank is None else "norm"
-        shape = (fan_in, spec.num_heads, spec.nope_dim + spec.rope_dim)
-        w = param(self, ctx, name, shape, (axis, "heads", "head_dim"), fan_in_normal(fan_in))
-        q_BTHC = jnp.einsum("BTI,IHC->BTHC", source, w)
+        in_axes = ("embed",) if spec.q_rank is None else ("norm",)
+        heads = (spec.num_heads, spec.nope_dim + spec.rope_dim)
+        q_BTHC = linear(self, name, source, heads, ("heads", "head_dim"), in_axes=in_axes)
         return constrain(q_BTHC, ctx.rules, "batch", "length", "act_heads", None)
 
     def _latent(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array]:
@@ -120,10 +118,10 @@ class LatentAttentionModule(nn.Module):
         k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.positions)
         return latent_BTL, k_BT1R[:, :, 0]
 
-    def _attend(self, q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info: TokenInfo) -> jax.Array:
+    def _attend(self, q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b: LinearMap, info: TokenInfo) -> jax.Array:
         """Keys and values of each head, made from the latent."""
         spec = self.spec
-        kv = jnp.einsum("BTL,LHX->BTHX", latent_BTL, kv_b)
+        kv = kv_b(latent_BTL)
         k_BTHR = jnp.broadcast_to(k_BTR[:, :, None], (*kv.shape[:3], spec.rope_dim))
         q_BTHC = jnp.concatenate([q_BTHN, q_BTHR], -1)
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
@@ -133,34 +131,22 @@ class LatentAttentionModule(nn.Module):
             q_BTHC, k_BTHC, v_BTHE, info.positions, info.segment_ids, Sight(), self._scores()
         )
 
-    def _attend_pages(self, q_BTHN, q_BTHR, cache: dict, kv_b, info: TokenInfo) -> jax.Array:
+    def _attend_pages(self, q_BTHN, q_BTHR, cache: dict, kv_b: LinearMap, info: TokenInfo) -> jax.Array:
         """The same numbers without making keys and values: q . (W z) = (W^T q) . z, so heads look at latents."""
         spec, dtype = self.spec, q_BTHN.dtype
         latent_BSL = read_pages(cache["latent"], info).astype(dtype)
         k_BSR = read_pages(cache["k_rope"], info).astype(dtype)
-        q_BTHL = jnp.einsum("BTHN,LHN->BTHL", q_BTHN, kv_b[..., : spec.nope_dim])
+        keys, values = kv_b.part(slice(0, spec.nope_dim)), kv_b.part(slice(spec.nope_dim, None))
+        q_BTHL = keys.einsum("BTHN,LHN->BTHL", q_BTHN)
         q_BTHX = jnp.concatenate([q_BTHL, q_BTHR], -1)
         k_BSX = jnp.concatenate([latent_BSL, k_BSR], -1)
         mask_BTS = Sight().sees(info.positions[:, :, None], jnp.arange(k_BSX.shape[1]))
         out_BTHL = attention(q_BTHX, k_BSX[:, :, None], latent_BSL[:, :, None], mask_BTS, self._scores())
-        return jnp.einsum("BTHL,LHE->BTHE", out_BTHL, kv_b[..., spec.nope_dim :])
+        return values.einsum("BTHL,LHE->BTHE", out_BTHL)
 
     def _scores(self) -> Scores:
         spec = self.spec
         return Scores((spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale)
 
     def _linear(self, name: str, x_BTD: jax.Array, features: int) -> jax.Array:
-        D = x_BTD.shape[-1]
-        y = x_BTD @ param(self, self.ctx, name, (D, features), ("embed", "norm"), fan_in_normal(D))
-        if self.spec.bias:
-            y += param(self, self.ctx, f"{name}_bias", (features,), ("norm",), nn.initializers.zeros)
-        return jnp.asarray(y)
-
-    def _output(self, out_BTHE: jax.Array) -> jax.Array:
-        H, E, D = *out_BTHE.shape[2:], self.ctx.width
-        init = fan_in_normal(H * E, scale=(2 * self.ctx.num_blocks) ** -0.5)
-        w_HED = param(self, self.ctx, "o", (H, E, D), ("heads", "head_dim", "embed"), init)
-        y_BTD = jnp.einsum("BTHE,HED->BTD", out_BTHE, w_HED)
-        if self.spec.bias:
-            y_BTD += param(self, self.ctx, "o_bias", (D,), ("norm",), nn.initializers.zeros)
-        return y_BTD
+        return linear(self, name, x_BTD, (features,), ("norm",), self.spec.bias)

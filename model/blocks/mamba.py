@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.linear import linear, linear_out
 from model.blocks.norms import Norm
 from model.blocks.recurrence import (
     Walk,
@@ -21,8 +22,6 @@ from model.blocks.recurrence import (
     causal_conv,
     finish,
     inverse_softplus_of_log_uniform,
-    linear,
-    linear_out,
     param32,
 )
 from model.kernels.linear_scan import selective_scan
@@ -87,8 +86,8 @@ class MambaModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx, state, inner = self.spec, self.ctx, {}, (self.spec.width,)
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        x_BTF = linear(self, ctx, "in_x", x_BTD, inner, ("mlp",), spec.bias)
-        z_BTF = linear(self, ctx, "in_z", x_BTD, inner, ("mlp",), spec.bias)
+        x_BTF = linear(self, "in_x", x_BTD, inner, ("mlp",), spec.bias)
+        z_BTF = linear(self, "in_z", x_BTD, inner, ("mlp",), spec.bias)
         w_KF = param(
             self, ctx, "conv", (spec.conv_width, *inner), (None, "mlp"), fan_in_normal(spec.conv_width)
         )
@@ -98,13 +97,13 @@ class MambaModule(nn.Module):
         x_BTF = constrain(nn.silu(x_BTF), ctx.rules, "batch", "length", "act_mlp")
         y_BTF, state["ssm"] = self._scan(x_BTF, walk)
         y_BTF = (y_BTF * nn.silu(z_BTF.astype(jnp.float32))).astype(ctx.dtype)
-        return finish(linear_out(self, ctx, y_BTF, ("mlp",), spec.bias), state, walk, info, cache)
+        return finish(linear_out(self, y_BTF, ("mlp",), spec.bias), state, walk, info, cache)
 
     def _scan(self, x_BTF: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
         spec, ctx, (F, N) = self.spec, self.ctx, (self.spec.width, self.spec.state_dim)
         low_BTR = self._selected("dt_low", x_BTF, spec.dt_rank)
         k_BTN, q_BTN = (self._selected(name, x_BTF, N) for name in ("B", "C"))
-        dt_BTF = linear(self, ctx, "dt", low_BTR, (F,), ("mlp",), in_axis=None).astype(jnp.float32)
+        dt_BTF = linear(self, "dt", low_BTR, (F,), ("mlp",), in_axes=(None,)).astype(jnp.float32)
         start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
         dt_BTF = jax.nn.softplus(dt_BTF + param32(self, ctx, "dt_bias", (F,), ("mlp",), start))
         A_FN = -jnp.exp(param32(self, ctx, "A_log", (F, N), ("mlp", None), _log_of_count))
@@ -116,7 +115,7 @@ class MambaModule(nn.Module):
 
     def _selected(self, name: str, x_BTF: jax.Array, size: int) -> jax.Array:
         """What the token chooses for itself: the low-rank time step, B or C."""
-        y = linear(self, self.ctx, name, x_BTF, (size,), (None,), in_axis="mlp")
+        y = linear(self, name, x_BTF, (size,), (None,), in_axes=("mlp",))
         return y if self.spec.norm is None else self.spec.norm.module(self.ctx, f"{name}_norm")(y)
 
 

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.linear import linear, linear_out
 from model.blocks.recurrence import (
     Walk,
     begin,
     causal_conv,
     finish,
     inverse_softplus_of_log_uniform,
-    linear,
-    linear_out,
     log_uniform,
     param32,
 )
@@ -109,7 +108,7 @@ class Mamba2Module(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
-        spec, ctx = self.spec, self.ctx
+        spec = self.spec
         x_BTD, walk = begin(spec, x_BTD, info, cache)
         x_BTD = x_BTD * spec.in_multiplier
         heads, groups = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.state_dim)
@@ -125,13 +124,13 @@ class Mamba2Module(nn.Module):
         q_BTGN = self._conv("conv_C", q_BTGN, (None, "head_dim"), walk, state)
         y_BTHP, state["ssm"] = self._scan(x_BTHP, k_BTGN, q_BTGN, dt_BTH, walk)
         y_BTHP = self._gate(y_BTHP, z_BTHP)
-        y_BTD = linear_out(self, ctx, y_BTHP, ("heads", "head_dim"), spec.out_bias) * spec.out_multiplier
+        y_BTD = linear_out(self, y_BTHP, ("heads", "head_dim"), spec.out_bias) * spec.out_multiplier
         return finish(y_BTD, state, walk, info, cache)
 
     def _project(
         self, name: str, x_BTD: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...]
     ) -> jax.Array:
-        y = linear(self, self.ctx, f"in_{name}", x_BTD, shape, axes, self.spec.in_bias)
+        y = linear(self, f"in_{name}", x_BTD, shape, axes, self.spec.in_bias)
         y = y * self.spec.multipliers[("z", "x", "B", "C", "dt").index(name)]
         head = "act_heads" if axes[0] == "heads" else None
         return constrain(y, self.ctx.rules, "batch", "length", head, *(None,) * (len(shape) - 1))

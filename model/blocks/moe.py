@@ -26,6 +26,7 @@ from model.blocks.experts import (
     through_slots,
 )
 from model.blocks.ffn import MLP, GatedMLP
+from model.blocks.linear import linear
 from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.weighted import WeightedSum
 
@@ -171,9 +172,7 @@ class MoEModule(nn.Module):
         y_BTD, _ = spec.module(self.ctx, "shared")(x_BTD, info)
         if not self.spec.shared_gate:
             return y_BTD
-        D = self.ctx.width
-        w_D = param(self, self.ctx, "shared_gate", (D, 1), ("embed", "norm"), fan_in_normal(D))
-        return nn.sigmoid(x_BTD @ w_D) * y_BTD
+        return nn.sigmoid(linear(self, "shared_gate", x_BTD, (1,), ("norm",))) * y_BTD
 
 
 def _float32(ctx: Context) -> Context:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.blocks.common import Context, Mixer, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, Mixer, TokenInfo
 
 
 @flax.struct.dataclass
@@ -114,38 +114,6 @@ def causal_conv(
     own_BK = jnp.take_along_axis(document_BS, last_BK, axis=1) == document_BS[:, -1:]
     tail_BKF = jnp.take_along_axis(line_BSF, _like(last_BK, x_BTF), axis=1)
     return y_BTF.astype(x_BTF.dtype), jnp.where(_like(own_BK, x_BTF), tail_BKF, 0)
-
-
-def linear(
-    module: nn.Module,
-    ctx: Context,
-    name: str,
-    x_BTD: jax.Array,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    bias: bool = False,
-    in_axis: str | None = "embed",
-) -> jax.Array:
-    """A linear map of the last axis to axes of `shape`, with parameters `name` and, if asked for, `name`_bias."""
-    D = x_BTD.shape[-1]
-    y = jnp.tensordot(x_BTD, param(module, ctx, name, (D, *shape), (in_axis, *axes), fan_in_normal(D)), 1)
-    if bias:
-        y += param(module, ctx, f"{name}_bias", shape, axes, nn.initializers.zeros)
-    return y
-
-
-def linear_out(
-    module: nn.Module, ctx: Context, y_BTHP: jax.Array, axes: tuple[str | None, ...], bias: bool = False
-) -> jax.Array:
-    """All axes after tokens to the model width: parameters "o" and, if asked for, "o_bias"."""
-    shape = y_BTHP.shape[2:]
-    init = fan_in_normal(int(np.prod(shape)), scale=(2 * ctx.num_blocks) ** -0.5)
-    y_BTD = jnp.tensordot(
-        y_BTHP, param(module, ctx, "o", (*shape, ctx.width), (*axes, "embed"), init), len(shape)
-    )
-    if bias:
-        y_BTD += param(module, ctx, "o_bias", (ctx.width,), ("norm",), nn.initializers.zeros)
-    return y_BTD
 
 
 def param32(

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.blocks.common import Context, TokenInfo
+from model.blocks.linear import linear, linear_out
 from model.blocks.positions import Rope
-from model.blocks.recurrence import begin, finish, head_rms_norm, linear, linear_out
+from model.blocks.recurrence import begin, finish, head_rms_norm
 from model.kernels.ssd import ssd
 from model.sharding import constrain
 
@@ -94,8 +95,8 @@ class RetentionModule(nn.Module):
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, ctx, y_BTHV, HEADS), {"state": state_BHVK}, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, HEADS), {"state": state_BHVK}, walk, info, cache)
 
     def _project(self, name: str, x_BTD: jax.Array, width: int) -> jax.Array:
-        y_BTHC = linear(self, self.ctx, name, x_BTD, (self.spec.num_heads, width), HEADS)
+        y_BTHC = linear(self, name, x_BTD, (self.spec.num_heads, width), HEADS)
         return constrain(y_BTHC, self.ctx.rules, "batch", "length", "act_heads", None)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
-from model.blocks.recurrence import Walk, begin, causal_conv, finish, linear, linear_out, param32
+from model.blocks.linear import linear, linear_out
+from model.blocks.recurrence import Walk, begin, causal_conv, finish, param32
 from model.kernels.linear_scan import linear_scan
 from model.sharding import constrain
 
@@ -70,14 +71,14 @@ class RGLRUModule(nn.Module):
         spec, ctx, state = self.spec, self.ctx, {}
         heads, K = (spec.num_heads, spec.head_dim), spec.conv_width
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        y_BTHC = nn.gelu(linear(self, ctx, "y", x_BTD, heads, HEADS, bias=True), approximate=True)
-        x_BTHC = linear(self, ctx, "x", x_BTD, heads, HEADS, bias=True)
+        y_BTHC = nn.gelu(linear(self, "y", x_BTD, heads, HEADS, bias=True), approximate=True)
+        x_BTHC = linear(self, "x", x_BTD, heads, HEADS, bias=True)
         w_KHC = param(self, ctx, "conv", (K, *heads), (None, *HEADS), fan_in_normal(K))
         x_BTHC, state["conv"] = causal_conv(x_BTHC, w_KHC, walk.state["conv"], walk)
         x_BTHC += param(self, ctx, "conv_bias", heads, HEADS, nn.initializers.zeros)
         x_BTHC = constrain(x_BTHC, ctx.rules, "batch", "length", "act_heads", None)
         h_BTHC, state["state"] = self._recur(x_BTHC, walk)
-        y_BTD = linear_out(self, ctx, h_BTHC.astype(ctx.dtype) * y_BTHC, HEADS, bias=True)
+        y_BTD = linear_out(self, h_BTHC.astype(ctx.dtype) * y_BTHC, HEADS, bias=True)
         return finish(y_BTD, state, walk, info, cache)
 
     def _recur(self, x_BTHC: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, More, TokenInfo, fan_in_normal, param
-from model.blocks.recurrence import Walk, begin, causal_conv, finish, linear, linear_out, param32
+from model.blocks.linear import linear, linear_out
+from model.blocks.recurrence import Walk, begin, causal_conv, finish, param32
 from model.kernels.rwkv7 import rwkv7
 from model.sharding import constrain
 
@@ -129,23 +130,20 @@ class RWKV7Module(nn.Module):
         )
         own_BTH1 = jnp.sum(r_BTHC * k_BTHC * self._channels("r_k", -0.04), axis=-1, keepdims=True)
         y_BTHC = (self._norm(o_BTHC) + own_BTH1 * v_BTHC.astype(jnp.float32)).astype(ctx.dtype) * gate_BTHC
-        y_BTD, cache = finish(linear_out(self, ctx, y_BTHC, HEADS), state, walk, info, cache)
+        y_BTD, cache = finish(linear_out(self, y_BTHC, HEADS), state, walk, info, cache)
         return y_BTD, cache, More(shared=shared)
 
     def _project(self, name: str, x_BTD: jax.Array) -> jax.Array:
         heads = (self.spec.num_heads, self.spec.head_dim)
-        y_BTHC = linear(self, self.ctx, name, x_BTD, heads, HEADS)
+        y_BTHC = linear(self, name, x_BTD, heads, HEADS)
         return constrain(y_BTHC, self.ctx.rules, "batch", "length", "act_heads", None)
 
     def _low_rank(self, name: str, x_BTD: jax.Array, rank: int, bias, between=None) -> jax.Array:
         """between(x `name`_a) `name`_b + `name`_bias; `bias` is the bias's start, None for no bias."""
-        D, heads = x_BTD.shape[-1], (self.spec.num_heads, self.spec.head_dim)
-        low_BTR = x_BTD @ param(
-            self, self.ctx, f"{name}_a", (D, rank), ("embed", None), nn.initializers.zeros
-        )
+        heads, small = (self.spec.num_heads, self.spec.head_dim), fan_in_normal(rank, 0.1)
+        low_BTR = linear(self, f"{name}_a", x_BTD, (rank,), (None,), init=nn.initializers.zeros)
         low_BTR = low_BTR if between is None else between(low_BTR)
-        w_RHC = param(self, self.ctx, f"{name}_b", (rank, *heads), (None, *HEADS), fan_in_normal(rank, 0.1))
-        y_BTHC = jnp.tensordot(low_BTR, w_RHC, 1)
+        y_BTHC = linear(self, f"{name}_b", low_BTR, heads, HEADS, in_axes=(None,), init=small)
         if bias is not None:
             start = bias if callable(bias) else nn.initializers.constant(bias)
             y_BTHC += param(self, self.ctx, f"{name}_bias", heads, HEADS, start)
@@ -201,9 +199,9 @@ class RWKV7ChannelMixModule(nn.Module):
         ctx = self.ctx
         x_BTD, walk = begin(self.spec, x_BTD, info, cache)
         mixed, tail = _token_shift(self, ctx, x_BTD, "k", walk)
-        h_BTF = jnp.square(nn.relu(linear(self, ctx, "k", mixed["k"], (self.spec.width,), ("mlp",))))
+        h_BTF = jnp.square(nn.relu(linear(self, "k", mixed["k"], (self.spec.width,), ("mlp",))))
         h_BTF = constrain(h_BTF, ctx.rules, "batch", "length", "act_mlp")
-        return finish(linear_out(self, ctx, h_BTF, ("mlp",)), {"shift": tail}, walk, info, cache)
+        return finish(linear_out(self, h_BTF, ("mlp",)), {"shift": tail}, walk, info, cache)
 
 
 def _token_shift(

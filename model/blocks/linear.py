@@ -1,0 +1,167 @@
+"""Linear maps of the blocks: between the model's width and named axes, with a bias and with adapters."""
+
+# B batch, T tokens, D model width, N adapters, R their rank
+
+from __future__ import annotations
+
+import functools
+import math
+import string
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks import lora
+from model.blocks.common import Context, fan_in_normal, param
+from model.blocks.lora import LoRA, LowRank
+
+Axes = tuple[str | None, ...]
+
+INPUTS, OUTPUTS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
+
+
+class LinearMap(NamedTuple):
+    """y = x W with what the rows' adapters add, for any einsum of x and W."""
+
+    weight: jax.Array  # [*inputs, *outputs]
+    inputs: int  # how many of its axes are inputs
+    adapter: LowRank | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, *inputs] to [B, T, *outputs]."""
+        ins, outs = INPUTS[: self.inputs], OUTPUTS[: self.weight.ndim - self.inputs]
+        return self.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x)
+
+    def einsum(self, spec: str, x: jax.Array) -> jax.Array:
+        """`spec` is of x, whose first letter is the row, and of the weight; "R" is the adapters' rank."""
+        if self.adapter is None:
+            return jnp.einsum(spec, x, self.weight)
+        (of_x, of_w), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
+        ins, outs, (a, b, gain) = of_w[: self.inputs], of_w[self.inputs :], self.adapter
+        row = of_x[0] if a.ndim > self.inputs + 1 else ""
+        gained = set(outs) <= set(of_y)
+        if gain is not None and not gained:
+            x = jnp.einsum(f"{of_x},{row}{outs}->{of_x}", x, gain)
+        low_rank = f"{of_x},{row}{ins}R,{row}R{outs}->{of_y}"
+        y = jnp.einsum(spec, x, self.weight) + jnp.einsum(low_rank, x, a, b)
+        if gain is not None and gained:
+            y = jnp.einsum(f"{of_y},{row}{outs}->{of_y}", y, gain)
+        return y
+
+    def part(self, of_last: slice) -> LinearMap:
+        """The map to these outputs of the last axis alone."""
+        adapter = self.adapter
+        if adapter is not None:
+            gain = None if adapter.gain is None else adapter.gain[..., of_last]
+            adapter = LowRank(adapter.a, adapter.b[..., of_last], gain)
+        return LinearMap(self.weight[..., of_last], self.inputs, adapter)
+
+
+def linear(
+    module: Any,
+    name: str,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    axes: Axes,
+    bias: bool = False,
+    in_axes: Axes = ("embed",),
+    init: Callable | None = None,
+) -> jax.Array:
+    """[B, T, *inputs] to [B, T, *shape] by the parameter `name` and, if asked for, `name`_bias.
+
+    Args:
+      module: of a block; its `ctx` says which adapters there are, and which of them each row has.
+      axes: logical names of the outputs; those of the inputs are `in_axes`.
+      init: of the map; default: normal with deviation 1 / sqrt(inputs).
+    """
+    in_shape = x.shape[x.ndim - len(in_axes) :]
+    y = linear_map(module, name, in_shape, shape, (*in_axes, *axes), init)(x)
+    return add_bias(module, name, y, axes) if bias else y
+
+
+def linear_out(module: Any, y: jax.Array, in_axes: Axes, bias: bool = False, name: str = "o") -> jax.Array:
+    """All axes after tokens to the model's width, small at first: the deeper the model, the smaller."""
+    ctx: Context = module.ctx
+    init = fan_in_normal(math.prod(y.shape[2:]), scale=(2 * ctx.num_blocks) ** -0.5)
+    return linear(module, name, y, (ctx.width,), ("embed",), bias, in_axes, init)
+
+
+def linear_map(
+    module: Any,
+    name: str,
+    in_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    axes: Axes,
+    init: Callable | None = None,
+) -> LinearMap:
+    """Declares the parameter `name` [*in_shape, *out_shape] and its adapters."""
+    ctx: Context = module.ctx
+    init = init or fan_in_normal(math.prod(in_shape))
+    weight = param(module, ctx, name, (*in_shape, *out_shape), axes, init)
+    adapters = adapters_of(module, name, weight, len(in_shape), axes)
+    if adapters is None:
+        return LinearMap(weight, len(in_shape))
+    chosen = lora.select(*adapters, cast(LoRA, ctx.adapters).scale, ctx.adapter)
+    return LinearMap(weight, len(in_shape), chosen)
+
+
+def add_bias(module: Any, name: str, y: jax.Array, axes: Axes) -> jax.Array:
+    """y plus the parameter `name`_bias, of y's shape after its tokens; that of the model's width is not sharded."""
+    axes = tuple("norm" if axis == "embed" else axis for axis in axes)
+    return y + param(
+        module, module.ctx, f"{name}_bias", y.shape[y.ndim - len(axes) :], axes, nn.initializers.zeros
+    )
+
+
+def adapters_of(
+    module: Any, name: str, weight: jax.Array, inputs: int, axes: Axes, experts: int = 0
+) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
+    """Declares the adapters of a linear map, if it has any.
+
+    Args:
+      weight: [*experts, *inputs, *outputs], with logical `axes`.
+      inputs, experts: how many of its axes these are.
+
+    Returns:
+      a [*experts, N, *inputs, R], b [*experts, N, R, *outputs] and, of DoRA, gains [*experts, N, *outputs].
+    """
+    ctx: Context = module.ctx
+    spec = ctx.adapters
+    if spec is None or not spec.adapts((*within_block(module.path), name)):
+        return None
+    split = lambda whole: (whole[:experts], whole[experts : experts + inputs], whole[experts + inputs :])
+    (lead, ins, outs), (lead_axes, in_axes, out_axes) = split(weight.shape), split(axes)
+    lead, lead_axes = (*lead, spec.slots), (*lead_axes, "adapters")
+    declare = lambda end, shape, names, init: param(
+        module, ctx, f"{name}_lora_{end}", (*lead, *shape), (*lead_axes, *names), init
+    )
+    in_places, lead_places = range(len(lead), len(lead) + inputs), range(len(lead))
+    uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_places, -1, lead_places)
+    a = declare("a", (*ins, spec.rank), (*in_axes, None), uniform)
+    b = declare("b", (spec.rank, *outs), (None, *out_axes), nn.initializers.zeros)
+    if not spec.decomposed:
+        return a, b, None
+    lengths = jnp.expand_dims(column_lengths(weight, inputs, experts), experts)
+    start = lambda key, shape, dtype: jnp.broadcast_to(lengths, shape).astype(dtype)
+    gains = functools.partial(lora.gains, scale=spec.scale)
+    for _ in range(experts):
+        gains = jax.vmap(gains)
+    gain = gains(declare("magnitude", outs, out_axes, start), weight, a, b)
+    return a, b, gain.astype(ctx.dtype)
+
+
+def column_lengths(weight: jax.Array, inputs: int, experts: int = 0) -> jax.Array:
+    """[*experts, *outputs] float32: how long each output's column of a map is."""
+    in_places = tuple(range(experts, experts + inputs))
+    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=in_places))
+
+
+def within_block(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A module's path without the run of blocks that it is in."""
+    blocks = [
+        i for i, name in enumerate(path) if name.rpartition("_")[0].rpartition("_")[2] in ("block", "run")
+    ]
+    return path[blocks[-1] + 1 :] if blocks else path
