@@ -108,7 +108,7 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
         elif run in modules:
             block, k = modules[run], 1 + list(modules).index(run)
             place, role = _role(_future_roles(cfg, block), name)
-            active = round(size * _used(block, name.removeprefix("block/")))
+            active = round(size * _used(block, name.removeprefix("block_0/")))
             what = name, "future_", (k, k), array.shape, axes[path]
             keyed.append(((2 + len(STACKS), k, place), Group(*what, size, active, role)))
         else:
@@ -202,7 +202,7 @@ def roles(cfg: ModelConfig, block: Block | None) -> dict[str, str]:
 
 def _future_roles(cfg: ModelConfig, block: Block) -> dict[str, str]:
     """As `roles`, of a module that says a later token."""
-    of_block = {f"block/{path}": text for path, text in roles(cfg, block).items()}
+    of_block = {f"block_0/{path}": text for path, text in roles(cfg, block).items()}
     own = dict(cast(Future, cfg.future).roles)
     last = {"final_norm": own.pop("final_norm")} if "final_norm" in own else {}
     return own | of_block | last

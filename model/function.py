@@ -158,9 +158,7 @@ class Transformer(nn.Module):
             encoded_BSD, aux = self._encode(embedding_VD, source, adapter)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
         layers, embedded_BTD = None if cache is None else cache.layers, x_BTD
-        trunk_BTD, states, more = run_part(ctx, cfg.runs()[:-1], x_BTD, layers, info)
-        info = dataclasses.replace(info, shared=more.shared)
-        x_BTD, last_state, last_more = run_part(ctx, cfg.runs()[-1:], trunk_BTD, layers, info)
+        trunk_BTD, x_BTD, states, more = self._run_blocks(ctx, embedded_BTD, layers, info)
         final_norm = self._final_norm(ctx)
         hidden_BTD = final_norm(x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
@@ -168,18 +166,27 @@ class Transformer(nn.Module):
         future, future_aux = [], {}
         if cfg.future is not None and cache is None:
             stream = Stream(embedded_BTD, trunk_BTD, hidden_BTD, final_norm)
-            future, future_aux = cfg.future.read(ctx, stream, info)
+            after_blocks = dataclasses.replace(info, shared=more.shared)
+            future, future_aux = cfg.future.read(ctx, stream, after_blocks)
         return Output(
             logits=read_logits(hidden_BTD),
             hidden=hidden_BTD,
             pooled=pooled_BTD,
             encoder=info.encoder,
-            cache=_advance(cache, states | last_state, tokens, segment_ids),
-            aux=add_up(aux, more.join(last_more).aux),
+            cache=_advance(cache, states, tokens, segment_ids),
+            aux=add_up(aux, more.aux),
             heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
             future=tuple(map(read_logits, future)),
             future_aux=future_aux,
         )
+
+    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, layers: dict | None, info: TokenInfo):
+        """What the last block reads, what comes out of it, each group's new state, and what the blocks give beside."""
+        runs = self.cfg.runs()
+        trunk_BTD, states, more = run_part(ctx, runs[:-1], x_BTD, layers, info)
+        info = dataclasses.replace(info, shared=more.shared)
+        x_BTD, last_state, last_more = run_part(ctx, runs[-1:], trunk_BTD, layers, info)
+        return trunk_BTD, x_BTD, states | last_state, more.join(last_more)
 
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg

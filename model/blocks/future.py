@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import Block, run_stack
+from model.blocks.block import Block, run_stack, runs_of
 from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param
 from model.blocks.norms import Norm, RMSNorm
 from model.sharding import constrain
@@ -158,7 +158,7 @@ def _embedding_ahead(embedded_BTD: jax.Array, segment_ids_BT: jax.Array | None, 
 
 def _run_block(ctx: Context, block: Block, x_BTD: jax.Array, info: TokenInfo):
     unrolled = dataclasses.replace(ctx, scan=False)
-    x_BTD, _, aux = run_stack(unrolled, [("block", block, range(1))], x_BTD, None, info)
+    x_BTD, _, aux = run_stack(unrolled, runs_of((block,), "", scan=False), x_BTD, None, info)
     return x_BTD, aux
 
 

@@ -232,7 +232,7 @@ def _groups(cfg: ModelConfig, blocks_per_layer: int) -> Iterator[tuple[Block | N
 def _leaves(shapes: Params, axes: Params, drop: int, prefix: str, home: Path) -> Leaves:
     """Of a tree of parameters at `home`, without their first `drop` axes."""
     return {
-        prefix + key.removeprefix("block/"): (leaf.shape[drop:], of_leaf[drop:], (*home, *key.split("/")))
+        prefix + key.removeprefix("block_0/"): (leaf.shape[drop:], of_leaf[drop:], (*home, *key.split("/")))
         for (key, leaf), (_, of_leaf) in zip(_flat(shapes), _flat(axes), strict=True)
     }
 
