@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from configs.gguf import BLOCKS, DEFAULT_ALIGNMENT, MAX_DIMS
+from model.adapters import check_without_adapters
 from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
 from model.blocks.norms import RMSNorm
@@ -45,6 +46,7 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str
     Raises:
       ValueError: no GGUF architecture can hold this model, or GGUF can't name this tokenizer.
     """
+    check_without_adapters(cfg)
     if cfg.future is not None:
         cfg, params = without_future(cfg, params)
         _log.warning(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import mxfp4, safetensors_file
+from model.adapters import check_without_adapters
 from model.config import ModelConfig, ScalarHead
 from model.families import FAMILIES
 from model.families.common import Family
@@ -113,12 +114,12 @@ def save(
     if cfg.future is not None and not _can_be_saved(cfg):
         cfg, params = without_future(cfg, params)
         _log.warning("%s: written without multi-token prediction, which no family can say so.", folder)
-    family = _family_of(cfg)
+    family = family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
     table = {tensor.name: tensor for tensor in tensor_table(cfg, names, family.blocks_per_layer)}
     shards = _plan_shards(table, params, max_shard_bytes)
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         for name, content in tokenizer.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content)
@@ -289,7 +290,9 @@ def _can_be_saved(cfg: ModelConfig) -> bool:
     return any(family.why_not(cfg) is None for family in FAMILIES.values())
 
 
-def _family_of(cfg: ModelConfig) -> Family:
+def family_of(cfg: ModelConfig) -> Family:
+    """The family that a model is saved as: its own, or the first that can hold it; a ValueError says why none can."""
+    check_without_adapters(cfg)
     scalars = [head for head in cfg.heads if isinstance(head, ScalarHead)]
     if scalars:
         names = ", ".join(head.name for head in scalars)
@@ -364,16 +367,11 @@ def _token_ids(tokenizer: dict[str, bytes]) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends well."""
-    if (
-        folder.exists()
-        and not (folder / "config.json").is_file()
-        and (folder.is_file() or any(folder.iterdir()))
-    ):
-        raise ValueError(
-            f"{folder}: is there and is no Hugging Face folder; it is not replaced. Give another path."
-        )
+def replacing(folder: Path, own: str = "config.json") -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder`, of the same kind by its file `own`, when the block ends
+    well."""
+    if folder.exists() and not (folder / own).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there and has no {own}; it is not replaced. Give another path.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
     new, old = folder.with_name(f".{folder.name}.{mark}.tmp"), folder.with_name(f".{folder.name}.{mark}.old")

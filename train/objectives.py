@@ -49,7 +49,7 @@ def language_modelling(
 
     Pretraining and supervised fine-tuning differ in the dataset's mask only. Z-loss: Chowdhery et al. 2022,
     arXiv:2204.02311. Each module's sum is divided by the number of next tokens, as DeepSeek-V3 does it
-    (arXiv:2412.19437, eq. 24), so the loss does not depend on how the batch is cut.
+    (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is cut.
     """
 
     def objective(params: Params, batch: Batch):

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.block import Block, run_stack, runs_of
-from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, add_up
+from model.blocks.linear import linear
 from model.blocks.norms import Norm, RMSNorm
 from model.sharding import constrain
 from model.weighted import WeightedSum
@@ -63,6 +64,7 @@ class SequentialFuture:
     def read(self, ctx: Context, stream: Stream, info: TokenInfo) -> Read:
         """Call it within a compact method: the modules become submodules of the module that calls."""
         states, aux, hidden_BTD = [], {}, stream.hidden_BTD
+        ctx = dataclasses.replace(ctx, adapter=info.adapter)
         for name, block in future_blocks(self).items():
             ahead_BTD = _embedding_ahead(stream.embedded_BTD, info.segment_ids, len(states) + 1)
             hidden_BTD, new_aux = SequentialModule(self, block, ctx, name=name)(ahead_BTD, hidden_BTD, info)
@@ -118,7 +120,7 @@ class SequentialModule(nn.Module):
             norm.module(ctx, "hidden_norm")(hidden_BTD),
         )
         joined_BTE = jnp.concatenate(read, axis=-1)
-        x_BTD = joined_BTE @ param(self, ctx, "join", (2 * D, D), ("embed", None), fan_in_normal(2 * D))
+        x_BTD = linear(self, "join", joined_BTE, (D,), (None,))
         x_BTD = constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
         x_BTD, aux = _run_block(ctx, self.block, x_BTD, info)
         return norm.module(ctx, "final_norm")(x_BTD), aux

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from model import ModelConfig, apply, init_cache, load, load_config, logical_axes, param_shapes, save
+from model.adapters import drop_adapters
 from model.anatomy import anatomy, parameter_groups
 from model.blocks.attention import Attention
 from model.blocks.block import Block
@@ -25,6 +26,7 @@ from model.blocks.positions import LearnedPositions
 from model.blocks.rwkv7 import RWKV7
 from model.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
 from model.layout import relayout, without_future
+from model.peft import load_adapters, save_adapter
 
 from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
 
@@ -171,9 +173,18 @@ def test_what_the_future_reports_is_apart_from_what_the_model_reports():
     assert not out.aux and float(out.future_aux["moe_entropy"].weight) == 2 * 8
 
 
-def test_adapters_are_beside_the_maps_of_its_blocks_too():
-    cfg, _ = model_with("parallel", adapters=LoRA(2, 4.0, ("mixer/q",)))
-    assert {"q_lora_a", "q_lora_b"} <= set(param_shapes(cfg)["future_1"]["block_0"]["mixer"])
+def test_adapters_are_beside_its_maps_too_and_go_out_and_in_again(tmp_path):
+    cfg = load_config(GOLDENS / "deepseek_v3_mtp")
+    adapted = cfg.replace(adapters=LoRA(2, 4.0, ("join", "mixer/o")))
+    beside = random_params(adapted)
+    params = drop_adapters(adapted, beside)[1]
+    tokens = random_tokens(cfg, (2, 6))
+    wanted, without = forward(adapted, beside, tokens), forward(cfg, params, tokens)
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(wanted.future, without.future, strict=True))
+    save_adapter(tmp_path / "adapter", adapted, beside)
+    found = forward(*load_adapters(cfg, params, [tmp_path / "adapter"]), tokens)
+    for ours, theirs in zip((found.logits, *found.future), (wanted.logits, *wanted.future), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
 
 
 def test_looking_ahead_ends_with_the_row_and_the_document():
