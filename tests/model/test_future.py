@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from model.layout import relayout, without_future
 from model.peft import load_adapters, save_adapter
 
 from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
+from .test_families import OTHER_PYTHON
 
 NORM = RMSNorm()
 MIXTURE = Block(Attention(4, 2, 6), MoE(4, 2, SwiGLU(12)))
@@ -173,6 +175,7 @@ def test_what_the_future_reports_is_apart_from_what_the_model_reports():
     assert not out.aux and float(out.future_aux["moe_entropy"].weight) == 2 * 8
 
 
+@pytest.mark.slow
 def test_adapters_are_beside_its_maps_too_and_go_out_and_in_again(tmp_path):
     cfg = load_config(GOLDENS / "deepseek_v3_mtp")
     adapted = cfg.replace(adapters=LoRA(2, 4.0, ("join", "mixer/o")))
@@ -285,6 +288,20 @@ def test_a_checkpoint_without_the_modules_is_the_model_without_them(name, tmp_pa
     save(tmp_path / "again", cfg, params, format="huggingface")
     assert load_config(tmp_path / "again") == cfg
     assert json.loads((tmp_path / "again" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OTHER_PYTHON.is_file(), reason="no .venvs/goldens with transformers; see tests/goldens/make.py"
+)
+def test_transformers_computes_the_same_from_modules_that_we_save(tmp_path):
+    names = sorted(path.name for path in GOLDENS.glob("*_mtp"))
+    for name in names:
+        save(tmp_path / name, *load(GOLDENS / name), format="huggingface")
+    command = [str(OTHER_PYTHON), str(GOLDENS / "make_mtp.py"), "--check", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    differences = json.loads(run.stdout.splitlines()[-1])
+    assert sorted(differences) == names and max(differences.values()) < 1e-5
 
 
 def test_modules_that_are_there_in_part_are_an_error(tmp_path):
