@@ -15,7 +15,7 @@ from jax.extend.core import Var
 
 from model.blocks.future import Future, future_blocks
 from model.cache import cache_axes, init_pages
-from model.config import STACKS, Block, ModelConfig
+from model.config import STACKS, ModelConfig
 from model.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
 from model.function import Params, apply, logical_axes, param_shapes
 from model.logprobs import token_logprobs
@@ -102,27 +102,22 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
         size = math.prod(array.shape)
         if run in runs:
             stack, block, numbers = runs[run]
-            place, role = _role(roles(cfg, block), name)
+            place, role = _role(block.roles, name)
             what = name, stack, (numbers[0], numbers[-1]), array.shape[1:], axes[path][1:]
             order = 1 + STACKS.index(stack)
-            active = round(size * _used(block, name))
+            active = round(size * block.active_share(name))
             keyed.append(((order, numbers[0], place), Group(*what, size, active, role)))
         elif run in modules:
             block, k = modules[run], 1 + list(modules).index(run)
-            place, role = _role(_future_roles(cfg, block), name)
-            active = round(size * _used(block, name.removeprefix("block_0/")))
+            place, role = _role(cast(Future, cfg.future).roles_with(block), name)
+            active = round(size * block.active_share(name.removeprefix("block_0/")))
             what = name, "future_", (k, k), array.shape, axes[path]
             keyed.append(((2 + len(STACKS), k, place), Group(*what, size, active, role)))
         else:
-            place, role = _role(roles(cfg, None), path)
-            last = 1 + len(STACKS) if place >= list(roles(cfg, None)).index("final_norm") else 0
+            place, role = _role(roles(cfg), path)
+            last = 1 + len(STACKS) if place >= list(roles(cfg)).index("final_norm") else 0
             keyed.append(((last, 0, place), Group(path, "", None, array.shape, axes[path], size, size, role)))
     return tuple(group for _, group in sorted(keyed, key=lambda pair: pair[0]))
-
-
-def _used(block: Block, name: str) -> float:
-    """The share of one of a block's parameters that a token uses."""
-    return block.ffn.active_share if name.startswith("ffn/experts/") else 1
 
 
 def parameter_count(cfg: ModelConfig) -> int:
@@ -169,45 +164,24 @@ def activation_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     return kept + (_residual_bytes(cfg.replace(remat="none"), batch, context) - kept) // len(cfg.blocks)
 
 
-def roles(cfg: ModelConfig, block: Block | None) -> dict[str, str]:
-    """What each parameter of `block`, or of what is outside the blocks, does: in the order of the computation."""
-    if block is None:
-        tied = ", in and out (tied head)" if cfg.tied_head else ""
-        heads = {f"{head.name}_head": f"the {head.name} of each token" for head in cfg.heads}
-        pooled = "the vector that stands for the text, from its first token"
-        return {
-            "embedding": "a vector for each token" + tied,
-            "token_types": "a vector for each kind of token",
-            **_under("positions", cfg.positions),
-            "embed_norm": "what the first block reads",
-            "encoder_final_norm": "what the encoder gives",
-            "final_norm": "the last hidden state",
-            "pooler/dense": pooled,
-            "head_transform/dense": "what the logits are read from",
-            "head_transform/norm": "what the logits are read from",
-            "head": "logits: one direction for each token of the vocabulary",
-            **heads,
-        }
+def roles(cfg: ModelConfig) -> dict[str, str]:
+    """What each parameter outside the blocks does, in the order of the computation."""
+    tied = ", in and out (tied head)" if cfg.tied_head else ""
+    heads = {f"{head.name}_head": f"the {head.name} of each token" for head in cfg.heads}
+    pooled = "the vector that stands for the text, from its first token"
     return {
-        "mixer_norm": "what the mixer reads",
-        **_under("mixer", block.mixer),
-        "mixer_post_norm": "what the mixer adds",
-        "mixer_sum_norm": "the sum after the mixer",
-        "cross_norm": "what cross attention reads",
-        **_under("cross", block.cross),
-        "ffn_norm": "what the feed-forward network reads",
-        **_under("ffn", block.ffn),
-        "ffn_post_norm": "what the feed-forward network adds",
-        "ffn_sum_norm": "the sum after the feed-forward network",
+        "embedding": "a vector for each token" + tied,
+        "token_types": "a vector for each kind of token",
+        **{f"positions/{path}": text for path, text in getattr(cfg.positions, "roles", {}).items()},
+        "embed_norm": "what the first block reads",
+        "encoder_final_norm": "what the encoder gives",
+        "final_norm": "the last hidden state",
+        "pooler/dense": pooled,
+        "head_transform/dense": "what the logits are read from",
+        "head_transform/norm": "what the logits are read from",
+        "head": "logits: one direction for each token of the vocabulary",
+        **heads,
     }
-
-
-def _future_roles(cfg: ModelConfig, block: Block) -> dict[str, str]:
-    """As `roles`, of a module that says a later token."""
-    of_block = {f"block_0/{path}": text for path, text in roles(cfg, block).items()}
-    own = dict(cast(Future, cfg.future).roles)
-    last = {"final_norm": own.pop("final_norm")} if "final_norm" in own else {}
-    return own | of_block | last
 
 
 def _role(named: Mapping[str, str], path: str) -> tuple[int, str]:
@@ -225,10 +199,6 @@ def _role(named: Mapping[str, str], path: str) -> tuple[int, str]:
     if mark and adapted in named:
         return order.index(adapted), f"adapters of {adapted.split('/')[-1]}: {ADAPTER_ROLES[end]}"
     return len(order), ""
-
-
-def _under(name: str, part: Any) -> dict[str, str]:
-    return {f"{name}/{path}": text for path, text in getattr(part, "roles", {}).items()}
 
 
 def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:

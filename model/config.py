@@ -20,6 +20,8 @@ from model.blocks.latent_attention import LatentAttention
 from model.blocks.lora import LoRA
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
+from model.blocks.mixture_of_depths import MixtureOfDepths
+from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
 from model.blocks.parallel import Parallel
@@ -46,7 +48,7 @@ PARTS = {
     for cls in (
         *(Attention, CrossAttention, Temperature, LatentAttention, DifferentialAttention),
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
-        Parallel,
+        *(Parallel, MixtureOfDepths, MixtureOfRecursions, Narrowing, Assigned),
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm, Transform),

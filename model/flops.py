@@ -17,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from model.config import Block, ModelConfig
+from model.config import ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
@@ -43,7 +43,7 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
     encoder = cfg.encoder.blocks if cfg.encoder else ()
     blocks = collections.Counter(encoder + cfg.blocks)
-    per_block = {block: _forward_flops_of(block, cfg.width, seq_len) for block in blocks}
+    per_block = {block: block.flops_per_token(cfg.width, seq_len) for block in blocks}
     pooler = 2 * cfg.width**2 if cfg.pooler else 0
     return sum(count * per_block[block] for block, count in blocks.items()) + pooler + _head_flops(cfg)
 
@@ -52,22 +52,12 @@ def future_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Of the forward pass of what says the tokens after the next one, each with logits of its own."""
     if cfg.future is None:
         return 0.0
-    beside = cfg.future.joining_flops_per_token(cfg.width) + _head_flops(cfg)
-    return sum(_forward_flops_of(block, cfg.width, seq_len) + beside for block in cfg.future.blocks)
+    return cfg.future.flops_per_token(cfg.width, seq_len) + len(cfg.future.blocks) * _head_flops(cfg)
 
 
 def _head_flops(cfg: ModelConfig) -> float:
     transform = 2 * cfg.width**2 if cfg.head_transform else 0
     return transform + 2 * cfg.width * cfg.vocab_size
-
-
-def _forward_flops_of(block: Block, width: int, seq_len: int) -> float:
-    cross = block.cross.flops_per_token(width, seq_len) if block.cross else 0
-    return (
-        block.mixer.flops_per_token(width, seq_len)
-        + cross
-        + (block.ffn.flops_per_token(width) if block.ffn else 0)
-    )
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

@@ -298,7 +298,7 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
     skipped = beyond if segment_ids is None else beyond | (segment_ids == 0)
     page = jnp.where(skipped, NO_PAGE, page)
     return TokenInfo(
-        positions, segment_ids, cache.page_table, page, positions % page_size, rows, adapter=adapter
+        positions, segment_ids, cache.page_table, page, positions % page_size, rows=rows, adapter=adapter
     )
 
 

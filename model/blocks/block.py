@@ -49,6 +49,43 @@ class Block:
         if self.cross is not None and self.parallel != "no":
             raise ValueError(f"parallel={self.parallel!r} blocks have no place for cross attention.")
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each parameter does, in the order of the computation."""
+        under = lambda name, part: {
+            f"{name}/{path}": text for path, text in getattr(part, "roles", {}).items()
+        }
+        return {
+            "mixer_norm": "what the mixer reads",
+            **under("mixer", self.mixer),
+            "mixer_post_norm": "what the mixer adds",
+            "mixer_sum_norm": "the sum after the mixer",
+            "cross_norm": "what cross attention reads",
+            **under("cross", self.cross),
+            "ffn_norm": "what the feed-forward network reads",
+            **under("ffn", self.ffn),
+            "ffn_post_norm": "what the feed-forward network adds",
+            "ffn_sum_norm": "the sum after the feed-forward network",
+        }
+
+    @property
+    def networks(self) -> tuple[FeedForward, ...]:
+        """Its feed-forward network, and those of blocks within it."""
+        inside = (network for block in getattr(self.mixer, "blocks", ()) for network in block.networks)
+        return *(() if self.ffn is None else (self.ffn,)), *inside
+
+    def active_share(self, path: str) -> float:
+        """Of a parameter, by its path within the block: what one token uses."""
+        part, _, rest = path.partition("/")
+        of_part = getattr(getattr(self, part, None), "active_share", None)
+        return 1.0 if of_part is None else of_part(rest)
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        mixed = self.mixer.flops_per_token(width, seq_len)
+        crossed = self.cross.flops_per_token(width, seq_len) if self.cross else 0
+        return mixed + crossed + (self.ffn.flops_per_token(width) if self.ffn else 0)
+
 
 def runs_of(blocks: tuple[Block, ...], prefix: str, scan: bool, last_alone: bool = False) -> list[Run]:
     """Name, block and layer numbers of each group of parameters: equal neighbours together when scanned, but for the

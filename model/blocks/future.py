@@ -72,9 +72,14 @@ class SequentialFuture:
             aux = add_up(aux, new_aux)
         return states, aux
 
-    def joining_flops_per_token(self, width: int) -> float:
-        """Of one module, beside its block and its logits."""
-        return 2 * 2 * width**2
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass but for the logits, in the mean over a row of `seq_len` tokens."""
+        return sum(block.flops_per_token(width, seq_len) + 2 * 2 * width**2 for block in self.blocks)
+
+    def roles_with(self, block: Block) -> dict[str, str]:
+        """What each parameter of a module does, in the order of the computation."""
+        before = {name: text for name, text in self.roles.items() if name != "final_norm"}
+        return before | _roles_in_module(block) | {"final_norm": self.roles["final_norm"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +90,6 @@ class ParallelFuture:
     """
 
     blocks: tuple[Block, ...]  # one a head
-
-    roles = {}
 
     def __post_init__(self):
         _check(self.blocks)
@@ -100,8 +103,12 @@ class ParallelFuture:
             aux = add_up(aux, new_aux)
         return states, aux
 
-    def joining_flops_per_token(self, width: int) -> float:
-        return 0
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """As `SequentialFuture.flops_per_token`."""
+        return sum(block.flops_per_token(width, seq_len) for block in self.blocks)
+
+    def roles_with(self, block: Block) -> dict[str, str]:
+        return _roles_in_module(block)
 
 
 Future = SequentialFuture | ParallelFuture
@@ -162,6 +169,10 @@ def _run_block(ctx: Context, block: Block, x_BTD: jax.Array, info: TokenInfo):
     unrolled = dataclasses.replace(ctx, scan=False)
     x_BTD, _, aux = run_stack(unrolled, runs_of((block,), "", scan=False), x_BTD, None, info)
     return x_BTD, aux
+
+
+def _roles_in_module(block: Block) -> dict[str, str]:
+    return {f"block_0/{path}": text for path, text in block.roles.items()}
 
 
 def _check(blocks: tuple[Block, ...]) -> None:

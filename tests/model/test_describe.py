@@ -39,6 +39,8 @@ from model.blocks.future import future_blocks
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
+from model.blocks.mixture_of_depths import MixtureOfDepths
+from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm
 from model.blocks.parallel import Parallel
@@ -79,6 +81,9 @@ EVERY_PART = ModelConfig(
         Block(KimiDeltaAttention(2, 4), MoE(4, 1, MLP(9))),
         Block(Parallel((Retention(2, 4, 5), RGLRU(4, 3)), out_norm=NORM), None),
         Block(RGLRU(4, 3), None),
+        Block(MixtureOfDepths(Block(Retention(2, 4, 5), None)), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Narrowing()), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Assigned()), None, None),
         Block(Retention(2, 4, 5), None),
     ),
     positions=LearnedPositions(16),
@@ -126,6 +131,7 @@ def test_what_grows_with_a_row_and_what_does_not_are_told_apart():
 def test_every_parameter_of_every_part_has_a_role():
     used = {type(part).__name__ for block in EVERY_PART.blocks for part in (block.mixer, block.ffn)}
     elsewhere = {"ClampedSwiGLU", "CrossAttention"}  # an expert; T5's, among the published families
+    elsewhere |= {"SequentialFuture", "ParallelFuture"}  # tests/model/test_future.py
     assert {name for name, part in PARTS.items() if hasattr(part, "flops_per_token")} <= used | elsewhere
     assert not [group.name for group in parameter_groups(EVERY_PART) if not group.role]
 
