@@ -14,6 +14,7 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
+from model.blocks.future import Future, ParallelFuture, SequentialFuture
 from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.lora import LoRA
@@ -54,6 +55,7 @@ PARTS = {
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
         LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
+        *(SequentialFuture, ParallelFuture),
     )
 }
 
@@ -121,6 +123,7 @@ class ModelConfig:
     adapters: LoRA | None = None  # beside the linear maps of all blocks
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
+    future: Future | None = None  # what says the tokens after the next one: `out.future`
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -129,6 +132,8 @@ class ModelConfig:
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
         self._check_encoder()
+        if self.future is not None and not self.causal:
+            raise ValueError("an encoder sees the tokens that its future would foretell: it has none.")
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
             raise ValueError(
                 "a head that reads what the pooler makes needs a pooler, and this model has none."
@@ -160,7 +165,8 @@ class ModelConfig:
           stack: one of STACKS, with which the names begin.
         """
         blocks = self.blocks if stack == "" else self.encoder.blocks if self.encoder else ()
-        return runs_of(blocks, stack, self.scan)
+        last_alone = stack == "" and isinstance(self.future, ParallelFuture)
+        return runs_of(blocks, stack, self.scan, last_alone)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)

@@ -2,7 +2,8 @@
 
 A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal attention counts
 half of the square, a mixture of experts those that a token uses. The backward pass is twice the forward pass;
-recomputation (remat) is not useful work and does not count. So MFU = tokens/s * train_flops_per_token / (peak flops/s
+recomputation (remat) is not useful work and does not count. What says the tokens after the next one counts in training
+alone, where it is computed. So MFU = tokens/s * train_flops_per_token / (peak flops/s
 of all devices).
 Chowdhery et al. 2022, arXiv:2204.02311.
 """
@@ -43,16 +44,24 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     encoder = cfg.encoder.blocks if cfg.encoder else ()
     blocks = collections.Counter(encoder + cfg.blocks)
     per_block = {block: block.flops_per_token(cfg.width, seq_len) for block in blocks}
-    transforms = sum(2 * cfg.width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
-    return (
-        sum(count * per_block[block] for block, count in blocks.items())
-        + transforms
-        + 2 * cfg.width * cfg.vocab_size
-    )
+    pooler = 2 * cfg.width**2 if cfg.pooler else 0
+    return sum(count * per_block[block] for block, count in blocks.items()) + pooler + _head_flops(cfg)
+
+
+def future_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Of the forward pass of what says the tokens after the next one, each with logits of its own."""
+    if cfg.future is None:
+        return 0.0
+    return cfg.future.flops_per_token(cfg.width, seq_len) + len(cfg.future.blocks) * _head_flops(cfg)
+
+
+def _head_flops(cfg: ModelConfig) -> float:
+    transform = 2 * cfg.width**2 if cfg.head_transform else 0
+    return transform + 2 * cfg.width * cfg.vocab_size
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    return 3 * forward_flops_per_token(cfg, seq_len)
+    return 3 * (forward_flops_per_token(cfg, seq_len) + future_flops_per_token(cfg, seq_len))
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""Two layouts of the same parameters: one group a block (unrolled), or equal neighbours stacked (scanned)."""
+"""Two layouts of the same parameters: one group a block (unrolled), or equal neighbours stacked (scanned).
+
+Also `without_future`, for formats that have no place for it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.blocks.future import future_blocks
 from model.config import STACKS, ModelConfig
 from model.function import Params
 from model.lazy import LAZY, Stacked
@@ -28,6 +32,13 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
                     key: jax.tree.map(lambda x, j=j: x[j], params[name]) for j, key in enumerate(unrolled)
                 }
     return target, groups
+
+
+def without_future(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model, unrolled, without what says the tokens after the next one; every other output stays as it is."""
+    cfg, params = relayout(cfg, params, scan=False)
+    modules = future_blocks(cfg.future)
+    return cfg.replace(future=None), {key: value for key, value in params.items() if key not in modules}
 
 
 def _stack(arrays):

@@ -384,3 +384,36 @@ CHECKPOINTS = {
         {},
     ),
 }
+
+FEW = {
+    "vocab_size": 29, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16,
+    "intermediate_size": 20, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+    "eos_token_id": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+}  # fmt: skip
+
+GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "topk_group": 1}
+
+# of make_mtp.py: folder -> (config class, its arguments, how many of the layers are modules of multi-token prediction)
+FUTURE_CHECKPOINTS = {
+    "deepseek_v3_mtp": (
+        "DeepseekV3Config",
+        MLA
+        | FEW
+        | GROUPS
+        | {"num_hidden_layers": 4, "num_key_value_heads": 4, "num_mtp_layers": 2, "n_group": 2},
+        2,
+    ),
+    "glm4_moe_mtp": (
+        "Glm4MoeConfig",
+        FEW | GROUPS | {"first_k_dense_replace": 1, "n_group": 1, "head_dim": 8, "use_qk_norm": True},
+        1,
+    ),
+    "qwen3_next_mtp": (
+        "Qwen3NextConfig",
+        FEW
+        | {"head_dim": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 7, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "num_experts": 4, "shared_expert_intermediate_size": 14}
+        | {"layer_types": ["linear_attention", "full_attention", "full_attention"], "pad_token_id": 0},
+        1,
+    ),
+}
