@@ -120,9 +120,9 @@ class ModelConfig:
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
     encoder: Encoder | None = None
-    adapters: LoRA | None = None  # beside the linear maps of all blocks
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
+    adapters: LoRA | None = None  # beside the linear maps of all blocks
     future: Future | None = None  # what says the tokens after the next one: `out.future`
 
     def __post_init__(self):
