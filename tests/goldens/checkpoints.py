@@ -134,7 +134,7 @@ CHECKPOINTS = {
     "starcoder2": ("Starcoder2Config", SMALL | {"sliding_window": 4, "norm_epsilon": 1e-5}, {}),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": 61, "n_embd": 36, "n_layer": 4, "n_head": 6, "n_positions": 720}
+        {"vocab_size": 61, "n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 720}
         | {"bos_token_id": 1, "eos_token_id": 2},
         {},
     ),
@@ -185,7 +185,11 @@ CHECKPOINTS = {
         FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         {},
     ),
-    "mixtral": ("MixtralConfig", SMALL | {"num_local_experts": 5, "sliding_window": 6, "head_dim": 8}, {}),
+    "mixtral": (
+        "MixtralConfig",
+        SMALL | {"num_local_experts": 5, "intermediate_size": 20, "sliding_window": 6, "head_dim": 8},
+        {},
+    ),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         SMALL
@@ -244,6 +248,7 @@ CHECKPOINTS = {
         SMALL
         | {
             "num_local_experts": 5,
+            "intermediate_size": 20,
             "num_experts_per_tok": 2,
             "head_dim": 8,
             "sliding_window": 4,
@@ -320,6 +325,7 @@ CHECKPOINTS = {
             "attn_layer_period": 3,
             "attn_layer_offset": 1,
             "num_experts": 5,
+            "intermediate_size": 20,
             "pad_token_id": 0,
         }
         | {"num_experts_per_tok": 2, "mamba_d_state": 5, "mamba_dt_rank": 3, "use_mamba_kernels": False},
