@@ -325,7 +325,7 @@ CHECKPOINTS = {
             "attn_layer_period": 3,
             "attn_layer_offset": 1,
             "num_experts": 5,
-            "intermediate_size": 20,
+            "intermediate_size": 24,
             "pad_token_id": 0,
         }
         | {"num_experts_per_tok": 2, "mamba_d_state": 5, "mamba_dt_rank": 3, "use_mamba_kernels": False},
