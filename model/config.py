@@ -20,8 +20,11 @@ from model.blocks.lora import LoRA
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
+from model.blocks.ngrams import NGrams
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
 from model.blocks.parallel import Parallel
+from model.blocks.patch_attention import PatchAttention, PatchPool
+from model.blocks.patches import EntropyPatcher, SpacePatcher, StaticPatcher
 from model.blocks.positions import (
     Alibi,
     LearnedPositions,
@@ -38,6 +41,7 @@ from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
+from model.byte_latent import ByteLatent
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
@@ -52,10 +56,12 @@ PARTS = {
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
         LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
+        *(PatchAttention, PatchPool, EntropyPatcher, SpacePatcher, StaticPatcher, NGrams),
     )
 }
 
-STACKS = ("encoder_", "")  # of blocks, by what the names of their parameters begin with
+# Of blocks, by what the names of their parameters begin with; in the order of the computation.
+STACKS = ("encoder_", "patcher_", "local_encoder_", "", "local_decoder_")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -117,6 +123,7 @@ class ModelConfig:
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
     encoder: Encoder | None = None
     adapters: LoRA | None = None  # beside the linear maps of all blocks
+    byte_latent: ByteLatent | None = None  # `blocks` work on patches of bytes, `width` is that of a patch
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
 
@@ -127,6 +134,7 @@ class ModelConfig:
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
         self._check_encoder()
+        self._check_patches()
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
             raise ValueError(
                 "a head that reads what the pooler makes needs a pooler, and this model has none."
@@ -146,10 +154,36 @@ class ModelConfig:
                 "an encoder-decoder has nothing beside its embedding that blocks read: give positions to attention."
             )
 
+    def _check_patches(self) -> None:
+        if any(isinstance(block.mixer, PatchAttention) for block in self.blocks):
+            raise ValueError(
+                "patches are read by a local decoder (`byte_latent`), not by the model's own blocks."
+            )
+        if self.byte_latent is None:
+            return
+        if self.encoder is not None:
+            raise ValueError("a byte-latent model has no place for an encoder.")
+        if not self.causal:
+            raise ValueError("every block of a byte-latent model must be causal.")
+
     @property
     def causal(self) -> bool:
         """Whether no token sees those after it, so that text can be written one token after the other."""
-        return all(getattr(block.mixer, "causal", True) for block in self.blocks)
+        stacks = [self.stack(name) for name in STACKS if name != "encoder_"]
+        return all(getattr(block.mixer, "causal", True) for stack in stacks for block in stack)
+
+    @property
+    def token_width(self) -> int:
+        """Of the embedding and of the last hidden state."""
+        return self.width if self.byte_latent is None else self.byte_latent.width
+
+    def stack(self, name: str) -> tuple[Block, ...]:
+        """The blocks of one of STACKS; none of a stack that the model lacks."""
+        if name == "":
+            return self.blocks
+        if name == "encoder_":
+            return self.encoder.blocks if self.encoder else ()
+        return self.byte_latent.stacks[name] if self.byte_latent else ()
 
     def runs(self, stack: str = "") -> list[Run]:
         """Name, block and layer numbers of each parameter group: equal neighbours together when scanned.
@@ -157,8 +191,7 @@ class ModelConfig:
         Args:
           stack: one of STACKS, with which the names begin.
         """
-        blocks = self.blocks if stack == "" else self.encoder.blocks if self.encoder else ()
-        return runs_of(blocks, stack, self.scan)
+        return runs_of(self.stack(stack), stack, self.scan)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)
@@ -215,7 +248,9 @@ def _from_jsonable(value: Any) -> Any:
         return tuple(_from_jsonable(v) for v in value)
     if not isinstance(value, dict):
         return value
-    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ScalarHead, ClassHead)}
+    kinds = PARTS | {
+        cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, ClassHead)
+    }
     cls = kinds.get(str(value.get("kind")))
     if cls is None:
         raise ValueError(

@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.block import run_stack
-from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param, write_places
+from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
 from model.sharding import ShardingRules, constrain
 
 Params = dict[str, Any]
-
-NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
 
 
 @flax.struct.dataclass
@@ -152,7 +151,11 @@ class Transformer(nn.Module):
             encoded_BSD, aux = self._encode(embedding_VD, source, adapter)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
         layers = None if cache is None else cache.layers
-        x_BTD, states, new_aux = run_stack(ctx, cfg.runs(), x_BTD, layers, info)
+        if cfg.byte_latent is None:
+            x_BTD, states, new_aux = run_stack(ctx, cfg.runs(), x_BTD, layers, info)
+        else:
+            latent = dataclasses.replace(ctx, width=cfg.width)
+            x_BTD, states, new_aux = run_byte_latent(self, latent, x_BTD, tokens, layers, info)
         hidden_BTD = self._final_norm(ctx, x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
         return Output(
@@ -168,7 +171,7 @@ class Transformer(nn.Module):
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg
         dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-        return Context(cfg.width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat, cfg.adapters)
+        return Context(cfg.token_width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat, cfg.adapters)
 
     def _encode(self, embedding_VD: jax.Array, source: Source, adapter) -> tuple[jax.Array, dict]:
         encoder = cast(Encoder, self.cfg.encoder)
@@ -193,7 +196,7 @@ class Transformer(nn.Module):
         cfg = self.cfg
         x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.token_types:
-            shape, init = (cfg.token_types, cfg.width), nn.initializers.normal(0.1 * cfg.width**-0.5)
+            shape, init = (cfg.token_types, ctx.width), nn.initializers.normal(0.1 * ctx.width**-0.5)
             table_SD = param(self, ctx, "token_types", shape, ("norm", "embed"), init)
             x_BTD += table_SD[0] if token_types is None else jnp.take(table_SD, token_types, axis=0)
         elif token_types is not None:
@@ -212,8 +215,8 @@ class Transformer(nn.Module):
         if self.cfg.tied_head:
             head_VD = embedding_VD
         else:
-            shape = (self.cfg.vocab_size, self.cfg.width)
-            head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(self.cfg.width))
+            shape = (self.cfg.vocab_size, ctx.width)
+            head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(ctx.width))
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
         if self.cfg.head_bias:
             logits_BTV += param(
@@ -256,14 +259,9 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
     page_size = page_size_of(cfg, cache.layers)
     if page_size is None:
         return TokenInfo(positions, segment_ids, rows=rows, adapter=adapter)
-    column = jnp.minimum(positions // page_size, cache.page_table.shape[1] - 1)
-    page = jnp.take_along_axis(cache.page_table, column, axis=1)
-    beyond = positions >= cache.page_table.shape[1] * page_size
-    skipped = beyond if segment_ids is None else beyond | (segment_ids == 0)
-    page = jnp.where(skipped, NO_PAGE, page)
-    return TokenInfo(
-        positions, segment_ids, cache.page_table, page, positions % page_size, rows, adapter=adapter
-    )
+    skipped = None if segment_ids is None else segment_ids == 0
+    page, slot = write_places(cache.page_table, page_size, positions, skipped)
+    return TokenInfo(positions, segment_ids, cache.page_table, page, slot, rows, adapter=adapter)
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

@@ -19,7 +19,9 @@ from model.function import Params, logical_axes, param_shapes
 
 Path = tuple[str, ...]
 
-ENCODER = "encoder/"  # before our names of what is in an encoder's blocks
+# What stands before our names of what is in the blocks of a stack; "" before those in the model's own blocks.
+PREFIXES = {stack: f"{stack.removesuffix('_')}/" if stack else "" for stack in STACKS}
+ENCODER = PREFIXES["encoder_"]
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
 INPUT_AXES: dict[str, int] = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "router", "shared_gate"), 1)
@@ -28,6 +30,7 @@ INPUT_AXES |= dict.fromkeys(("in_z", "in_x", "in_B", "in_C", "in_dt", "dt_low", 
 INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
 INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
 INPUT_AXES |= dict.fromkeys(("dense", "class_head"), 1)  # heads of encoders
+INPUT_AXES |= {"pooled": 1, "latent": 2, "from_latent": 1}  # patches of bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Folded:
 Rule = str | Fused | Whole | Merged | Conv | Folded
 Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
 # A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block. "{i}" is the layer's
-# number, "{e}" the expert's.
+# number, "{e}" the expert's, "{pair}" that of the pair of blocks.
 Names = dict[str, Rule]
 NamesOf = Callable[[Block | None], Names]
 
@@ -206,8 +209,7 @@ def _groups(cfg: ModelConfig) -> Iterator[tuple[Block | None, int | None, Leaves
     yield None, None, flat(outside[0], outside[1], 0)
     for run, (stack, block, numbers) in runs.items():
         leaves = flat(shapes[run], axes[run], 1)
-        if stack:
-            leaves = {ENCODER + key: leaf for key, leaf in leaves.items()}
+        leaves = {PREFIXES[stack] + key: leaf for key, leaf in leaves.items()}
         for i in numbers:
             yield block, i, leaves
 
@@ -223,9 +225,9 @@ def _tensors(
         transposed = pieces[0].inputs > 0 and getattr(rule, "transposed", True)
         groups = _group_count(rule, pieces, leaves)
         shape = _stored_shape(rule, pieces, transposed, leaves, outside=layer is None)
-        yield Tensor(
-            name.format(i=(layer or 0) // blocks_per_layer, e=expert), shape, pieces, transposed, groups
-        )
+        number = layer or 0
+        full_name = name.format(i=number // blocks_per_layer, e=expert, pair=number // 2)
+        yield Tensor(full_name, shape, pieces, transposed, groups)
 
 
 def _stored_shape(
@@ -264,9 +266,10 @@ def _group_count(rule: Rule, pieces: tuple[Piece, ...], leaves: Leaves) -> int:
 def _piece(
     key: str, rule: Rule, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None
 ) -> Piece:
-    path = tuple(key.removeprefix(ENCODER).split("/"))
+    path = tuple(key.split("/"))
     if layer is not None:
-        path = (f"encoder_block_{layer}" if key.startswith(ENCODER) else f"block_{layer}", *path)
+        stack = next((stack for stack in STACKS if stack and key.startswith(PREFIXES[stack])), "")
+        path = (f"{stack}block_{layer}", *key.removeprefix(PREFIXES[stack]).split("/"))
     whole, axes = leaf
     shape = whole if expert is None else whole[1:]
     lead = int(expert is None and axes[:1] == ("experts",) and len(shape) > 1)
