@@ -25,7 +25,7 @@ class Group:
     """One array of parameters, or the same array of `count` equal blocks."""
 
     name: str
-    stack: str  # "encoder_" in the encoder's blocks, else ""
+    stack: str  # one of STACKS: "encoder_" in the encoder's blocks, "" in the model's own
     blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
     shape: tuple[int, ...]  # of one block
     axes: tuple[str | None, ...]
@@ -164,6 +164,7 @@ def roles(cfg: ModelConfig, block: Block | None) -> dict[str, str]:
             **_under("positions", cfg.positions),
             "embed_norm": "what the first block reads",
             "encoder_final_norm": "what the encoder gives",
+            **(cfg.byte_latent.roles if cfg.byte_latent else {}),
             "final_norm": "the last hidden state",
             "pooler/dense": pooled,
             "head_transform/dense": "what the logits are read from",

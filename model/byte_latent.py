@@ -67,6 +67,27 @@ class ByteLatent:
         """Places for patches in a row of so many bytes."""
         return length if self.max_patches is None else min(length, self.max_patches)
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each parameter outside the blocks does."""
+        return {
+            **{f"ngrams/{name}": role for name, role in NGrams.roles.items()},
+            "patcher_embedding": "the patcher's vector for each byte",
+            "patcher_final_norm": "the patcher's last hidden state",
+            "patcher_head": "the patcher's logits of the next byte",
+            **{f"pool/{name}": role for name, role in PatchPool.roles.items()},
+            "from_latent": "what the local decoder reads of a patch",
+        }
+
+    def flops_per_byte(self, latent_width: int, length: int) -> float:
+        """Of the forward pass outside the blocks: to patches and back, in a row of so many bytes."""
+        patches, vectors = self.patches(length) / length, self.pool.vectors
+        readers = [block.mixer for block in self.decoder if isinstance(block.mixer, PatchAttention)]
+        reading = sum(2 * 2 * vectors * mixer.num_heads * mixer.head_dim for mixer in readers)
+        of_patch = sum(mixer.flops_per_patch(self.width, vectors) for mixer in readers)
+        of_patch += 2 * latent_width * vectors * self.width
+        return self.pool.flops_per_byte(self.width, latent_width, patches) + reading + patches * of_patch
+
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:

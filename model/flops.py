@@ -16,6 +16,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from model.blocks.patches import EntropyPatcher
+from model.byte_latent import ByteLatent
 from model.config import Block, ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
@@ -40,15 +42,38 @@ PEAK_FLOPS = {
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
+    if cfg.byte_latent is not None:
+        return _byte_latent_flops(cfg, cfg.byte_latent, seq_len) + _patcher_flops(cfg, seq_len)
     encoder = cfg.encoder.blocks if cfg.encoder else ()
-    blocks = collections.Counter(encoder + cfg.blocks)
-    per_block = {block: _forward_flops_of(block, cfg.width, seq_len) for block in blocks}
-    transforms = sum(2 * cfg.width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
+    return _stack_flops(encoder + cfg.blocks, cfg.width, seq_len) + _outside_flops(cfg)
+
+
+def _byte_latent_flops(cfg: ModelConfig, spec: ByteLatent, seq_len: int) -> float:
+    """Without the patcher; the latent transformer runs over all places for patches, taken or not."""
+    patches = spec.patches(seq_len)
     return (
-        sum(count * per_block[block] for block, count in blocks.items())
-        + transforms
-        + 2 * cfg.width * cfg.vocab_size
+        _stack_flops(spec.encoder + spec.decoder, spec.width, seq_len)
+        + spec.flops_per_byte(cfg.width, seq_len)
+        + _stack_flops(cfg.blocks, cfg.width, patches) * patches / seq_len
+        + _outside_flops(cfg)
     )
+
+
+def _patcher_flops(cfg: ModelConfig, seq_len: int) -> float:
+    patcher = cfg.byte_latent.patcher if cfg.byte_latent else None
+    if not isinstance(patcher, EntropyPatcher):
+        return 0
+    return _stack_flops(patcher.blocks, patcher.width, seq_len) + 2 * patcher.width * cfg.vocab_size
+
+
+def _outside_flops(cfg: ModelConfig) -> float:
+    transforms = sum(2 * cfg.token_width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
+    return transforms + 2 * cfg.token_width * cfg.vocab_size
+
+
+def _stack_flops(blocks: tuple[Block, ...], width: int, seq_len: int) -> float:
+    counts = collections.Counter(blocks)
+    return sum(count * _forward_flops_of(block, width, seq_len) for block, count in counts.items())
 
 
 def _forward_flops_of(block: Block, width: int, seq_len: int) -> float:
@@ -61,7 +86,8 @@ def _forward_flops_of(block: Block, width: int, seq_len: int) -> float:
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    return 3 * forward_flops_per_token(cfg, seq_len)
+    """Three times the forward pass, but for a patcher, which has no backward pass."""
+    return 3 * forward_flops_per_token(cfg, seq_len) - 2 * _patcher_flops(cfg, seq_len)
 
 
 @functools.cache

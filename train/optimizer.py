@@ -71,9 +71,12 @@ def balance_experts(
 
 
 def decay_mask(cfg: ModelConfig):
-    """True for matrices; norms, biases and scalars are not decayed, however they are stacked."""
+    """True for matrices; norms, biases and scalars are not decayed, however they are stacked, nor is a patcher, which
+    has no gradient and is to stay as it is."""
 
     def is_matrix(path, names):
+        if str(path[0].key).startswith("patcher_"):
+            return False
         return len([n for n in names if n != "layers"]) >= 2 and not str(path[-1].key).endswith("bias")
 
     return jax.tree_util.tree_map_with_path(
