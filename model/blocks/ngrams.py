@@ -4,7 +4,7 @@ Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1. The hash is a polynomial o
 complement arithmetic, with the primes of the released models.
 """
 
-# B batch, T bytes, D width of a byte, V buckets
+# B batch, T bytes, D width of a byte, V rows of the table, N kinds of hash, S steps back, L limbs
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.blocks.common import Context, param
 
@@ -61,28 +62,34 @@ class NGramsModule(nn.Module):
         kinds = [(PRIMES[i % len(PRIMES)], size) for i in range(spec.functions) for size in spec.sizes]
         shape, init = (len(kinds) * spec.buckets, ctx.width), nn.initializers.normal(ctx.width**-0.5)
         table_VD = param(self, ctx, "table", shape, ("vocab", "embed"), init)
+        buckets_BTN = polynomial_hashes(jnp.stack(back_BT, axis=-1), kinds, spec.buckets)
         sum_BTD = jnp.zeros((*back_BT[0].shape, ctx.width), ctx.dtype)
-        for i, (prime, size) in enumerate(kinds):
-            bucket_BT = polynomial_hash(back_BT[:size], prime, spec.buckets)
-            sum_BTD += jnp.take(table_VD, bucket_BT + i * spec.buckets, axis=0)
+        for i in range(len(kinds)):
+            sum_BTD += jnp.take(table_VD, buckets_BTN[..., i] + i * spec.buckets, axis=0)
         return sum_BTD
 
 
-def polynomial_hash(back_BT: list[jax.Array], prime: int, buckets: int) -> jax.Array:
-    """(sum over steps back s of token_s * prime^(n - 1 - s), as a signed 64-bit integer) modulo `buckets`.
+def polynomial_hashes(back_BTS: jax.Array, kinds: list[tuple[int, int]], buckets: int) -> jax.Array:
+    """[B, T, N] for N kinds of (prime, size): (sum over steps back s < size of token_s * prime^(size - 1 - s), as a
+    signed 64-bit integer) modulo `buckets`.
 
     Limb by limb, since there are no 64-bit integers here; exact where the token ids add up to less than 2^23.
     """
-    n, mask = len(back_BT), (1 << LIMB) - 1
-    powers = [pow(prime, n - 1 - steps, 2**64) for steps in range(n)]
-    limbs, carry = [], jnp.zeros_like(back_BT[0])
-    for i in range(64 // LIMB):
-        for token_BT, power in zip(back_BT, powers, strict=True):
-            carry += token_BT * ((power >> (LIMB * i)) & mask)
-        limbs.append(carry & mask)
-        carry >>= LIMB
-    rest_BT = jnp.zeros_like(carry)
-    for limb in reversed(limbs):
-        rest_BT = ((rest_BT << LIMB) + limb) % buckets
+    count, mask = 64 // LIMB, (1 << LIMB) - 1
+    sum_BTNL = jnp.zeros((*back_BTS.shape[:2], len(kinds), count), jnp.int32)
+    for steps in range(back_BTS.shape[-1]):
+        powers = [pow(prime, size - 1 - steps, 2**64) if steps < size else 0 for prime, size in kinds]
+        limbs_NL = np.array(
+            [[power >> (LIMB * i) & mask for i in range(count)] for power in powers], np.int32
+        )
+        sum_BTNL += back_BTS[:, :, steps, None, None] * limbs_NL
+    limbs, carry_BTN = [], jnp.zeros(sum_BTNL.shape[:-1], jnp.int32)
+    for i in range(count):
+        carry_BTN += sum_BTNL[..., i]
+        limbs.append(carry_BTN & mask)
+        carry_BTN >>= LIMB
+    rest_BTN = jnp.zeros_like(carry_BTN)
+    for limb_BTN in reversed(limbs):
+        rest_BTN = ((rest_BTN << LIMB) + limb_BTN) % buckets
     is_negative = limbs[-1] > mask // 2
-    return (rest_BT - jnp.where(is_negative, 2**64 % buckets, 0)) % buckets
+    return (rest_BTN - jnp.where(is_negative, 2**64 % buckets, 0)) % buckets

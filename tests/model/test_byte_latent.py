@@ -31,7 +31,7 @@ from model import (
     save,
 )
 from model.blocks.common import TokenInfo
-from model.blocks.ngrams import PRIMES, NGrams, polynomial_hash
+from model.blocks.ngrams import PRIMES, NGrams, polynomial_hashes
 from model.blocks.patch_attention import PatchAttention, PatchPool, attend_own_bytes
 from model.blocks.patches import (
     Clues,
@@ -160,15 +160,14 @@ def test_entropy_ends_a_patch_above_its_threshold_or_where_it_rises():
 
 
 def test_the_hash_is_that_of_64_bit_integers():
-    rng = np.random.default_rng(0)
-    for size in (1, 3, 8):
-        window = rng.integers(0, 260, (size, 1, 40)).astype(np.int32)  # the byte itself first
-        for prime in PRIMES:
-            for buckets in (97, 500_002):
-                total = sum(int(prime) ** (size - 1 - i) * row.astype(object) for i, row in enumerate(window))
-                signed = (total + 2**63) % 2**64 - 2**63
-                found = polynomial_hash([jnp.asarray(row) for row in window], prime, buckets)
-                np.testing.assert_array_equal(found, (signed % buckets).astype(np.int32))
+    window = np.random.default_rng(0).integers(0, 260, (1, 40, 8)).astype(np.int32)  # the byte itself first
+    kinds = [(prime, size) for prime in PRIMES for size in (1, 3, 8)]
+    for buckets in (97, 500_002):
+        found = polynomial_hashes(jnp.asarray(window), kinds, buckets)
+        for i, (prime, size) in enumerate(kinds):
+            total = sum(prime ** (size - 1 - s) * window[0, :, s].astype(object) for s in range(size))
+            signed = (total + 2**63) % 2**64 - 2**63
+            np.testing.assert_array_equal(found[0, :, i], (signed % buckets).astype(np.int32))
 
 
 def test_patches_attend_to_their_own_bytes_as_with_a_mask():
