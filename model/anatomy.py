@@ -19,6 +19,8 @@ from model.flops import forward_flops_per_token, train_flops_per_token
 from model.function import Params, apply, logical_axes, param_shapes
 from model.logprobs import token_logprobs
 
+ADAPTER_ROLES = {"a": "down to their rank", "b": "up from it", "magnitude": "each output's length"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -191,12 +193,15 @@ def _role(named: Mapping[str, str], path: str) -> tuple[int, str]:
     order = list(named)
     parent, _, leaf = path.rpartition("/")
     biased = path.removesuffix("_bias")
+    adapted, mark, end = path.rpartition("_lora_")
     if path in named:
         return order.index(path), named[path]
     if parent in named:
         return order.index(parent), f"{leaf} of {named[parent]}"
     if biased in named:
         return order.index(biased), f"bias of {biased.split('/')[-1]}"
+    if mark and adapted in named:
+        return order.index(adapted), f"adapters of {adapted.split('/')[-1]}: {ADAPTER_ROLES[end]}"
     return len(order), ""
 
 

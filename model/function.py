@@ -117,10 +117,14 @@ def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def _init_boxed(cfg: ModelConfig, key: jax.Array):
+def init_arguments(cfg: ModelConfig) -> tuple:
+    """What the module is called with to make parameters."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    source = Source(tokens if cfg.encoder else None)
-    return Transformer(cfg).init(key, tokens, *[None] * 5, source)["params"]
+    return tokens, *[None] * 5, Source(tokens if cfg.encoder else None)
+
+
+def _init_boxed(cfg: ModelConfig, key: jax.Array):
+    return Transformer(cfg).init(key, *init_arguments(cfg))["params"]
 
 
 class Transformer(nn.Module):

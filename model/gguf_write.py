@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from configs.gguf import BLOCKS, DEFAULT_ALIGNMENT, MAX_DIMS
+from model.adapters import check_without_adapters
 from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
 from model.blocks.norms import RMSNorm
@@ -41,6 +42,7 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str
     Raises:
       ValueError: no GGUF architecture can hold this model, or GGUF can't name this tokenizer.
     """
+    check_without_adapters(cfg)
     architecture = _architecture(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     table = {tensor.name: tensor for tensor in tensor_table(cfg, NAMES)}

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import mxfp4, safetensors_file
+from model.adapters import check_without_adapters
 from model.config import ModelConfig, ScalarHead
 from model.families import FAMILIES
 from model.families.common import Family
@@ -101,12 +102,12 @@ def save(
       ValueError: no family can hold this model, or `folder` holds something else than a model.
     """
     folder = Path(folder)
-    family = _family_of(cfg)
+    family = family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
     table = {tensor.name: tensor for tensor in tensor_table(cfg, names, family.blocks_per_layer)}
     shards = _plan_shards(table, params, max_shard_bytes)
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         for name, content in tokenizer.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content)
@@ -248,7 +249,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _family_of(cfg: ModelConfig) -> Family:
+def family_of(cfg: ModelConfig) -> Family:
+    """The family that a model is saved as: its own, or the first that can hold it; a ValueError says why none can."""
+    check_without_adapters(cfg)
     scalars = [head for head in cfg.heads if isinstance(head, ScalarHead)]
     if scalars:
         names = ", ".join(head.name for head in scalars)
@@ -323,16 +326,11 @@ def _token_ids(tokenizer: dict[str, bytes]) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends well."""
-    if (
-        folder.exists()
-        and not (folder / "config.json").is_file()
-        and (folder.is_file() or any(folder.iterdir()))
-    ):
-        raise ValueError(
-            f"{folder}: is there and is no Hugging Face folder; it is not replaced. Give another path."
-        )
+def replacing(folder: Path, own: str = "config.json") -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder`, of the same kind by its file `own`, when the block ends
+    well."""
+    if folder.exists() and not (folder / own).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there and has no {own}; it is not replaced. Give another path.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
     new, old = folder.with_name(f".{folder.name}.{mark}.tmp"), folder.with_name(f".{folder.name}.{mark}.old")

@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 
 from model import GatedMLP, ModelConfig, ShardingRules, decoder
+from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.blocks.router import Router
 
@@ -102,6 +103,22 @@ class Execution:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """Adapters beside the model of `init_from`, trained alone; the fields are those of `model.blocks.lora.LoRA`."""
+
+    rank: int = 0  # 0: none, all parameters are trained
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("*",)
+    rank_stabilized: bool = False
+    decomposed: bool = False
+
+    def build(self) -> LoRA | None:
+        if not self.rank:
+            return None
+        return LoRA(self.rank, self.alpha, self.targets, 1, self.rank_stabilized, self.decomposed)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSpec:
     """Token datasets (folders written by data/), mixed by weight."""
 
@@ -176,6 +193,7 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int = 0  # steps; 0: at the end only
     model: ModelSpec = ModelSpec()
+    adapters: AdapterSpec = AdapterSpec()
     run: Execution = Execution()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import MESH_AXES, ModelConfig, ShardingRules, logical_axes, param_shapes
+from model.adapters import split_trained
 from model.function import Params
 from model.sharding import check_divisible, named_sharding
 from train.config import MeshSpec
@@ -50,16 +51,12 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> Param
 
 
 def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
-    """Shardings of a whole train state: whatever has the tree of the parameters is laid out like them."""
-    structure = jax.tree.structure(shardings)
+    """Shardings of a whole train state: whatever has the tree of the parameters, or of those that are trained, is laid
+    out like them."""
+    layouts = {jax.tree.structure(tree): tree for tree in (shardings, split_trained(shardings)[0])}
     whole = NamedSharding(mesh, PartitionSpec())
-
-    def is_params(x):
-        return jax.tree.structure(x) == structure
-
-    return jax.tree.map(
-        lambda x: shardings if is_params(x) else whole, abstract_state, is_leaf=lambda x: is_params(x)
-    )
+    of = lambda x: layouts.get(jax.tree.structure(x))
+    return jax.tree.map(lambda x: of(x) or whole, abstract_state, is_leaf=lambda x: of(x) is not None)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) -> dict[str, jax.Array]:

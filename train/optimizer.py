@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from model import ModelConfig, logical_axes
+from model.adapters import split_trained
 from model.blocks.moe import MoE
 from train.config import OptimizerSpec
 
@@ -71,14 +72,11 @@ def balance_experts(
 
 
 def decay_mask(cfg: ModelConfig):
-    """True for matrices; norms, biases and scalars are not decayed, however they are stacked, nor is a patcher, which
-    has no gradient and is to stay as it is."""
+    """True for matrices, of what is trained; norms, biases and scalars are not decayed, however they are stacked."""
 
     def is_matrix(path, names):
-        if str(path[0].key).startswith("patcher_"):
-            return False
-        return len([n for n in names if n != "layers"]) >= 2 and not str(path[-1].key).endswith("bias")
+        sizes = [name for name in names if name not in ("layers", "adapters")]
+        return len(sizes) >= 2 and not str(path[-1].key).endswith(("bias", "_magnitude"))
 
-    return jax.tree_util.tree_map_with_path(
-        is_matrix, logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple)
-    )
+    axes, _ = split_trained(logical_axes(cfg))
+    return jax.tree_util.tree_map_with_path(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from model import ShardingRules, WeightedSum
+from model.adapters import join, split_trained
 from model.function import Params
 from model.sharding import constrain
 from train.objectives import Batch, Objective
@@ -26,7 +27,8 @@ class TrainState:
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    opt_state = optimizer.init(split_trained(params)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
@@ -37,21 +39,24 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function; jit it with the state donated.
 
+    Where the model has adapters, they alone are trained: the others have no gradient and no state in the optimizer.
     A step whose loss or gradient is not finite changes neither parameters nor optimizer and counts in `skipped`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, (loss, metrics) = accumulate(objective, state.params, batch, microbatches, rules)
+        trained, rest = split_trained(state.params)
+        of_trained = lambda trained, batch: objective(join(trained, rest), batch)
+        grads, (loss, metrics) = accumulate(of_trained, trained, batch, microbatches, rules)
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda n, o: jnp.where(finite, n, o), new, (state.params, state.opt_state)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        new = (optax.apply_updates(trained, updates), opt_state)
+        trained, opt_state = jax.tree.map(
+            lambda n, o: jnp.where(finite, n, o), new, (trained, state.opt_state)
         )
         bad = 1 - finite.astype(jnp.int32)
-        state = TrainState(state.step + 1, params, opt_state, state.skipped + bad)
+        state = TrainState(state.step + 1, join(trained, rest), opt_state, state.skipped + bad)
         extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
         return state, metrics | extra
 

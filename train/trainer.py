@@ -21,6 +21,7 @@ import data
 import model
 from data import Tokenizer
 from model import ModelConfig
+from model.adapters import add_adapters
 from model.compilation import enable_compilation_cache
 from model.flops import MFU_FORMULA, peak_flops_per_device, train_flops_per_token
 from train import objectives
@@ -77,10 +78,14 @@ def prepare_run(config: TrainConfig) -> Setup:
         raise configs.ConfigError("give config.tokenizer (a tokenizer or run folder) or config.init_from.")
     tokenizer = data.load_tokenizer(source)
     _check_batch(config, mesh)
+    adapters = config.adapters.build()
     if config.init_from is None:
+        if adapters is not None:
+            raise configs.ConfigError("config.adapters adapt a model: give config.init_from.")
         cfg = config.model.build(tokenizer.vocab_size, config.run)
     else:
         cfg = config.run.of(model.load_config(config.init_from))
+    base_cfg, cfg = cfg, cfg if adapters is None else cfg.replace(adapters=adapters)
     if cfg.vocab_size < tokenizer.vocab_size:
         raise configs.ConfigError(
             f"the tokenizer {source} has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size} rows for them. "
@@ -92,7 +97,11 @@ def prepare_run(config: TrainConfig) -> Setup:
         if config.init_from is None:
             make = jax.jit(lambda key: model.init(cfg, key), out_shardings=shardings)
             return make(jax.random.key(config.seed))
-        return model.load(config.init_from, cfg=cfg, shardings=shardings)[1]
+        base = param_shardings(base_cfg, mesh, config.sharding)
+        _, params = model.load(config.init_from, cfg=base_cfg, shardings=base)
+        if adapters is not None:
+            _, params = add_adapters(base_cfg, params, adapters, jax.random.key(config.seed))
+        return jax.device_put(params, shardings)
 
     optimizer = adamw(config.optimizer, config.steps, cfg)
     objective, prepare = _objective(config, cfg, load_initial)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from model.blocks import lora
 from model.blocks.common import Context, fan_in_normal, param
@@ -153,7 +154,7 @@ def adapters_of(
     return a, b, gain.astype(ctx.dtype)
 
 
-def column_lengths(weight: jax.Array, inputs: int, experts: int = 0) -> jax.Array:
+def column_lengths(weight: jax.Array | np.ndarray, inputs: int, experts: int = 0) -> jax.Array:
     """[*experts, *outputs] float32: how long each output's column of a map is."""
     in_places = tuple(range(experts, experts + inputs))
     return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=in_places))

@@ -325,7 +325,7 @@ def test_a_save_replaces_a_model_but_nothing_else(tmp_path, small, monkeypatch):
     assert not (tmp_path / "model" / "tokenizer.json").exists()
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="is no Hugging Face folder; it is not replaced"):
+    with pytest.raises(ValueError, match="has no config.json; it is not replaced"):
         save(tmp_path / "letters", *small, format="huggingface")
 
 

@@ -16,7 +16,11 @@ import configs
 import data
 import model
 from data.shards import TokenRecord, write_dataset
-from train.config import TrainConfig
+from model.adapters import drop_adapters, merge_adapter, split_trained
+from model.logprobs import token_logprobs
+from train.config import OptimizerSpec, TrainConfig
+from train.optimizer import adamw
+from train.step import new_state
 from train.trainer import TrainingDiverged, train
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat sat on a mat"] * 20
@@ -31,6 +35,8 @@ def corpus(tmp_path_factory):
     starts = np.random.default_rng(0).integers(5, 60, 200)
     records = [TokenRecord(np.arange(s, s + 12, dtype=np.int32)) for s in starts]
     write_dataset(root / "tokens", records, "tokens")
+    down = [TokenRecord(np.arange(s + 12, s, -1, dtype=np.int32)) for s in starts]
+    write_dataset(root / "down", down, "tokens")
     chosen_and_rejected = [
         tuple(
             TokenRecord(tokens, np.arange(8) >= 4)
@@ -143,6 +149,33 @@ def test_dpo_learns_to_prefer_the_chosen_answers(corpus, uninterrupted, tmp_path
     final = train(config, tmp_path)
     assert final["validation_loss"] < 0.6 < np.log(2)
     assert final["validation_accuracy"] > 0.8
+
+
+def test_adapters_learn_another_task_while_all_else_stays_as_it_was(corpus, uninterrupted, tmp_path):
+    config = make_config(
+        corpus,
+        init_from=str(uninterrupted[0]),
+        adapters={"rank": 8, "alpha": 16.0, "decomposed": True},
+        data={"mixture": {str(corpus / "down"): 1.0}, "validation": {str(corpus / "down"): 1.0}},
+        steps=60,
+        checkpoint={"every": 60},
+    )
+    train(config, tmp_path, stop_at=20)
+    final = train(config, tmp_path)
+    assert final["validation_loss"] < 3.0
+    cfg, params = model.load(tmp_path)
+    old_cfg, old = model.load(uninterrupted[0])
+    base_cfg, base = drop_adapters(cfg, params)
+    assert base_cfg == old_cfg and cfg.adapters.rank == 8
+    assert all(map(np.array_equal, jax.tree.leaves(base), jax.tree.leaves(old)))
+    down = np.arange(40, 30, -1)[None]
+    loss = lambda cfg, params: -token_logprobs(model.apply(cfg, params, down[:, :-1]).logits, down[:, 1:])[0]
+    before, after = (float(loss(*of)[0, 2:].mean()) for of in ((base_cfg, base), (cfg, params)))
+    assert after < before - 2
+    assert float(loss(*merge_adapter(cfg, params))[0, 2:].mean()) == pytest.approx(after, abs=1e-3)
+    moments = new_state(params, adamw(OptimizerSpec(), 1, cfg)).opt_state
+    sizes = [sum(x.size for x in jax.tree.leaves(of)) for of in (moments, split_trained(params)[0])]
+    assert sizes[0] == 2 * sizes[1] + 2  # two moments of each, and two counts
 
 
 def test_a_run_that_stays_not_finite_stops_with_advice(corpus, tmp_path):

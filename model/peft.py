@@ -1,0 +1,307 @@
+"""Folders of adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors, both ways.
+
+Format: https://huggingface.co/docs/peft (peft 0.21): for each adapted tensor of the base model, `lora_A` [rank,
+inputs], `lora_B` [outputs, rank] and, of DoRA, `lora_magnitude_vector` [outputs].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from model import safetensors_file
+from model.adapters import is_adapter
+from model.blocks.linear import column_lengths, within_block
+from model.blocks.lora import LoRA
+from model.config import ModelConfig
+from model.families.common import Reader
+from model.families.tensors import Path as Place
+from model.families.tensors import Piece, Tensor, get, tensor_table
+from model.function import Params, logical_axes, param_shapes
+from model.huggingface import family_of, replacing
+from model.layout import relayout
+from model.safetensors_file import StoredTensor
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
+ENDS |= {"lora_magnitude_vector.weight": "magnitude"}
+
+# Keys that say nothing of the numbers that an adapter computes once its tensors are there.
+HARMLESS_KEYS = frozenset(
+    """
+    auto_mapping base_model_name_or_path revision inference_mode task_type peft_version target_modules exclude_modules
+    layers_to_transform layers_pattern lora_dropout init_lora_weights fan_in_fan_out runtime_config megatron_config
+    megatron_core eva_config corda_config loftq_config lora_ga_config qalora_group_size ensure_weight_tying
+    """.split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A folder: of each adapted tensor of the base model, its parts."""
+
+    folder: Path
+    rank: int
+    alpha: float
+    rank_stabilized: bool
+    decomposed: bool
+    alphas: Mapping[str, float]  # of modules with one of their own, by a pattern for the end of their names
+    tensors: Mapping[str, Mapping[str, StoredTensor]]  # name of the base's tensor -> part -> stored
+
+    def spec(self, module: str, rank: int) -> LoRA:
+        own = [alpha for name, alpha in self.alphas.items() if re.fullmatch(rf"(.*\.)?({name})", module)]
+        return LoRA(rank, (own or [self.alpha])[0], rank_stabilized=self.rank_stabilized)
+
+
+def load_adapters(
+    cfg: ModelConfig, params: Params, folders: Sequence[str | Path]
+) -> tuple[ModelConfig, Params]:
+    """The model with the adapters of these folders beside its maps, one in each slot.
+
+    Adapters of other ranks and scales go together: the smaller are filled up with zeros, and where scales differ, `b`
+    is multiplied by them.
+
+    Raises:
+      ValueError: damaged folders, tensors that this model does not have, or settings that are not supported.
+    """
+    scan, (cfg, params) = cfg.scan, relayout(cfg, params, scan=False)
+    table = {tensor.name: tensor for tensor in _table(cfg)}
+    adapters = [_read(Path(folder)) for folder in folders]
+    for adapter in adapters:
+        _check_fits(adapter, table)
+    specs = {_spec(adapter, name) for adapter in adapters for name in adapter.tensors}
+    shared = specs.pop() if len(specs) == 1 else None
+    rank = max(spec.rank for spec in [*specs, *([shared] if shared else [])])
+    targets = {
+        "/".join(within_block(piece.path))
+        for a in adapters
+        for name in a.tensors
+        for piece in table[name].pieces
+    }
+    spec = dataclasses.replace(
+        shared or LoRA(rank, float(rank)),
+        targets=tuple(sorted(targets)),
+        slots=len(adapters),
+        decomposed=any(adapter.decomposed for adapter in adapters),
+    )
+    cfg = cfg.replace(adapters=spec)
+    new = _empty(cfg, params)
+    for slot, adapter in enumerate(adapters):
+        for name in adapter.tensors:
+            _fill(new, params, cfg, adapter, table[name], slot, 1.0 if shared else _spec(adapter, name).scale)
+    return relayout(cfg, unflatten_dict(flatten_dict(params) | new), scan=scan)
+
+
+def save_adapter(folder: str | Path, cfg: ModelConfig, params: Params, slot: int = 0, base: str = "") -> None:
+    """Writes one adapter as a folder that PEFT loads.
+
+    Args:
+      base: name or path of the base model, for PEFT to find it.
+
+    Raises:
+      ValueError: adapters that PEFT has no names for: maps that the base's folder has in one tensor, with different
+        `a`; experts.
+    """
+    spec = cfg.adapters
+    if spec is None or not 0 <= slot < spec.slots:
+        raise ValueError(f"slot={slot}: the model's adapters are {spec}.")
+    cfg, params = relayout(cfg, params, scan=False)
+    stored: dict[str, np.ndarray] = {}
+    modules = set()
+    for tensor in _table(cfg):
+        if spec.adapts(within_block(tensor.pieces[0].path)) and tensor.pieces[0].inputs:
+            module = tensor.name.removesuffix(".weight")
+            modules.add(module.rpartition(".")[2])
+            parts = _to_theirs(tensor, params, slot, spec.decomposed)
+            stored |= {f"{PREFIX}{module}.{end}": value for end, value in parts.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "use_rslora": spec.rank_stabilized,
+        "use_dora": spec.decomposed,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+    with replacing(Path(folder), CONFIG) as new:
+        shapes = {name: (value.dtype, value.shape) for name, value in stored.items()}
+        safetensors_file.write(new / WEIGHTS, shapes, lambda name: stored[name])
+        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _table(cfg: ModelConfig) -> list[Tensor]:
+    """The base model's tensors, as its family names them."""
+    plain = cfg.replace(adapters=None)
+    family = family_of(plain)
+    return tensor_table(plain, family.names_of(plain), family.blocks_per_layer)
+
+
+def _spec(adapter: Adapter, name: str) -> LoRA:
+    return adapter.spec(name.removesuffix(".weight"), adapter.tensors[name]["a"].shape[0])
+
+
+def _empty(cfg: ModelConfig, params: Params) -> dict[Place, np.ndarray]:
+    """Adapters that do nothing: zeros, and of DoRA the lengths of the maps' columns."""
+    made, axes = {}, logical_axes(cfg)
+    shapes: dict[Place, Any] = dict(flatten_dict(param_shapes(cfg)))
+    for path, leaf in shapes.items():
+        if not is_adapter(path):
+            continue
+        made[path] = np.zeros(leaf.shape, np.float32)
+        if path[-1].endswith("_lora_magnitude"):
+            lead = get(axes, path).index("adapters")
+            weight = np.asarray(get(params, (*path[:-1], path[-1].removesuffix("_lora_magnitude"))))
+            inputs = weight.ndim - (made[path].ndim - 1)
+            made[path][:] = np.expand_dims(column_lengths(weight, inputs, lead), lead)
+    return made
+
+
+def _fill(new, params: Params, cfg: ModelConfig, adapter: Adapter, tensor: Tensor, slot: int, scale: float):
+    """Puts one tensor's part of an adapter into its slot."""
+    parts = {part: stored.read() for part, stored in adapter.tensors[tensor.name].items()}
+    rank = parts["a"].shape[0]
+    b = _of_outputs(tensor, rank).to_ours(np.asarray(parts["b"], np.float32))
+    lengths = _of_outputs(tensor, 1).to_ours(parts["magnitude"][:, None]) if "magnitude" in parts else None
+    for i, piece in enumerate(tensor.pieces):
+        where = (slot,) if piece.expert is None else (piece.expert, slot)
+        of = lambda end, piece=piece, where=where: new[(*piece.path[:-1], piece.path[-1] + end)][where]
+        a = np.asarray(parts["a"], np.float32).T.reshape(*piece.shape[: piece.inputs], rank)
+        of("_lora_a")[..., :rank] = a
+        of("_lora_b")[:rank] = b[i] * scale
+        if lengths is not None:
+            of("_lora_magnitude")[...] = lengths[i][0]
+        elif cast(
+            LoRA, cfg.adapters
+        ).decomposed:  # a plain adapter among decomposed ones: the length of the sum
+            weight = get(params, piece.path)
+            weight = np.asarray(weight if piece.expert is None else weight[piece.expert], np.float32)
+            update = np.tensordot(of("_lora_a"), of("_lora_b"), 1)
+            of("_lora_magnitude")[...] = column_lengths(weight + update, piece.inputs)
+
+
+def _to_theirs(tensor: Tensor, params: Params, slot: int, decomposed: bool) -> dict[str, np.ndarray]:
+    pieces = tensor.pieces
+    if pieces[0].lead:
+        raise ValueError(
+            f"{tensor.name} holds all experts in one tensor, which PEFT has no LoRA for. Merge the adapter instead, or "
+            'save the whole model with format="native".'
+        )
+    where = lambda piece: (slot,) if piece.expert is None else (piece.expert, slot)
+    of = lambda piece, end: np.asarray(get(params, (*piece.path[:-1], piece.path[-1] + end)))[where(piece)]
+    a, *others = [of(piece, "_lora_a") for piece in pieces]
+    if any(not np.array_equal(a, other) for other in others):
+        raise ValueError(
+            f"{tensor.name} holds {', '.join(piece.path[-1] for piece in pieces)} in one tensor, and their adapters "
+            'have no common `a`. Merge the adapter instead, or save the whole model with format="native".'
+        )
+    rank = a.shape[-1]
+    found = {
+        "lora_A.weight": a.reshape(-1, rank).T,
+        "lora_B.weight": _of_outputs(tensor, rank).to_theirs([of(piece, "_lora_b") for piece in pieces]),
+    }
+    if decomposed:
+        lengths = [of(piece, "_lora_magnitude")[None] for piece in pieces]
+        found["lora_magnitude_vector"] = _of_outputs(tensor, 1).to_theirs(lengths)[:, 0]
+    return found
+
+
+def _of_outputs(tensor: Tensor, inputs: int) -> Tensor:
+    """A map from so many inputs to the outputs of `tensor`, in its order of them."""
+    pieces = []
+    for piece in tensor.pieces:
+        shape = (inputs, *piece.shape[piece.inputs :])
+        pieces.append(Piece(piece.path, shape, shape, piece.expert, 0, 1))
+    outputs = sum(piece.matrix[-1] for piece in pieces)
+    return Tensor(tensor.name, (outputs, inputs), tuple(pieces), True, tensor.groups)
+
+
+def _read(folder: Path) -> Adapter:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder}: has no {CONFIG}; wanted the folder of an adapter, as PEFT saves it."
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder}: has no {WEIGHTS} (pickles are not read).")
+    try:
+        config = Reader(json.loads((folder / CONFIG).read_text(encoding="utf-8")), f"{folder / CONFIG}: ")
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: not JSON: {error}") from None
+    config.must_be("peft_type", "LORA")
+    config.must_be("bias", "none")
+    ranks = config.get("rank_pattern")  # the tensors' shapes say it too
+    alphas = config.get("alpha_pattern") or {}
+    adapter = Adapter(
+        folder,
+        config.integer("r"),
+        config.number("lora_alpha"),
+        config.flag("use_rslora", False),
+        config.flag("use_dora", False),
+        {str(name): float(alpha) for name, alpha in alphas.items()},
+        _by_module(folder / WEIGHTS),
+    )
+    for key in sorted(config.unread() - HARMLESS_KEYS):
+        if config.get(key):
+            raise ValueError(f"{folder / CONFIG}: {key}={str(config.get(key))[:200]} is not supported.")
+    _check_shapes(adapter, bool(ranks))
+    return adapter
+
+
+def _by_module(path: Path) -> dict[str, dict[str, StoredTensor]]:
+    found: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in safetensors_file.read_header(path).items():
+        end = next((end for end in ENDS if name.endswith("." + end)), None)
+        if end is None or not name.startswith(PREFIX):
+            raise ValueError(
+                f"{path}: tensor {name!r} is no part of a LoRA; wanted names that begin with {PREFIX} and end in "
+                f"{', '.join(ENDS)}."
+            )
+        base = name.removeprefix(PREFIX).removesuffix(end) + "weight"
+        found.setdefault(base, {})[ENDS[end]] = tensor
+    if not found:
+        raise ValueError(f"{path}: has no tensors.")
+    return found
+
+
+def _check_shapes(adapter: Adapter, own_ranks: bool) -> None:
+    wanted = {"a", "b"} | ({"magnitude"} if adapter.decomposed else set())
+    for name, parts in adapter.tensors.items():
+        if set(parts) != wanted:
+            raise ValueError(f"{adapter.folder}: {name} has {sorted(parts)}; wanted {sorted(wanted)}.")
+        rank = parts["a"].shape[0]
+        if rank != parts["b"].shape[-1] or (rank != adapter.rank and not own_ranks):
+            raise ValueError(
+                f"{adapter.folder}: {name} has lora_A {parts['a'].shape} and lora_B {parts['b'].shape}, with "
+                f"r={adapter.rank} in {CONFIG}."
+            )
+
+
+def _check_fits(adapter: Adapter, table: Mapping[str, Tensor]) -> None:
+    maps = {
+        name for name, tensor in table.items() if tensor.pieces[0].inputs and len(tensor.pieces[0].path) > 1
+    }
+    for name, parts in adapter.tensors.items():
+        if name not in maps or table[name].pieces[0].lead:
+            raise ValueError(
+                f"{adapter.folder}: adapts {name}, which is no linear map in a block of this model. It is an adapter "
+                "of another base, or of a part that takes none (embeddings, heads, stacked experts)."
+            )
+        outputs, inputs = parts["b"].shape[0], parts["a"].shape[1]
+        theirs = _of_outputs(table[name], inputs).shape
+        piece = table[name].pieces[0]
+        if (outputs, inputs) != (theirs[0], math.prod(piece.shape[: piece.inputs])):
+            raise ValueError(
+                f"{adapter.folder}: adapts {name} as a map from {inputs} to {outputs}; this model's has the shape "
+                f"{table[name].shape}. It is an adapter of another base."
+            )
