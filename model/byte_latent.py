@@ -142,18 +142,16 @@ def run_byte_latent(
     states, aux = states | new, add_up(aux, more)
 
     vectors_BPND = _vectors(module, of_encoder, x_BPW, walk.state["last"])
-    read_BT = patches.read_BT + 1
-    shared = info.shared | {"patches": vectors_BPND, "patch_read": read_BT}
+    shared = info.shared | {"patches": vectors_BPND, "patch_read": patches.read_BT + 1}
     info = dataclasses.replace(info, shared=shared)
     y_BTD, new, more = run_stack(of_decoder, cfg.runs("local_decoder_"), h_BTD, layers, info)
     states, aux = states | new, add_up(aux, more)
-    if layers is not None:
-        last_B = walk.last(read_BT)
-        state["last"] = jax.vmap(lambda x, i: x[i])(vectors_BPND, last_B)
-        state |= {"recent": line.tail(walk), "pooled": pooled["pooled"]}
-        y_BTD, rows = finish(y_BTD, state, walk, info, rows)
-        states["bytes"] = {name: pooled[name] for name in PAGES} | cast(dict, rows)
-    return y_BTD, states, aux
+    if rows is None:
+        return y_BTD, states, aux
+    last_BND = jax.vmap(lambda vectors, i: vectors[i])(vectors_BPND, walk.last(patches.read_BT + 1))
+    state |= {"recent": line.tail(walk), "pooled": pooled["pooled"], "last": last_BND}
+    y_BTD, rows = finish(y_BTD, state, walk, info, rows)
+    return y_BTD, states | {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}, aux
 
 
 def _ordered(info: TokenInfo, walk: Walk) -> TokenInfo:

@@ -9,6 +9,7 @@ import optax
 from model import ModelConfig, logical_axes
 from model.adapters import split_trained
 from model.blocks.moe import MoE
+from model.config import STACKS
 from train.config import OptimizerSpec
 
 
@@ -49,7 +50,8 @@ def balance_experts(
     That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
-    rates = {name: block.ffn.balance_rate for name, block, _ in cfg.runs() if isinstance(block.ffn, MoE)}
+    runs = [run for stack in STACKS for run in cfg.runs(stack)]
+    rates = {name: block.ffn.balance_rate for name, block, _ in runs if isinstance(block.ffn, MoE)}
     if not any(rates.values()):
         return optimizer
 
