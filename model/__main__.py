@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
         help="of the parameters (default: as stored; quantized ones become float32)",
     )
+    convert.add_argument(
+        "--adapter", metavar="FOLDER", help="LoRA or DoRA as PEFT saves it, to merge into the model"
+    )
+    convert.add_argument("--slot", type=int, help="of the model's own adapters, the one to merge into it")
     convert.set_defaults(run=_convert)
     return parser
 
@@ -115,7 +119,8 @@ def _path(given: str) -> Path:
 def _convert(options: argparse.Namespace) -> int:
     from model.convert import convert
 
-    written = convert(options.source, options.destination, options.format, options.dtype, _gguf_tokenizer)
+    what = options.source, options.destination, options.format, options.dtype
+    written = convert(*what, _gguf_tokenizer, adapter=options.adapter, slot=options.slot)
     print(f"{options.destination}: written as {written}.")
     return 0
 

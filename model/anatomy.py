@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
+from model.blocks.future import Future, future_blocks
 from model.cache import cache_axes, init_pages
-from model.config import STACKS, Block, ModelConfig
-from model.flops import forward_flops_per_token, train_flops_per_token
+from model.config import STACKS, ModelConfig
+from model.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
 from model.function import Params, apply, logical_axes, param_shapes
 from model.logprobs import token_logprobs
 
@@ -27,7 +28,9 @@ class Group:
     """One array of parameters, or the same array of `count` equal blocks."""
 
     name: str
-    stack: str  # one of STACKS: "encoder_" in the encoder's blocks, "" in the model's own
+    stack: (
+        str  # one of STACKS ("" in the model's own blocks), or "future_" in a module that says a later token
+    )
     blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
     shape: tuple[int, ...]  # of one block
     axes: tuple[str | None, ...]
@@ -50,11 +53,12 @@ class Anatomy:
     parameters: int
     active_parameters: int
     forward_flops_per_token: float  # the mean over the row
-    backward_flops_per_token: float
+    backward_flops_per_token: float  # that of the future too
     cache_bytes_per_token: int  # of pages, in the dtype of the computation
     state_bytes_per_row: int  # of recurrent mixers, however long the row is
     training: dict[str, int]  # what -> bytes
     serving: dict[str, int]
+    future_flops_per_token: float = 0.0  # of the forward pass, in training alone
 
 
 def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Anatomy:
@@ -71,7 +75,7 @@ def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Ana
         raise ValueError(f"batch={batch} and context={context} must be at least 1.")
     groups = parameter_groups(cfg)
     parameters = sum(group.parameters for group in groups)
-    forward = forward_flops_per_token(cfg, context)
+    forward, future = forward_flops_per_token(cfg, context), future_flops_per_token(cfg, context)
     return Anatomy(
         batch,
         context,
@@ -79,11 +83,12 @@ def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Ana
         parameters,
         sum(group.active for group in groups),
         forward,
-        train_flops_per_token(cfg, context) - forward,
+        train_flops_per_token(cfg, context) - forward - future,
         cache_bytes_per_token(cfg),
         state_bytes_per_row(cfg),
         training_memory(cfg, batch, context),
         serving_memory(cfg, batch, context),
+        future,
     )
 
 
@@ -92,20 +97,27 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
     scanned = cfg.replace(scan=True)
     shapes, axes = _flat(param_shapes(scanned)), _flat(logical_axes(scanned))
     runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
+    modules = future_blocks(cfg.future)
     keyed = []
     for path, array in shapes.items():
         run, _, name = path.partition("/")
         size = math.prod(array.shape)
         if run in runs:
             stack, block, numbers = runs[run]
-            used = block.ffn.active_share if name.startswith("ffn/experts/") else 1
-            place, role = _role(roles(cfg, block), name)
+            place, role = _role(block.roles, name)
             what = name, stack, (numbers[0], numbers[-1]), array.shape[1:], axes[path][1:]
             order = 1 + STACKS.index(stack)
-            keyed.append(((order, numbers[0], place), Group(*what, size, round(size * used), role)))
+            active = round(size * block.active_share(name))
+            keyed.append(((order, numbers[0], place), Group(*what, size, active, role)))
+        elif run in modules:
+            block, k = modules[run], 1 + list(modules).index(run)
+            place, role = _role(cast(Future, cfg.future).roles_with(block), name)
+            active = round(size * block.active_share(name.removeprefix("block_0/")))
+            what = name, "future_", (k, k), array.shape, axes[path]
+            keyed.append(((2 + len(STACKS), k, place), Group(*what, size, active, role)))
         else:
-            place, role = _role(roles(cfg, None), path)
-            last = 1 + len(STACKS) if place >= list(roles(cfg, None)).index("final_norm") else 0
+            place, role = _role(roles(cfg), path)
+            last = 1 + len(STACKS) if place >= list(roles(cfg)).index("final_norm") else 0
             keyed.append(((last, 0, place), Group(path, "", None, array.shape, axes[path], size, size, role)))
     return tuple(group for _, group in sorted(keyed, key=lambda pair: pair[0]))
 
@@ -154,37 +166,24 @@ def activation_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     return kept + (_residual_bytes(cfg.replace(remat="none"), batch, context) - kept) // len(cfg.blocks)
 
 
-def roles(cfg: ModelConfig, block: Block | None) -> dict[str, str]:
-    """What each parameter of `block`, or of what is outside the blocks, does: in the order of the computation."""
-    if block is None:
-        tied = ", in and out (tied head)" if cfg.tied_head else ""
-        heads = {f"{head.name}_head": f"the {head.name} of each token" for head in cfg.heads}
-        pooled = "the vector that stands for the text, from its first token"
-        return {
-            "embedding": "a vector for each token" + tied,
-            "token_types": "a vector for each kind of token",
-            **_under("positions", cfg.positions),
-            "embed_norm": "what the first block reads",
-            "encoder_final_norm": "what the encoder gives",
-            **(cfg.byte_latent.roles if cfg.byte_latent else {}),
-            "final_norm": "the last hidden state",
-            "pooler/dense": pooled,
-            "head_transform/dense": "what the logits are read from",
-            "head_transform/norm": "what the logits are read from",
-            "head": "logits: one direction for each token of the vocabulary",
-            **heads,
-        }
+def roles(cfg: ModelConfig) -> dict[str, str]:
+    """What each parameter outside the blocks does, in the order of the computation."""
+    tied = ", in and out (tied head)" if cfg.tied_head else ""
+    heads = {f"{head.name}_head": f"the {head.name} of each token" for head in cfg.heads}
+    pooled = "the vector that stands for the text, from its first token"
     return {
-        "mixer_norm": "what the mixer reads",
-        **_under("mixer", block.mixer),
-        "mixer_post_norm": "what the mixer adds",
-        "mixer_sum_norm": "the sum after the mixer",
-        "cross_norm": "what cross attention reads",
-        **_under("cross", block.cross),
-        "ffn_norm": "what the feed-forward network reads",
-        **_under("ffn", block.ffn),
-        "ffn_post_norm": "what the feed-forward network adds",
-        "ffn_sum_norm": "the sum after the feed-forward network",
+        "embedding": "a vector for each token" + tied,
+        "token_types": "a vector for each kind of token",
+        **{f"positions/{path}": text for path, text in getattr(cfg.positions, "roles", {}).items()},
+        "embed_norm": "what the first block reads",
+        "encoder_final_norm": "what the encoder gives",
+        **(cfg.byte_latent.roles if cfg.byte_latent else {}),
+        "final_norm": "the last hidden state",
+        "pooler/dense": pooled,
+        "head_transform/dense": "what the logits are read from",
+        "head_transform/norm": "what the logits are read from",
+        "head": "logits: one direction for each token of the vocabulary",
+        **heads,
     }
 
 
@@ -203,10 +202,6 @@ def _role(named: Mapping[str, str], path: str) -> tuple[int, str]:
     if mark and adapted in named:
         return order.index(adapted), f"adapters of {adapted.split('/')[-1]}: {ADAPTER_ROLES[end]}"
     return len(order), ""
-
-
-def _under(name: str, part: Any) -> dict[str, str]:
-    return {f"{name}/{path}": text for path, text in getattr(part, "roles", {}).items()}
 
 
 def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
@@ -229,7 +224,9 @@ def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
 def _residual_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     def loss(params: Params, tokens: jax.Array) -> jax.Array:
         source: dict[str, Any] = {"encoder_tokens": tokens} if cfg.encoder is not None else {}
-        return -token_logprobs(apply(cfg, params, tokens, **source).logits, tokens)[0].sum()
+        out = apply(cfg, params, tokens, **source)
+        read = [token_logprobs(logits, tokens)[0].sum() for logits in (out.logits, *out.future)]
+        return -jnp.stack(read).sum()
 
     tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32)
     pullback = lambda params, tokens: jax.tree.leaves(jax.vjp(lambda p: loss(p, tokens), params)[1])

@@ -201,7 +201,7 @@ def _latent(
     page_table, page_size = cast(jax.Array, info.page_table), layers["bytes"]["k"].shape[1]
     page, slot = write_places(page_table, page_size, patches.position_BP, patches.segment_BP == 0)
     of_patches = TokenInfo(
-        patches.position_BP, patches.segment_BP, page_table, page, slot, info.rows, adapter=info.adapter
+        patches.position_BP, patches.segment_BP, page_table, page, slot, rows=info.rows, adapter=info.adapter
     )
     old = {name: layers[name] for name, _, _ in runs}
     y_BPW, new = nn.cond(

@@ -1,4 +1,4 @@
-"""Checkpoints: every call to Orbax is in this file.
+"""Checkpoints: every call to Orbax is in this file, and to TensorStore, which Orbax writes with.
 
 A checkpoint is an Orbax folder, written under a temporary name and renamed when complete:
 
@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
 from model.config import ModelConfig
 from model.function import Params, param_shapes
+from model.lazy import Sliced
 
 FORMAT_VERSION = 1
 
@@ -107,6 +111,25 @@ def load_native(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings
     )
     return cfg, ocp.load_checkpointables(str(Path(path).absolute()), {"params": abstract})["params"]
+
+
+def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
+    """As `load_native`, but parameters are read when they are used, and of stacked layers one at a time."""
+    cfg, folder = load_config(path), Path(path).absolute() / "params"
+
+    def stored(keys, leaf) -> Sliced:
+        name = ".".join(key.key for key in keys)
+        kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
+        if array.shape != leaf.shape:
+            raise ValueError(
+                f"{path}: {name} has the shape {array.shape}; the model's config says {leaf.shape}."
+            )
+        stored_dtype = np.dtype(array.dtype.numpy_dtype)
+        read = lambda index: array[index].read().result()
+        return Sliced(leaf.shape, np.dtype(jnp.dtype(dtype)) if dtype else stored_dtype, read)
+
+    return cfg, jax.tree_util.tree_map_with_path(stored, param_shapes(cfg))
 
 
 def stored_arrays(path: str | Path) -> list[tuple[str, int]]:

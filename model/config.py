@@ -14,11 +14,14 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
+from model.blocks.future import Future, ParallelFuture, SequentialFuture
 from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.lora import LoRA
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
+from model.blocks.mixture_of_depths import MixtureOfDepths
+from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
 from model.blocks.ngrams import NGrams
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
@@ -49,13 +52,14 @@ PARTS = {
     for cls in (
         *(Attention, CrossAttention, Temperature, LatentAttention, DifferentialAttention),
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
-        Parallel,
+        *(Parallel, MixtureOfDepths, MixtureOfRecursions, Narrowing, Assigned),
         *(GatedMLP, MLP),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
         LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
+        *(SequentialFuture, ParallelFuture),
         *(PatchAttention, PatchPool, EntropyPatcher, SpacePatcher, StaticPatcher, NGrams),
     )
 }
@@ -122,10 +126,11 @@ class ModelConfig:
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
     remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
     encoder: Encoder | None = None
-    adapters: LoRA | None = None  # beside the linear maps of all blocks
-    byte_latent: ByteLatent | None = None  # `blocks` work on patches of bytes, `width` is that of a patch
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
+    adapters: LoRA | None = None  # beside the linear maps of all blocks
+    future: Future | None = None  # what says the tokens after the next one: `out.future`
+    byte_latent: ByteLatent | None = None  # `blocks` work on patches of bytes, `width` is that of a patch
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -135,6 +140,8 @@ class ModelConfig:
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
         self._check_encoder()
         self._check_patches()
+        if self.future is not None and not self.causal:
+            raise ValueError("an encoder sees the tokens that its future would foretell: it has none.")
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
             raise ValueError(
                 "a head that reads what the pooler makes needs a pooler, and this model has none."
@@ -161,8 +168,10 @@ class ModelConfig:
             )
         if self.byte_latent is None:
             return
-        if self.encoder is not None:
-            raise ValueError("a byte-latent model has no place for an encoder.")
+        if self.encoder is not None or self.future is not None:
+            raise ValueError(
+                "a byte-latent model has no place for an encoder, nor for modules of the future."
+            )
         if not self.causal:
             raise ValueError("every block of a byte-latent model must be causal.")
 
@@ -191,7 +200,8 @@ class ModelConfig:
         Args:
           stack: one of STACKS, with which the names begin.
         """
-        return runs_of(self.stack(stack), stack, self.scan)
+        last_alone = stack == "" and isinstance(self.future, ParallelFuture)
+        return runs_of(self.stack(stack), stack, self.scan, last_alone)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)

@@ -9,6 +9,8 @@ from pathlib import Path
 from configs.paths import resolve_model
 from configs.typed import ConfigError
 from model import storage
+from model.adapters import merge_adapter
+from model.peft import load_adapters
 
 FORMATS = ("huggingface", "native", "gguf")
 
@@ -35,6 +37,9 @@ def convert(
     format: storage.Format | None = None,
     dtype: str | None = None,
     gguf_tokenizer: Callable[[Path], Files] | None = None,
+    *,
+    adapter: str | Path | None = None,
+    slot: int | None = None,
 ) -> storage.Format:
     """Read the model at `source` and write it at `destination`.
 
@@ -43,6 +48,8 @@ def convert(
       dtype: of parameters and computation; default: as stored (quantized: float32).
       gguf_tokenizer: gives the tokenizer in a GGUF file as files of a Hugging Face folder, e.g. by way of
         `data.load_tokenizer(path).save(folder)`; needed only from GGUF to another format.
+      adapter: a folder of PEFT's to merge into the model.
+      slot: of the model's own adapters, the one to merge.
 
     Returns:
       the format that was written.
@@ -61,6 +68,10 @@ def convert(
     cfg, params = storage.load_lazily(source, dtype)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
+    if adapter is not None:
+        cfg, params = load_adapters(cfg, params, [adapter])
+    if adapter is not None or slot is not None:
+        cfg, params = merge_adapter(cfg, params, slot or 0)
     storage.save(destination, cfg, params, format, tokenizer=tokenizer)
     return format
 

@@ -129,6 +129,11 @@ def _totals(cfg: ModelConfig, stored: str, found: Anatomy) -> list[str]:
         ("to train", _memory(found.training) + f" (float32, traced) for {rows}"),
         ("to serve", _memory(found.serving) + f" ({cfg.dtype}) for {rows}"),
     ]
+    if found.future_flops_per_token:
+        extra = (
+            f"{found.future_flops_per_token:.4g} more forward in training, for the tokens after the next one"
+        )
+        lines.insert(4, ("", extra))
     if found.active_parameters != found.parameters:
         share = _share(found.active_parameters, found.parameters)
         lines.insert(2, ("active", f"{found.active_parameters:,} parameters a token, {share} of all"))

@@ -2,7 +2,8 @@
 
 A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal attention counts
 half of the square, a mixture of experts those that a token uses. The backward pass is twice the forward pass;
-recomputation (remat) is not useful work and does not count. So MFU = tokens/s * train_flops_per_token / (peak flops/s
+recomputation (remat) is not useful work and does not count. What says the tokens after the next one counts in training
+alone, where it is computed. So MFU = tokens/s * train_flops_per_token / (peak flops/s
 of all devices).
 Chowdhery et al. 2022, arXiv:2204.02311.
 """
@@ -16,9 +17,10 @@ import time
 import jax
 import jax.numpy as jnp
 
+from model.blocks.block import Block
 from model.blocks.patches import EntropyPatcher
 from model.byte_latent import ByteLatent
-from model.config import Block, ModelConfig
+from model.config import ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
@@ -42,10 +44,11 @@ PEAK_FLOPS = {
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
+    outside = _head_flops(cfg) + (2 * cfg.token_width**2 if cfg.pooler else 0)
     if cfg.byte_latent is not None:
-        return _byte_latent_flops(cfg, cfg.byte_latent, seq_len) + _patcher_flops(cfg, seq_len)
+        return outside + _byte_latent_flops(cfg, cfg.byte_latent, seq_len) + _patcher_flops(cfg, seq_len)
     encoder = cfg.encoder.blocks if cfg.encoder else ()
-    return _stack_flops(encoder + cfg.blocks, cfg.width, seq_len) + _outside_flops(cfg)
+    return outside + _stack_flops(encoder + cfg.blocks, cfg.width, seq_len)
 
 
 def _byte_latent_flops(cfg: ModelConfig, spec: ByteLatent, seq_len: int) -> float:
@@ -55,7 +58,6 @@ def _byte_latent_flops(cfg: ModelConfig, spec: ByteLatent, seq_len: int) -> floa
         _stack_flops(spec.encoder + spec.decoder, spec.width, seq_len)
         + spec.flops_per_byte(cfg.width, seq_len)
         + _stack_flops(cfg.blocks, cfg.width, patches) * patches / seq_len
-        + _outside_flops(cfg)
     )
 
 
@@ -66,28 +68,27 @@ def _patcher_flops(cfg: ModelConfig, seq_len: int) -> float:
     return _stack_flops(patcher.blocks, patcher.width, seq_len) + 2 * patcher.width * cfg.vocab_size
 
 
-def _outside_flops(cfg: ModelConfig) -> float:
-    transforms = sum(2 * cfg.token_width**2 for transform in (cfg.head_transform, cfg.pooler) if transform)
-    return transforms + 2 * cfg.token_width * cfg.vocab_size
-
-
 def _stack_flops(blocks: tuple[Block, ...], width: int, seq_len: int) -> float:
     counts = collections.Counter(blocks)
-    return sum(count * _forward_flops_of(block, width, seq_len) for block, count in counts.items())
+    return sum(count * block.flops_per_token(width, seq_len) for block, count in counts.items())
 
 
-def _forward_flops_of(block: Block, width: int, seq_len: int) -> float:
-    cross = block.cross.flops_per_token(width, seq_len) if block.cross else 0
-    return (
-        block.mixer.flops_per_token(width, seq_len)
-        + cross
-        + (block.ffn.flops_per_token(width) if block.ffn else 0)
-    )
+def future_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """Of the forward pass of what says the tokens after the next one, each with logits of its own."""
+    if cfg.future is None:
+        return 0.0
+    return cfg.future.flops_per_token(cfg.width, seq_len) + len(cfg.future.blocks) * _head_flops(cfg)
+
+
+def _head_flops(cfg: ModelConfig) -> float:
+    transform = 2 * cfg.token_width**2 if cfg.head_transform else 0
+    return transform + 2 * cfg.token_width * cfg.vocab_size
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Three times the forward pass, but for a patcher, which has no backward pass."""
-    return 3 * forward_flops_per_token(cfg, seq_len) - 2 * _patcher_flops(cfg, seq_len)
+    forward = forward_flops_per_token(cfg, seq_len) + future_flops_per_token(cfg, seq_len)
+    return 3 * forward - 2 * _patcher_flops(cfg, seq_len)
 
 
 @functools.cache

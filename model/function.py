@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -13,8 +14,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import run_stack
-from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param, write_places
+from model.blocks.block import run_part, run_stack
+from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param, write_places
+from model.blocks.future import Stream
 from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
@@ -34,6 +36,10 @@ class Output:
     cache: Cache | None = None
     aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
     heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32, or [B, T, labels]
+    # as `logits`, of the token after the next, of the one after that, ...; () with a cache. Under jit none of it is
+    # computed for who does not use it
+    future: tuple[jax.Array, ...] = ()
+    future_aux: dict = flax.struct.field(default_factory=dict)  # as `aux`, of the blocks of the future alone
 
 
 class Source(NamedTuple):
@@ -154,23 +160,40 @@ class Transformer(nn.Module):
         if source.tokens is not None:
             encoded_BSD, aux = self._encode(embedding_VD, source, adapter)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
-        layers = None if cache is None else cache.layers
-        if cfg.byte_latent is None:
-            x_BTD, states, new_aux = run_stack(ctx, cfg.runs(), x_BTD, layers, info)
-        else:
-            latent = dataclasses.replace(ctx, width=cfg.width)
-            x_BTD, states, new_aux = run_byte_latent(self, latent, x_BTD, tokens, layers, info)
-        hidden_BTD = self._final_norm(ctx, x_BTD)
+        layers, embedded_BTD = None if cache is None else cache.layers, x_BTD
+        trunk_BTD, x_BTD, states, more = self._run_blocks(ctx, embedded_BTD, tokens, layers, info)
+        final_norm = self._final_norm(ctx)
+        hidden_BTD = final_norm(x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
+        read_logits = self._read_logits(ctx, embedding_VD, logits_at)
+        future, future_aux = [], {}
+        if cfg.future is not None and cache is None:
+            stream = Stream(embedded_BTD, trunk_BTD, hidden_BTD, final_norm)
+            after_blocks = dataclasses.replace(info, shared=more.shared)
+            future, future_aux = cfg.future.read(ctx, stream, after_blocks)
         return Output(
-            logits=self._logits(ctx, embedding_VD, hidden_BTD, logits_at),
+            logits=read_logits(hidden_BTD),
             hidden=hidden_BTD,
             pooled=pooled_BTD,
             encoder=info.encoder,
             cache=_advance(cache, states, tokens, segment_ids),
-            aux=add_up(aux, new_aux),
+            aux=add_up(aux, more.aux),
             heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
+            future=tuple(map(read_logits, future)),
+            future_aux=future_aux,
         )
+
+    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, tokens, layers: dict | None, info: TokenInfo):
+        """What the last block reads, what comes out of it, each group's new state, and what the blocks give beside."""
+        if self.cfg.byte_latent is not None:
+            latent = dataclasses.replace(ctx, width=self.cfg.width)
+            y_BTD, states, aux = run_byte_latent(self, latent, x_BTD, tokens, layers, info)
+            return x_BTD, y_BTD, states, More(aux)
+        runs = self.cfg.runs()
+        trunk_BTD, states, more = run_part(ctx, runs[:-1], x_BTD, layers, info)
+        info = dataclasses.replace(info, shared=more.shared)
+        x_BTD, last_state, last_more = run_part(ctx, runs[-1:], trunk_BTD, layers, info)
+        return trunk_BTD, x_BTD, states | last_state, more.join(last_more)
 
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg
@@ -192,9 +215,9 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(ctx.width**-0.5)
         return param(self, ctx, "embedding", (self.cfg.vocab_size, ctx.width), ("vocab", "embed"), init)
 
-    def _final_norm(self, ctx: Context, x_BTD: jax.Array) -> jax.Array:
+    def _final_norm(self, ctx: Context) -> Callable[[jax.Array], jax.Array]:
         norm = self.cfg.final_norm
-        return x_BTD if norm is None else norm.module(ctx, "final_norm")(x_BTD)
+        return (lambda x_BTD: x_BTD) if norm is None else norm.module(ctx, "final_norm")
 
     def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo, token_types) -> jax.Array:
         cfg = self.cfg
@@ -211,25 +234,34 @@ class Transformer(nn.Module):
             x_BTD = cfg.embed_norm.module(ctx, "embed_norm")(x_BTD)
         return constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
 
-    def _logits(self, ctx: Context, embedding_VD, hidden_BTD, logits_at) -> jax.Array:
-        if logits_at is not None:
-            hidden_BTD = jnp.take_along_axis(hidden_BTD, logits_at[:, :, None], axis=1)
-        if self.cfg.head_transform is not None:
-            hidden_BTD = self.cfg.head_transform.module(ctx, "head_transform")(hidden_BTD)
-        if self.cfg.tied_head:
+    def _read_logits(
+        self, ctx: Context, embedding_VD: jax.Array | None, logits_at: jax.Array | None = None
+    ) -> Callable[[jax.Array], jax.Array]:
+        """The head as a function of hidden states, which share its parameters."""
+        cfg, bias_V = self.cfg, None
+        transform = None if cfg.head_transform is None else cfg.head_transform.module(ctx, "head_transform")
+        if cfg.tied_head:
             head_VD = embedding_VD
         else:
-            shape = (self.cfg.vocab_size, ctx.width)
+            shape = (cfg.vocab_size, ctx.width)
             head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(ctx.width))
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-        if self.cfg.head_bias:
-            logits_BTV += param(
-                self, ctx, "head_bias", (self.cfg.vocab_size,), ("vocab",), nn.initializers.zeros
-            )
-        logits_BTV *= self.cfg.logit_scale
-        if (cap := self.cfg.logit_softcap) is not None:
-            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-        return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
+        if cfg.head_bias:
+            bias_V = param(self, ctx, "head_bias", (cfg.vocab_size,), ("vocab",), nn.initializers.zeros)
+
+        def read(hidden_BTD: jax.Array) -> jax.Array:
+            if logits_at is not None:
+                hidden_BTD = jnp.take_along_axis(hidden_BTD, logits_at[:, :, None], axis=1)
+            if transform is not None:
+                hidden_BTD = transform(hidden_BTD)
+            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
+            if bias_V is not None:
+                logits_BTV += bias_V
+            logits_BTV *= cfg.logit_scale
+            if (cap := cfg.logit_softcap) is not None:
+                logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+            return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
+
+        return read
 
     def _head(self, ctx: Context, head: ScalarHead | ClassHead, hidden_BTD, pooled_BTD) -> jax.Array:
         if isinstance(head, ScalarHead):
@@ -265,7 +297,7 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
         return TokenInfo(positions, segment_ids, rows=rows, adapter=adapter)
     skipped = None if segment_ids is None else segment_ids == 0
     page, slot = write_places(cache.page_table, page_size, positions, skipped)
-    return TokenInfo(positions, segment_ids, cache.page_table, page, slot, rows, adapter=adapter)
+    return TokenInfo(positions, segment_ids, cache.page_table, page, slot, rows=rows, adapter=adapter)
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

@@ -80,7 +80,9 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
     params = {}
     for tensor in table:
         make = functools.partial(_values, file, cfg, tensor)
-        params[tensor.pieces[0].path] = Lazy(tensor.pieces[0].shape, jnp.dtype(cfg.param_dtype), make)
+        params[tensor.pieces[0].path] = Lazy(
+            tensor.pieces[0].shape, jnp.dtype(cfg.param_dtype), make, unpacked=True
+        )
     return cfg, unflatten(params)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import struct
@@ -25,16 +26,19 @@ from model.families.tensors import Tensor, get, name_of, tensor_table
 from model.function import Params
 from model.gguf import NAMES, ROPE_FACTORS, ROTATED_PAIRS, halves_to_pairs, heads_of, rope_factors
 from model.gguf_tokenizer import tokenizer_metadata
-from model.layout import relayout
+from model.layout import relayout, without_future
 
 TYPES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # llama.cpp's llama_ftype
 
+_log = logging.getLogger(__name__)
 _TYPE_IDS = {name: number for number, (name, _, _) in BLOCKS.items()}
 
 
 def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str, bytes]) -> None:
     """Write one file; matrices keep their dtype, vectors are float32 as llama.cpp wants them.
+
+    A future is left out, with a line in the log: llama.cpp's llama, qwen2 and qwen3 have no place for one.
 
     Args:
       tokenizer: files of a Hugging Face tokenizer folder; {}: the file has no vocabulary.
@@ -43,6 +47,12 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str
       ValueError: no GGUF architecture can hold this model, or GGUF can't name this tokenizer.
     """
     check_without_adapters(cfg)
+    if cfg.future is not None:
+        cfg, params = without_future(cfg, params)
+        _log.warning(
+            "%s: written without multi-token prediction, for which GGUF's llama, qwen2 and qwen3 have no place.",
+            path,
+        )
     architecture = _architecture(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     table = {tensor.name: tensor for tensor in tensor_table(cfg, NAMES)}

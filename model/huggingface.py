@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from model.families import FAMILIES
 from model.families.common import Family
 from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
 from model.function import Params
-from model.layout import relayout
+from model.layout import relayout, without_future
 from model.lazy import Lazy, Stacked
 from model.mxfp4 import PackedTensor
 from model.safetensors_file import StoredTensor
@@ -48,7 +48,10 @@ def load_config(folder: str | Path) -> ModelConfig:
 
     Raises ValueError for a family or a setting that is not supported.
     """
-    return _read_config(Path(folder))[1]
+    folder = Path(folder)
+    family, cfg = _read_config(folder)
+    names = _stored_names(folder) if cfg.future is not None else None
+    return cfg if names is None or _has_future(family, cfg, names) else cfg.replace(future=None)
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
@@ -65,12 +68,16 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     family, cfg = _read_config(folder)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
+    headers = mxfp4.join(read_headers(folder))
+    if cfg.future is not None and not _has_future(family, cfg, headers.keys()):
+        cfg = cfg.replace(future=None)
+        _log.warning("%s: has no tensors for multi-token prediction; the model is read without it.", folder)
     names = family.names_of(cfg)
     table = tensor_table(cfg, names, family.blocks_per_layer)
-    stored = _respelt(family, {tensor.name for tensor in table}, mxfp4.join(read_headers(folder)))
+    stored = _respelt(family, {tensor.name for tensor in table}, headers)
     _check_tensors(folder, cfg, family, names, table, stored)
     parts: dict[tuple[str, ...], list[Lazy]] = {}
-    for tensor in table:
+    for tensor in (tensor for tensor in table if tensor.repeats is None):
         for i, piece in enumerate(tensor.pieces):
             make = functools.partial(_read_piece, tensor, i, stored[tensor.name])
             values = Lazy(piece.shape, jnp.dtype(dtype or stored[tensor.name].dtype), make)
@@ -94,6 +101,8 @@ def save(
 ) -> None:
     """Write a folder that transformers loads; parameters keep their dtype.
 
+    A future that no family can say is left out, with a line in the log.
+
     Args:
       tokenizer: files to lie beside the weights, by name.
       max_shard_bytes: of one file of weights; a larger tensor has a file of its own.
@@ -102,6 +111,9 @@ def save(
       ValueError: no family can hold this model, or `folder` holds something else than a model.
     """
     folder = Path(folder)
+    if cfg.future is not None and not _can_be_saved(cfg):
+        cfg, params = without_future(cfg, params)
+        _log.warning("%s: written without multi-token prediction, which no family can say so.", folder)
     family = family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
@@ -172,6 +184,20 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def _stored_names(folder: Path) -> set[str] | None:
+    """Of a folder's tensors; None where no weights are beside the config."""
+    if (folder / WEIGHTS).is_file():
+        return set(safetensors_file.read_header(folder / WEIGHTS))
+    return set(_read_index(folder / INDEX)) if (folder / INDEX).is_file() else None
+
+
+def _has_future(family: Family, cfg: ModelConfig, stored: Collection[str]) -> bool:
+    """Whether the first module of multi-token prediction is there: transformers saves a model without them, whatever
+    the config says, and Qwen3-Next's config says nothing."""
+    layers = len(cfg.blocks) // family.blocks_per_layer
+    return name_of(family.names_of(cfg), "future/join").format(n=layers, k=0) in stored
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -205,6 +231,7 @@ def _check_tensors(
     table: list[Tensor],
     stored: dict[str, Stored],
 ) -> None:
+    table = [tensor for tensor in table if tensor.name in stored or tensor.repeats is None]
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
         raise ValueError(
@@ -220,6 +247,11 @@ def _check_tensors(
             raise ValueError(
                 f"{stored[tensor.name].file}: tensor {tensor.name!r} is {stored[tensor.name].dtype}; wanted one of "
                 f"{', '.join(safetensors_file.DTYPES)}."
+            )
+        if tensor.repeats and not _same_bits(stored[tensor.name], stored[tensor.repeats]):
+            raise ValueError(
+                f"{stored[tensor.name].file}: {tensor.name!r} differs from {tensor.repeats!r}, which the model has in "
+                "its place; only modules that share the model's embedding and head can be read."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     harmless = [name for name in extra if name.endswith(family.harmless)]
@@ -245,8 +277,17 @@ def _check_tensors(
         )
 
 
+def _same_bits(one: Stored, other: Stored) -> bool:
+    as_bytes = lambda stored: np.ascontiguousarray(stored.read()).view(np.uint8)
+    return one.dtype == other.dtype and np.array_equal(as_bytes(one), as_bytes(other))
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _can_be_saved(cfg: ModelConfig) -> bool:
+    return any(family.why_not(cfg) is None for family in FAMILIES.values())
 
 
 def family_of(cfg: ModelConfig) -> Family:

@@ -1,4 +1,7 @@
-"""Two layouts of the same parameters: one group a block (unrolled), or equal neighbours stacked (scanned)."""
+"""Two layouts of the same parameters: one group a block (unrolled), or equal neighbours stacked (scanned).
+
+Also `without_future`, for formats that have no place for it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.blocks.future import future_blocks
 from model.config import STACKS, ModelConfig
 from model.function import Params
-from model.lazy import Lazy, Stacked
+from model.lazy import LAZY, Stacked
 
 
 def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConfig, Params]:
@@ -30,7 +34,14 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
     return target, groups
 
 
+def without_future(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model, unrolled, without what says the tokens after the next one; every other output stays as it is."""
+    cfg, params = relayout(cfg, params, scan=False)
+    modules = future_blocks(cfg.future)
+    return cfg.replace(future=None), {key: value for key, value in params.items() if key not in modules}
+
+
 def _stack(arrays):
-    if isinstance(arrays[0], Lazy | Stacked):
+    if isinstance(arrays[0], LAZY):
         return Stacked(arrays)
     return np.stack(arrays) if isinstance(arrays[0], np.ndarray) else jnp.stack(arrays)

@@ -23,6 +23,7 @@ class Lazy:
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
+    unpacked: bool = False  # `make` computes: what is wanted in parts is made once
 
     def __getitem__(self, index: int | Index) -> np.ndarray:
         return self.make()[index].astype(self.dtype, copy=False)
@@ -35,6 +36,31 @@ class Lazy:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def astype(self, dtype: Any) -> Lazy:
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sliced:
+    """An array in a file of which any part can be read by itself; `read` takes an index of slices."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+
+    def __getitem__(self, index: int | Index) -> Any:
+        if isinstance(index, int):  # a layer among stacked ones stays in its file too
+            of_layer = lambda rest: self.read((slice(index, index + 1), *rest))[0]
+            return Sliced(self.shape[1:], self.dtype, of_layer)
+        return self.read(index).astype(self.dtype, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read((slice(None),) * len(self.shape)).astype(dtype or self.dtype, copy=bool(copy))
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def astype(self, dtype: Any) -> Sliced:
         return dataclasses.replace(self, dtype=np.dtype(dtype))
 
 
@@ -75,8 +101,13 @@ class Stacked:
         return Stacked([part.astype(dtype) for part in self.parts])
 
 
+LAZY = (Lazy, Sliced, Stacked)
+
+
 def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     """On the devices of a sharding, each of which reads its own part."""
-    if not isinstance(array, Lazy | Stacked):
+    if isinstance(array, Lazy) and array.unpacked:
+        array = np.asarray(array)
+    if not isinstance(array, LAZY):
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index or ()])

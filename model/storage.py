@@ -14,7 +14,7 @@ from model import checkpoint
 from model.config import ModelConfig
 from model.function import Params
 from model.layout import relayout
-from model.lazy import Lazy, Stacked, place
+from model.lazy import LAZY, place
 
 Format = Literal["native", "huggingface", "gguf"]
 
@@ -69,7 +69,7 @@ def save(
       ValueError: a format that can't hold this model.
     """
     if format == "native":
-        arrays = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, Lazy | Stacked) else x, params)
+        arrays = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, LAZY) else x, params)
         checkpoint.save_native(path, cfg, arrays, tokenizer or {})
     elif format == "huggingface":
         from model import huggingface
@@ -84,13 +84,14 @@ def save(
 
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """As `load`, but of Hugging Face folders and GGUF files each parameter is read only when it is used: what
-    `save` and `model.lazy.place` take in turn never is in memory whole."""
-    found = resolve_model(path)
-    return load(path, dtype=dtype) if found.kind == "native" else _load_lazily(found, dtype)
+    """As `load`, but each parameter is read only when it is used: what `save` and `model.lazy.place` take in turn never
+    is in memory whole."""
+    return _load_lazily(resolve_model(path), dtype)
 
 
 def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Params]:
+    if found.kind == "native":
+        return checkpoint.load_lazily(found.weights, dtype)
     if found.kind == "huggingface":
         from model import huggingface
 

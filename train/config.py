@@ -8,7 +8,8 @@ from typing import Literal
 
 import jax
 
-from model import GatedMLP, ModelConfig, ShardingRules, decoder
+from model import GatedMLP, ModelConfig, RMSNorm, ShardingRules, decoder
+from model.blocks.future import ParallelFuture, SequentialFuture
 from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.blocks.router import Router
@@ -51,6 +52,24 @@ class MixtureSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class FutureSpec:
+    """Multi-token prediction, see `model.blocks.future`; its blocks are as the model's last."""
+
+    tokens: int = 0  # after the next one that are foretold, each by a module of its own; 0: none
+    kind: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3; as in Gloeckle et al. 2024
+
+    def put_into(self, cfg: ModelConfig) -> ModelConfig:
+        if self.tokens < 0:
+            raise ValueError(f"config.model.future.tokens={self.tokens} is negative; 0 foretells none.")
+        if self.tokens == 0:
+            return cfg
+        blocks = cfg.blocks[-1:] * self.tokens
+        if self.kind == "parallel":
+            return cfg.replace(future=ParallelFuture(blocks))
+        return cfg.replace(future=SequentialFuture(blocks, cfg.final_norm or RMSNorm()))
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """The dimensions of a fresh Llama-like decoder; passed over when `init_from` names a model."""
 
@@ -67,6 +86,7 @@ class ModelSpec:
     max_length: int = 2048  # tokens of context that the model is meant for
     vocab_multiple: int = 64  # the vocabulary is padded up to this, so that it splits over devices
     mixture: MixtureSpec = MixtureSpec()
+    future: FutureSpec = FutureSpec()
 
     def build(self, vocab_size: int, run: Execution) -> ModelConfig:
         padded = -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -86,7 +106,7 @@ class ModelSpec:
         )
         if self.mixture.num_experts:
             cfg = self.mixture.put_into(cfg, self.ffn_width)
-        return run.of(cfg)
+        return run.of(self.future.put_into(cfg))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +207,9 @@ class TrainConfig:
     seed: int = 0
     microbatches: int = 1  # the batch is split into this many parts whose gradients are added
     z_loss: float = 0.0  # coefficient of log(Z)^2; 1e-4 is usual
+    mtp_weight: float = (
+        0.3  # of the mean loss on later tokens, where the model foretells some; 0: not trained
+    )
     dpo_beta: float = 0.1  # strength of the pull towards the reference
     dpo_label_smoothing: float = 0.0  # above 0: conservative DPO
     max_bad_steps: int = 10  # steps in a row without a finite loss and gradient before the run stops

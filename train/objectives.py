@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from model import ModelConfig, ShardingRules, WeightedSum, apply
+from model.blocks.common import add_up
+from model.blocks.future import look_ahead, same_segment
 from model.function import Params
 from model.logprobs import token_logprobs
 
@@ -40,22 +42,49 @@ def with_aux(
 
 
 def language_modelling(
-    cfg: ModelConfig, rules: ShardingRules | None = None, z_loss: float = 0.0
+    cfg: ModelConfig, rules: ShardingRules | None = None, z_loss: float = 0.0, mtp_weight: float = 0.3
 ) -> Objective:
-    """Cross-entropy over the tokens that `loss_weights` counts, plus z_loss * log(Z)^2.
+    """Cross-entropy over the tokens that `loss_weights` counts, plus z_loss * log(Z)^2, plus mtp_weight times the mean
+    over the model's modules of what they lose on later tokens.
 
     Pretraining and supervised fine-tuning differ in the dataset's mask only. Z-loss: Chowdhery et al. 2022,
-    arXiv:2204.02311.
+    arXiv:2204.02311. Each module's sum is divided by the number of next tokens, as DeepSeek-V3 does it
+    (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is cut.
     """
 
     def objective(params: Params, batch: Batch):
-        logprobs_BT, log_z_BT, aux = batch_logprobs(cfg, params, batch, rules)
+        out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"], rules=rules)
+        logprobs_BT, log_z_BT = token_logprobs(out.logits, batch["targets"])
         weights_BT = batch["loss_weights"]
         nll = WeightedSum.of(-logprobs_BT, weights_BT)
         loss = WeightedSum(nll.total + z_loss * jnp.sum(weights_BT * log_z_BT**2), nll.weight)
-        return with_aux(loss, {"nll": nll}, aux)
+        metrics, aux = {"nll": nll}, out.aux
+        if mtp_weight and out.future:
+            later, total = future_losses(out.future, batch)
+            loss = WeightedSum(loss.total + mtp_weight / len(out.future) * total, loss.weight)
+            metrics, aux = metrics | later, add_up(aux, out.future_aux)
+        return with_aux(loss, metrics, aux)
 
     return objective
+
+
+def future_losses(future: tuple[jax.Array, ...], batch: Batch) -> tuple[dict[str, WeightedSum], jax.Array]:
+    """What each module loses and how often its likeliest token is right, by name; and the sum of all their losses.
+
+    Module k is asked at token i for the target of token i + k, where that is in the same segment and counts.
+    """
+    metrics, total = {}, jnp.zeros((), jnp.float32)
+    for k, logits_BTV in enumerate(future, 1):
+        targets_BT = look_ahead(batch["targets"], k)
+        weights_BT = look_ahead(batch["loss_weights"], k) * same_segment(batch["segment_ids"], k)
+        nll = WeightedSum.of(-token_logprobs(logits_BTV, targets_BT)[0], weights_BT)
+        right_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+        metrics |= {
+            f"future_{k}_nll": nll,
+            f"future_{k}_accuracy": WeightedSum.of(right_BT, weights_BT),
+        }
+        total += nll.total
+    return metrics, total
 
 
 def dpo(

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import ModelConfig, logical_axes
+from model import Block, ModelConfig, logical_axes
 from model.adapters import split_trained
+from model.blocks.future import future_blocks
 from model.blocks.moe import MoE
 from model.config import STACKS
 from train.config import OptimizerSpec
@@ -51,7 +52,8 @@ def balance_experts(
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
     runs = [run for stack in STACKS for run in cfg.runs(stack)]
-    rates = {name: block.ffn.balance_rate for name, block, _ in runs if isinstance(block.ffn, MoE)}
+    blocks = {name: block for name, block, _ in runs} | future_blocks(cfg.future)
+    rates = {name: _balance_rate(block) for name, block in blocks.items()}
     if not any(rates.values()):
         return optimizer
 
@@ -71,6 +73,15 @@ def balance_experts(
         return updates, state
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _balance_rate(block: Block) -> float:
+    rates = {network.balance_rate for network in block.networks if isinstance(network, MoE)}
+    if len(rates) > 1:
+        raise ValueError(
+            f"mixtures within one block have different balance_rate {sorted(rates)}; give them one."
+        )
+    return rates.pop() if rates else 0.0
 
 
 def decay_mask(cfg: ModelConfig):

@@ -111,7 +111,8 @@ def prepare_run(config: TrainConfig) -> Setup:
 def _objective(config: TrainConfig, cfg: ModelConfig, load_initial):
     rules = config.sharding
     if config.objective == "lm":
-        return objectives.language_modelling(cfg, rules, config.z_loss), lambda batch: batch
+        objective = objectives.language_modelling(cfg, rules, config.z_loss, config.mtp_weight)
+        return objective, lambda batch: batch
     if config.init_from is None:
         raise configs.ConfigError("objective dpo compares with a frozen reference: give config.init_from.")
     reference = load_initial()
@@ -263,7 +264,9 @@ class _Rate:
     def __init__(self, setup: Setup):
         spec = setup.config.data
         self._tokens = spec.batch_size * spec.seq_len
-        flops = train_flops_per_token(setup.cfg, spec.seq_len)
+        foretells = setup.config.objective == "lm" and setup.config.mtp_weight
+        computed = setup.cfg if foretells else setup.cfg.replace(future=None)
+        flops = train_flops_per_token(computed, spec.seq_len)
         self._mfu = flops / (peak_flops_per_device() * setup.mesh.size)
         self._mark, self._steps = time.monotonic(), 0
         self._seconds, self._counted = 0.0, 0

@@ -1,7 +1,8 @@
 """The attention mixer: grouped-query attention with cached decoding and packed segments.
 
 Ainslie et al. 2023, arXiv:2305.13245; qk-norm: Dehghani et al. 2023, arXiv:2302.05442; sliding window: Beltagy et
-al. 2020, arXiv:2004.05150; chunks and temperature: Llama 4; gate: Qiu et al. 2025, arXiv:2505.06708.
+al. 2020, arXiv:2004.05150; chunks and temperature: Llama 4; gate: Qiu et al. 2025, arXiv:2505.06708; a cache that
+layers share: Brandon et al. 2024, arXiv:2405.12981.
 """
 
 # B batch, T tokens, D model width, H query heads, K key/value heads, C head width
@@ -67,6 +68,8 @@ class Attention:
     gate: bool = False  # what each head found times the sigmoid of a projection of what it read
     temperature: Temperature | None = None
     key_scale: float = 1.0  # muP: of the keys
+    # whose keys and values: the layer's own; its own, which layers after it may take; those of the last that gives them
+    keys_values: Literal["own", "give", "take"] = "own"
 
     roles = {
         "q": "queries: what each head looks for",
@@ -105,18 +108,21 @@ class Attention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"k", "v"} of [N, Z, K, C]."""
+        """Empty pages: {"k", "v"} of [N, Z, K, C]; none where another layer's are taken."""
+        if self.keys_values == "take":
+            return {}
         return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return KEY_VALUE_AXES
+        return {} if self.keys_values == "take" else KEY_VALUE_AXES
 
     def sight(self) -> Sight:
         return Sight(self.causal, self.window, self.chunk)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
         """Of the forward pass, in the mean over a row of `seq_len` tokens."""
-        projections = 2 * width * self.head_dim * ((2 + self.gate) * self.num_heads + 2 * self.num_kv_heads)
+        kv_heads = 0 if self.keys_values == "take" else self.num_kv_heads
+        projections = 2 * width * self.head_dim * ((2 + self.gate) * self.num_heads + 2 * kv_heads)
         reach = min(self.sight().reach() or seq_len, seq_len)
         if not self.causal:
             seen = float(min(2 * reach - 1, seq_len))
@@ -134,58 +140,67 @@ class AttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, shared = self.spec, self._relative_bias(info)
-        q_BTHC, k_BTKC, v_BTKC = self._queries_keys_values(x_BTD, info)
+        q_BTHC, keys_values = self._queries(x_BTD, info), self._keys_values(x_BTD, info)
         scores = self._scores(shared)
         if cache is None:
+            k_BTKC, v_BTKC = keys_values["k"], keys_values["v"]
             sow_weights(self, q_BTHC, k_BTKC, info, spec.sight(), scores)
             out_BTHC = self_attention(
                 q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), scores
             )
         else:
-            pages = {"k": k_BTKC, "v": v_BTKC}
-            cache = write_pages(cache, pages, info)
-            out_BTHC = _attend_pages(q_BTHC, cache, info, spec.sight(), scores)
+            if spec.keys_values != "take":
+                cache = keys_values = write_pages(cache, keys_values, info)
+            out_BTHC = _attend_pages(q_BTHC, keys_values, info, spec.sight(), scores)
+        if spec.keys_values == "give":
+            shared |= {GIVEN + name: value for name, value in keys_values.items()}
         if spec.gate:
             gate_BTHC = project_heads(self, "gate", x_BTD, spec.num_heads, "heads")
             out_BTHC = out_BTHC * nn.sigmoid(gate_BTHC)
-        y_BTD = combine_heads(self, out_BTHC)
-        return y_BTD, cache, More(shared=shared)
+        return combine_heads(self, out_BTHC), cache, More(shared=shared)
 
-    def _queries_keys_values(self, x_BTD: jax.Array, info: TokenInfo):
+    def _queries(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
         spec = self.spec
-        q_BTHC = project_heads(self, "q", x_BTD, spec.num_heads, "heads")
+        q_BTHC = self._placed("q", project_heads(self, "q", x_BTD, spec.num_heads, "heads"), "heads", info)
+        return q_BTHC if spec.temperature is None else spec.temperature(q_BTHC, info.positions)
+
+    def _keys_values(self, x_BTD: jax.Array, info: TokenInfo) -> dict[str, jax.Array]:
+        """{"k", "v"} of these tokens; where another layer's are taken, what that layer attends to."""
+        spec = self.spec
+        if spec.keys_values == "take":
+            if GIVEN + "k" not in info.shared:
+                raise ValueError(
+                    'keys_values="take", but no attention before this gives its keys and values.'
+                )
+            return {name: info.shared[GIVEN + name] for name in ("k", "v")}
         k_BTKC = project_heads(self, "k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
         v_BTKC = project_heads(self, "v", x_BTD, spec.num_kv_heads, "kv_heads")
-        limit = jnp.inf if spec.clip_qkv is None else spec.clip_qkv
-        clip = lambda x: x if spec.clip_qkv is None else jnp.clip(x, -limit, limit)
-        if spec.clip_first:
-            q_BTHC, k_BTKC = clip(q_BTHC), clip(k_BTKC)
-        if spec.qk_norm_first:
-            q_BTHC, k_BTKC = self._qk_norm(q_BTHC, k_BTKC)
-        if not spec.clip_first:
-            q_BTHC, k_BTKC = clip(q_BTHC), clip(k_BTKC)
-        v_BTKC = clip(v_BTKC)
-        if spec.rope is not None:
-            q_BTHC = spec.rope(q_BTHC, info.positions)
-            k_BTKC = spec.rope(k_BTKC, info.positions)
-        if not spec.qk_norm_first:
-            q_BTHC, k_BTKC = self._qk_norm(q_BTHC, k_BTKC)
-        if spec.temperature is not None:
-            q_BTHC = spec.temperature(q_BTHC, info.positions)
-        return q_BTHC, k_BTKC, v_BTKC
+        return {"k": self._placed("k", k_BTKC, "kv_heads", info), "v": self._clip(v_BTKC)}
 
-    def _qk_norm(self, q_BTHC: jax.Array, k_BTKC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _placed(self, name: str, x_BTHC: jax.Array, axis: str, info: TokenInfo) -> jax.Array:
+        """Queries or keys, cut, normalised and rotated."""
+        spec = self.spec
+        if spec.clip_first:
+            x_BTHC = self._clip(x_BTHC)
+        if spec.qk_norm_first:
+            x_BTHC = self._qk_norm(name, x_BTHC, axis)
+        if not spec.clip_first:
+            x_BTHC = self._clip(x_BTHC)
+        if spec.rope is not None:
+            x_BTHC = spec.rope(x_BTHC, info.positions)
+        return x_BTHC if spec.qk_norm_first else self._qk_norm(name, x_BTHC, axis)
+
+    def _clip(self, x: jax.Array) -> jax.Array:
+        limit = self.spec.clip_qkv
+        return x if limit is None else jnp.clip(x, -limit, limit)
+
+    def _qk_norm(self, name: str, x_BTHC: jax.Array, axis: str) -> jax.Array:
         norm, over = self.spec.qk_norm, self.spec.qk_norm_over
         if norm is None:
-            return q_BTHC, k_BTKC
+            return x_BTHC
+        axes = ("head_dim",) if over == "head" else (axis, "head_dim")
         reduced = 2 if over == "all heads" else 1
-        q_axes, k_axes = ("heads", "head_dim"), ("kv_heads", "head_dim")
-        if over == "head":
-            q_axes, k_axes = q_axes[1:], k_axes[1:]
-        return (
-            norm.module(self.ctx, "q_norm", *q_axes, reduced=reduced)(q_BTHC),
-            norm.module(self.ctx, "k_norm", *k_axes, reduced=reduced)(k_BTKC),
-        )
+        return norm.module(self.ctx, f"{name}_norm", *axes, reduced=reduced)(x_BTHC)
 
     def _relative_bias(self, info: TokenInfo) -> dict[str, jax.Array]:
         """The table of `spec.relative`, of this block or of the one before it that has it: for later blocks too."""
@@ -235,6 +250,7 @@ def sow_weights(
         module.sow("intermediates", "attention", weights)
 
 
+GIVEN = "given_"  # before the names of keys and values that a layer gives to those after it
 PAGES = ("pages", "slots", "act_kv_heads", None)
 KEY_VALUE_AXES: dict[str, tuple[str | None, ...]] = {"k": PAGES, "v": PAGES}
 
@@ -263,8 +279,15 @@ def read_pages(pages: jax.Array, info: TokenInfo) -> jax.Array:
     return rows.reshape(B, P * pages.shape[1], *pages.shape[2:])
 
 
+def sees_slots(info: TokenInfo, sight: Sight, num_slots: int) -> jax.Array:
+    """Which slots of its row each token sees, [B, T, S] bool."""
+    mask_BTS = sight.sees(info.positions[:, :, None], jnp.arange(num_slots))
+    return mask_BTS if info.slots_filled is None else mask_BTS & info.slots_filled[:, None]
+
+
 def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo, sight: Sight, scores: Scores) -> jax.Array:
     k_BSKC = read_pages(cache["k"], info).astype(q_BTHC.dtype)
     v_BSKC = read_pages(cache["v"], info).astype(q_BTHC.dtype)
     query_BT1, key_S = info.positions[:, :, None], jnp.arange(k_BSKC.shape[1])
-    return attention(q_BTHC, k_BSKC, v_BSKC, sight.sees(query_BT1, key_S), scores, key_S - query_BT1)
+    mask_BTS = sees_slots(info, sight, k_BSKC.shape[1])
+    return attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores, key_S - query_BT1)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from model.blocks.common import Context, FeedForward, More, TokenInfo, add_up
+from model.blocks.common import Context, FeedForward, More, TokenInfo
 from model.blocks.cross_attention import CrossAttention
 from model.blocks.norms import Norm, RMSNorm
 from model.sharding import constrain
@@ -49,13 +49,52 @@ class Block:
         if self.cross is not None and self.parallel != "no":
             raise ValueError(f"parallel={self.parallel!r} blocks have no place for cross attention.")
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each parameter does, in the order of the computation."""
+        under = lambda name, part: {
+            f"{name}/{path}": text for path, text in getattr(part, "roles", {}).items()
+        }
+        return {
+            "mixer_norm": "what the mixer reads",
+            **under("mixer", self.mixer),
+            "mixer_post_norm": "what the mixer adds",
+            "mixer_sum_norm": "the sum after the mixer",
+            "cross_norm": "what cross attention reads",
+            **under("cross", self.cross),
+            "ffn_norm": "what the feed-forward network reads",
+            **under("ffn", self.ffn),
+            "ffn_post_norm": "what the feed-forward network adds",
+            "ffn_sum_norm": "the sum after the feed-forward network",
+        }
 
-def runs_of(blocks: tuple[Block, ...], prefix: str, scan: bool) -> list[Run]:
-    """Name, block and layer numbers of each group of parameters: equal neighbours together when scanned."""
+    @property
+    def networks(self) -> tuple[FeedForward, ...]:
+        """Its feed-forward network, and those of blocks within it."""
+        inside = (network for block in getattr(self.mixer, "blocks", ()) for network in block.networks)
+        return *(() if self.ffn is None else (self.ffn,)), *inside
+
+    def active_share(self, path: str) -> float:
+        """Of a parameter, by its path within the block: what one token uses."""
+        part, _, rest = path.partition("/")
+        of_part = getattr(getattr(self, part, None), "active_share", None)
+        return 1.0 if of_part is None else of_part(rest)
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        mixed = self.mixer.flops_per_token(width, seq_len)
+        crossed = self.cross.flops_per_token(width, seq_len) if self.cross else 0
+        return mixed + crossed + (self.ffn.flops_per_token(width) if self.ffn else 0)
+
+
+def runs_of(blocks: tuple[Block, ...], prefix: str, scan: bool, last_alone: bool = False) -> list[Run]:
+    """Name, block and layer numbers of each group of parameters: equal neighbours together when scanned, but for the
+    last block if that is to be alone."""
     if not scan:
         return [(f"{prefix}block_{i}", block, range(i, i + 1)) for i, block in enumerate(blocks)]
     runs, start = [], 0
-    for block, group in itertools.groupby(blocks):
+    alike = zip(blocks, [False] * (len(blocks) - 1) + [last_alone])
+    for (block, _), group in itertools.groupby(alike):
         count = len(list(group))
         runs.append((f"{prefix}run_{len(runs)}", block, range(start, start + count)))
         start += count
@@ -69,7 +108,15 @@ def run_stack(
 
     Call it within a compact method: the groups become submodules of the module that calls.
     """
-    new_states, aux = {}, {}
+    x_BTD, new_states, more = run_part(ctx, runs, x_BTD, states, info)
+    return x_BTD, new_states, more.aux
+
+
+def run_part(
+    ctx: Context, runs: list[Run], x_BTD: jax.Array, states: dict | None, info: TokenInfo
+) -> tuple[jax.Array, dict, More]:
+    """As `run_stack`, with what these blocks leave for those that come after them."""
+    new_states, gathered = {}, More({}, info.shared)
     for name, block, numbers in runs:
         run = _run(ctx, name, block, len(numbers))
         x_BTD, (new_states[name], more) = run(x_BTD, None if states is None else states[name], info)
@@ -77,9 +124,9 @@ def run_stack(
         if ctx.scan:
             run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
             shared = jax.tree.map(lambda s: s[-1], shared)
-        info = dataclasses.replace(info, shared=info.shared | shared)
-        aux = add_up(aux, run_aux)
-    return x_BTD, new_states, aux
+        gathered = gathered.join(More(run_aux, shared))
+        info = dataclasses.replace(info, shared=gathered.shared)
+    return x_BTD, new_states, gathered
 
 
 def _run(ctx: Context, name: str, block: Block, count: int):

@@ -20,6 +20,7 @@ from model.blocks.attention import (
     key_value_pages,
     project_heads,
     read_pages,
+    sees_slots,
     sow_weights,
     write_pages,
 )
@@ -96,7 +97,7 @@ class DifferentialAttentionModule(nn.Module):
         else:
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
             k_BSKC, v_BSKC = (read_pages(cache[name], info).astype(q_BTHC.dtype) for name in ("k", "v"))
-            mask_BTS = Sight().sees(info.positions[:, :, None], jnp.arange(k_BSKC.shape[1]))
+            mask_BTS = sees_slots(info, Sight(), k_BSKC.shape[1])
             out_BTHE = attention(q_BTHC, k_BSKC, _shared_values(v_BSKC), mask_BTS, Scores())
         first_BTPE, second_BTPE = jnp.split(out_BTHE, 2, axis=2)
         difference_BTPE = first_BTPE - self._lambda().astype(out_BTHE.dtype) * second_BTPE

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, sow_weights, write_pages
+from model.blocks.attention import read_pages, sees_slots, sow_weights, write_pages
 from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
@@ -140,7 +140,7 @@ class LatentAttentionModule(nn.Module):
         q_BTHL = keys.einsum("BTHN,LHN->BTHL", q_BTHN)
         q_BTHX = jnp.concatenate([q_BTHL, q_BTHR], -1)
         k_BSX = jnp.concatenate([latent_BSL, k_BSR], -1)
-        mask_BTS = Sight().sees(info.positions[:, :, None], jnp.arange(k_BSX.shape[1]))
+        mask_BTS = sees_slots(info, Sight(), k_BSX.shape[1])
         out_BTHL = attention(q_BTHX, k_BSX[:, :, None], latent_BSL[:, :, None], mask_BTS, self._scores())
         return values.einsum("BTHL,LHE->BTHE", out_BTHL)
 

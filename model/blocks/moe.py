@@ -91,10 +91,9 @@ class MoE:
     def has_choice_bias(self) -> bool:
         return isinstance(self.router, Router) and self.router.choice_bias
 
-    @property
-    def active_share(self) -> float:
-        """Of the parameters under "experts": what one token uses."""
-        return self.experts_per_token / self.num_experts
+    def active_share(self, path: str) -> float:
+        """Of a parameter, by its path: what one token uses."""
+        return self.experts_per_token / self.num_experts if path.startswith("experts/") else 1.0
 
     def slots(self, length: int) -> int:
         """Slots of each expert in a row of `length` tokens."""

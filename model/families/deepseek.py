@@ -16,6 +16,7 @@ from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import GATED_MLP, NORMS, OUTSIDE, ROTARY, read_model, read_rms_norm
 from model.families.experts import EXPERTS, SHARED_EXPERTS, dense_of, first_sparse_layer, moe_of
+from model.families.future import nextn, read_future, write_future
 from model.families.rope import read_rope, write_rope, yarn_magnitude
 from model.families.tensors import Names
 
@@ -33,6 +34,7 @@ ATTENTION: Names = {
     "model.layers.{i}.self_attn.o_proj.bias": "mixer/o_bias",
 }
 NAMES: Names = OUTSIDE | NORMS | ATTENTION | GATED_MLP | EXPERTS | SHARED_EXPERTS
+V3_NAMES: Names = NAMES | nextn(NAMES)
 LATENT_NORM = RMSNorm(1e-6)  # whatever rms_norm_eps is
 
 
@@ -48,20 +50,13 @@ def read_v2(config: Reader) -> ModelConfig:
         groups = of_token = 1
     scale = config.number("routed_scaling_factor", 1.0)
     router = Router("softmax", False, 1.0, scale=scale, **_groups(groups, of_token, "max"))
-    return _read(config, router, shared=2, experts=64, dense=0, width=1407, heads=32, interleaved=True)
+    return _read(config, router, shared=2, experts=64, dense=0, width=1407, heads=32, interleaved=True)[0]
 
 
 def read_v3(config: Reader) -> ModelConfig:
     config.must_be("topk_method", "noaux_tc")
     config.must_be("scoring_func", "sigmoid")
-    for key in (
-        "num_mtp_layers",
-        "num_nextn_predict_layers",
-        "ep_size",
-        "moe_layer_freq",
-        "seq_aux",
-        "aux_loss_alpha",
-    ):
+    for key in ("ep_size", "moe_layer_freq", "seq_aux", "aux_loss_alpha"):
         config.get(key)
     router = Router(
         "sigmoid",
@@ -71,9 +66,10 @@ def read_v3(config: Reader) -> ModelConfig:
         **_groups(config.integer("n_group", 8), config.integer("topk_group", 4), "top2"),
     )
     interleaved = config.flag("rope_interleave", True)
-    return _read(
+    cfg, block = _read(
         config, router, shared=1, experts=256, dense=3, width=2048, heads=128, interleaved=interleaved
     )
+    return cfg.replace(future=read_future(config, block, read_rms_norm(config)))
 
 
 def _groups(groups: int | None, of_token: int | None, score: str) -> dict[str, Any]:
@@ -94,7 +90,8 @@ def _read(
     width: int,
     heads: int,
     interleaved: bool,
-) -> ModelConfig:
+) -> tuple[ModelConfig, Block]:
+    """The model, and a layer with experts."""
     norm, activation = read_rms_norm(config), read_activation(config)
     config.must_be("pretraining_tp", 1)
     config.must_be("moe_layer_freq", 1)
@@ -110,7 +107,7 @@ def _read(
     block = Block(_read_attention(config, heads, interleaved), sparse, norm)
     plain = dataclasses.replace(block, ffn=GatedMLP(config.integer("intermediate_size"), activation))
     blocks = [plain if i < first else block for i in range(config.layers())]
-    return read_model(config, blocks, norm, max_length=4096 if router.choice_bias else 2048)
+    return read_model(config, blocks, norm, max_length=4096 if router.choice_bias else 2048), block
 
 
 def _read_attention(config: Reader, heads: int, interleaved: bool) -> LatentAttention:
@@ -183,12 +180,9 @@ def write_v2(cfg: Any) -> dict[str, Any]:
 
 
 def write_v3(cfg: Any) -> dict[str, Any]:
-    return _write(cfg) | {
-        "rope_interleave": cfg.blocks[0].mixer.rope.interleaved,
-        "num_nextn_predict_layers": 0,
-    }
+    return _write(cfg) | write_future(cfg) | {"rope_interleave": cfg.blocks[0].mixer.rope.interleaved}
 
 
 V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, NAMES, harmless=ROTARY)
-V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, NAMES, harmless=ROTARY)
-KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, NAMES, harmless=ROTARY)
+V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, V3_NAMES, harmless=ROTARY)
+KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, V3_NAMES, harmless=ROTARY)

@@ -20,12 +20,11 @@ from model.families.decoders import (
     write_attention,
 )
 from model.families.experts import EXPERTS, SHARED_EXPERTS, dense_of, first_sparse_layer, moe_of
+from model.families.future import nextn, read_future, write_future
 from model.families.rope import read_rope
 
 
 def read(config: Reader) -> ModelConfig:
-    for key in ("num_mtp_layers", "num_nextn_predict_layers"):
-        config.get(key)
     norm, head_dim, activation = read_rms_norm(config, 1e-5), read_head_dim(config), read_activation(config)
     qk_norm = norm if config.flag("use_qk_norm", False) else None
     bias = config.flag("attention_bias", False)
@@ -58,7 +57,8 @@ def read(config: Reader) -> ModelConfig:
     plain = dataclasses.replace(block, ffn=GatedMLP(config.integer("intermediate_size"), activation))
     first = config.integer("first_k_dense_replace", 1, least=0)
     blocks = [plain if i < first else block for i in range(config.layers())]
-    return read_model(config, blocks, norm, max_length=131_072)
+    future = read_future(config, block, norm)
+    return read_model(config, blocks, norm, max_length=131_072, future=future)
 
 
 def write(cfg: Any) -> dict[str, Any]:
@@ -81,11 +81,9 @@ def write(cfg: Any) -> dict[str, Any]:
         "n_group": moe.router.num_groups,
         "topk_group": moe.router.groups_per_token,
         "first_k_dense_replace": first_sparse_layer(cfg),
-        "num_nextn_predict_layers": 0,
         "partial_rotary_factor": mixer.rope.fraction,
-    } | write_attention(mixer)
+    } | (write_attention(mixer) | write_future(cfg))
 
 
-FAMILY = Family(
-    "glm4_moe", "Glm4MoeForCausalLM", read, write, NAMES | EXPERTS | SHARED_EXPERTS, harmless=ROTARY
-)
+ALL_NAMES = NAMES | EXPERTS | SHARED_EXPERTS
+FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", read, write, ALL_NAMES | nextn(ALL_NAMES), harmless=ROTARY)

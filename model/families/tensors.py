@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from model.blocks.future import future_blocks
 from model.config import STACKS, Block, ModelConfig
 from model.function import Params, logical_axes, param_shapes
 
@@ -22,6 +23,7 @@ Path = tuple[str, ...]
 # What stands before our names of what is in the blocks of a stack; "" before those in the model's own blocks.
 PREFIXES = {stack: f"{stack.removesuffix('_')}/" if stack else "" for stack in STACKS}
 ENCODER = PREFIXES["encoder_"]
+FUTURE = "future/"  # before our names of what is in a module that says a later token, and in its block
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
 INPUT_AXES: dict[str, int] = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "router", "shared_gate"), 1)
@@ -30,6 +32,7 @@ INPUT_AXES |= dict.fromkeys(("in_z", "in_x", "in_B", "in_C", "in_dt", "dt_low", 
 INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
 INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
 INPUT_AXES |= dict.fromkeys(("dense", "class_head"), 1)  # heads of encoders
+INPUT_AXES |= dict.fromkeys(("join",), 1)  # modules of the future
 INPUT_AXES |= {"pooled": 1, "latent": 2, "from_latent": 1}  # patches of bytes
 
 
@@ -80,10 +83,19 @@ class Folded:
     rows_of: str
 
 
-Rule = str | Fused | Whole | Merged | Conv | Folded
-Leaves = dict[str, tuple[tuple[int, ...], Path]]  # our name to shape and logical axes
-# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block. "{i}" is the layer's
-# number, "{e}" the expert's, "{pair}" that of the pair of blocks.
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """In each module of the future: the same as a parameter outside the blocks (of a tied head: the embedding)."""
+
+    ours: str
+
+
+Rule = str | Fused | Whole | Merged | Conv | Folded | Copy
+Leaf = tuple[tuple[int, ...], Path, Path]  # shape, logical axes, where it is in our unrolled parameters
+Leaves = dict[str, Leaf]  # by our name
+# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block, "future/mixer/q" in a
+# module of the future, which also has "future/join". "{i}" is the layer's number, "{pair}" that of a pair of blocks,
+# "{e}" the expert's; "{n}" the number of the module as if it were a layer, "{k}" its number from 0.
 Names = dict[str, Rule]
 NamesOf = Callable[[Block | None], Names]
 
@@ -117,6 +129,7 @@ class Tensor:
     pieces: tuple[Piece, ...]
     transposed: bool
     groups: int = 1  # the outputs are so many groups, each with a part of every piece
+    repeats: str | None = None  # the tensor whose copy it is; where it is missing, that one is all
 
     def to_ours(self, theirs: np.ndarray) -> list[np.ndarray]:
         """One array for each piece; views of `theirs` where numpy can give them."""
@@ -158,8 +171,8 @@ def tensor_table(cfg: ModelConfig, names: Names | NamesOf, blocks_per_layer: int
     Raises:
       ValueError: a parameter that the format has no name for.
     """
-    table = []
-    for block, layer, leaves in _groups(cfg):
+    table: list[Tensor] = []
+    for block, numbers, leaves in _groups(cfg, blocks_per_layer):
         own = names(block) if callable(names) else names
         theirs = {key: (name, rule) for name, rule in own.items() for key in _ours(rule)}
         done = set()
@@ -179,7 +192,10 @@ def tensor_table(cfg: ModelConfig, names: Names | NamesOf, blocks_per_layer: int
                     f"the format's tensor {name} also holds {', '.join(missing)}, which this model lacks. "
                     'Save with format="native".'
                 )
-            table += _tensors(name, rule, layer, blocks_per_layer, leaves)
+            table += _tensors(name, rule, numbers, leaves)
+        if "k" in numbers:
+            copies = {name: rule.ours for name, rule in own.items() if isinstance(rule, Copy)}
+            table += [_copy(name.format(**numbers), copied, table) for name, copied in copies.items()]
     return table
 
 
@@ -192,42 +208,55 @@ def name_of(names: Names | NamesOf, ours: str) -> str:
 def _ours(rule: Rule) -> tuple[str, ...]:
     if isinstance(rule, str):
         return (rule,)
+    if isinstance(rule, Copy):
+        return ()
     return rule.ours if isinstance(rule, Fused | Conv) else (rule.ours,)
 
 
-def _groups(cfg: ModelConfig) -> Iterator[tuple[Block | None, int | None, Leaves]]:
-    """(None, None, everything outside the blocks), then (block, layer, what is in it) for each block of a stack."""
+def _groups(cfg: ModelConfig, blocks_per_layer: int) -> Iterator[tuple[Block | None, dict[str, int], Leaves]]:
+    """(None, {}, everything outside the blocks), then (block, its numbers by the letters of `Names`, what is in it) for
+    each block of a stack and each module of the future."""
     scanned = cfg.replace(scan=True)  # one trace for each run of equal blocks
     shapes, axes = param_shapes(scanned), logical_axes(scanned)
     runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
-
-    def flat(shape_tree: Params, axes_tree: Params, drop: int) -> Leaves:
-        pairs = zip(_flat(shape_tree), _flat(axes_tree), strict=True)
-        return {key: (leaf.shape[drop:], of_leaf[drop:]) for (key, leaf), (_, of_leaf) in pairs}
-
-    outside = [{key: value for key, value in tree.items() if key not in runs} for tree in (shapes, axes)]
-    yield None, None, flat(outside[0], outside[1], 0)
+    modules = future_blocks(cfg.future)
+    inside = runs.keys() | modules.keys()
+    outside = [{key: value for key, value in tree.items() if key not in inside} for tree in (shapes, axes)]
+    yield None, {}, _leaves(outside[0], outside[1], 0, "", ())
     for run, (stack, block, numbers) in runs.items():
-        leaves = flat(shapes[run], axes[run], 1)
-        leaves = {PREFIXES[stack] + key: leaf for key, leaf in leaves.items()}
         for i in numbers:
-            yield block, i, leaves
+            leaves = _leaves(shapes[run], axes[run], 1, PREFIXES[stack], (f"{stack}block_{i}",))
+            yield block, {"i": i // blocks_per_layer, "pair": i // 2}, leaves
+    for k, (name, block) in enumerate(modules.items()):
+        leaves = _leaves(shapes[name], axes[name], 0, FUTURE, (name,))
+        yield block, {"k": k, "n": len(cfg.blocks) // blocks_per_layer + k}, leaves
 
 
-def _tensors(
-    name: str, rule: Rule, layer: int | None, blocks_per_layer: int, leaves: Leaves
-) -> Iterator[Tensor]:
+def _leaves(shapes: Params, axes: Params, drop: int, prefix: str, home: Path) -> Leaves:
+    """Of a tree of parameters at `home`, without their first `drop` axes."""
+    return {
+        prefix + key.removeprefix("block_0/"): (leaf.shape[drop:], of_leaf[drop:], (*home, *key.split("/")))
+        for (key, leaf), (_, of_leaf) in zip(_flat(shapes), _flat(axes), strict=True)
+    }
+
+
+def _copy(name: str, ours: str, table: list[Tensor]) -> Tensor:
+    """A tensor that repeats that of a parameter outside the blocks."""
+    by_path = {tensor.pieces[0].path: tensor for tensor in reversed(table)}
+    original = by_path.get((ours,)) or by_path["embedding",]
+    return dataclasses.replace(original, name=name, repeats=original.name)
+
+
+def _tensors(name: str, rule: Rule, numbers: Mapping[str, int], leaves: Leaves) -> Iterator[Tensor]:
     """One tensor, or one for each expert."""
     ours = _ours(rule)
     experts = leaves[ours[0]][0][0] if "{e}" in name else 0
     for expert in range(experts) if experts else (None,):
-        pieces = tuple(_piece(key, rule, leaves[key], layer, expert) for key in ours)
+        pieces = tuple(_piece(rule, leaves[key], expert) for key in ours)
         transposed = pieces[0].inputs > 0 and getattr(rule, "transposed", True)
         groups = _group_count(rule, pieces, leaves)
-        shape = _stored_shape(rule, pieces, transposed, leaves, outside=layer is None)
-        number = layer or 0
-        full_name = name.format(i=number // blocks_per_layer, e=expert, pair=number // 2)
-        yield Tensor(full_name, shape, pieces, transposed, groups)
+        shape = _stored_shape(rule, pieces, transposed, leaves, outside=not numbers)
+        yield Tensor(name.format(**numbers, e=expert), shape, pieces, transposed, groups)
 
 
 def _stored_shape(
@@ -263,14 +292,8 @@ def _group_count(rule: Rule, pieces: tuple[Piece, ...], leaves: Leaves) -> int:
     return min(piece.shape[piece.lead + piece.inputs] for piece in pieces)
 
 
-def _piece(
-    key: str, rule: Rule, leaf: tuple[tuple[int, ...], Path], layer: int | None, expert: int | None
-) -> Piece:
-    path = tuple(key.split("/"))
-    if layer is not None:
-        stack = next((stack for stack in STACKS if stack and key.startswith(PREFIXES[stack])), "")
-        path = (f"{stack}block_{layer}", *key.removeprefix(PREFIXES[stack]).split("/"))
-    whole, axes = leaf
+def _piece(rule: Rule, leaf: Leaf, expert: int | None) -> Piece:
+    whole, axes, path = leaf
     shape = whole if expert is None else whole[1:]
     lead = int(expert is None and axes[:1] == ("experts",) and len(shape) > 1)
     inputs = INPUT_AXES.get(path[-1], 0) if len(shape) - lead > 1 else 0

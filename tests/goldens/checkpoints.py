@@ -148,7 +148,7 @@ CHECKPOINTS = {
     "starcoder2": ("Starcoder2Config", SMALL | {"sliding_window": 4, "norm_epsilon": 1e-5}, {}),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": 61, "n_embd": 36, "n_layer": 4, "n_head": 6, "n_positions": 720}
+        {"vocab_size": 61, "n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 720}
         | {"bos_token_id": 1, "eos_token_id": 2},
         {},
     ),
@@ -199,7 +199,11 @@ CHECKPOINTS = {
         FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
         {},
     ),
-    "mixtral": ("MixtralConfig", SMALL | {"num_local_experts": 5, "sliding_window": 6, "head_dim": 8}, {}),
+    "mixtral": (
+        "MixtralConfig",
+        SMALL | {"num_local_experts": 5, "intermediate_size": 20, "sliding_window": 6, "head_dim": 8},
+        {},
+    ),
     "qwen2_moe": (
         "Qwen2MoeConfig",
         SMALL
@@ -258,6 +262,7 @@ CHECKPOINTS = {
         SMALL
         | {
             "num_local_experts": 5,
+            "intermediate_size": 20,
             "num_experts_per_tok": 2,
             "head_dim": 8,
             "sliding_window": 4,
@@ -352,6 +357,7 @@ CHECKPOINTS = {
             "attn_layer_period": 3,
             "attn_layer_offset": 1,
             "num_experts": 5,
+            "intermediate_size": 20,
             "pad_token_id": 0,
         }
         | {"num_experts_per_tok": 2, "mamba_d_state": 5, "mamba_dt_rank": 3, "use_mamba_kernels": False},
@@ -414,5 +420,38 @@ CHECKPOINTS = {
         }
         | {"ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 5, "moe_top_k": 2}},
         {},
+    ),
+}
+
+FEW = {
+    "vocab_size": 29, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16,
+    "intermediate_size": 20, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+    "eos_token_id": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+}  # fmt: skip
+
+GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "topk_group": 1}
+
+# of make_mtp.py: folder -> (config class, its arguments, how many of the layers are modules of multi-token prediction)
+FUTURE_CHECKPOINTS = {
+    "deepseek_v3_mtp": (
+        "DeepseekV3Config",
+        MLA
+        | FEW
+        | GROUPS
+        | {"num_hidden_layers": 4, "num_key_value_heads": 4, "num_mtp_layers": 2, "n_group": 2},
+        2,
+    ),
+    "glm4_moe_mtp": (
+        "Glm4MoeConfig",
+        FEW | GROUPS | {"first_k_dense_replace": 1, "n_group": 1, "head_dim": 8, "use_qk_norm": True},
+        1,
+    ),
+    "qwen3_next_mtp": (
+        "Qwen3NextConfig",
+        FEW
+        | {"head_dim": 8, "linear_key_head_dim": 6, "linear_value_head_dim": 7, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "num_experts": 4, "shared_expert_intermediate_size": 14}
+        | {"layer_types": ["linear_attention", "full_attention", "full_attention"], "pad_token_id": 0},
+        1,
     ),
 }

@@ -9,6 +9,7 @@ base's own `logits.npz`, in float32. Everything is seeded.
 
 from __future__ import annotations
 
+import json
 import shutil
 import zlib
 
@@ -49,6 +50,10 @@ def main() -> None:
         model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if isinstance(config["target_modules"], list):  # a set, in another order each time
+            config["target_modules"].sort()
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         np.savez_compressed(folder / "logits.npz", logits=logits(model.base_model.model)["logits"])
 
 

@@ -43,10 +43,10 @@ def compiled_fast(function, **options):
     return jax.jit(function, compiler_options=quick, **options)
 
 
-def paged_cache(cfg, batch, pages_a_row, page_size, seed=0):
+def paged_cache(cfg, batch, pages_a_row, page_size, seed=0, num_rows=1):
     """Pages handed out in no order, with one page that nobody has."""
     order = np.random.default_rng(seed).permutation(batch * pages_a_row).reshape(batch, pages_a_row) + 1
-    layers = init_pages(cfg, batch * pages_a_row + 1, page_size)
+    layers = init_pages(cfg, batch * pages_a_row + 1, page_size, num_rows=num_rows)
     return Cache(layers, jax.numpy.asarray(order, np.int32), jax.numpy.zeros((batch,), np.int32))
 
 

@@ -35,9 +35,12 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP
+from model.blocks.future import future_blocks
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
+from model.blocks.mixture_of_depths import MixtureOfDepths
+from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm
 from model.blocks.parallel import Parallel
@@ -78,6 +81,9 @@ EVERY_PART = ModelConfig(
         Block(KimiDeltaAttention(2, 4), MoE(4, 1, MLP(9))),
         Block(Parallel((Retention(2, 4, 5), RGLRU(4, 3)), out_norm=NORM), None),
         Block(RGLRU(4, 3), None),
+        Block(MixtureOfDepths(Block(Retention(2, 4, 5), None)), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Narrowing()), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Assigned()), None, None),
         Block(Retention(2, 4, 5), None),
     ),
     positions=LearnedPositions(16),
@@ -126,6 +132,7 @@ def test_every_parameter_of_every_part_has_a_role():
     used = {type(part).__name__ for block in EVERY_PART.blocks for part in (block.mixer, block.ffn)}
     # an expert; T5's and BLT's, among the published families
     elsewhere = {"ClampedSwiGLU", "CrossAttention", "PatchAttention"}
+    elsewhere |= {"SequentialFuture", "ParallelFuture"}  # tests/model/test_future.py
     assert {name for name, part in PARTS.items() if hasattr(part, "flops_per_token")} <= used | elsewhere
     assert not [group.name for group in parameter_groups(EVERY_PART) if not group.role]
 
@@ -138,9 +145,12 @@ def test_the_groups_of_a_published_family_are_its_arrays(path):
     assert all(group.role for group in groups)
     assert sum(group.parameters for group in groups) == sum(x.size for x in jax.tree.leaves(params))
     idle = 0
-    for i, block in enumerate(cfg.blocks):
+    blocks = [(block, params[f"block_{i}"]) for i, block in enumerate(cfg.blocks)]
+    for name, block in future_blocks(cfg.future).items():
+        blocks.append((block, params[name]["block_0"]))
+    for block, of_block in blocks:
         if isinstance(block.ffn, MoE):
-            experts = sum(x.size for x in jax.tree.leaves(params[f"block_{i}"]["ffn"]["experts"]))
+            experts = sum(x.size for x in jax.tree.leaves(of_block["ffn"]["experts"]))
             idle += experts // block.ffn.num_experts * (block.ffn.num_experts - block.ffn.experts_per_token)
     assert sum(group.parameters - group.active for group in groups) == idle
     assert (idle > 0) == any(isinstance(block.ffn, MoE) for block in cfg.blocks)

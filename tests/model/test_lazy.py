@@ -1,5 +1,6 @@
 """Loading in parts: each device reads its own slice, and memory holds the parameters and one tensor, no more."""
 
+import math
 import os
 
 import jax
@@ -8,7 +9,8 @@ import pytest
 
 from benchmarks.loading import peak_memory, write_made_up
 from model import MESH_AXES, load, load_config, logical_axes, save
-from model.lazy import Lazy, Stacked, place
+from model.layout import relayout
+from model.lazy import Lazy, Sliced, Stacked, place
 from model.sharding import ShardingRules, named_sharding
 from model.storage import load_lazily
 
@@ -72,6 +74,38 @@ def test_what_is_loaded_lazily_is_saved_as_it_was(tmp_path):
         path = tmp_path / f"again.{format}"
         save(path, again_cfg, again, format=format)
         jax.tree.map(np.testing.assert_array_equal, load(path)[1], params)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_checkpoint_is_converted_without_reading_more_than_a_layer_at_once(scan, tmp_path, monkeypatch):
+    cfg = tiny(layers=4, scan=scan, param_dtype="bfloat16")
+    params = random_params(cfg)
+    save(tmp_path / "native", cfg, params)
+    read, of = [], Sliced.__array__
+    monkeypatch.setattr(
+        Sliced, "__array__", lambda self, *a, **k: read.append(self.shape) or of(self, *a, **k)
+    )
+    again_cfg, again = load_lazily(tmp_path / "native")
+    save(tmp_path / "folder", again_cfg, again, format="huggingface")
+    assert (
+        max(math.prod(shape) for shape in read) == 61 * 24
+    )  # the embedding; four layers of a map would be more
+    _, whole = relayout(cfg, params, scan=False)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "folder")[1], whole)
+    again_cfg, again = load_lazily(tmp_path / "native", dtype="float32")
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        assert ours.dtype == np.float32 and ours.shape == theirs.shape
+        np.testing.assert_array_equal(np.asarray(ours), theirs.astype(np.float32))
+        np.testing.assert_array_equal(ours[(slice(0, 2),) + (slice(None),) * (theirs.ndim - 1)], theirs[:2])
+
+
+def test_what_is_unpacked_is_unpacked_once_for_all_devices():
+    made = []
+    make = lambda: made.append(1) or np.ones((16, 3), np.float32)
+    array = Lazy((16, 3), np.dtype(np.float32), make, unpacked=True)
+    mesh = jax.make_mesh((8,), ("x",))
+    placed = place(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    assert len(made) == 1 and placed.addressable_shards[0].data.shape == (2, 3)
 
 
 @pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="memory is read from /proc")

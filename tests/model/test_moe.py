@@ -439,4 +439,4 @@ def test_a_mixture_that_can_not_be_is_refused_with_the_mend():
 def test_flops_count_the_experts_that_a_token_uses():
     spec = MoE(E, 2, GatedMLP(F), shared=GatedMLP(5), shared_gate=True)
     assert spec.flops_per_token(D) == 2 * (2 * 3 * D * F + 3 * D * 5 + D * E + D)
-    assert spec.active_share == 0.25
+    assert spec.active_share("experts/up") == 0.25 and spec.active_share("shared/up") == 1

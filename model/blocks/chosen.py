@@ -1,0 +1,139 @@
+"""Running blocks on some of a row's tokens: what mixtures of depths and of recursions share.
+
+The chosen tokens move to the front of the row, keep their positions, and see each other alone; afterwards what the
+blocks made of them is added where they came from.
+"""
+
+# B batch, T tokens, D model width, M chosen tokens a row at most, S slots of a row
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from model.blocks.attention import read_pages
+from model.blocks.block import Block, BlockModule
+from model.blocks.common import TokenInfo, fan_in_normal, param
+
+NOWHERE = 2**30  # a page that takes nothing
+FILLED = "filled"  # among a state: which slots of the pages hold a token that was chosen
+
+
+class Chosen(NamedTuple):
+    """Tokens of a row that go on, in their order, before padding."""
+
+    index_BM: jax.Array  # int32, where each stands in its row
+    real_BM: jax.Array  # bool, the others are padding
+
+    def take(self, x_BT: jax.Array) -> jax.Array:
+        index = self.index_BM.reshape(self.index_BM.shape + (1,) * (x_BT.ndim - 2))
+        return jnp.take_along_axis(x_BT, index, axis=1)
+
+    def add(self, x_BTD: jax.Array, change_BMD: jax.Array) -> jax.Array:
+        """`x` with the chosen tokens' changes."""
+        change_BMD = jnp.where(self.real_BM[..., None], change_BMD, 0).astype(x_BTD.dtype)
+        rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+        return x_BTD.at[rows_B1, self.index_BM].add(change_BMD)
+
+    def info(self, info: TokenInfo) -> TokenInfo:
+        """That of the chosen tokens."""
+        real_BM = self.real_BM.astype(jnp.int32)
+        segments_BM = real_BM if info.segment_ids is None else self.take(info.segment_ids) * real_BM
+        pages: dict[str, Any] = {}
+        if info.write_page is not None and info.write_slot is not None:
+            page_BM = jnp.where(self.real_BM, self.take(info.write_page), NOWHERE)
+            pages = {"write_page": page_BM, "write_slot": self.take(info.write_slot)}
+        return dataclasses.replace(
+            info, positions=self.take(info.positions), segment_ids=segments_BM, shared={}, **pages
+        )
+
+
+def real_tokens(info: TokenInfo) -> jax.Array:
+    """[B, T] bool."""
+    if info.segment_ids is None:
+        return jnp.ones(info.positions.shape, bool)
+    return info.segment_ids != 0
+
+
+def choose_positive(scores_BT: jax.Array, real_BT: jax.Array) -> Chosen:
+    """All real tokens whose score is above 0: each token by itself, so that text can be written one by one."""
+    wanted_BT = (scores_BT > 0) & real_BT
+    index_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
+    return Chosen(index_BT, jnp.take_along_axis(wanted_BT, index_BT, axis=1))
+
+
+def choose_best(scores_BT: jax.Array, real_BT: jax.Array, count: int) -> Chosen:
+    """The `count` real tokens of a row with the highest scores."""
+    _, index_BM = jax.lax.top_k(jnp.where(real_BT, scores_BT, -jnp.inf), count)
+    index_BM = jnp.sort(index_BM, axis=1)
+    return Chosen(index_BM, jnp.take_along_axis(real_BT, index_BM, axis=1))
+
+
+def membership(chosen: Chosen, length: int) -> jax.Array:
+    """[B, T] bool: which tokens of the row were chosen."""
+    rows_B1 = jnp.arange(chosen.index_BM.shape[0])[:, None]
+    return (
+        jnp.zeros((chosen.index_BM.shape[0], length), bool).at[rows_B1, chosen.index_BM].set(chosen.real_BM)
+    )
+
+
+def router_scores(module: Any, x_BTD: jax.Array, name: str = "router") -> jax.Array:
+    """[B, T] float32, a linear map of each token to one number: the parameter `name` [D]."""
+    ctx, D = module.ctx, x_BTD.shape[-1]
+    float32 = dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
+    w_D = param(module, float32, name, (D,), ("norm",), fan_in_normal(D))
+    return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), w_D, precision=jax.lax.Precision.HIGHEST)
+
+
+def check_choosable(block: Block) -> None:
+    """Distances must not matter to a block that some tokens pass by."""
+    for name in ("window", "alibi", "relative"):
+        value = getattr(block.mixer, name, None)
+        if value is not None:
+            raise ValueError(
+                f"{name}={value} counts tokens that are not there for a block that some pass by. Give the block "
+                "attention without it; rotary positions are those of the row."
+            )
+
+
+def init_states(
+    block: Block, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """A block's state, and which slots of its pages hold a token."""
+    state = block.mixer.init_cache(num_pages, page_size, num_rows, dtype)
+    return state | ({FILLED: jnp.zeros((num_pages, page_size), bool)} if has_pages(block) else {})
+
+
+def state_axes(block: Block) -> dict[str, tuple[str | None, ...]]:
+    return block.mixer.cache_axes() | ({FILLED: ("pages", "slots")} if has_pages(block) else {})
+
+
+def has_pages(block: Block) -> bool:
+    return any("slots" in axes for axes in block.mixer.cache_axes().values())
+
+
+def run_chosen(
+    module: BlockModule, chosen: Chosen, x_BTD: jax.Array, state: dict | None, info: TokenInfo
+) -> tuple[jax.Array, dict | None, dict]:
+    """[B, M, D] what the block adds to each chosen token, its state, and what it reports."""
+    of_chosen, filled = chosen.info(info), {}
+    if state is not None and FILLED in state:
+        filled_NZ, of_chosen = _fill(state[FILLED], info, of_chosen)
+        filled = {FILLED: filled_NZ}
+        state = {key: value for key, value in state.items() if key != FILLED}
+    read_BMD = chosen.take(x_BTD)
+    made_BMD, (state, more) = module(read_BMD, state, of_chosen)
+    return made_BMD - read_BMD, None if state is None else state | filled, more.aux
+
+
+def _fill(filled_NZ: jax.Array, info: TokenInfo, of_chosen: TokenInfo) -> tuple[jax.Array, TokenInfo]:
+    """The slots that now hold a token, and the chosen tokens' info with it.
+
+    Every real token writes whether it was chosen, so that a page that was another row's says nothing of that row.
+    """
+    filled_NZ = filled_NZ.at[info.write_page, info.write_slot].set(False, mode="drop")
+    filled_NZ = filled_NZ.at[of_chosen.write_page, of_chosen.write_slot].set(True, mode="drop")
+    return filled_NZ, dataclasses.replace(of_chosen, slots_filled=read_pages(filled_NZ, info))

@@ -1,0 +1,123 @@
+"""A block that only some tokens pass through, as its router decides; the others go by.
+
+Raposo et al. 2024, arXiv:2404.02258.
+"""
+
+# B batch, T tokens, D model width, M chosen tokens a row at most
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.block import Block, BlockModule
+from model.blocks.chosen import (
+    Chosen,
+    check_choosable,
+    choose_best,
+    choose_positive,
+    init_states,
+    membership,
+    real_tokens,
+    router_scores,
+    run_chosen,
+    state_axes,
+)
+from model.blocks.common import Context, More, TokenInfo, add_up
+from model.weighted import WeightedSum
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOfDepths:
+    """x + score(x) * (block(x) - x) for the tokens that are chosen, x for the others; use it as a block's whole mixer.
+
+    With a `capacity`, the tokens of a row with the highest scores are chosen, which no token can know before it has
+    seen those after it; so the scores are trained to be above 0 for these alone, and decoding with a cache chooses by
+    that. Without, every token with a score above 0 is chosen, always: then a row in parts or packed is as it is alone.
+    """
+
+    block: Block
+    capacity: float | None = 0.125  # share of a row's tokens
+    predict_loss: float = 0.01  # coefficient of the cross-entropy that trains the sign of the scores
+
+    def __post_init__(self):
+        if self.capacity is not None and not 0 < self.capacity <= 1:
+            raise ValueError(
+                f"capacity={self.capacity} is a share of a row's tokens, above 0 and at most 1, or None."
+            )
+        check_choosable(self.block)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (self.block,)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        of_block = {f"block/{path}": role for path, role in self.block.roles.items()}
+        return {"router": "which tokens pass through the block, and how much they change", **of_block}
+
+    def active_share(self, path: str) -> float:
+        return self.block.active_share(path.removeprefix("block/"))
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return MixtureOfDepthsModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """The block's, and which slots of its pages hold a token."""
+        return init_states(self.block, num_pages, page_size, num_rows, dtype)
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return state_axes(self.block)
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; without a capacity as if all tokens were chosen."""
+        share = 1.0 if self.capacity is None else self.capacity
+        chosen = max(1, math.ceil(share * seq_len))
+        return 2 * width + share * self.block.flops_per_token(width, chosen)
+
+
+class MixtureOfDepthsModule(nn.Module):
+    spec: MixtureOfDepths
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec, real_BT = self.spec, real_tokens(info)
+        scores_BT = router_scores(self, x_BTD)
+        chosen = self._choose(scores_BT, real_BT, cached=cache is not None)
+        block = BlockModule(spec.block, self.ctx, name="block")
+        change_BMD, cache, aux = run_chosen(block, chosen, x_BTD, cache, info)
+        change_BMD *= chosen.take(scores_BT)[..., None].astype(x_BTD.dtype)
+        report = self._report(scores_BT, chosen, real_BT)
+        return chosen.add(jnp.zeros_like(x_BTD), change_BMD), cache, More(add_up(aux, report))
+
+    def _choose(self, scores_BT: jax.Array, real_BT: jax.Array, cached: bool) -> Chosen:
+        if self.spec.capacity is None or cached:
+            return choose_positive(scores_BT, real_BT)
+        return choose_best(scores_BT, real_BT, math.ceil(self.spec.capacity * scores_BT.shape[1]))
+
+    def _report(self, scores_BT: jax.Array, chosen: Chosen, real_BT: jax.Array) -> dict[str, WeightedSum]:
+        passed_BT = membership(chosen, scores_BT.shape[1]).astype(jnp.float32)
+        report = {"depth_share": WeightedSum.of(passed_BT, real_BT)}
+        if self.spec.capacity is not None:
+            report |= predict(scores_BT, passed_BT, real_BT, self.spec.predict_loss)
+        return report
+
+
+def predict(
+    scores_BT: jax.Array, passed_BT: jax.Array, real_BT: jax.Array, coefficient: float
+) -> dict[str, WeightedSum]:
+    """The binary cross-entropy of sigmoid(score) against who passed (section 3.5 of the paper), as a loss and for the
+    log, and how often the sign of a score is right."""
+    entropy_BT = jax.nn.softplus(scores_BT) - passed_BT * scores_BT
+    return {
+        "loss": WeightedSum.of(coefficient * entropy_BT, real_BT),
+        "depth_predict_loss": WeightedSum.of(entropy_BT, real_BT),
+        "depth_predicted": WeightedSum.of((scores_BT > 0) == (passed_BT > 0), real_BT),
+    }

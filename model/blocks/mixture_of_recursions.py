@@ -1,0 +1,228 @@
+"""The same blocks several times over, each token as often as a router decides.
+
+Bae et al. 2025, arXiv:2507.10524; without a router, every token as often: Dehghani et al. 2018, arXiv:1807.03819.
+Each recursion keeps keys and values of its own tokens ("recursion-wise caching" in the paper).
+"""
+
+# B batch, T tokens, D model width, M chosen tokens a row at most, R recursions
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.block import Block, BlockModule
+from model.blocks.chosen import (
+    Chosen,
+    check_choosable,
+    choose_best,
+    choose_positive,
+    init_states,
+    membership,
+    real_tokens,
+    router_scores,
+    run_chosen,
+    state_axes,
+)
+from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param
+from model.blocks.mixture_of_depths import predict
+from model.weighted import WeightedSum
+
+
+@dataclasses.dataclass(frozen=True)
+class Narrowing:
+    """Before each recursion a router of its own chooses among the tokens that went through the one before: "expert
+    choice". A chosen token changes by score * (blocks(x) - x).
+
+    With `capacities`, one share of a row's tokens for each recursion, the highest scores are chosen, and decoding with
+    a cache goes by the scores' signs, trained for that, as in `MixtureOfDepths`. Without, always by their signs.
+    """
+
+    capacities: tuple[float, ...] | None = None
+    predict_loss: float = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Assigned:
+    """A router gives each token its number of recursions at the start: "token choice". The last of them is weighed by
+    the router's probability for that number."""
+
+    balance_loss: float = 0.01  # coefficient of R * sum_r share_r * probability_r, as for experts
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureOfRecursions:
+    """`blocks` applied up to `times` times, with the same parameters; use it as a block's whole mixer."""
+
+    blocks: tuple[Block, ...]
+    times: int
+    router: Narrowing | Assigned | None = None  # None: every token passes through all
+
+    def __post_init__(self):
+        if not self.blocks or self.times < 1:
+            raise ValueError(
+                f"recursions need blocks and at least one time; given {len(self.blocks)} blocks, times={self.times}."
+            )
+        for block in self.blocks if self.router is not None else ():
+            check_choosable(block)
+        shares = self.router.capacities if isinstance(self.router, Narrowing) else None
+        if shares is not None and (len(shares) != self.times or not all(0 < share <= 1 for share in shares)):
+            raise ValueError(
+                f"capacities={shares}: wanted a share of the tokens, above 0 and at most 1, for each of "
+                f"{self.times} times."
+            )
+
+    @property
+    def roles(self) -> dict[str, str]:
+        routers = {
+            f"router_{r}": f"which tokens go through recursion {r}, and how much they change"
+            for r in range(self.times)
+        }
+        of_blocks = {
+            f"block_{i}/{path}": role
+            for i, block in enumerate(self.blocks)
+            for path, role in block.roles.items()
+        }
+        return routers | {"router": "how many recursions a token goes through"} | of_blocks
+
+    def active_share(self, path: str) -> float:
+        name, _, rest = path.partition("/")
+        return self.blocks[int(name.removeprefix("block_"))].active_share(rest) if rest else 1.0
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        return MixtureOfRecursionsModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """What each block keeps in each recursion, "recursion_1/block_0/" and such before its name."""
+        states = [init_states(block, num_pages, page_size, num_rows, dtype) for block in self.blocks]
+        return self._of_each(states)
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return self._of_each([state_axes(block) for block in self.blocks])
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass; without capacities as if all tokens went through all recursions."""
+        shares = (1.0,) * self.times
+        if isinstance(self.router, Narrowing) and self.router.capacities is not None:
+            shares = self.router.capacities
+        routers = {Narrowing: self.times, Assigned: self.times}.get(type(self.router), 0)
+        return 2 * width * routers + sum(
+            share * block.flops_per_token(width, max(1, math.ceil(share * seq_len)))
+            for share in shares
+            for block in self.blocks
+        )
+
+    def _of_each(self, parts: list[dict]) -> dict:
+        return {
+            f"recursion_{r}/block_{i}/{key}": value
+            for r in range(self.times)
+            for i, part in enumerate(parts)
+            for key, value in part.items()
+        }
+
+
+class MixtureOfRecursionsModule(nn.Module):
+    spec: MixtureOfRecursions
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec = self.spec
+        blocks = [BlockModule(block, self.ctx, name=f"block_{i}") for i, block in enumerate(spec.blocks)]
+        walk = _Walk(blocks, info, cache)
+        if isinstance(spec.router, Narrowing):
+            y_BTD, aux = self._narrow(spec.router, x_BTD, walk)
+        elif isinstance(spec.router, Assigned):
+            y_BTD, aux = self._assign(spec.router, x_BTD, walk)
+        else:
+            y_BTD, aux = self._all(x_BTD, walk)
+        return y_BTD - x_BTD, None if cache is None else walk.states, More(add_up(aux, walk.aux))
+
+    def _all(self, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
+        everyone = choose_positive(jnp.ones(x_BTD.shape[:2]), walk.real_BT)
+        for r in range(self.spec.times):
+            x_BTD = everyone.add(x_BTD, walk.through(r, everyone, x_BTD))
+        return x_BTD, {}
+
+    def _narrow(self, router: Narrowing, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
+        left_BT, aux, length = walk.real_BT, {}, x_BTD.shape[1]
+        for r in range(self.spec.times):
+            scores_BT = router_scores(self, x_BTD, f"router_{r}")
+            if router.capacities is None or walk.cached:
+                chosen = choose_positive(scores_BT, left_BT)
+            else:
+                chosen = choose_best(scores_BT, left_BT, math.ceil(router.capacities[r] * length))
+            change_BMD = walk.through(r, chosen, x_BTD)
+            x_BTD = chosen.add(x_BTD, change_BMD * chosen.take(scores_BT)[..., None].astype(x_BTD.dtype))
+            passed_BT = membership(chosen, length)
+            aux |= {f"recursion_{r}_share": WeightedSum.of(passed_BT, walk.real_BT)}
+            if router.capacities is not None:
+                passed = passed_BT.astype(jnp.float32)
+                aux = add_up(aux, predict(scores_BT, passed, left_BT, router.predict_loss))
+            left_BT = passed_BT
+        return x_BTD, aux
+
+    def _assign(self, router: Assigned, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
+        probabilities_BTR, last_BT = self._depths(x_BTD)
+        for r in range(self.spec.times):
+            chosen = choose_positive((last_BT >= r).astype(jnp.float32), walk.real_BT)
+            weight_BT = jnp.where(last_BT == r, probabilities_BTR[..., r], 1.0).astype(x_BTD.dtype)
+            x_BTD = chosen.add(x_BTD, walk.through(r, chosen, x_BTD) * chosen.take(weight_BT)[..., None])
+        return x_BTD, _balance(probabilities_BTR, last_BT, walk.real_BT, router.balance_loss)
+
+    def _depths(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(probabilities of each number of recursions [B, T, R] float32, the last recursion of each token [B, T])."""
+        D, R = x_BTD.shape[-1], self.spec.times
+        float32 = dataclasses.replace(self.ctx, dtype=jnp.dtype("float32"))
+        w_DR = param(self, float32, "router", (D, R), ("embed", None), fan_in_normal(D))
+        logits_BTR = jnp.einsum(
+            "BTD,DR->BTR", x_BTD.astype(jnp.float32), w_DR, precision=jax.lax.Precision.HIGHEST
+        )
+        return jax.nn.softmax(logits_BTR, axis=-1), jnp.argmax(logits_BTR, axis=-1)
+
+
+class _Walk:
+    """The blocks, and what they have left behind in each recursion so far."""
+
+    def __init__(self, blocks: list[BlockModule], info: TokenInfo, cache: dict | None):
+        self.blocks, self.info, self.cache = blocks, info, cache
+        self.cached, self.real_BT = cache is not None, real_tokens(info)
+        self.states: dict[str, jax.Array] = {}
+        self.aux: dict[str, WeightedSum] = {}
+
+    def through(self, r: int, chosen: Chosen, x_BTD: jax.Array) -> jax.Array:
+        """[B, M, D]: what the blocks add to the chosen tokens in recursion `r`."""
+        start_BMD = chosen.take(x_BTD)
+        for i, block in enumerate(self.blocks):
+            prefix, state = f"recursion_{r}/block_{i}/", None
+            if self.cache is not None:
+                state = {
+                    key.removeprefix(prefix): v for key, v in self.cache.items() if key.startswith(prefix)
+                }
+            change_BMD, state, aux = run_chosen(block, chosen, x_BTD, state, self.info)
+            x_BTD = chosen.add(x_BTD, change_BMD)
+            self.states |= {prefix + key: value for key, value in (state or {}).items()}
+            self.aux = add_up(self.aux, aux)
+        return chosen.take(x_BTD) - start_BMD
+
+
+def _balance(
+    probabilities_BTR: jax.Array, last_BT: jax.Array, real_BT: jax.Array, coefficient: float
+) -> dict[str, WeightedSum]:
+    R, real_BT = probabilities_BTR.shape[-1], real_BT.astype(jnp.float32)
+    count = jnp.maximum(real_BT.sum(), 1)
+    share_R = jnp.einsum("BTR,BT->R", jax.nn.one_hot(last_BT, R), real_BT) / count
+    mean_R = jnp.einsum("BTR,BT->R", probabilities_BTR, real_BT) / count
+    loss = R * jnp.sum(jax.lax.stop_gradient(share_R) * mean_R)
+    depths = WeightedSum.of(last_BT + 1.0, real_BT)
+    return {
+        "loss": WeightedSum(coefficient * loss * depths.weight, depths.weight),
+        "recursion_balance": WeightedSum(loss * depths.weight, depths.weight),
+        "recursions": depths,
+    }
