@@ -21,6 +21,7 @@ from model.families.tensors import Path, get
 from model.function import Params, Transformer, init_arguments, logical_axes
 from model.layout import relayout
 
+PATCHER = "patcher_"  # what begins the names of a patcher's parameters
 ENDS = ("_lora_a", "_lora_b", "_lora_magnitude")
 
 
@@ -62,12 +63,13 @@ def is_adapter(path: Path) -> bool:
 
 
 def split_trained(params: Params) -> tuple[Params, Params]:
-    """(what training changes, the rest): adapters where there are any, else all."""
+    """(what training changes, the rest): adapters where there are any, else all but a byte-latent model's patcher."""
     flat = _flat(params)
     adapters = {path: x for path, x in flat.items() if is_adapter(path)}
-    if not adapters:
+    trained = adapters or {path: x for path, x in flat.items() if not path[0].startswith(PATCHER)}
+    if len(trained) == len(flat):
         return params, {}
-    return unflatten_dict(adapters), unflatten_dict({p: x for p, x in flat.items() if p not in adapters})
+    return unflatten_dict(trained), unflatten_dict({p: x for p, x in flat.items() if p not in trained})
 
 
 def join(trained: Params, rest: Params) -> Params:

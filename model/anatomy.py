@@ -28,7 +28,9 @@ class Group:
     """One array of parameters, or the same array of `count` equal blocks."""
 
     name: str
-    stack: str  # "encoder_" in the encoder's blocks, "future_" in a module that says a later token, else ""
+    stack: (
+        str  # one of STACKS ("" in the model's own blocks), or "future_" in a module that says a later token
+    )
     blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
     shape: tuple[int, ...]  # of one block
     axes: tuple[str | None, ...]
@@ -175,6 +177,7 @@ def roles(cfg: ModelConfig) -> dict[str, str]:
         **{f"positions/{path}": text for path, text in getattr(cfg.positions, "roles", {}).items()},
         "embed_norm": "what the first block reads",
         "encoder_final_norm": "what the encoder gives",
+        **(cfg.byte_latent.roles if cfg.byte_latent else {}),
         "final_norm": "the last hidden state",
         "pooler/dense": pooled,
         "head_transform/dense": "what the logits are read from",

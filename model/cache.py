@@ -15,7 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.config import ModelConfig
+from model.blocks.block import Run
+from model.config import STACKS, ModelConfig
 
 
 @flax.struct.dataclass
@@ -55,13 +56,15 @@ def init_pages(
         )
     of_cache = jnp.dtype(dtype or cfg.dtype)
     layers = {}
-    for name, block, numbers in cfg.runs():
+    for name, block, numbers in _runs(cfg):
         state = block.mixer.init_cache(num_pages, page_size, num_rows, of_cache)
         if block.cross is not None:
             state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, of_cache)
         if cfg.scan:
             state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
         layers[name] = state
+    if cfg.byte_latent is not None:
+        layers["bytes"] = cfg.byte_latent.init_cache(num_pages, page_size, num_rows, of_cache)
     return layers
 
 
@@ -84,10 +87,17 @@ def cache_axes(cfg: ModelConfig) -> dict[str, Any]:
     """Logical axis names of `Cache.layers`, a tuple at each leaf."""
     lead = ("layers",) if cfg.scan else ()
     found = {}
-    for name, block, _ in cfg.runs():
+    for name, block, _ in _runs(cfg):
         of_block = block.mixer.cache_axes() | (block.cross.cache_axes() if block.cross else {})
         found[name] = {key: lead + axes for key, axes in of_block.items()}
+    if cfg.byte_latent is not None:
+        found["bytes"] = cfg.byte_latent.cache_axes()
     return found
+
+
+def _runs(cfg: ModelConfig) -> list[Run]:
+    """Of all blocks that have a state. Patches have pages as bytes do, and fill fewer of the slots."""
+    return [run for stack in STACKS if stack != "encoder_" for run in cfg.runs(stack)]
 
 
 def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:

@@ -23,8 +23,11 @@ from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
+from model.blocks.ngrams import NGrams
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
 from model.blocks.parallel import Parallel
+from model.blocks.patch_attention import PatchAttention, PatchPool
+from model.blocks.patches import EntropyPatcher, SpacePatcher, StaticPatcher
 from model.blocks.positions import (
     Alibi,
     LearnedPositions,
@@ -41,6 +44,7 @@ from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
+from model.byte_latent import ByteLatent
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
@@ -56,10 +60,12 @@ PARTS = {
         LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
         *(SequentialFuture, ParallelFuture),
+        *(PatchAttention, PatchPool, EntropyPatcher, SpacePatcher, StaticPatcher, NGrams),
     )
 }
 
-STACKS = ("encoder_", "")  # of blocks, by what the names of their parameters begin with
+# Of blocks, by what the names of their parameters begin with; in the order of the computation.
+STACKS = ("encoder_", "patcher_", "local_encoder_", "", "local_decoder_")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -124,6 +130,7 @@ class ModelConfig:
     family: str | None = dataclasses.field(default=None, compare=False)
     adapters: LoRA | None = None  # beside the linear maps of all blocks
     future: Future | None = None  # what says the tokens after the next one: `out.future`
+    byte_latent: ByteLatent | None = None  # `blocks` work on patches of bytes, `width` is that of a patch
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -132,6 +139,7 @@ class ModelConfig:
         if self.remat not in ("none", "full"):
             raise ValueError(f"remat={self.remat!r} is not one of none, full.")
         self._check_encoder()
+        self._check_patches()
         if self.future is not None and not self.causal:
             raise ValueError("an encoder sees the tokens that its future would foretell: it has none.")
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
@@ -153,10 +161,38 @@ class ModelConfig:
                 "an encoder-decoder has nothing beside its embedding that blocks read: give positions to attention."
             )
 
+    def _check_patches(self) -> None:
+        if any(isinstance(block.mixer, PatchAttention) for block in self.blocks):
+            raise ValueError(
+                "patches are read by a local decoder (`byte_latent`), not by the model's own blocks."
+            )
+        if self.byte_latent is None:
+            return
+        if self.encoder is not None or self.future is not None:
+            raise ValueError(
+                "a byte-latent model has no place for an encoder, nor for modules of the future."
+            )
+        if not self.causal:
+            raise ValueError("every block of a byte-latent model must be causal.")
+
     @property
     def causal(self) -> bool:
         """Whether no token sees those after it, so that text can be written one token after the other."""
-        return all(getattr(block.mixer, "causal", True) for block in self.blocks)
+        stacks = [self.stack(name) for name in STACKS if name != "encoder_"]
+        return all(getattr(block.mixer, "causal", True) for stack in stacks for block in stack)
+
+    @property
+    def token_width(self) -> int:
+        """Of the embedding and of the last hidden state."""
+        return self.width if self.byte_latent is None else self.byte_latent.width
+
+    def stack(self, name: str) -> tuple[Block, ...]:
+        """The blocks of one of STACKS; none of a stack that the model lacks."""
+        if name == "":
+            return self.blocks
+        if name == "encoder_":
+            return self.encoder.blocks if self.encoder else ()
+        return self.byte_latent.stacks[name] if self.byte_latent else ()
 
     def runs(self, stack: str = "") -> list[Run]:
         """Name, block and layer numbers of each parameter group: equal neighbours together when scanned.
@@ -164,9 +200,8 @@ class ModelConfig:
         Args:
           stack: one of STACKS, with which the names begin.
         """
-        blocks = self.blocks if stack == "" else self.encoder.blocks if self.encoder else ()
         last_alone = stack == "" and isinstance(self.future, ParallelFuture)
-        return runs_of(blocks, stack, self.scan, last_alone)
+        return runs_of(self.stack(stack), stack, self.scan, last_alone)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)
@@ -223,7 +258,9 @@ def _from_jsonable(value: Any) -> Any:
         return tuple(_from_jsonable(v) for v in value)
     if not isinstance(value, dict):
         return value
-    kinds = PARTS | {cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ScalarHead, ClassHead)}
+    kinds = PARTS | {
+        cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, ClassHead)
+    }
     cls = kinds.get(str(value.get("kind")))
     if cls is None:
         raise ValueError(

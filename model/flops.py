@@ -17,6 +17,9 @@ import time
 import jax
 import jax.numpy as jnp
 
+from model.blocks.block import Block
+from model.blocks.patches import EntropyPatcher
+from model.byte_latent import ByteLatent
 from model.config import ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
@@ -41,11 +44,33 @@ PEAK_FLOPS = {
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
+    outside = _head_flops(cfg) + (2 * cfg.token_width**2 if cfg.pooler else 0)
+    if cfg.byte_latent is not None:
+        return outside + _byte_latent_flops(cfg, cfg.byte_latent, seq_len) + _patcher_flops(cfg, seq_len)
     encoder = cfg.encoder.blocks if cfg.encoder else ()
-    blocks = collections.Counter(encoder + cfg.blocks)
-    per_block = {block: block.flops_per_token(cfg.width, seq_len) for block in blocks}
-    pooler = 2 * cfg.width**2 if cfg.pooler else 0
-    return sum(count * per_block[block] for block, count in blocks.items()) + pooler + _head_flops(cfg)
+    return outside + _stack_flops(encoder + cfg.blocks, cfg.width, seq_len)
+
+
+def _byte_latent_flops(cfg: ModelConfig, spec: ByteLatent, seq_len: int) -> float:
+    """Without the patcher; the latent transformer runs over all places for patches, taken or not."""
+    patches = spec.patches(seq_len)
+    return (
+        _stack_flops(spec.encoder + spec.decoder, spec.width, seq_len)
+        + spec.flops_per_byte(cfg.width, seq_len)
+        + _stack_flops(cfg.blocks, cfg.width, patches) * patches / seq_len
+    )
+
+
+def _patcher_flops(cfg: ModelConfig, seq_len: int) -> float:
+    patcher = cfg.byte_latent.patcher if cfg.byte_latent else None
+    if not isinstance(patcher, EntropyPatcher):
+        return 0
+    return _stack_flops(patcher.blocks, patcher.width, seq_len) + 2 * patcher.width * cfg.vocab_size
+
+
+def _stack_flops(blocks: tuple[Block, ...], width: int, seq_len: int) -> float:
+    counts = collections.Counter(blocks)
+    return sum(count * block.flops_per_token(width, seq_len) for block, count in counts.items())
 
 
 def future_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
@@ -56,12 +81,14 @@ def future_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
 
 def _head_flops(cfg: ModelConfig) -> float:
-    transform = 2 * cfg.width**2 if cfg.head_transform else 0
-    return transform + 2 * cfg.width * cfg.vocab_size
+    transform = 2 * cfg.token_width**2 if cfg.head_transform else 0
+    return transform + 2 * cfg.token_width * cfg.vocab_size
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    return 3 * (forward_flops_per_token(cfg, seq_len) + future_flops_per_token(cfg, seq_len))
+    """Three times the forward pass, but for a patcher, which has no backward pass."""
+    forward = forward_flops_per_token(cfg, seq_len) + future_flops_per_token(cfg, seq_len)
+    return 3 * forward - 2 * _patcher_flops(cfg, seq_len)
 
 
 @functools.cache

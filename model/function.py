@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.block import run_part, run_stack
-from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param
+from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param, write_places
 from model.blocks.future import Stream
+from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
 from model.sharding import ShardingRules, constrain
 
 Params = dict[str, Any]
-
-NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
 
 
 @flax.struct.dataclass
@@ -162,7 +161,7 @@ class Transformer(nn.Module):
             encoded_BSD, aux = self._encode(embedding_VD, source, adapter)
             info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
         layers, embedded_BTD = None if cache is None else cache.layers, x_BTD
-        trunk_BTD, x_BTD, states, more = self._run_blocks(ctx, embedded_BTD, layers, info)
+        trunk_BTD, x_BTD, states, more = self._run_blocks(ctx, embedded_BTD, tokens, layers, info)
         final_norm = self._final_norm(ctx)
         hidden_BTD = final_norm(x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
@@ -184,8 +183,12 @@ class Transformer(nn.Module):
             future_aux=future_aux,
         )
 
-    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, layers: dict | None, info: TokenInfo):
+    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, tokens, layers: dict | None, info: TokenInfo):
         """What the last block reads, what comes out of it, each group's new state, and what the blocks give beside."""
+        if self.cfg.byte_latent is not None:
+            latent = dataclasses.replace(ctx, width=self.cfg.width)
+            y_BTD, states, aux = run_byte_latent(self, latent, x_BTD, tokens, layers, info)
+            return x_BTD, y_BTD, states, More(aux)
         runs = self.cfg.runs()
         trunk_BTD, states, more = run_part(ctx, runs[:-1], x_BTD, layers, info)
         info = dataclasses.replace(info, shared=more.shared)
@@ -195,7 +198,7 @@ class Transformer(nn.Module):
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg
         dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-        return Context(cfg.width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat, cfg.adapters)
+        return Context(cfg.token_width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat, cfg.adapters)
 
     def _encode(self, embedding_VD: jax.Array, source: Source, adapter) -> tuple[jax.Array, dict]:
         encoder = cast(Encoder, self.cfg.encoder)
@@ -220,7 +223,7 @@ class Transformer(nn.Module):
         cfg = self.cfg
         x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
         if cfg.token_types:
-            shape, init = (cfg.token_types, cfg.width), nn.initializers.normal(0.1 * cfg.width**-0.5)
+            shape, init = (cfg.token_types, ctx.width), nn.initializers.normal(0.1 * ctx.width**-0.5)
             table_SD = param(self, ctx, "token_types", shape, ("norm", "embed"), init)
             x_BTD += table_SD[0] if token_types is None else jnp.take(table_SD, token_types, axis=0)
         elif token_types is not None:
@@ -240,8 +243,8 @@ class Transformer(nn.Module):
         if cfg.tied_head:
             head_VD = embedding_VD
         else:
-            shape = (cfg.vocab_size, cfg.width)
-            head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(cfg.width))
+            shape = (cfg.vocab_size, ctx.width)
+            head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(ctx.width))
         if cfg.head_bias:
             bias_V = param(self, ctx, "head_bias", (cfg.vocab_size,), ("vocab",), nn.initializers.zeros)
 
@@ -292,14 +295,9 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
     page_size = page_size_of(cfg, cache.layers)
     if page_size is None:
         return TokenInfo(positions, segment_ids, rows=rows, adapter=adapter)
-    column = jnp.minimum(positions // page_size, cache.page_table.shape[1] - 1)
-    page = jnp.take_along_axis(cache.page_table, column, axis=1)
-    beyond = positions >= cache.page_table.shape[1] * page_size
-    skipped = beyond if segment_ids is None else beyond | (segment_ids == 0)
-    page = jnp.where(skipped, NO_PAGE, page)
-    return TokenInfo(
-        positions, segment_ids, cache.page_table, page, positions % page_size, rows=rows, adapter=adapter
-    )
+    skipped = None if segment_ids is None else segment_ids == 0
+    page, slot = write_places(cache.page_table, page_size, positions, skipped)
+    return TokenInfo(positions, segment_ids, cache.page_table, page, slot, rows=rows, adapter=adapter)
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

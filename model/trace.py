@@ -38,6 +38,10 @@ def trace(cfg: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.
     """Run the model on `tokens` [B, T] and keep what is inside; `segment_ids` as for `apply`."""
     if cfg.encoder is not None:
         raise ValueError("a trace is of a model of one stack; this one has an encoder beside its decoder.")
+    if cfg.byte_latent is not None:
+        raise ValueError(
+            "a trace is of a model of one stack; a byte-latent model has one for bytes and one for patches."
+        )
     tokens = jnp.asarray(tokens)
     found = _intermediates(cfg, params, tokens, segment_ids)
     hidden, attention, expert_load = list(found["embedded"]), {}, {}

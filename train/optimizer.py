@@ -10,6 +10,7 @@ from model import Block, ModelConfig, logical_axes
 from model.adapters import split_trained
 from model.blocks.future import future_blocks
 from model.blocks.moe import MoE
+from model.config import STACKS
 from train.config import OptimizerSpec
 
 
@@ -50,7 +51,8 @@ def balance_experts(
     That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
-    blocks = {name: block for name, block, _ in cfg.runs()} | future_blocks(cfg.future)
+    runs = [run for stack in STACKS for run in cfg.runs(stack)]
+    blocks = {name: block for name, block, _ in runs} | future_blocks(cfg.future)
     rates = {name: _balance_rate(block) for name, block in blocks.items()}
     if not any(rates.values()):
         return optimizer

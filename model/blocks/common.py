@@ -117,6 +117,20 @@ class TokenInfo:
     adapter: jax.Array | None = None  # [B] int32, see `Context`
 
 
+NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
+
+
+def write_places(
+    page_table_BP: jax.Array, page_size: int, positions_BT: jax.Array, skipped_BT: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(page, slot) of each position; no page for what is skipped and what is beyond a row's pages."""
+    column_BT = jnp.minimum(positions_BT // page_size, page_table_BP.shape[1] - 1)
+    page_BT = jnp.take_along_axis(page_table_BP, column_BT, axis=1)
+    beyond_BT = positions_BT >= page_table_BP.shape[1] * page_size
+    nowhere_BT = beyond_BT if skipped_BT is None else beyond_BT | skipped_BT
+    return jnp.where(nowhere_BT, NO_PAGE, page_BT), positions_BT % page_size
+
+
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
     """Normal with standard deviation scale / sqrt(fan_in), cut at two deviations."""
     return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)

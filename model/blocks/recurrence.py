@@ -29,6 +29,20 @@ class Walk:
     real_BT: jax.Array | None  # bool: the others must leave the state as it is; None: all are real
     state: dict[str, jax.Array]  # of each batch row before its first token
     place_BT: jax.Array | None = None  # where the token at t of the caller stands in this order; None: at t
+    order_BT: jax.Array | None = None  # the other way: where in the caller's order the token at t stands
+
+    def ordered(self, x_BTF: jax.Array) -> jax.Array:
+        """From the caller's order to that of the walk."""
+        if self.order_BT is None:
+            return x_BTF
+        return jnp.take_along_axis(x_BTF, _like(self.order_BT, x_BTF), axis=1)
+
+    def last(self, x_BTF: jax.Array) -> jax.Array:
+        """[B, F]: of each row's last real token."""
+        if self.real_BT is None:
+            return x_BTF[:, -1]
+        last_B = jnp.maximum(self.real_BT.sum(axis=1) - 1, 0)
+        return jnp.take_along_axis(x_BTF, _like(last_B[:, None], x_BTF), axis=1)[:, 0]
 
     def only_real(self, x_BTF: jax.Array) -> jax.Array:
         """Zero at tokens that are not real."""
@@ -48,7 +62,7 @@ def begin(mixer: Mixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None) -
     if info.segment_ids is None:
         first_BT = info.positions == 0
         return x_BTD, Walk(info.positions, first_BT, None, _read(cache, info, first_BT))
-    real_BT, positions_BT, place_BT = info.segment_ids != 0, info.positions, None
+    real_BT, positions_BT, place_BT, order_BT = info.segment_ids != 0, info.positions, None, None
     if T > 1:
         # A convolution reaches back over a fixed number of tokens, so what is not real moves to the end.
         order_BT = jnp.argsort(~real_BT, axis=1, stable=True)
@@ -56,7 +70,7 @@ def begin(mixer: Mixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None) -
         x_BTD = jnp.take_along_axis(x_BTD, order_BT[..., None], axis=1)
         real_BT, positions_BT = (jnp.take_along_axis(x, order_BT, axis=1) for x in (real_BT, positions_BT))
     first_BT = real_BT & (positions_BT == 0)
-    return x_BTD, Walk(positions_BT, first_BT, real_BT, _read(cache, info, first_BT), place_BT)
+    return x_BTD, Walk(positions_BT, first_BT, real_BT, _read(cache, info, first_BT), place_BT, order_BT)
 
 
 def finish(
@@ -100,20 +114,43 @@ def causal_conv(
     Returns:
       y in the dtype of `x` (summed in float32), and the K - 1 last real tokens, zero where the document has fewer.
     """
-    (B, T), K = x_BTF.shape[:2], w_KF.shape[0]
-    line_BSF = jnp.concatenate([tail_BKF.astype(x_BTF.dtype), x_BTF], axis=1)
-    document_BS = jnp.pad(jnp.cumsum(walk.first_BT, axis=1), ((0, 0), (K - 1, 0)))
+    line, K = line_up(x_BTF, tail_BKF, walk), w_KF.shape[0]
     y_BTF = jnp.zeros(x_BTF.shape, jnp.float32)
     for tap in range(K):
-        same_BT = document_BS[:, tap : tap + T] == document_BS[:, K - 1 :]
-        seen_BTF = jnp.where(_like(same_BT, x_BTF), line_BSF[:, tap : tap + T], 0)
-        y_BTF += seen_BTF.astype(jnp.float32) * w_KF[tap].astype(jnp.float32)
+        y_BTF += line.back(K - 1 - tap).astype(jnp.float32) * w_KF[tap].astype(jnp.float32)
+    return y_BTF.astype(x_BTF.dtype), line.tail(walk)
 
-    length_B = jnp.full((B,), T) if walk.real_BT is None else walk.real_BT.sum(axis=1)
-    last_BK = length_B[:, None] + jnp.arange(K - 1)
-    own_BK = jnp.take_along_axis(document_BS, last_BK, axis=1) == document_BS[:, -1:]
-    tail_BKF = jnp.take_along_axis(line_BSF, _like(last_BK, x_BTF), axis=1)
-    return y_BTF.astype(x_BTF.dtype), jnp.where(_like(own_BK, x_BTF), tail_BKF, 0)
+
+@flax.struct.dataclass
+class Line:
+    """The tokens of a call after the K - 1 before them, S = K - 1 + T in all."""
+
+    tokens_BSF: jax.Array
+    document_BS: jax.Array  # int32, the number of each token's document
+    before: int = flax.struct.field(pytree_node=False)  # K - 1
+
+    def back(self, steps: int) -> jax.Array:
+        """[B, T, F]: for each token of the call the one so many steps before it; zero beyond its document's first."""
+        start, stop = self.before - steps, self.tokens_BSF.shape[1] - steps
+        seen_BTF = self.tokens_BSF[:, start:stop]
+        same_BT = self.document_BS[:, start:stop] == self.document_BS[:, self.before :]
+        return jnp.where(_like(same_BT, seen_BTF), seen_BTF, 0)
+
+    def tail(self, walk: Walk) -> jax.Array:
+        """[B, K - 1, F]: the last real tokens, zero where the document has fewer."""
+        B, S = self.document_BS.shape
+        length_B = jnp.full((B,), S - self.before) if walk.real_BT is None else walk.real_BT.sum(axis=1)
+        last_BK = length_B[:, None] + jnp.arange(self.before)
+        own_BK = jnp.take_along_axis(self.document_BS, last_BK, axis=1) == self.document_BS[:, -1:]
+        tail_BKF = jnp.take_along_axis(self.tokens_BSF, _like(last_BK, self.tokens_BSF), axis=1)
+        return jnp.where(_like(own_BK, tail_BKF), tail_BKF, 0)
+
+
+def line_up(x_BTF: jax.Array, tail_BKF: jax.Array, walk: Walk) -> Line:
+    """`tail` is the K - 1 real tokens before those of the call."""
+    before = tail_BKF.shape[1]
+    document_BS = jnp.pad(jnp.cumsum(walk.first_BT, axis=1), ((0, 0), (before, 0)))
+    return Line(jnp.concatenate([tail_BKF.astype(x_BTF.dtype), x_BTF], axis=1), document_BS, before)
 
 
 def param32(

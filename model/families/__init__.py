@@ -3,6 +3,7 @@
 from model.families import (
     bert,
     bloom,
+    blt,
     cohere,
     dbrx,
     deepseek,
@@ -69,5 +70,6 @@ _ALL = (
     rwkv7.FAMILY,
     *(bert.FAMILY, modernbert.FAMILY),
     t5.FAMILY,
+    blt.FAMILY,
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}  # by Hugging Face's model_type

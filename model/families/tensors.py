@@ -20,7 +20,9 @@ from model.function import Params, logical_axes, param_shapes
 
 Path = tuple[str, ...]
 
-ENCODER = "encoder/"  # before our names of what is in an encoder's blocks
+# What stands before our names of what is in the blocks of a stack; "" before those in the model's own blocks.
+PREFIXES = {stack: f"{stack.removesuffix('_')}/" if stack else "" for stack in STACKS}
+ENCODER = PREFIXES["encoder_"]
 FUTURE = "future/"  # before our names of what is in a module that says a later token, and in its block
 
 # Linear maps among our parameters, by the last part of their names: how many axes are inputs.
@@ -31,6 +33,7 @@ INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
 INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
 INPUT_AXES |= dict.fromkeys(("dense", "class_head"), 1)  # heads of encoders
 INPUT_AXES |= dict.fromkeys(("join",), 1)  # modules of the future
+INPUT_AXES |= {"pooled": 1, "latent": 2, "from_latent": 1}  # patches of bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +94,8 @@ Rule = str | Fused | Whole | Merged | Conv | Folded | Copy
 Leaf = tuple[tuple[int, ...], Path, Path]  # shape, logical axes, where it is in our unrolled parameters
 Leaves = dict[str, Leaf]  # by our name
 # A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block, "future/mixer/q" in a
-# module of the future, which also has "future/join". "{i}" is the layer's number, "{e}" the expert's; "{n}" the number
-# of the module as if it were a layer, "{k}" its number from 0.
+# module of the future, which also has "future/join". "{i}" is the layer's number, "{pair}" that of a pair of blocks,
+# "{e}" the expert's; "{n}" the number of the module as if it were a layer, "{k}" its number from 0.
 Names = dict[str, Rule]
 NamesOf = Callable[[Block | None], Names]
 
@@ -222,8 +225,8 @@ def _groups(cfg: ModelConfig, blocks_per_layer: int) -> Iterator[tuple[Block | N
     yield None, {}, _leaves(outside[0], outside[1], 0, "", ())
     for run, (stack, block, numbers) in runs.items():
         for i in numbers:
-            leaves = _leaves(shapes[run], axes[run], 1, ENCODER if stack else "", (f"{stack}block_{i}",))
-            yield block, {"i": i // blocks_per_layer}, leaves
+            leaves = _leaves(shapes[run], axes[run], 1, PREFIXES[stack], (f"{stack}block_{i}",))
+            yield block, {"i": i // blocks_per_layer, "pair": i // 2}, leaves
     for k, (name, block) in enumerate(modules.items()):
         leaves = _leaves(shapes[name], axes[name], 0, FUTURE, (name,))
         yield block, {"k": k, "n": len(cfg.blocks) // blocks_per_layer + k}, leaves

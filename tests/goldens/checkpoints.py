@@ -41,6 +41,20 @@ YARN = {
     "mscale_all_dim": 0.9, "original_max_position_embeddings": 256,
 }  # fmt: skip
 
+LOCAL = {
+    "hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40,
+    "max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
+BLT = {
+    "encoder_hash_byte_group_size": [3, 5, 8], "encoder_hash_byte_group_vocab": 101,
+    "encoder_hash_byte_group_nb_functions": 2, "local_attention_window_len": 6,
+    "encoder_config": LOCAL | {"num_hidden_layers": 2},
+    "decoder_config": LOCAL | {"num_hidden_layers": 3, "hidden_size_global": 36},
+    "global_config": LOCAL | {"hidden_size": 36, "num_attention_heads": 6, "num_hidden_layers": 3},
+    "patcher_config": LOCAL
+    | {"hidden_size": 20, "num_attention_heads": 2, "num_hidden_layers": 2, "sliding_window": 5},
+}  # fmt: skip
+
 # folder -> (config class, its arguments, arguments of save_pretrained)
 CHECKPOINTS = {
     "llama_tied": ("LlamaConfig", COMMON | {"tie_word_embeddings": True}, {}),
@@ -295,6 +309,24 @@ CHECKPOINTS = {
             "num_decoder_layers": 4,
             "feed_forward_proj": "gated-gelu",
             "tie_word_embeddings": False,
+        },
+        {},
+    ),
+    "blt": ("BltConfig", BLT | {"patching_threshold": 4.3}, {}),
+    # every patch is cut, every byte sees all before it, and three vectors of a patch are as wide as it is
+    "blt_cut": (
+        "BltConfig",
+        BLT
+        | {
+            "patching_threshold": 4.49,
+            "max_patch_length": 3,
+            "local_attention_window_len": None,
+            "cross_attn_k": 3,
+            "encoder_config": LOCAL | {"num_hidden_layers": 1, "cross_attn_k": 3},
+            "decoder_config": LOCAL | {"num_hidden_layers": 2, "cross_attn_k": 3, "hidden_size_global": 72},
+            "global_config": LOCAL | {"hidden_size": 72, "num_hidden_layers": 2},
+            "patcher_config": LOCAL
+            | {"hidden_size": 20, "num_attention_heads": 2, "num_hidden_layers": 1, "sliding_window": None},
         },
         {},
     ),

@@ -135,7 +135,7 @@ def default_config(config_class: str) -> dict[str, object]:
 
 def random_model(name: str, config) -> torch.nn.Module:
     """Weights large enough that every part of the model shows in the logits."""
-    torch.manual_seed(config.num_hidden_layers)
+    torch.manual_seed(getattr(config, "num_hidden_layers", 0))
     model = auto(name).from_config(config, attn_implementation="eager").eval()
     if model.config.model_type == "t5" and not config.scale_decoder_outputs:
         # transformers 5 ties the head of T5 1.1 too, unless a checkpoint has one of its own, as those of T5 1.1 do
@@ -168,6 +168,12 @@ def logits(model) -> dict[str, np.ndarray]:
     if model.config.model_type in ("llama4_text", "recurrent_gemma"):  # these read a row from its beginning
         mask[2] = 1
         positions = np.broadcast_to(np.arange(14), (4, 14)).copy()
+    if model.config.model_type == "blt":  # patches are counted from the row's beginning
+        mask[2], positions = 1, np.broadcast_to(np.arange(14), (4, 14)).copy()
+        if (
+            model.config.max_patch_length
+        ):  # then a row's very last byte reads another patch than in a longer row
+            mask[:, -1] = 0
     inputs = {"tokens": tokens, "mask": mask, "positions": positions}
     if kinds := getattr(model.config, "type_vocab_size", 0):
         inputs["token_types"] = rng.integers(0, kinds, tokens.shape)

@@ -130,7 +130,8 @@ def test_what_grows_with_a_row_and_what_does_not_are_told_apart():
 
 def test_every_parameter_of_every_part_has_a_role():
     used = {type(part).__name__ for block in EVERY_PART.blocks for part in (block.mixer, block.ffn)}
-    elsewhere = {"ClampedSwiGLU", "CrossAttention"}  # an expert; T5's, among the published families
+    # an expert; T5's and BLT's, among the published families
+    elsewhere = {"ClampedSwiGLU", "CrossAttention", "PatchAttention"}
     elsewhere |= {"SequentialFuture", "ParallelFuture"}  # tests/model/test_future.py
     assert {name for name, part in PARTS.items() if hasattr(part, "flops_per_token")} <= used | elsewhere
     assert not [group.name for group in parameter_groups(EVERY_PART) if not group.role]

@@ -1,0 +1,95 @@
+"""Hashed n-grams: each byte's vector gains one for each of the short strings that end at it.
+
+Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1. The hash is a polynomial of the token ids in 64-bit two's
+complement arithmetic, with the primes of the released models.
+"""
+
+# B batch, T bytes, D width of a byte, V rows of the table, N kinds of hash, S steps back, L limbs
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.blocks.common import Context, param
+
+PRIMES = (
+    *(1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899),
+    *(9576890767, 3628273133, 2860486313, 5463458053, 3367900313),
+)
+LIMB = 8  # bits; a 64-bit number is eight limbs, each in a 32-bit integer
+MOST_BUCKETS = 2**23
+
+
+@dataclasses.dataclass(frozen=True)
+class NGrams:
+    """For each hash function and each size a table of `buckets` vectors."""
+
+    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    buckets: int = 500_002
+    functions: int = 1
+
+    roles = {"table": "vectors of the short strings that end at a byte, by their hash"}
+
+    def __post_init__(self):
+        if not self.sizes or min(self.sizes) < 1 or self.functions < 1:
+            raise ValueError(f"n-grams need sizes of at least 1 and a function; given {self}.")
+        if not 1 <= self.buckets <= MOST_BUCKETS:
+            raise ValueError(f"buckets={self.buckets} is not from 1 to {MOST_BUCKETS}.")
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        """Called with what is `back` from each byte, for up to `reach` steps: [B, T] token ids, 0 where there is none;
+        gives [B, T, D]."""
+        return NGramsModule(self, ctx, name=name)
+
+    @property
+    def reach(self) -> int:
+        """How many bytes before its own a byte's n-grams have."""
+        return max(self.sizes) - 1
+
+
+class NGramsModule(nn.Module):
+    spec: NGrams
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, back_BT: list[jax.Array]) -> jax.Array:
+        spec, ctx = self.spec, self.ctx
+        kinds = [(PRIMES[i % len(PRIMES)], size) for i in range(spec.functions) for size in spec.sizes]
+        shape, init = (len(kinds) * spec.buckets, ctx.width), nn.initializers.normal(ctx.width**-0.5)
+        table_VD = param(self, ctx, "table", shape, ("vocab", "embed"), init)
+        buckets_BTN = polynomial_hashes(jnp.stack(back_BT, axis=-1), kinds, spec.buckets)
+        sum_BTD = jnp.zeros((*back_BT[0].shape, ctx.width), ctx.dtype)
+        for i in range(len(kinds)):
+            sum_BTD += jnp.take(table_VD, buckets_BTN[..., i] + i * spec.buckets, axis=0)
+        return sum_BTD
+
+
+def polynomial_hashes(back_BTS: jax.Array, kinds: list[tuple[int, int]], buckets: int) -> jax.Array:
+    """[B, T, N] for N kinds of (prime, size): (sum over steps back s < size of token_s * prime^(size - 1 - s), as a
+    signed 64-bit integer) modulo `buckets`.
+
+    Limb by limb, since there are no 64-bit integers here; exact where the token ids add up to less than 2^23.
+    """
+    count, mask = 64 // LIMB, (1 << LIMB) - 1
+    sum_BTNL = jnp.zeros((*back_BTS.shape[:2], len(kinds), count), jnp.int32)
+    for steps in range(back_BTS.shape[-1]):
+        powers = [pow(prime, size - 1 - steps, 2**64) if steps < size else 0 for prime, size in kinds]
+        limbs_NL = np.array(
+            [[power >> (LIMB * i) & mask for i in range(count)] for power in powers], np.int32
+        )
+        sum_BTNL += back_BTS[:, :, steps, None, None] * limbs_NL
+    limbs, carry_BTN = [], jnp.zeros(sum_BTNL.shape[:-1], jnp.int32)
+    for i in range(count):
+        carry_BTN += sum_BTNL[..., i]
+        limbs.append(carry_BTN & mask)
+        carry_BTN >>= LIMB
+    rest_BTN = jnp.zeros_like(carry_BTN)
+    for limb_BTN in reversed(limbs):
+        rest_BTN = ((rest_BTN << LIMB) + limb_BTN) % buckets
+    is_negative = limbs[-1] > mask // 2
+    return (rest_BTN - jnp.where(is_negative, 2**64 % buckets, 0)) % buckets

@@ -1,0 +1,226 @@
+"""Attention between bytes and patches, both ways. Pagnoni et al. 2024, arXiv:2412.09871, sections 3.2.2 and 3.3.1.
+
+As the released models have it: a patch looks at its own bytes alone, and a byte at one patch alone, the last that is
+whole. A patch stands there as several vectors, as wide as a byte's.
+"""
+
+# B batch, T bytes, S bytes that a patch may look at, P patches, N vectors of a patch, D width of a byte, W width of the
+# latent transformer, H query heads, K key/value heads, G = H // K, C head width
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.attention import (
+    KEY_VALUE_AXES,
+    combine_heads,
+    key_value_pages,
+    project_heads,
+    read_pages,
+    write_pages,
+)
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.linear import linear
+from model.blocks.norms import Norm, RMSNorm
+from model.blocks.patches import Patches, by_patch
+from model.blocks.recurrence import Walk
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchPool:
+    """What the latent transformer reads of a patch: the largest value of each channel among its bytes, mapped to
+    `vectors` queries, and what these find among the bytes."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vectors: int = 2
+    norm: Norm = RMSNorm()  # of what queries, and of what keys and values are made
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    roles = {
+        "pooled": "the largest values in a patch to its queries",
+        "q": "queries of a patch to its bytes",
+        "k": "keys of the bytes",
+        "v": "values of the bytes",
+        "q_norm": "a patch's queries",
+        "k_norm": "what a patch reads of its bytes",
+        "o": "adds what a patch found in its bytes",
+        "latent": "a patch's vectors to the latent transformer",
+    }
+
+    def module(self, ctx: Context, name: str, latent_width: int) -> nn.Module:
+        """Called with (h_BTD, patches, walk, info, cache or None); gives ([B, P, W], new state)."""
+        return PatchPoolModule(self, dataclasses.replace(ctx, adapters=None), latent_width, name=name)
+
+    def init_cache(self, num_pages: int, page_size: int, num_rows: int, width: int, dtype: jnp.dtype) -> dict:
+        """Keys and values of every byte, and the largest values in the open patch [R, D]."""
+        pages = key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
+        return pages | {"pooled": jnp.zeros((num_rows, width), dtype)}
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return KEY_VALUE_AXES | {"pooled": ("rows", None)}
+
+    def flops_per_byte(self, width: int, latent_width: int, patches: float) -> float:
+        """Of the forward pass.
+
+        Args:
+          patches: for each byte.
+        """
+        heads = self.num_heads * self.head_dim
+        of_byte = 2 * width * 2 * self.num_kv_heads * self.head_dim + 2 * 2 * self.vectors * heads
+        has_map = self.vectors * width != latent_width
+        of_vector = 2 * width * (width + 2 * heads) + 2 * has_map * width * latent_width
+        return of_byte + patches * self.vectors * of_vector
+
+
+class PatchPoolModule(nn.Module):
+    spec: PatchPool
+    ctx: Context
+    latent_width: int
+
+    @nn.compact
+    def __call__(self, h_BTD: jax.Array, patches: Patches, walk: Walk, info: TokenInfo, cache: dict | None):
+        spec, ctx, (B, _, D) = self.spec, self.ctx, h_BTD.shape
+        P, N = patches.segment_BP.shape[1], spec.vectors
+        pooled_BPD, pooled_BD = _pool(h_BTD, patches, walk)
+        q_BPND = linear(self, "pooled", pooled_BPD, (N, D), (None, None))
+        read_BTD = spec.norm.module(ctx, "k_norm")(h_BTD)
+        bytes_ = {name: project_heads(self, name, read_BTD, spec.num_kv_heads, "kv_heads") for name in "kv"}
+        patch_BS = patches.patch_BT
+        if cache is not None:
+            cache = write_pages({name: cache[name] for name in "kv"}, bytes_, info) | {"pooled": pooled_BD}
+            bytes_ = {name: read_pages(cache[name], info).astype(h_BTD.dtype) for name in "kv"}
+            patch_BS = _patch_of_slots(patches, walk, bytes_["k"].shape[1])
+        q_BPD = q_BPND.reshape(B, P * N, D)
+        q_BPHC = project_heads(self, "q", spec.norm.module(ctx, "q_norm")(q_BPD), spec.num_heads, "heads")
+        found_BPNHC = attend_own_bytes(
+            q_BPHC.reshape(B, P, N, *q_BPHC.shape[2:]), bytes_["k"], bytes_["v"], patch_BS
+        )
+        found_BPD = combine_heads(self, found_BPNHC.reshape(q_BPHC.shape))
+        y_BPND = (2 * q_BPD + found_BPD).reshape(B, P, N, D)  # added by the attention, and once more after it
+        return self._latent(y_BPND), cache
+
+    def _latent(self, y_BPND: jax.Array) -> jax.Array:
+        (B, P, N, D), W = y_BPND.shape, self.latent_width
+        if N * D == W:
+            return y_BPND.reshape(B, P, W)
+        axes, init = (None, "embed", None), fan_in_normal(N * D)
+        return jnp.einsum("BPND,NDW->BPW", y_BPND, param(self, self.ctx, "latent", (N, D, W), axes, init))
+
+
+def _pool(h_BTD: jax.Array, patches: Patches, walk: Walk) -> tuple[jax.Array, jax.Array]:
+    """[B, P, D] the largest values of each patch, and [B, D] of the one in which the last byte is."""
+    P = patches.segment_BP.shape[1]
+    pooled_BPD = by_patch(jax.ops.segment_max, h_BTD, patches.patch_BT, P)
+    was_open_B1 = patches.open_B[:, None] > 0
+    so_far_BD = jnp.where(was_open_B1, walk.state["pooled"].astype(h_BTD.dtype), -jnp.inf)
+    pooled_BPD = pooled_BPD.at[:, 0].max(so_far_BD)
+    pooled_BPD = jnp.where(pooled_BPD == -jnp.inf, 0, pooled_BPD)
+    last_B = walk.last(patches.patch_BT)
+    return pooled_BPD, jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(pooled_BPD, last_B)
+
+
+def _patch_of_slots(patches: Patches, walk: Walk, S: int) -> jax.Array:
+    """[B, S]: as `patch_BT`, of the bytes in a row's slots: those of this call, and before them those of patch 0."""
+    since_BS = jnp.arange(S) - walk.positions_BT[:, :1]
+    T, P = patches.patch_BT.shape[1], patches.segment_BP.shape[1]
+    new_BS = jnp.take_along_axis(patches.patch_BT, jnp.clip(since_BS, 0, T - 1), axis=1)
+    is_new_BS, is_open_BS = (since_BS >= 0) & (since_BS < T), -since_BS <= patches.open_B[:, None]
+    return jnp.where(is_new_BS, new_BS, jnp.where((since_BS < 0) & is_open_BS, 0, P))
+
+
+def attend_own_bytes(
+    q_BPNHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, patch_BS: jax.Array
+) -> jax.Array:
+    """Each patch's vectors attend to the bytes of that patch alone; softmax in float32. Zero for one without bytes.
+
+    Work and memory grow with the bytes, not with bytes times patches: weights are summed by patch.
+
+    Args:
+      patch_BS: int32, the patch of each byte; P or more: none.
+    """
+    (B, P, N, H, C), K = q_BPNHC.shape, k_BSKC.shape[2]
+    own = lambda x_BP: jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(x_BP, patch_BS)
+    q_BSNKGC = own(q_BPNHC.reshape(B, P, N, K, H // K, C))
+    scores_BSNKG = jnp.einsum("BSNKGC,BSKC->BSNKG", q_BSNKGC, k_BSKC, preferred_element_type=jnp.float32)
+    scores_BSNKG *= C**-0.5
+    top_BPNKG = jax.lax.stop_gradient(by_patch(jax.ops.segment_max, scores_BSNKG, patch_BS, P))
+    top_BPNKG = jnp.where(top_BPNKG == -jnp.inf, 0, top_BPNKG)
+    in_patch_BS111 = (patch_BS < P)[:, :, None, None, None]
+    weights_BSNKG = jnp.exp(jnp.where(in_patch_BS111, scores_BSNKG - own(top_BPNKG), 0))
+    total_BPNKG = by_patch(jax.ops.segment_sum, weights_BSNKG, patch_BS, P)
+    values_BSNKGC = weights_BSNKG[..., None] * v_BSKC[:, :, None, :, None].astype(jnp.float32)
+    out_BPNKGC = by_patch(jax.ops.segment_sum, values_BSNKGC, patch_BS, P)
+    out_BPNKGC /= jnp.maximum(total_BPNKG, jnp.finfo(jnp.float32).tiny)[..., None]
+    return out_BPNKGC.reshape(q_BPNHC.shape).astype(q_BPNHC.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchAttention:
+    """A mixer of the local decoder: each byte looks at the vectors of the last whole patch, at nothing else."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm: Norm = RMSNorm()  # of the patch's vectors
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    roles = {
+        "q": "queries to the last whole patch",
+        "k": "keys of a patch's vectors",
+        "v": "values of a patch's vectors",
+        "k_norm": "what is read of a patch's vectors",
+        "o": "adds what was found in the patch to the residual stream",
+    }
+
+    def module(self, ctx: Context, name: str) -> nn.Module:
+        """Finds in `info.shared` the "patches" [B, P, N, D], and as "patch_read" [B, T] the patch for each byte."""
+        return PatchAttentionModule(self, ctx, name=name)
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """Nothing: the last patch's vectors are remembered once for all blocks."""
+        return {}
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        return {}
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass, without the patches' keys and values."""
+        return 2 * 2 * width * self.num_heads * self.head_dim
+
+    def flops_per_patch(self, width: int, vectors: int) -> float:
+        """Of the forward pass: keys and values."""
+        return 2 * 2 * vectors * width * self.num_kv_heads * self.head_dim
+
+
+class PatchAttentionModule(nn.Module):
+    spec: PatchAttention
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
+        spec, (B, T, D) = self.spec, x_BTD.shape
+        vectors_BPND, read_BT = info.shared["patches"], info.shared["patch_read"]
+        (_, P, N, _), K, C = vectors_BPND.shape, spec.num_kv_heads, spec.head_dim
+        q_BTHC = project_heads(self, "q", x_BTD, spec.num_heads, "heads")
+        read_BPD = spec.norm.module(self.ctx, "k_norm")(vectors_BPND).reshape(B, P * N, D)
+        k_BTNKC, v_BTNKC = (
+            jax.vmap(lambda x, i: jnp.take(x, i, axis=0))(
+                project_heads(self, name, read_BPD, K, "kv_heads").reshape(B, P, N, K, C), read_BT
+            )
+            for name in "kv"
+        )
+        q_BTKGC = q_BTHC.reshape(B, T, K, spec.num_heads // K, C)
+        scores_BTKGN = jnp.einsum("BTKGC,BTNKC->BTKGN", q_BTKGC, k_BTNKC, preferred_element_type=jnp.float32)
+        weights_BTKGN = jax.nn.softmax(scores_BTKGN * C**-0.5).astype(v_BTNKC.dtype)
+        out_BTKGC = jnp.einsum("BTKGN,BTNKC->BTKGC", weights_BTKGN, v_BTNKC)
+        return combine_heads(self, out_BTKGC.reshape(q_BTHC.shape)), cache

@@ -1,0 +1,222 @@
+"""Byte-latent transformers: most of the work is done a patch of bytes, not a byte, at a time.
+
+A local encoder reads bytes, each patch of them becomes one vector of the latent transformer (`ModelConfig.blocks`), and
+a local decoder gives logits of the next byte, each byte reading the last whole patch. Pagnoni et al. 2024,
+arXiv:2412.09871; details as in the released models.
+"""
+
+# B batch, T bytes, D width of a byte, P patches, N vectors of a patch, W width of the latent transformer
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.block import Block, run_stack
+from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param, write_places
+from model.blocks.ngrams import NGrams
+from model.blocks.patch_attention import PatchAttention, PatchPool
+from model.blocks.patches import EntropyPatcher, Patcher, Patches, clues, lay_out, next_byte_entropy
+from model.blocks.recurrence import Line, Walk, begin, finish, line_up
+
+PAGES = ("k", "v")  # of the own state, what grows with a row
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteLatent:
+    """What stands between bytes and the latent transformer.
+
+    Arrays have a fixed size, so the latent transformer runs over `max_patches` places for patches in each row. Bytes
+    after the patches of a row are used up are in none: they read the last patch of their document that there is, and in
+    a document that has none only the local encoder and decoder see them.
+    """
+
+    width: int  # of a byte: of the embedding, the local encoder and decoder, and the last hidden state
+    encoder: tuple[Block, ...]
+    decoder: tuple[Block, ...]  # those with `PatchAttention` read the patches
+    pool: PatchPool
+    patcher: Patcher
+    ngrams: NGrams | None = NGrams()
+    longest_patch: int | None = None  # bytes; a longer patch is cut; None: any length
+    max_patches: int | None = None  # in a row; None: as many as bytes
+
+    def __post_init__(self):
+        for name in ("longest_patch", "max_patches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: give 1 or more, or None.")
+        if not self.encoder or not any(isinstance(block.mixer, PatchAttention) for block in self.decoder):
+            raise ValueError("a local encoder needs a block, and a local decoder one that reads the patches.")
+
+    @property
+    def stacks(self) -> dict[str, tuple[Block, ...]]:
+        """Blocks over bytes, by what the names of their parameters begin with."""
+        patcher = self.patcher.blocks if isinstance(self.patcher, EntropyPatcher) else ()
+        return {"patcher_": patcher, "local_encoder_": self.encoder, "local_decoder_": self.decoder}
+
+    @property
+    def reach(self) -> int:
+        """How many bytes before its own are looked at beside the blocks."""
+        return max(1, self.ngrams.reach if self.ngrams else 1)
+
+    def patches(self, length: int) -> int:
+        """Places for patches in a row of so many bytes."""
+        return length if self.max_patches is None else min(length, self.max_patches)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """What each parameter outside the blocks does."""
+        return {
+            **{f"ngrams/{name}": role for name, role in NGrams.roles.items()},
+            "patcher_embedding": "the patcher's vector for each byte",
+            "patcher_final_norm": "the patcher's last hidden state",
+            "patcher_head": "the patcher's logits of the next byte",
+            **{f"pool/{name}": role for name, role in PatchPool.roles.items()},
+            "from_latent": "what the local decoder reads of a patch",
+        }
+
+    def flops_per_byte(self, latent_width: int, length: int) -> float:
+        """Of the forward pass outside the blocks: to patches and back, in a row of so many bytes."""
+        patches, vectors = self.patches(length) / length, self.pool.vectors
+        readers = [block.mixer for block in self.decoder if isinstance(block.mixer, PatchAttention)]
+        reading = sum(2 * 2 * vectors * mixer.num_heads * mixer.head_dim for mixer in readers)
+        of_patch = sum(mixer.flops_per_patch(self.width, vectors) for mixer in readers)
+        of_patch += 2 * latent_width * vectors * self.width
+        return self.pool.flops_per_byte(self.width, latent_width, patches) + reading + patches * of_patch
+
+    def init_cache(
+        self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
+    ) -> dict[str, jax.Array]:
+        """Beside that of the blocks: what patches read of bytes, the row's last bytes, and its last whole patch."""
+        return {
+            **self.pool.init_cache(num_pages, page_size, num_rows, self.width, dtype),
+            "recent": jnp.zeros((num_rows, self.reach), jnp.int32),
+            "entropy": jnp.zeros((num_rows,), jnp.float32),
+            "since": jnp.zeros((num_rows,), jnp.int32),  # bytes since a patch ended, however long it may be
+            "made": jnp.zeros((num_rows,), jnp.int32),  # patches that have ended
+            "last": jnp.zeros((num_rows, self.pool.vectors, self.width), dtype),
+        }
+
+    def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
+        one = ("rows",)
+        rows = {
+            "recent": ("rows", None),
+            "entropy": one,
+            "since": one,
+            "made": one,
+            "last": ("rows", None, None),
+        }
+        return self.pool.cache_axes() | rows
+
+
+def run_byte_latent(
+    module: Any, ctx: Context, x_BTD: jax.Array, tokens_BT: jax.Array, layers: dict | None, info: TokenInfo
+) -> tuple[jax.Array, dict, dict]:
+    """As `run_stack`, with the whole of the model between embedded bytes and the final norm. Call it within a compact
+    method of a module whose `cfg` is the `ModelConfig`; `ctx` is that of the latent transformer.
+    """
+    cfg, spec = module.cfg, cast(ByteLatent, module.cfg.byte_latent)
+    own = {} if layers is None else layers["bytes"]
+    rows = None if layers is None else {name: value for name, value in own.items() if name not in PAGES}
+    x_BTD, walk = begin(cast(Any, spec), x_BTD, info, rows)
+    tokens_BT, info = walk.ordered(tokens_BT), _ordered(info, walk)
+    line = line_up(tokens_BT, walk.state["recent"], walk)
+    if spec.ngrams is not None:
+        back_BT = [line.back(steps) for steps in range(spec.ngrams.reach + 1)]
+        x_BTD += spec.ngrams.module(dataclasses.replace(ctx, width=spec.width), "ngrams")(back_BT)
+
+    patches, state, states = _patches(module, ctx, tokens_BT, line, walk, layers, info)
+    of_encoder, of_decoder = (
+        dataclasses.replace(ctx, width=spec.width, num_blocks=len(blocks))
+        for blocks in (spec.encoder, spec.decoder)
+    )
+    h_BTD, new, aux = run_stack(of_encoder, cfg.runs("local_encoder_"), x_BTD, layers, info)
+    states |= new
+    pool = spec.pool.module(of_encoder, "pool", ctx.width)
+    x_BPW, pooled = pool(h_BTD, patches, walk, info, None if layers is None else own)
+    x_BPW, new, more = _latent(module, ctx, x_BPW, patches, walk, layers, info)
+    states, aux = states | new, add_up(aux, more)
+
+    vectors_BPND = _vectors(module, of_encoder, x_BPW, walk.state["last"])
+    shared = info.shared | {"patches": vectors_BPND, "patch_read": patches.read_BT + 1}
+    info = dataclasses.replace(info, shared=shared)
+    y_BTD, new, more = run_stack(of_decoder, cfg.runs("local_decoder_"), h_BTD, layers, info)
+    states, aux = states | new, add_up(aux, more)
+    if rows is None:
+        return y_BTD, states, aux
+    last_BND = jax.vmap(lambda vectors, i: vectors[i])(vectors_BPND, walk.last(patches.read_BT + 1))
+    state |= {"recent": line.tail(walk), "pooled": pooled["pooled"], "last": last_BND}
+    y_BTD, rows = finish(y_BTD, state, walk, info, rows)
+    return y_BTD, states | {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}, aux
+
+
+def _ordered(info: TokenInfo, walk: Walk) -> TokenInfo:
+    """In the order of the walk."""
+    if walk.order_BT is None:
+        return info
+    names = ("positions", "segment_ids", "write_page", "write_slot")
+    return dataclasses.replace(info, **{name: walk.ordered(getattr(info, name)) for name in names})
+
+
+def _patches(
+    module: Any,
+    ctx: Context,
+    tokens_BT: jax.Array,
+    line: Line,
+    walk: Walk,
+    layers: dict | None,
+    info: TokenInfo,
+) -> tuple[Patches, dict, dict]:
+    """The patches of the call, the new state of the row so far, and that of the patcher's blocks."""
+    spec, entropy_BT, states = module.cfg.byte_latent, None, {}
+    if isinstance(spec.patcher, EntropyPatcher):
+        entropy_BT, states = next_byte_entropy(module, ctx, spec.patcher, tokens_BT, layers, info)
+    ends_BT = spec.patcher.ends(clues(walk, tokens_BT, line.back(1), entropy_BT))
+    limits = spec.longest_patch, spec.max_patches
+    patches, state = lay_out(ends_BT, walk, info.segment_ids, *limits, cached=layers is not None)
+    state["entropy"] = walk.state["entropy"] if entropy_BT is None else walk.last(entropy_BT)
+    return patches, state, states
+
+
+def _latent(
+    module: Any,
+    ctx: Context,
+    x_BPW: jax.Array,
+    patches: Patches,
+    walk: Walk,
+    layers: dict | None,
+    info: TokenInfo,
+) -> tuple[jax.Array, dict, dict]:
+    """The latent transformer; with a cache it is left out of a call in which no patch ends."""
+    runs, of_patches = (
+        module.cfg.runs(),
+        TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter),
+    )
+    if layers is None:
+        return run_stack(ctx, runs, x_BPW, None, of_patches)
+    page_table, page_size = cast(jax.Array, info.page_table), layers["bytes"]["k"].shape[1]
+    page, slot = write_places(page_table, page_size, patches.position_BP, patches.segment_BP == 0)
+    of_patches = TokenInfo(
+        patches.position_BP, patches.segment_BP, page_table, page, slot, rows=info.rows, adapter=info.adapter
+    )
+    old = {name: layers[name] for name, _, _ in runs}
+    y_BPW, new = nn.cond(
+        jnp.any(patches.segment_BP != 0),
+        lambda module, x: run_stack(ctx, runs, x, old, of_patches)[:2],
+        lambda module, x: (x, old),
+        module,
+        x_BPW,
+    )
+    return y_BPW, new, {}
+
+
+def _vectors(module: Any, ctx: Context, x_BPW: jax.Array, last_BND: jax.Array) -> jax.Array:
+    """[B, 1 + P, N, D]: what bytes read of each patch, after that of the last patch of earlier calls; zero: of none."""
+    shape, axes = (x_BPW.shape[-1], *last_BND.shape[1:]), ("embed", None, None)
+    w_WND = param(module, ctx, "from_latent", shape, axes, fan_in_normal(shape[0]))
+    vectors_BPND = jnp.einsum("BPW,WND->BPND", x_BPW, w_WND)
+    return jnp.concatenate([last_BND[:, None].astype(x_BPW.dtype), vectors_BPND], axis=1)
