@@ -148,7 +148,7 @@ CHECKPOINTS = {
     "starcoder2": ("Starcoder2Config", SMALL | {"sliding_window": 4, "norm_epsilon": 1e-5}, {}),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": 61, "n_embd": 24, "n_layer": 4, "n_head": 3, "n_positions": 720}
+        {"vocab_size": 61, "n_embd": 24, "n_layer": 4, "n_head": 4, "n_positions": 720}
         | {"bos_token_id": 1, "eos_token_id": 2},
         {},
     ),
@@ -261,7 +261,7 @@ CHECKPOINTS = {
         "GptOssConfig",
         SMALL
         | {
-            "num_local_experts": 5,
+            "num_local_experts": 4,
             "intermediate_size": 20,
             "num_experts_per_tok": 2,
             "head_dim": 8,

@@ -23,7 +23,7 @@ from rwkv.model import RWKV
 from safetensors.torch import save_file
 
 FOLDER = Path(__file__).resolve().parent / "rwkv7"
-WIDTH, HEADS, LAYERS, INNER, VOCAB = 128, 2, 4, 160, 61
+WIDTH, HEADS, LAYERS, INNER, VOCAB = 128, 2, 4, 64, 61
 RANKS = {"w": 5, "a": 6, "g": 7, "v": 4}
 
 

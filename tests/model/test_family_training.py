@@ -19,6 +19,10 @@ every_family = pytest.mark.parametrize(
     "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in sorted(ONE_EACH)]
 )
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+WHOLE = (
+    "conv_B",
+    "conv_C",
+)  # a few numbers for each group of Mamba-2's heads: groups are too few to be split
 
 
 def config_for(family):
@@ -90,7 +94,7 @@ def test_a_model_on_eight_devices_has_every_matrix_split_and_the_same_loss(famil
     )
 
     def check(path, spec, leaf):
-        if leaf.ndim >= 2:
+        if leaf.ndim >= 2 and not path[-1].key.startswith(WHOLE):
             assert any(ways(axes, mesh) > 1 for axes in spec), (
                 f"{jax.tree_util.keystr(path)} {leaf.shape} is whole on every device"
             )
