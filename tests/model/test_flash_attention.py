@@ -13,7 +13,7 @@ from model.kernels import backend
 from model.kernels.attention import Scores, Sight, in_query_blocks, self_attention
 from model.kernels.flash_attention import BLOCKS, flash_attention
 from model.kernels.flash_blocks import NO_KEY, Blocks, Plan, block_bounds
-from model.sharding import MESH_AXES, ShardingRules
+from model.sharding import MESH_AXES, ShardingRules, named_sharding
 
 from .conftest import compiled_fast as jit
 from .tpu import CHIPS, compile_for, needs_libtpu
@@ -181,14 +181,27 @@ def test_scores_with_a_bias_are_left_to_the_plain_form():
     [ShardingRules(), ShardingRules(act_kv_heads=(), kv_heads=())],
     ids=["keys split", "keys whole"],
 )
-def test_a_mesh_that_splits_rows_tokens_and_heads_changes_nothing(rules):
-    (q, k, v), _ = draws(2, 160, 160, 4, 2, 8, 8)
+def test_a_mesh_that_splits_rows_tokens_and_heads_changes_no_value_or_gradient(rules):
+    (q, k, v), (direction, _) = draws(2, 160, 160, 4, 2, 8, 8)
     ids, positions = np.concatenate([documents(70, 90)] * 2), np.broadcast_to(np.arange(160), (2, 160))
-    shape = [{"data": 2, "context": 2, "tensor": 2}.get(axis, 1) for axis in MESH_AXES]
-    mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES))
-    with jax.set_mesh(mesh), backend.use("tpu", interpret=True):
-        out = jit(lambda q, k, v: self_attention(q, k, v, positions, ids, rules=rules))(q, k, v)
-    assert_close(out, in_query_blocks(q, k, v, positions, ids), 2e-6)
+
+    def pulled(q, k, v):
+        attend = lambda q, k, v: self_attention(q, k, v, positions, ids, rules=rules)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(direction)
+
+    wanted = jit(pulled)(q, k, v)
+    with (
+        jax.set_mesh(mesh_of(jax.devices(), data=2, context=2, tensor=2)),
+        backend.use("tpu", interpret=True),
+    ):
+        assert_close(jit(pulled)(q, k, v), wanted, 2e-6)
+
+
+def mesh_of(devices, **sizes):
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=kinds)
 
 
 def test_splash_attention_says_the_same():
@@ -335,6 +348,33 @@ def test_every_chip_has_a_program_for_each_kind(chip, widths):
     compiled_step(chip, WIDTHS[widths])
     compiled_step(chip, WIDTHS[widths], sight=Sight(chunk=2048))
     compiled_step(chip, WIDTHS[widths], sight=Sight(causal=False), dtype=jnp.float32, T=1000)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_four_chips_that_split_tokens_and_heads_have_a_program():
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5p"]).devices
+    mesh, rules = mesh_of(chips, context=2, tensor=2), ShardingRules()
+
+    def shaped(dtype, *sizes, heads=None):
+        names = ("batch", "length", heads, None)[: len(sizes)]
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(mesh, rules, names))
+
+    q = shaped(jnp.bfloat16, 2, 2048, 8, 128, heads="act_heads")
+    k = shaped(jnp.bfloat16, 2, 2048, 2, 128, heads="act_kv_heads")
+    numbers = shaped(jnp.int32, 2, 2048)
+
+    def step(q, k, v, positions, ids):
+        out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, positions, ids, rules=rules), q, k, v)
+        return pull(out)
+
+    with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
+        program = jax.jit(step).lower(q, k, k, numbers, numbers).compile().as_text()
+    assert all(
+        name in program for name in ("flash_query_gradients", "flash_key_value_gradients", "all-gather")
+    )
 
 
 @pytest.mark.slow
