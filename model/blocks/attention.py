@@ -145,9 +145,8 @@ class AttentionModule(nn.Module):
         if cache is None:
             k_BTKC, v_BTKC = keys_values["k"], keys_values["v"]
             sow_weights(self, q_BTHC, k_BTKC, info, spec.sight(), scores)
-            out_BTHC = self_attention(
-                q_BTHC, k_BTKC, v_BTKC, info.positions, info.segment_ids, spec.sight(), scores
-            )
+            stretches = info.positions, info.segment_ids, spec.sight()
+            out_BTHC = self_attention(q_BTHC, k_BTKC, v_BTKC, *stretches, scores, self.ctx.rules)
         else:
             if spec.keys_values != "take":
                 cache = keys_values = write_pages(cache, keys_values, info)

@@ -93,7 +93,9 @@ class DifferentialAttentionModule(nn.Module):
         if cache is None:
             v_BTKE = _shared_values(v_BTKC)
             sow_weights(self, q_BTHC, k_BTKC, info)
-            out_BTHE = self_attention(q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids)
+            out_BTHE = self_attention(
+                q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids, rules=self.ctx.rules
+            )
         else:
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
             k_BSKC, v_BSKC = (read_pages(cache[name], info).astype(q_BTHC.dtype) for name in ("k", "v"))

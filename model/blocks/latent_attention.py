@@ -127,9 +127,8 @@ class LatentAttentionModule(nn.Module):
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
         v_BTHE = kv[..., spec.nope_dim :]
         sow_weights(self, q_BTHC, k_BTHC, info, scores=self._scores())
-        return self_attention(
-            q_BTHC, k_BTHC, v_BTHE, info.positions, info.segment_ids, Sight(), self._scores()
-        )
+        stretches = info.positions, info.segment_ids, Sight()
+        return self_attention(q_BTHC, k_BTHC, v_BTHE, *stretches, self._scores(), self.ctx.rules)
 
     def _attend_pages(self, q_BTHN, q_BTHR, cache: dict, kv_b: LinearMap, info: TokenInfo) -> jax.Array:
         """The same numbers without making keys and values: q . (W z) = (W^T q) . z, so heads look at latents."""

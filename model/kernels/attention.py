@@ -1,4 +1,4 @@
-"""Grouped-query attention in plain jnp: the reference that every faster form must equal.
+"""Grouped-query attention in plain jnp, the reference that every faster form must equal; and which form runs.
 
 Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs. Sinks: Xiao et al.
 2023, arXiv:2309.17453, as one learned logit a head; soft-capping: Gemma 2, arXiv:2408.00118.
@@ -10,11 +10,20 @@ Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtyp
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from model.kernels import backend
+from model.kernels.flash_attention import BLOCKS, Blocks, stretch_ids, with_sinks
+from model.kernels.flash_sharded import flash_on_mesh
+from model.sharding import ShardingRules
+
+_log = logging.getLogger(__name__)
 
 MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
 MIN_QUERY_BLOCK = 64  # and into none shorter than this
@@ -91,13 +100,64 @@ def self_attention(
     segment_ids_BT: jax.Array | None,
     sight: Sight = Sight(),
     scores: Scores = Scores(),
+    rules: ShardingRules | None = None,
 ) -> jax.Array:
-    """Attention within segments; each block of queries is given only the keys that some of it can see.
+    """Attention within segments, [B, T, H, E]: the kernel on TPUs, blocks of queries elsewhere.
+
+    Scores with a bias are computed in blocks of queries everywhere: the kernel has no biases.
 
     Args:
       positions_BT: int32, rising by one along each segment.
       segment_ids_BT: int32; a token sees only tokens of its own segment. None: each row is one document.
+      rules: how a mesh splits rows, tokens and heads: asked for by the kernel alone.
     """
+    chosen, inputs = backend.current(), (q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT, sight, scores)
+    if chosen.name == "tpu" and scores.bias is None:
+        return _by_kernel(*inputs, rules, chosen)
+    if chosen.name == "tpu":
+        _say_that_biases_are_plain()
+    return in_query_blocks(*inputs)
+
+
+@functools.cache
+def _say_that_biases_are_plain() -> None:
+    _log.info("Attention with a bias of the scores runs without a kernel: flash attention has no biases.")
+
+
+def _by_kernel(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKE: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sight: Sight,
+    scores: Scores,
+    rules: ShardingRules | None,
+    chosen: backend.Backend,
+) -> jax.Array:
+    out_BTHE, lse_BHT = flash_on_mesh(
+        *(q_BTHC, k_BTKC, v_BTKE, stretch_ids(positions_BT, segment_ids_BT, sight.chunk), rules),
+        causal=sight.causal,
+        window=sight.window,
+        reach=sight.reach(),
+        scale=scores.scale,
+        softcap=scores.softcap,
+        blocks=BLOCKS[chosen.chip] if chosen.chip else Blocks(),
+        interpret=chosen.interpret,
+    )
+    return out_BTHE if scores.sinks_H is None else with_sinks(out_BTHE, lse_BHT, scores.sinks_H)[0]
+
+
+def in_query_blocks(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKE: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
+) -> jax.Array:
+    """`self_attention` in plain jnp; each block of queries is given only the keys that some of it can see."""
     T = q_BTHC.shape[1]
     block, reach = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), sight.reach()
     q_BKGTC, k_BKSC, v_BKSE = _heads_first(q_BTHC, k_BTKC, v_BTKE)

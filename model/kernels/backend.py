@@ -1,0 +1,75 @@
+"""Which form of a kernel runs: the platform's own, or the one that `use` names.
+
+Programs that are compiled for a TPU on a machine that has none name it: `with backend.use("tpu", chip="v5p"): ...`. The
+choice is part of what `jax.jit` caches by, so a function traced under one back end is traced anew under another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+# jax's device_kind to the name of the chip
+CHIPS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """Where kernels run."""
+
+    name: Literal["plain", "tpu"] = "plain"  # jnp, left to the compiler; Pallas kernels for TPUs
+    chip: str | None = (
+        None  # of CHIPS' values, whose block sizes are taken; None: sizes that serve every chip
+    )
+    interpret: bool = False  # Pallas kernels step by step on any platform: right numbers, slowly
+
+    def __post_init__(self):
+        if self.name not in ("plain", "tpu"):
+            raise ValueError(f'There is no back end {self.name!r}. Use "plain" or "tpu".')
+        known = sorted(set(CHIPS.values()))
+        if self.chip is not None and self.chip not in known:
+            raise ValueError(
+                f"No block sizes are known for the chip {self.chip!r}. Use one of {known}, or None."
+            )
+
+
+_context = jax.make_user_context(default_value=None)
+
+
+def current() -> Backend:
+    """The one that the innermost `use` names, or else the platform's."""
+    return _context.value or _of_platform()
+
+
+@contextlib.contextmanager
+def use(name: Literal["plain", "tpu"], chip: str | None = None, interpret: bool = False) -> Iterator[Backend]:
+    """Kernels that are traced within take this back end, whatever the platform."""
+    chosen = Backend(name, chip, interpret)
+    with _context(chosen):
+        yield chosen
+
+
+@functools.cache
+def _of_platform() -> Backend:
+    chosen = Backend()
+    if jax.default_backend() == "tpu":
+        chosen = Backend("tpu", CHIPS.get(jax.devices()[0].device_kind))
+    _log.info("Kernels: %s, since the platform is %s.", chosen, jax.default_backend())
+    return chosen

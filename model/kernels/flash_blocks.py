@@ -1,0 +1,184 @@
+"""Which blocks of keys a block of queries needs, and which of a block's scores count: what the kernels of flash
+attention share.
+"""
+
+# B batch, I blocks of queries, J blocks of keys, Q queries of a block, N keys of a block, L lanes of a vector (128)
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+NO_KEY = -1e30  # the log-sum-exp of a query that sees no key: finite, so that differences of two are no NaN
+MASKED = -1e30  # the score of a key that is not seen
+LEAST = (
+    -5e29
+)  # what a running maximum starts from: far above MASKED, so that exp(MASKED - maximum) is always 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How many queries meet how many keys in one step of a kernel; multiples of 128."""
+
+    queries: int = 512
+    keys: int = 512
+
+    def __post_init__(self):
+        if self.queries % LANES or self.keys % LANES or min(self.queries, self.keys) < 1:
+            raise ValueError(f"{self}: blocks are multiples of the {LANES} lanes of a vector.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of one attention before it runs."""
+
+    num_queries: int
+    num_keys: int  # without padding
+    group: int  # query heads of one key/value head
+    blocks: Blocks
+    causal: bool
+    window: int | None
+    reach: int | None  # at most `window`; blocks farther away are skipped
+    scale: float
+    softcap: float | None
+    interpret: bool
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.num_queries // self.blocks.queries)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.num_keys // self.blocks.keys)
+
+    def key_steps(self) -> int:
+        """At most so many blocks of keys does any block of queries need."""
+        return self._steps(self.blocks.queries, self.blocks.keys, self.key_blocks)
+
+    def query_steps(self) -> int:
+        """At most so many blocks of queries need one block of keys."""
+        return self._steps(self.blocks.keys, self.blocks.queries, self.query_blocks)
+
+    def _steps(self, here: int, there: int, all_blocks: int) -> int:
+        if self.reach is None:
+            return all_blocks
+        seen = here + (self.reach - 1) * (1 if self.causal else 2)  # places in a row
+        return min(all_blocks, (seen - 2) // there + 2)
+
+
+class Bounds(NamedTuple):
+    """Of each block of each row, int32, known to a kernel before its blocks are read."""
+
+    offset: jax.Array  # [1]
+    first_key_block: jax.Array  # [B * I]; last < first where none is needed
+    last_key_block: jax.Array  # [B * I]
+    first_query_block: jax.Array  # [B * J]
+    last_query_block: jax.Array  # [B * J]
+    lowest_query_id: jax.Array  # [B * I]
+    highest_query_id: jax.Array  # [B * I]
+    lowest_key_id: jax.Array  # [B * J]
+    highest_key_id: jax.Array  # [B * J]
+
+
+def block_bounds(plan: Plan, ids: tuple[jax.Array, jax.Array] | None, offset: jax.Array, B: int) -> Bounds:
+    """`ids` are those of queries [B, 1, I * Q] and of keys [B, 1, J * N]."""
+    I, J, Q, N = plan.query_blocks, plan.key_blocks, plan.blocks.queries, plan.blocks.keys
+    zeros = jnp.zeros((B, 1, I * Q), jnp.int32), jnp.zeros((B, 1, J * N), jnp.int32)
+    query_ids_BIQ, key_ids_BJN = (x.reshape(B, n, -1) for x, n in zip(ids or zeros, (I, J), strict=True))
+    low_BI, high_BI = query_ids_BIQ.min(-1), query_ids_BIQ.max(-1)
+    low_BJ, high_BJ = key_ids_BJN.min(-1), key_ids_BJN.max(-1)
+    needed_BIJ = (low_BI[:, :, None] <= high_BJ[:, None]) & (low_BJ[:, None] <= high_BI[:, :, None])
+    query_I1, key_J = jnp.arange(I)[:, None] * Q + offset, jnp.arange(J) * N
+    if plan.causal:
+        needed_BIJ &= key_J < query_I1 + Q
+    if plan.reach is not None:
+        needed_BIJ &= query_I1 - (key_J + N - 1) < plan.reach
+        if not plan.causal:
+            needed_BIJ &= key_J - (query_I1 + Q - 1) < plan.reach
+    ranges = *_first_and_last(needed_BIJ), *_first_and_last(needed_BIJ.swapaxes(1, 2))
+    return Bounds(offset[None], *(x.reshape(-1) for x in (*ranges, low_BI, high_BI, low_BJ, high_BJ)))
+
+
+def _first_and_last(needed_BIJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the needed blocks of the last axis; 0 and -1 where there is none."""
+    J = needed_BIJ.shape[-1]
+    first_BI = jnp.argmax(needed_BIJ, axis=-1).astype(jnp.int32)
+    last_BI = J - 1 - jnp.argmax(needed_BIJ[..., ::-1], axis=-1).astype(jnp.int32)
+    return first_BI, jnp.where(needed_BIJ.any(-1), last_BI, -1)
+
+
+def key_block(plan: Plan, bounds: Bounds, b, i, step):
+    """(the block of keys that is read at this step, whether it is needed); what isn't is read only once."""
+    return _block(bounds.first_key_block, bounds.last_key_block, b * plan.query_blocks + i, step)
+
+
+def query_block(plan: Plan, bounds: Bounds, b, j, step):
+    return _block(bounds.first_query_block, bounds.last_query_block, b * plan.key_blocks + j, step)
+
+
+def _block(first, last, at, step):
+    wanted = first[at] + step
+    return jnp.maximum(jnp.minimum(wanted, last[at]), 0), wanted <= last[at]
+
+
+def all_seen(plan: Plan, bounds: Bounds, b, i, j):
+    """Whether each query of block i sees each key of block j, which then need no mask."""
+    at_i, at_j = b * plan.query_blocks + i, b * plan.key_blocks + j
+    query, key = i * plan.blocks.queries + bounds.offset[0], j * plan.blocks.keys
+    last_query, last_key = query + plan.blocks.queries - 1, key + plan.blocks.keys - 1
+    low, high = bounds.lowest_query_id[at_i], bounds.highest_query_id[at_i]
+    seen = (low == high) & (bounds.lowest_key_id[at_j] == low) & (bounds.highest_key_id[at_j] == low)
+    seen &= last_key < plan.num_keys
+    if plan.causal:
+        seen &= last_key <= query
+    if plan.window is not None:
+        seen &= last_query - key < plan.window
+        if not plan.causal:
+            seen &= last_key - query < plan.window
+    return seen
+
+
+def sees(plan: Plan, bounds: Bounds, i, j, shape: tuple[int, int], query_axis: int) -> jax.Array:
+    """bool, which of the scores of queries and keys count by place; ids are compared by the kernel."""
+    query = jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+    ahead = i * plan.blocks.queries + bounds.offset[0] - j * plan.blocks.keys
+    seen = key < plan.num_keys - j * plan.blocks.keys
+    if plan.causal:
+        seen &= key - query <= ahead
+    if plan.window is not None:
+        seen &= key - query > ahead - plan.window
+        if not plan.causal:
+            seen &= key - query < ahead + plan.window
+    return seen
+
+
+def column(row_1N: jax.Array) -> jax.Array:
+    """[N, L]: the row upright, the same in all lanes."""
+    return jnp.broadcast_to(row_1N, (LANES, row_1N.shape[1])).T
+
+
+def across(column_NL: jax.Array, width: int) -> jax.Array:
+    """[N, width], of one that is the same in all lanes."""
+    return jnp.tile(column_NL, (1, -(-width // LANES)))[:, :width]
+
+
+def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Of two matrices along these axes, in float32."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def capped(plan: Plan, products: jax.Array) -> jax.Array:
+    """Scores from products of queries and keys."""
+    scores = products * plan.scale
+    return scores if plan.softcap is None else plan.softcap * jnp.tanh(scores / plan.softcap)
+
+
+def through_cap(plan: Plan, scores: jax.Array, dscores: jax.Array) -> jax.Array:
+    """Gradient of the products' scaled values from that of the capped ones."""
+    return dscores if plan.softcap is None else dscores * (1 - jnp.square(scores / plan.softcap))

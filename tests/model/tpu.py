@@ -1,0 +1,40 @@
+"""Compiling for TPUs on a machine that has none: libtpu knows them all.
+
+Import this before jax is used; tests that need it are skipped where libtpu is not installed.
+"""
+
+import functools
+import importlib.util
+import os
+
+import jax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+os.environ |= {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # test workers share the machine
+}
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+)
+
+
+@functools.cache
+def one_chip(chip: str) -> NamedSharding:
+    """Whole arrays on one device of such a chip."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    return NamedSharding(Mesh(topology.devices[:1], ("x",)), PartitionSpec())
+
+
+def compile_for(chip: str, function, *arguments: jax.ShapeDtypeStruct):
+    """The program of `function` for one such chip."""
+    on_chip = one_chip(chip)
+    return jax.jit(function, in_shardings=on_chip, out_shardings=on_chip).lower(*arguments).compile()
