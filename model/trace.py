@@ -85,8 +85,10 @@ def _intermediates(cfg: ModelConfig, params: Params, tokens, segment_ids) -> dic
 
 
 def _attention_maps(mixer: dict[str, Any]) -> list[jax.Array]:
-    """Of a mixer, and of mixers within it."""
-    inside = [leaf for part in mixer.values() if isinstance(part, dict) for leaf in _attention_maps(part)]
+    """Of a mixer, and of those side by side within it; blocks that some tokens pass by have maps of other tokens."""
+    inside = [
+        leaf for name, part in mixer.items() if name.startswith("mixer_") for leaf in _attention_maps(part)
+    ]
     return [*mixer.get("attention", ()), *inside]
 
 

@@ -17,6 +17,7 @@ from model.blocks import attention as attention_file
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba2 import Mamba2
+from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.layout import relayout
@@ -103,6 +104,13 @@ def test_attention_stays_within_what_a_token_may_see():
             assert (np.where(np.tri(9, k=-3, dtype=bool), weights, 0) == 0).all()
         else:
             np.testing.assert_allclose(total, 1, atol=1e-5)
+
+
+def test_blocks_that_tokens_pass_by_show_no_map_of_tokens_that_stand_elsewhere():
+    plain = Block(Attention(2, 1, 6), SwiGLU(9))
+    cfg = ModelConfig(31, 12, (plain, Block(MixtureOfDepths(plain, None), None, None)))
+    found = trace(cfg, random_params(cfg), random_tokens(cfg, (1, 5)))
+    assert set(found.attention) == {0} and len(found.hidden) == 3
 
 
 def test_each_real_token_chose_its_experts():
