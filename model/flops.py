@@ -86,9 +86,11 @@ def _head_flops(cfg: ModelConfig) -> float:
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Three times the forward pass, but for a patcher, which has no backward pass."""
+    """Three times the forward pass, but for a patcher, which has no backward pass; twice where adapters are trained,
+    since the maps beside them need no gradients of their own (adapters' own work is small and not counted)."""
     forward = forward_flops_per_token(cfg, seq_len) + future_flops_per_token(cfg, seq_len)
-    return 3 * forward - 2 * _patcher_flops(cfg, seq_len)
+    times = 3 if cfg.adapters is None else 2
+    return times * forward - (times - 1) * _patcher_flops(cfg, seq_len)
 
 
 @functools.cache

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 
 from model.blocks.attention import read_pages
 from model.blocks.block import Block, BlockModule
-from model.blocks.common import TokenInfo, fan_in_normal, param
+from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, param
 
-NOWHERE = 2**30  # a page that takes nothing
 FILLED = "filled"  # among a state: which slots of the pages hold a token that was chosen
 
 
@@ -44,7 +43,7 @@ class Chosen(NamedTuple):
         segments_BM = real_BM if info.segment_ids is None else self.take(info.segment_ids) * real_BM
         pages: dict[str, Any] = {}
         if info.write_page is not None and info.write_slot is not None:
-            page_BM = jnp.where(self.real_BM, self.take(info.write_page), NOWHERE)
+            page_BM = jnp.where(self.real_BM, self.take(info.write_page), NO_PAGE)
             pages = {"write_page": page_BM, "write_slot": self.take(info.write_slot)}
         return dataclasses.replace(
             info, positions=self.take(info.positions), segment_ids=segments_BM, shared={}, **pages

@@ -104,8 +104,6 @@ class TokenInfo:
         None  # [B, T] int32 page of the cache that takes this token; out of range: none
     )
     write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
-    # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
-    slots_filled: jax.Array | None = None
     rows: jax.Array | None = None  # [B] int32 row of a recurrent mixer's state, set when there is a cache
     encoder: jax.Array | None = (
         None  # [B, S, D] what the encoder made of its tokens, where it has just read them
@@ -115,6 +113,8 @@ class TokenInfo:
         default_factory=dict
     )  # from earlier blocks to later ones
     adapter: jax.Array | None = None  # [B] int32, see `Context`
+    # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
+    slots_filled: jax.Array | None = None
 
 
 NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages

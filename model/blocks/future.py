@@ -43,7 +43,7 @@ class SequentialFuture:
     """h_k[i] = norm(block(join [norm(embedding of token i + k), norm(h_(k-1)[i])])), read by the model's own head.
 
     h_0 is the model's hidden state after its final norm, and what module k hands on is after the module's own: so
-    transformers and SGLang run the released weights. (vLLM takes the same h_0, but hands DeepSeek's h_k on before
+    transformers runs the released weights. (vLLM takes the same h_0, but hands DeepSeek's h_k on before
     that norm, which differs from the second module on.) Where token i + k is in another segment or beyond the row,
     zeros stand for its embedding, so nothing of another document is seen.
     """

@@ -34,6 +34,7 @@ from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.blocks.positions import Rope
+from model.flops import train_flops_per_token
 from model.peft import load_adapters, save_adapter
 
 from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
@@ -146,6 +147,13 @@ def test_scanned_blocks_have_the_same_adapters():
     out = forward(scanned, params, tokens, adapter=jnp.array([1, 1])).logits
     np.testing.assert_allclose(out, forward(*merged, tokens).logits, atol=3e-5)
     assert flat_cfg.adapters == scanned.adapters
+
+
+def test_training_adapters_costs_no_gradients_of_the_maps_beside_them():
+    plain = tiny()
+    assert 3 * train_flops_per_token(plain.replace(adapters=KINDS["lora"]), 8) == 2 * train_flops_per_token(
+        plain, 8
+    )
 
 
 def test_merging_bfloat16_rounds_once():
