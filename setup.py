@@ -52,7 +52,6 @@ DEV = [
     "import-linter",  # the floors between the stages
     "pyright[nodejs]",  # types; with its own node
     "chex",  # assertions about arrays
-    "libtpu; sys_platform == 'linux'",  # compiles kernels for TPUs on machines that have none
     "httpx",  # requests to the server under test
     "openai",  # the official client against our API
     "playwright",  # the chat page in a real browser

@@ -1,11 +1,13 @@
 """Compiling for TPUs on a machine that has none: libtpu knows them all.
 
-Import this before jax is used; tests that need it are skipped where libtpu is not installed.
+`make test` installs it apart from the other packages; tests that need it are skipped where it is in neither place.
 """
 
 import functools
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -20,8 +22,13 @@ os.environ |= {
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
+_APART = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+_installed = importlib.util.find_spec("libtpu") is not None
+if _APART.is_file() and not _installed:
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(_APART))
+
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+    not _installed and not _APART.is_file(), reason="libtpu is not installed: make install (Linux on x86-64)"
 )
 
 
