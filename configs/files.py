@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,29 @@ def atomic_write(path: str | os.PathLike, content: str | bytes) -> Path:
         temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+@contextmanager
+def replacing(folder: Path, own: str = "config.json") -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder`, of the same kind by its file `own`, when the block ends
+    well."""
+    if folder.exists() and not (folder / own).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there and has no {own}; it is not replaced. Give another path.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    new, old = folder.with_name(f".{folder.name}.{mark}.tmp"), folder.with_name(f".{folder.name}.{mark}.old")
+    new.mkdir()
+    try:
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save(config: Any, path: str | os.PathLike) -> Path:

@@ -24,11 +24,14 @@ import tensorstore
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
+from configs.files import replacing
 from model.config import ModelConfig
 from model.function import Params, param_shapes
-from model.lazy import Sliced
+from model.lazy import Sliced, Stacked
 
 FORMAT_VERSION = 1
+
+_CHUNK_BYTES = 2**24  # of an array that is written in parts; a chunk is read and written whole
 
 Files = dict[str, bytes]  # relative file name -> content
 
@@ -87,6 +90,35 @@ def save_native(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: F
     ocp.save_checkpointables(str(Path(path).absolute()), _model_items(cfg, params, tokenizer), overwrite=True)
 
 
+def save_native_lazily(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: Files) -> None:
+    """As `save_native`, for parameters still in files: one is in memory at a time, or a part of it.
+
+    Orbax, which wants all at once, writes a checkpoint of small arrays; these are then given their shape and content.
+    """
+    small = jax.tree.map(lambda leaf: np.zeros((1,) * len(leaf.shape), leaf.dtype), params)
+    with replacing(Path(path).absolute(), own="meta/model.json") as new:
+        save_native(new, cfg, small, tokenizer)
+        jax.tree_util.tree_map_with_path(lambda keys, leaf: _write_parts(_stored_at(new, keys), leaf), params)
+
+
+def _write_parts(kvstore: dict, array: Any) -> None:
+    chunk = list(array.shape)
+    for axis in range(len(chunk)):
+        of_one = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
+        chunk[axis] = max(1, min(chunk[axis], _CHUNK_BYTES // max(of_one, 1)))
+    codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3}}]
+    metadata = {"shape": array.shape, "data_type": array.dtype.name, "codecs": codecs}
+    metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
+    store = tensorstore.open(spec, create=True, delete_existing=True).result()
+    if not isinstance(array, (Sliced, Stacked)) or not array.shape:  # such can't be read in parts
+        store.write(np.asarray(array)).result()
+        return
+    for start in range(0, array.shape[0], chunk[0]):
+        index = (slice(start, min(start + chunk[0], array.shape[0])), *[slice(None)] * (len(chunk) - 1))
+        store[index].write(array[index]).result()
+
+
 def load_config(path: str | Path) -> ModelConfig:
     return ModelConfig.from_dict(json.loads((Path(path) / "meta" / "model.json").read_text())["model"])
 
@@ -115,21 +147,26 @@ def load_native(
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
     """As `load_native`, but parameters are read when they are used, and of stacked layers one at a time."""
-    cfg, folder = load_config(path), Path(path).absolute() / "params"
+    cfg = load_config(path)
 
     def stored(keys, leaf) -> Sliced:
-        name = ".".join(key.key for key in keys)
-        kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+        kvstore = _stored_at(Path(path).absolute(), keys)
         array = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True, read=True).result()
         if array.shape != leaf.shape:
             raise ValueError(
-                f"{path}: {name} has the shape {array.shape}; the model's config says {leaf.shape}."
+                f"{path}: {kvstore['path']} has the shape {array.shape}; the model's config says {leaf.shape}."
             )
         stored_dtype = np.dtype(array.dtype.numpy_dtype)
         read = lambda index: array[index].read().result()
         return Sliced(leaf.shape, np.dtype(jnp.dtype(dtype)) if dtype else stored_dtype, read)
 
     return cfg, jax.tree_util.tree_map_with_path(stored, param_shapes(cfg))
+
+
+def _stored_at(path: Path, keys: Any) -> dict:
+    """Where Orbax keeps a parameter, as TensorStore says it."""
+    name = ".".join(key.key for key in keys)
+    return {"driver": "ocdbt", "base": f"file://{path}/params/", "path": f"{name}/"}
 
 
 def stored_arrays(path: str | Path) -> list[tuple[str, int]]:

@@ -10,17 +10,14 @@ import functools
 import json
 import logging
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from configs.files import replacing
 from model import mxfp4, safetensors_file
 from model.adapters import check_without_adapters
 from model.config import ModelConfig, ScalarHead
@@ -364,26 +361,3 @@ def _token_ids(tokenizer: dict[str, bytes]) -> dict[str, Any]:
     """bos, eos and pad for config.json, where transformers' defaults would be those of Llama 2."""
     saved = json.loads(tokenizer.get("generation_config.json", b"{}"))
     return {key: saved.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-
-
-@contextmanager
-def replacing(folder: Path, own: str = "config.json") -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder`, of the same kind by its file `own`, when the block ends
-    well."""
-    if folder.exists() and not (folder / own).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there and has no {own}; it is not replaced. Give another path.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    new, old = folder.with_name(f".{folder.name}.{mark}.tmp"), folder.with_name(f".{folder.name}.{mark}.old")
-    new.mkdir()
-    try:
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

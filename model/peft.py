@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from configs.files import replacing
 from model import safetensors_file
 from model.adapters import is_adapter
 from model.blocks.linear import column_lengths, within_block
@@ -26,7 +27,7 @@ from model.families.common import Reader
 from model.families.tensors import Path as Place
 from model.families.tensors import Piece, Tensor, get, tensor_table
 from model.function import Params, logical_axes, param_shapes
-from model.huggingface import family_of, replacing
+from model.huggingface import family_of
 from model.layout import relayout
 from model.safetensors_file import StoredTensor
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from jax.sharding import Sharding
 
 from configs.paths import ModelPath, resolve_model
@@ -69,8 +68,9 @@ def save(
       ValueError: a format that can't hold this model.
     """
     if format == "native":
-        arrays = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, LAZY) else x, params)
-        checkpoint.save_native(path, cfg, arrays, tokenizer or {})
+        lazy = any(isinstance(leaf, LAZY) for leaf in jax.tree.leaves(params))
+        write = checkpoint.save_native_lazily if lazy else checkpoint.save_native
+        write(path, cfg, params, tokenizer or {})
     elif format == "huggingface":
         from model import huggingface
 

@@ -1,6 +1,5 @@
 """What installing and importing brings, and what it must not."""
 
-import functools
 import os
 import re
 import subprocess
@@ -11,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["configs", "model", "data", "train", "serve", "rl", "evals", "launch"]
-HEAVY = ("tensorflow", "torch", "seqio", "keras", "transformers")
+# other frameworks, and what a stage takes up only where it is used
+HEAVY = (
+    "tensorflow",
+    "torch",
+    "seqio",
+    "keras",
+    "transformers",
+    "jax.experimental.pallas",
+    "datasets",
+    "daft",
+)
 
 
 def pinned():
@@ -36,37 +45,15 @@ def metadata():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_importing_a_stage_takes_under_three_seconds_and_brings_no_other_framework(stage):
+def test_importing_a_stage_brings_nothing_that_takes_long_to_import(stage):
     if not (ROOT / stage / "__init__.py").exists():
         pytest.skip(f"{stage}/ is not here")
-    total, found = _seconds_to_import(stage)
-    assert found == "[]"
-    if total >= 3:  # jax alone takes that long on a slow or busy machine; then ours must be little beside it
-        jax_alone, _ = _seconds_to_import("jax")
-        of_ours, _ = _seconds_to_import(stage, after="jax")
-        assert of_ours < 0.6 * jax_alone, f"{stage}: {total:.1f} s in all, jax {jax_alone:.1f} s"
-
-
-@functools.cache
-def _seconds_to_import(name, after="sys"):
-    """(seconds, those of HEAVY that came with it), the quicker of two."""
-    script = (
-        f"import sys, time, {after}\n"
-        "start = time.process_time()\n"
-        f"import {name}\n"
-        f"print(time.process_time() - start, [name for name in {HEAVY} if name in sys.modules])"
+    script = f"import sys, {stage}\nprint([name for name in {HEAVY} if name in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    runs = []
-    for _ in range(2):
-        run = subprocess.run(
-            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert run.returncode == 0, run.stderr
-        seconds, found = run.stdout.strip().split(" ", 1)
-        runs.append((float(seconds), found))
-        if runs[-1][0] < 3 and after == "sys":
-            break
-    return min(runs)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
 
 
 def test_every_stage_and_its_folders_are_packaged_and_typed():

@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
-from model.kernels.flash_attention import BLOCKS, Blocks, stretch_ids, with_sinks
-from model.kernels.flash_sharded import flash_on_mesh
 from model.sharding import ShardingRules
 
 _log = logging.getLogger(__name__)
@@ -135,6 +133,10 @@ def _by_kernel(
     rules: ShardingRules | None,
     chosen: backend.Backend,
 ) -> jax.Array:
+    # here, since Pallas takes long to import and is wanted on TPUs alone
+    from model.kernels.flash_attention import BLOCKS, Blocks, stretch_ids, with_sinks
+    from model.kernels.flash_sharded import flash_on_mesh
+
     out_BTHE, lse_BHT = flash_on_mesh(
         *(q_BTHC, k_BTKC, v_BTKE, stretch_ids(positions_BT, segment_ids_BT, sight.chunk), rules),
         causal=sight.causal,
