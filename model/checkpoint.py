@@ -31,7 +31,7 @@ from model.lazy import Sliced, Stacked
 
 FORMAT_VERSION = 1
 
-_CHUNK_BYTES = 2**24  # of an array that is written in parts; a chunk is read and written whole
+CHUNK_BYTES = 2**24  # of an array that is written in parts; a chunk is read and written whole
 
 Files = dict[str, bytes]  # relative file name -> content
 
@@ -105,7 +105,7 @@ def _write_parts(kvstore: dict, array: Any) -> None:
     chunk = list(array.shape)
     for axis in range(len(chunk)):
         of_one = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
-        chunk[axis] = max(1, min(chunk[axis], _CHUNK_BYTES // max(of_one, 1)))
+        chunk[axis] = max(1, min(chunk[axis], CHUNK_BYTES // max(of_one, 1)))
     codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3}}]
     metadata = {"shape": array.shape, "data_type": array.dtype.name, "codecs": codecs}
     metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
