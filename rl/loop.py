@@ -16,7 +16,7 @@ import data
 import model
 from data.packing import shuffled
 from data.tasks import generate
-from model.compilation import enable_compilation_cache
+from model.compilation import enable_compilation_cache, training_options
 from model.flops import peak_flops_per_device, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
@@ -87,7 +87,9 @@ class _Run:
         )
         step = make_train_step(objective, optimizer, config.microbatches, config.sharding)
         layout = jax.tree.map(lambda x: x.sharding, self.state)
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        self.train_step = jax.jit(
+            step, donate_argnums=0, out_shardings=(layout, None), compiler_options=training_options()
+        )
         self.rows = _rows(config, mesh)
         self.engine = Engine(
             self.cfg,

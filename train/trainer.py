@@ -22,7 +22,7 @@ import model
 from data import Tokenizer
 from model import ModelConfig
 from model.adapters import add_adapters
-from model.compilation import enable_compilation_cache
+from model.compilation import enable_compilation_cache, training_options
 from model.flops import MFU_FORMULA, peak_flops_per_device, train_flops_per_token
 from train import objectives
 from train.config import TrainConfig
@@ -150,8 +150,13 @@ class _Run:
         self.examples = progress.get("examples", 0)
         step = make_train_step(setup.objective, setup.optimizer, self.config.microbatches, rules)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        self.eval_step = jax.jit(lambda params, batch: setup.objective(params, batch))
+        options = training_options()
+        self.train_step = jax.jit(
+            step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+        )
+        self.eval_step = jax.jit(
+            lambda params, batch: setup.objective(params, batch), compiler_options=options
+        )
         self.schedule = learning_rate(self.config.optimizer, self.config.steps)
         self.log = MetricsLog(workdir, int(self.state.step), write=jax.process_index() == 0)
         self.stopping = False

@@ -92,7 +92,9 @@ class GatedMLPModule(nn.Module):
         spec = self.spec
         gate_BTF = linear(self, "gate", x_BTD, (spec.width,), ("mlp",), spec.bias)
         up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), spec.bias)
-        h_BTF = ACTIVATIONS[spec.activation](gate_BTF * spec.gate_scale) * up_BTF
+        h_BTF = jax.checkpoint(lambda gate, up: ACTIVATIONS[spec.activation](gate * spec.gate_scale) * up)(
+            gate_BTF, up_BTF
+        )
         return _down(self, h_BTF) * spec.down_scale, {}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from model.blocks import lora
 from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.lora import LoRA, LowRank
+from model.kernels import backend
 
 Axes = tuple[str | None, ...]
 
@@ -34,7 +35,16 @@ class LinearMap(NamedTuple):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, *inputs] to [B, T, *outputs]."""
         ins, outs = INPUTS[: self.inputs], OUTPUTS[: self.weight.ndim - self.inputs]
+        if self.adapter is None and jax.default_backend() == "cpu" and backend.current().name == "plain":
+            return self._flat(x)
         return self.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x)
+
+    def _flat(self, x: jax.Array) -> jax.Array:
+        """As a product of two matrices, whose factors XLA on CPU does not copy to turn them; a mesh that splits tokens
+        would have to gather them for it."""
+        outs = self.weight.shape[self.inputs :]
+        y = x.reshape(-1, math.prod(x.shape[2:])) @ self.weight.reshape(-1, math.prod(outs))
+        return y.reshape(*x.shape[:2], *outs)
 
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """`spec` is of x, whose first letter is the row, and of the weight; "R" is the adapters' rank."""

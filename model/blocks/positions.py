@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from model.blocks.common import Context, param
 
@@ -150,7 +151,7 @@ class Rope:
         R = self.rotated(C)
         angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * self._frequencies(C, positions_BT)
         magnitude = getattr(self.scaling, "magnitude", 1.0)
-        cos, sin = magnitude * jnp.cos(angles_BT1F), magnitude * jnp.sin(angles_BT1F)
+        cos, sin = _cos_and_sin(angles_BT1F, magnitude)
         x32 = x_BTHC[..., :R].astype(jnp.float32)
         if self.interleaved:
             a, b = x32[..., 0::2], x32[..., 1::2]
@@ -168,6 +169,12 @@ class Rope:
         return jnp.where(
             is_long_B[:, None, None, None], self.frequencies(head_dim, long=True), self.frequencies(head_dim)
         )
+
+
+def _cos_and_sin(angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
+    """Computed once: on CPU, XLA would take up cosines in the loop over heads and compute them for each anew."""
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x)))(angles)
 
 
 @dataclasses.dataclass(frozen=True)

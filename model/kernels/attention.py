@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
@@ -24,7 +24,7 @@ from model.sharding import ShardingRules
 _log = logging.getLogger(__name__)
 
 MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
-MIN_QUERY_BLOCK = 64  # and into none shorter than this
+MIN_QUERY_BLOCK = 128  # and into none shorter than this
 
 _MASKED = -1e30  # finite, so that a row with no key at all gives an average instead of NaN
 
@@ -69,6 +69,9 @@ class Scores:
     # (key's position - query's position) [..., T, S] to what is added to the scores [..., H, T, S]
     bias: Callable[[jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
 
+    def scale_of(self, width: int) -> float:
+        return width**-0.5 if self.scale is None else self.scale
+
 
 def attention(
     q_BTHC: jax.Array,
@@ -87,7 +90,7 @@ def attention(
       [B, T, H, E] in the dtype of `q`.
     """
     q_BKGTC, k_BKSC, v_BKSE = _heads_first(q_BTHC, k_BSKC, v_BSKE)
-    return _tokens_first(_attend(q_BKGTC, k_BKSC, v_BKSE, mask_BTS, scores, distance_BTS))
+    return _tokens_first(_attend(q_BKGTC, k_BKSC, v_BKSE, mask_BTS, scores, distance_BTS)[0])
 
 
 def self_attention(
@@ -160,19 +163,105 @@ def in_query_blocks(
     scores: Scores = Scores(),
 ) -> jax.Array:
     """`self_attention` in plain jnp; each block of queries is given only the keys that some of it can see."""
-    T = q_BTHC.shape[1]
+    inputs = *_heads_first(q_BTHC, k_BTKC, v_BTKE), positions_BT, segment_ids_BT
+    if scores.bias is not None:  # which may have parameters of its own
+        return _tokens_first(_in_blocks(sight, scores, *inputs)[0])
+    return _tokens_first(
+        _in_blocks_by_hand(sight, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
+    )
+
+
+def _blocks(T: int, sight: Sight) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries, and of the keys that some of them see."""
     block, reach = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), sight.reach()
-    q_BKGTC, k_BKSC, v_BKSE = _heads_first(q_BTHC, k_BTKC, v_BTKE)
-    outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)
         first = 0 if reach is None else max(0, start - reach + 1)
         last = stop if sight.causal else T if reach is None else min(T, stop + reach - 1)
-        queries, keys = jnp.arange(start, stop)[:, None], jnp.arange(first, last)[None]
-        mask_BTS = _self_mask(slice(start, stop), slice(first, last), positions_BT, segment_ids_BT, sight)
-        parts = q_BKGTC[:, :, :, start:stop], k_BKSC[:, :, first:last], v_BKSE[:, :, first:last]
-        outputs.append(_attend(*parts, mask_BTS, scores, (keys - queries)[None]))
-    return _tokens_first(outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3))
+        yield slice(start, stop), slice(first, last)
+
+
+def _in_blocks(sight: Sight, scores: Scores, q_BKGTC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT):
+    """(what queries find [B, K, G, T, E], their scores' maximum and the sum of weights, both [B, K, G, T, 1])."""
+    parts = []
+    for at_T, at_S in _blocks(q_BKGTC.shape[3], sight):
+        queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
+        mask_BTS = _self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
+        distance_BTS = (keys[None] - queries[:, None])[None]
+        block = q_BKGTC[:, :, :, at_T], k_BKSC[:, :, at_S], v_BKSE[:, :, at_S]
+        parts.append(_attend(*block, mask_BTS, scores, distance_BTS))
+    return tuple(x[0] if len(x) == 1 else jnp.concatenate(x, axis=3) for x in zip(*parts, strict=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_blocks_by_hand(sight: Sight, scores: Scores, sinks_H, *inputs) -> jax.Array:
+    """`_in_blocks`, whose backward pass computes the weights anew instead of keeping them."""
+    return _in_blocks(sight, dataclasses.replace(scores, sinks_H=sinks_H), *inputs)[0]
+
+
+def _forward(sight, scores, sinks_H, *inputs):
+    found = _in_blocks(sight, dataclasses.replace(scores, sinks_H=sinks_H), *inputs)
+    return found[0], (sinks_H, inputs, found)
+
+
+def _backward(sight: Sight, scores: Scores, saved, d_out_BKGTE: jax.Array):
+    """Scores with keys before queries: so no weight is transposed, and none is the forward pass's own, which a compiler
+    would then keep in memory."""
+    sinks_H, (q_BKGTC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), (out_BKGTE, top_BKGT1, total_BKGT1) = (
+        saved
+    )
+    d_out_BKGTE = d_out_BKGTE.astype(jnp.float32) / total_BKGT1
+    delta_BKGT1 = jnp.sum(d_out_BKGTE * out_BKGTE, axis=-1, keepdims=True)
+    dq, dk_BKSC, dv_BKSE = [], jnp.zeros(k_BKSC.shape, jnp.float32), jnp.zeros(v_BKSE.shape, jnp.float32)
+    for at_T, at_S in _blocks(q_BKGTC.shape[3], sight):
+        mask_BTS = _self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
+        of_queries = (x[:, :, :, at_T] for x in (q_BKGTC, d_out_BKGTE, top_BKGT1, delta_BKGT1))
+        block = k_BKSC[:, :, at_S], v_BKSE[:, :, at_S], mask_BTS.swapaxes(1, 2)
+        dq_BKGTC, dk_part, dv_part = _block_gradients(scores, block, *of_queries)
+        dq.append(dq_BKGTC)
+        dk_BKSC, dv_BKSE = dk_BKSC.at[:, :, at_S].add(dk_part), dv_BKSE.at[:, :, at_S].add(dv_part)
+    d_inputs = jnp.concatenate(dq, axis=3), dk_BKSC, dv_BKSE
+    d_sinks_H = None
+    if sinks_H is not None:
+        sinks_KG1 = sinks_H.astype(jnp.float32).reshape(*q_BKGTC.shape[1:3], 1)
+        d_sinks_KG = -jnp.sum(jnp.exp(sinks_KG1 - top_BKGT1[..., 0]) * delta_BKGT1[..., 0], axis=(0, 3))
+        d_sinks_H = d_sinks_KG.reshape(-1).astype(sinks_H.dtype)
+    wanted = (q_BKGTC, k_BKSC, v_BKSE)
+    return d_sinks_H, *(d.astype(x.dtype) for d, x in zip(d_inputs, wanted, strict=True)), None, None
+
+
+_in_blocks_by_hand.defvjp(_forward, _backward)
+
+
+def _block_gradients(
+    scores: Scores,
+    keys: tuple[jax.Array, jax.Array, jax.Array],
+    q_BKGTC: jax.Array,
+    d_out_BKGTE: jax.Array,
+    top_BKGT1: jax.Array,
+    delta_BKGT1: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of a block of queries and of its (keys, values, mask), float32; `d_out` and `delta` are divided by the sum of
+    weights already."""
+    k_BKSC, v_BKSE, mask_BST = keys
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    row = lambda x_BKGT1: x_BKGT1[..., 0][:, :, None]
+    raw_BKSGT = einsum("BKSC,BKGTC->BKSGT", k_BKSC, q_BKGTC) * scores.scale_of(q_BKGTC.shape[-1])
+    capped_BKSGT = (
+        raw_BKSGT if scores.softcap is None else scores.softcap * jnp.tanh(raw_BKSGT / scores.softcap)
+    )
+    mask_BKSGT = mask_BST[:, None, :, None]
+    weights_BKSGT = jnp.exp(jnp.where(mask_BKSGT, capped_BKSGT, _MASKED) - row(top_BKGT1))
+    d_out_BKGTE = d_out_BKGTE.astype(v_BKSE.dtype)
+    dv_BKSE = einsum("BKSGT,BKGTE->BKSE", weights_BKSGT.astype(v_BKSE.dtype), d_out_BKGTE)
+    d_weights_BKSGT = einsum("BKSE,BKGTE->BKSGT", v_BKSE, d_out_BKGTE) - row(delta_BKGT1)
+    d_scores_BKSGT = jnp.where(mask_BKSGT, weights_BKSGT * d_weights_BKSGT, 0)
+    if scores.softcap is not None:
+        d_scores_BKSGT *= 1 - (capped_BKSGT / scores.softcap) ** 2
+    d_scores_BKSGT = (d_scores_BKSGT * scores.scale_of(q_BKGTC.shape[-1])).astype(q_BKGTC.dtype)
+    dk_BKSC = einsum("BKSGT,BKGTC->BKSC", d_scores_BKSGT, q_BKGTC)
+    dq_BKCGT = einsum("BKSC,BKSGT->BKCGT", k_BKSC, d_scores_BKSGT)
+    return dq_BKCGT.transpose(0, 1, 3, 4, 2), dk_BKSC, dv_BKSE
 
 
 def self_attention_weights(
@@ -188,7 +277,7 @@ def self_attention_weights(
     mask_BTS = _self_mask(slice(0, T), slice(0, T), positions_BT, segment_ids_BT, sight)
     distance_1TT = (jnp.arange(T)[None] - jnp.arange(T)[:, None])[None]
     q_BKGTC, k_BKSC, _ = _heads_first(q_BTHC, k_BTKC, k_BTKC)
-    weights_BKGTS, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_1TT)
+    weights_BKGTS, _, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_1TT)
     return (weights_BKGTS / total_BKGT1).reshape(B, H, T, T)
 
 
@@ -213,12 +302,14 @@ def _attend(
     mask_BTS: jax.Array,
     scores: Scores,
     distance_BTS: jax.Array | None,
-) -> jax.Array:
-    weights_BKGTS, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_BTS)
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(what queries find, their scores' maximum, the sum of weights)."""
+    weights_BKGTS, top_BKGT1, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_BTS)
     out_BKGTE = jnp.einsum(
         "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32
     )
-    return (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
+    out_BKGTE = (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
+    return out_BKGTE, top_BKGT1, total_BKGT1
 
 
 def _weights(
@@ -227,11 +318,11 @@ def _weights(
     mask_BTS: jax.Array,
     scores: Scores,
     distance_BTS: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """(weights not yet divided, what to divide them by), float32."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weights not yet divided, the scores' maximum, what to divide the weights by), float32."""
     B, K, G, T, C = q_BKGTC.shape
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
-    scores_BKGTS *= C**-0.5 if scores.scale is None else scores.scale
+    scores_BKGTS *= scores.scale_of(C)
     if scores.softcap is not None:
         scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
     if scores.bias is not None:
@@ -249,7 +340,7 @@ def _weights(
     total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
     if scores.sinks_H is not None:
         total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1)
-    return weights_BKGTS, total_BKGT1
+    return weights_BKGTS, top_BKGT1, total_BKGT1
 
 
 def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):

@@ -1,0 +1,205 @@
+"""The train step on this machine's CPU beside PyTorch's, on the same work, turn by turn.
+
+    python -m benchmarks.train_step [--model=llama|moe|mamba2] [--rows=8] [--length=512] [--rounds=5]
+
+25 million parameters (the mixture: 78 million, of which 8 x 2 experts), float32, AdamW, clipping by the global norm, as
+`python -m train` runs it. The peer is transformers' own model, eager and under torch.compile. Each round runs ours and
+then each peer; the figures are medians over the rounds. The rate of a plain matrix product is measured beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+VOCAB = 4096
+TORCH = ("torch==2.13.0", "transformers==5.23.0")
+PEERS = {"PyTorch eager": [], "PyTorch compiled": ["--compiled"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("llama", "moe", "mamba2"), default="llama")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    (work if options.worker else compare)(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from benchmarks.venvs import python_of
+
+    shape = [f"--model={options.model}", f"--rows={options.rows}", f"--length={options.length}"]
+    workers = {"Crucible": Worker([sys.executable, "-m", "benchmarks.train_step", "--worker", *shape])}
+    for name in options.peers:
+        python = str(python_of("torch", *TORCH))
+        workers[name] = Worker([python, "benchmarks/peers/torch_step.py", *shape, *PEERS[name]])
+    for round in range(options.rounds):
+        for name, worker in workers.items():
+            worker.step()
+            print(f"round {round + 1}: {name} {worker.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+    report(options, workers)
+
+
+class Worker:
+    """A process that takes steps when it is told to."""
+
+    def __init__(self, command: list[str]):
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.first = self._answer()
+        self.seconds: list[float] = []
+
+    def step(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("1\n")
+        self._process.stdin.flush()
+        self.last = self._answer()
+        self.seconds += self.last["seconds"]
+
+    def _answer(self) -> dict:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self._process.args} ended without an answer; see its message above.")
+        return json.loads(line)
+
+
+def report(options: argparse.Namespace, workers: dict[str, Worker]) -> None:
+    tokens = options.rows * options.length
+    ours = statistics.median(workers["Crucible"].seconds)
+    extra = workers["Crucible"].first
+    print(f"{options.model}, {options.rows} rows of {options.length} tokens, {options.rounds} rounds")
+    print(
+        f"{'':<18} {'s/step':>7} {'tokens/s':>9} {'ours is':>8} {'peak MB':>8} {'first step s':>12} parameters"
+    )
+    for name, worker in workers.items():
+        seconds = statistics.median(worker.seconds)
+        print(
+            f"{name:<18} {seconds:>7.2f} {tokens / seconds:>9.0f} {seconds / ours:>7.2f}x "
+            f"{worker.last['peak_bytes'] / 1e6:>8.0f} {worker.first['seconds']:>12.1f} "
+            f"{worker.first['parameters'] / 1e6:.1f} M"
+        )
+    rate, product = extra["flops"] / ours / 1e9, extra["product_gflops"]
+    print(f"ours: {rate:.0f} GFLOP/s, {rate / product:.2f} of a plain matrix product's {product:.0f}")
+    print(f"compiled in {extra['compile_seconds']:.1f} s; from the cache in {extra['cached_seconds']:.1f} s")
+
+
+def work(options: argparse.Namespace) -> None:
+    """Takes a step for each that is asked for on standard input; answers in JSON."""
+    import tempfile
+
+    import jax
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        step, state, batch, flops = make_step(options)
+        compile_seconds, compiled = timed(lambda: step.lower(state, batch).compile())
+        jax.clear_caches()
+        cached_seconds, _ = timed(lambda: step.lower(state, batch).compile())
+    product = product_gflops()
+    seconds, (state, loss) = timed(lambda: run(compiled, state, batch))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    say(
+        seconds=seconds + compile_seconds,
+        loss=loss,
+        parameters=parameters,
+        flops=flops,
+        compile_seconds=compile_seconds,
+        cached_seconds=cached_seconds,
+        product_gflops=product,
+    )
+    for line in sys.stdin:
+        taken = []
+        for _ in range(int(line)):
+            seconds, (state, loss) = timed(lambda state=state: run(compiled, state, batch))
+            taken.append(seconds)
+        say(seconds=taken, loss=loss)
+
+
+def make_step(options: argparse.Namespace):
+    """(the jitted step, its state, a batch, flops of a step)."""
+    import jax
+    import jax.numpy as jnp
+
+    from model import init
+    from model.compilation import training_options
+    from model.flops import train_flops_per_token
+    from train.config import OptimizerSpec
+    from train.objectives import language_modelling
+    from train.optimizer import adamw
+    from train.step import make_train_step, new_state
+
+    cfg = make_config(options)
+    params = init(cfg, jax.random.key(0))
+    optimizer = adamw(OptimizerSpec(), 1000, cfg)
+    step = jax.jit(
+        make_train_step(language_modelling(cfg), optimizer),
+        donate_argnums=0,
+        compiler_options=training_options(),
+    )
+    tokens = jax.random.randint(jax.random.key(1), (options.rows, options.length), 0, VOCAB)
+    batch = {
+        "tokens": tokens,
+        "targets": jnp.roll(tokens, -1, axis=1),
+        "loss_weights": jnp.ones(tokens.shape, jnp.float32),
+        "segment_ids": jnp.ones(tokens.shape, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(options.length), tokens.shape),
+    }
+    return step, new_state(params, optimizer), batch, tokens.size * train_flops_per_token(cfg, options.length)
+
+
+def make_config(options: argparse.Namespace):
+    from model import ModelConfig, RMSNorm, decoder
+    from model.blocks.block import Block
+    from model.blocks.mamba2 import Mamba2
+    from train.config import MixtureSpec
+
+    if options.model == "mamba2":
+        return ModelConfig(VOCAB, 512, (Block(Mamba2(16, 64, 64), None),) * 14, final_norm=RMSNorm())
+    width = 704 if options.model == "moe" else 1408
+    cfg = decoder(VOCAB, 512, 8, 8, 4, 64, width, tied_head=True)
+    return MixtureSpec(8, 2).put_into(cfg, width) if options.model == "moe" else cfg
+
+
+def run(compiled, state, batch):
+    state, metrics = compiled(state, batch)
+    return state, float(metrics["loss"].mean())
+
+
+def product_gflops() -> float:
+    """Of a float32 product of the step's own size, the best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = jnp.ones((4096, 512)), jnp.ones((512, 4096))
+    product = jax.jit(functools.partial(jnp.matmul, precision="float32"))
+    product(a, b).block_until_ready()
+    best = min(timed(lambda: product(a, b).block_until_ready())[0] for _ in range(5))
+    return 2 * 4096 * 512 * 4096 / best / 1e9
+
+
+def timed(function):
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def say(**answer) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(answer | {"peak_bytes": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
