@@ -14,18 +14,20 @@ from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.kernels import backend
 from model.kernels.grouped_sharded import split_of
+from model.sharding import named_sharding
 
 from .conftest import compiled_fast as jit
+from .tpu import CHIPS, needs_libtpu
 
 B, T, D, F, E = 4, 6, 16, 8, 4
 SPEC = MoE(E, 2, GatedMLP(F, bias=True))
 RULES = ShardingRules()
 
 
-def mesh_of(**sizes):
+def mesh_of(devices, **sizes):
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.sharding.Mesh(np.asarray(jax.devices()).reshape(shape), MESH_AXES, axis_types=kinds)
+    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=kinds)
 
 
 def pulled(spec, ctx):
@@ -77,13 +79,13 @@ def test_values_and_gradients_are_those_of_one_device(case):
     ctx = Context(D, 2, float32, float32, adapters=adapters)
     inputs = draws(spec, ctx)
     wanted = pulled(spec, ctx)(*inputs)
-    with jax.set_mesh(mesh_of(**sizes)), backend.use("tpu", interpret=True):
+    with jax.set_mesh(mesh_of(jax.devices(), **sizes)), backend.use("tpu", interpret=True):
         ours = pulled(spec, dataclasses.replace(ctx, rules=rules))(*inputs)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), ours, wanted)
 
 
 def test_a_mesh_is_used_as_far_as_it_divides():
-    mesh = mesh_of(data=2, context=2, expert=2)
+    mesh = mesh_of(jax.devices(), data=2, context=2, expert=2)
     with jax.set_mesh(mesh):
         assert not split_of(RULES, 4, 6).mesh  # left to the compiler, as long as products are no kernels
         with backend.use("tpu"):
@@ -94,3 +96,37 @@ def test_a_mesh_is_used_as_far_as_it_divides():
             assert (decoding.batch, decoding.length, decoding.experts) == ((), (), ("expert",))
             assert decoding.width("embed") == ("fsdp",)
             assert split_of(ShardingRules(batch=("expert",)), 4, 6).experts == ()
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_four_chips_that_split_tokens_and_experts_have_a_program():
+    from jax.experimental import topologies
+
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5p"]).devices
+    bfloat16 = jnp.dtype("bfloat16")
+    spec, ctx = MoE(8, 2, GatedMLP(1024)), Context(512, 2, bfloat16, bfloat16, rules=RULES)
+    mesh, positions = mesh_of(chips, fsdp=2, expert=2), jnp.zeros((4, 256), jnp.int32)
+    init = lambda: spec.module(ctx, "ffn").init(
+        jax.random.key(0), jnp.zeros((4, 256, 512), bfloat16), TokenInfo(positions, None)
+    )
+
+    def shaped(names, shape):
+        return jax.ShapeDtypeStruct(shape, bfloat16, sharding=named_sharding(mesh, RULES, names))
+
+    with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
+        boxes = jax.eval_shape(init)["params"]
+        params = jax.tree.map(
+            lambda box: shaped(box.names, box.value.shape), boxes, is_leaf=lambda leaf: hasattr(leaf, "names")
+        )
+        x = shaped(("batch", "length", None), (4, 256, 512))
+
+        def step(params, x):
+            forward = lambda params, x: spec.module(ctx, "ffn").apply(
+                {"params": params}, x, TokenInfo(positions, None)
+            )[0]
+            y, pull = jax.vjp(forward, params, x)
+            return pull(y)
+
+        program = jax.jit(step).lower(params, x).compile().as_text()
+    assert all(name in program for name in ("grouped_products", "grouped_matrix_gradients", "all-reduce"))
