@@ -11,26 +11,29 @@ one is decided by `capacity_slots` (Lepikhin et al. 2020, arXiv:2006.16668) or `
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
-from model.kernels.grouped_matmul import grouped_matmul
+from model.kernels.grouped_sharded import Split, grouped_on_mesh, split_of, spread_on_mesh
 from model.sharding import ShardingRules, constrain
 
 
 class Layout(NamedTuple):
     """How rows of tokens meet their own experts' parameters."""
 
-    multiply: Callable[[jax.Array, jax.Array], jax.Array]  # of rows and weights [E, in, out]
-    spread: Callable[[jax.Array], jax.Array]  # [E, out] to what can be added to the rows
+    # of rows and weights [E, in, out], whose last two axes have these logical names
+    multiply: Callable[[jax.Array, jax.Array, tuple[str | None, str | None]], jax.Array]
+    spread: Callable[[jax.Array, str], jax.Array]  # [E, out], so named, to what can be added to the rows
     adapter: jax.Array | None  # int32, that of each row, as wide as 1; None: all have the first
 
 
@@ -80,25 +83,26 @@ class Experts(nn.Module):
     def _linear(self, layout: Layout, name: str, x, sizes, axes, scale: float = 1.0) -> jax.Array:
         E, axes = self.num_experts, ("experts", *axes)
         weights = param(self, self.ctx, name, (E, *sizes), axes, fan_in_normal(sizes[0], scale))
-        y = layout.multiply(x, weights)
+        y = layout.multiply(x, weights, axes[1:])
         adapters = adapters_of(self, name, weights, 1, axes, experts=1)
         if adapters is not None:
-            y = self._adapted(layout, x, y, *adapters)
+            y = self._adapted(layout, axes[1:], x, y, *adapters)
         if self.spec.bias:
             bias_axes = ("experts", "mlp" if axes[-1] == "mlp" else "norm")
             bias = param(self, self.ctx, f"{name}_bias", (E, sizes[1]), bias_axes, nn.initializers.zeros)
-            y += layout.spread(bias)
+            y += layout.spread(bias, bias_axes[1])
         return y
 
-    def _adapted(self, layout: Layout, x, y, a_ENIR, b_ENRO, gain_ENO) -> jax.Array:
+    def _adapted(self, layout: Layout, names: tuple[str, str], x, y, a_ENIR, b_ENRO, gain_ENO) -> jax.Array:
         """y of the map alone and each row's own adapter; the rows of one expert may have several."""
         adapters = cast(LoRA, self.ctx.adapters)
         result = y
         for n in range(1 if layout.adapter is None else adapters.slots):
-            low_rank = layout.multiply(layout.multiply(x, a_ENIR[:, n]), b_ENRO[:, n] * adapters.scale)
+            inner = layout.multiply(x, a_ENIR[:, n], (names[0], None))
+            low_rank = layout.multiply(inner, b_ENRO[:, n] * adapters.scale, (None, names[1]))
             of_n = y + low_rank.astype(y.dtype)
             if gain_ENO is not None:
-                of_n *= layout.spread(gain_ENO[:, n])
+                of_n *= layout.spread(gain_ENO[:, n], names[1])
             result = of_n if layout.adapter is None else jnp.where(layout.adapter == n, of_n, result)
         return result
 
@@ -116,25 +120,64 @@ def dropless(
     experts: Experts, x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, weigh_input: bool
 ) -> jax.Array:
     """Every token through all the experts that it chose, however many chose the same; float32."""
+    split = split_of(experts.ctx.rules, *x_BTD.shape[:2])
+    tokens, rows = split.tokens, split.rows
+    adapter_B = experts.ctx.adapter
+    sort = split.run(
+        functools.partial(_sorted_rows, split, experts.num_experts, weigh_input),
+        (tokens, tokens, tokens, PartitionSpec(split.batch)),
+        rows,
+    )
+    sorted_ = sort(x_BTD, chosen_BTK, weights_BTK, adapter_B)
+    layout = Layout(
+        lambda x, weights_EIO, names: grouped_on_mesh(split, x, weights_EIO, sorted_.sizes_E, names),
+        lambda vectors_EO, name: spread_on_mesh(split, vectors_EO, sorted_.expert_M, name),
+        sorted_.adapter_M1,
+    )
+    add_up = functools.partial(_added_up, split, experts.num_experts, weigh_input)
+    y_MD = experts(sorted_.x_MD, layout)
+    return split.run(add_up, (rows, rows, rows, tokens), tokens)(
+        y_MD, sorted_.expert_M, sorted_.order_M, weights_BTK
+    )
+
+
+class Rows(NamedTuple):
+    """Pairs of a token and an expert, sorted by expert; on a mesh, what one device has."""
+
+    x_MD: jax.Array
+    expert_M: jax.Array  # counted from the device's first; last come those of other devices' experts
+    order_M: jax.Array  # which pair each is
+    sizes_E: jax.Array  # of the device's experts
+    adapter_M1: jax.Array | None
+
+
+def _sorted_rows(
+    split: Split, num_experts: int, weigh_input: bool, x_BTD, chosen_BTK, weights_BTK, adapter_B
+) -> Rows:
     B, T, D = x_BTD.shape
     K = chosen_BTK.shape[-1]
-    expert_M = chosen_BTK.reshape(-1)
+    first, count = split.experts_here(num_experts)
+    expert_M = chosen_BTK.reshape(-1) - first
+    expert_M = jnp.where((expert_M >= 0) & (expert_M < count), expert_M, count)
     order_M = jnp.argsort(expert_M)
-    sorted_M = expert_M[order_M]
-    sizes_E = jnp.bincount(expert_M, length=experts.num_experts)
-
-    adapter_B = experts.ctx.adapter
-    layout = Layout(
-        lambda x, weights_EIO: grouped_matmul(x, weights_EIO, sizes_E),
-        lambda vectors_EO: vectors_EO[sorted_M],
-        None if adapter_B is None else jnp.repeat(adapter_B, T * K)[order_M, None],
-    )
     x_MD = x_BTD.reshape(B * T, D)[order_M // K]
     if weigh_input:
         x_MD = (x_MD * weights_BTK.reshape(-1)[order_M, None]).astype(x_BTD.dtype)
-    y_MD = experts(x_MD, layout)[jnp.argsort(order_M)].astype(jnp.float32)
-    y_BTKD = y_MD.reshape(B, T, K, D)
-    return y_BTKD.sum(2) if weigh_input else jnp.einsum("BTKD,BTK->BTD", y_BTKD, weights_BTK)
+    adapter_M1 = None if adapter_B is None else jnp.repeat(adapter_B, T * K)[order_M, None]
+    sizes_E = jnp.bincount(expert_M, length=count + 1)[:count]
+    return Rows(x_MD, expert_M[order_M], order_M, sizes_E, adapter_M1)
+
+
+def _added_up(
+    split: Split, num_experts: int, weigh_input: bool, y_MD, expert_M, order_M, weights_BTK
+) -> jax.Array:
+    """[B, T, D] float32: what each token's experts gave."""
+    y_MD = y_MD.astype(jnp.float32)
+    if split.experts:
+        y_MD = jnp.where(expert_M[:, None] < split.experts_here(num_experts)[1], y_MD, 0)
+    y_BTKD = y_MD[jnp.argsort(order_M)].reshape(*weights_BTK.shape, -1)
+    y_BTD = y_BTKD.sum(2) if weigh_input else jnp.einsum("BTKD,BTK->BTD", y_BTKD, weights_BTK)
+    return jax.lax.psum(y_BTD, split.experts) if split.experts else y_BTD
 
 
 def through_slots(
@@ -154,8 +197,8 @@ def through_slots(
 
     adapter_B = experts.ctx.adapter
     layout = Layout(
-        lambda x_EBSI, weights_EIO: jnp.einsum("EBSI,EIO->EBSO", x_EBSI, weights_EIO),
-        lambda vectors_EO: vectors_EO[:, None, None],
+        lambda x_EBSI, weights_EIO, names: jnp.einsum("EBSI,EIO->EBSO", x_EBSI, weights_EIO),
+        lambda vectors_EO, name: vectors_EO[:, None, None],
         None if adapter_B is None else adapter_B[:, None, None],
     )
     slots_BTES = slots_BTES.astype(jnp.float32)

@@ -1,8 +1,8 @@
 """Rows sorted into groups, each group times its own matrix: what the experts of a mixture compute.
 
-`reference` is the plain form. On TPU the compiler has a kernel for `jax.lax.ragged_dot`; on CPU it multiplies every row
-with every matrix, so there blocks of rows are multiplied one after the other, each with the one matrix it needs, as
-in MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
+`reference` is the plain form. TPUs have the kernels of grouped_kernels; GPUs are left to `jax.lax.ragged_dot`, which on
+CPU multiplies every row with every matrix, so there blocks of rows are multiplied one after the other, each with the
+one matrix it needs, as in MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
 """
 
 # M rows, I inputs, O outputs, E groups, N blocks, R rows a block
@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from model.kernels import backend
+
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so each group wastes half a block
 
 
@@ -21,15 +23,27 @@ def grouped_matmul(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax
     """[M, O]: the first sizes_E[0] rows of `x` times w_EIO[0], the next sizes_E[1] rows times w_EIO[1], and so on.
 
     Args:
-      sizes_E: int32, adding up to M.
+      sizes_E: int32, adding up to M at most; rows beyond them become zeros.
     """
+    chosen = backend.current()
+    if chosen.name == "tpu":
+        return _by_kernel(x_MI, w_EIO, sizes_E, chosen)
     return jax.lax.platform_dependent(x_MI, w_EIO, sizes_E, cpu=in_blocks, default=jax.lax.ragged_dot)
+
+
+def _by_kernel(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:
+    # here, since Pallas takes long to import and is wanted on TPUs alone
+    from model.kernels.grouped_kernels import grouped_product, plan_for
+
+    dtype = jnp.result_type(x_MI, w_EIO)
+    return grouped_product(plan_for(chosen), x_MI.astype(dtype), w_EIO.astype(dtype), sizes_E)
 
 
 def reference(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Every row times every matrix, and what is not wanted times zero."""
-    E = w_EIO.shape[0]
-    of_group_ME = jax.nn.one_hot(_groups(sizes_E, x_MI.shape[0]), E, dtype=x_MI.dtype)
+    E, M = w_EIO.shape[0], x_MI.shape[0]
+    with_rest = jnp.append(sizes_E, M - sizes_E.sum())  # a group without a matrix
+    of_group_ME = jax.nn.one_hot(_groups(with_rest, M), E, dtype=x_MI.dtype)
     return jnp.einsum("MI,EIO,ME->MO", x_MI, w_EIO, of_group_ME)
 
 
@@ -43,7 +57,7 @@ def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Arra
         return x_RI @ w_EIO[group]
 
     y_NRO = jax.lax.map(multiply, (_to_blocks(x_MI, slot_M, len(group_N), R), group_N))
-    return y_NRO.reshape(-1, w_EIO.shape[2])[slot_M]
+    return _within(sizes_E, y_NRO.reshape(-1, w_EIO.shape[2])[slot_M])
 
 
 def _forward(x_MI, w_EIO, sizes_E):
@@ -52,6 +66,7 @@ def _forward(x_MI, w_EIO, sizes_E):
 
 def _backward(saved, dy_MO: jax.Array):
     x_MI, w_EIO, sizes_E = saved
+    dy_MO = _within(sizes_E, dy_MO)
     slot_M, group_N, R = _layout(sizes_E, x_MI.shape[0])
     to_blocks = functools.partial(_to_blocks, slot_M=slot_M, blocks=len(group_N), R=R)
 
@@ -66,6 +81,11 @@ def _backward(saved, dy_MO: jax.Array):
 
 
 in_blocks.defvjp(_forward, _backward)
+
+
+def _within(sizes_E: jax.Array, rows_M: jax.Array) -> jax.Array:
+    """The rows of groups, and zeros for those beyond."""
+    return jnp.where(jnp.arange(len(rows_M))[:, None] < sizes_E.sum(), rows_M, 0)
 
 
 def _groups(sizes_E: jax.Array, length: int) -> jax.Array:

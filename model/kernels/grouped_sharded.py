@@ -1,0 +1,121 @@
+"""Grouped products on a mesh: the compiler can't cut a kernel, so each device is given its part by hand.
+
+Each device has its own tokens and sorts them itself. Where the mesh splits experts, the devices that share tokens each
+multiply the rows of their own experts, and what they found is added up; where it splits the width of an expert, so are
+the parts of a product. Nothing goes from device to device but matrices gathered over `fsdp`, and these sums.
+"""
+
+# B batch, T tokens, M rows (pairs of a token and an expert), I inputs, O outputs, E experts
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from model.kernels import backend
+from model.kernels.grouped_matmul import grouped_matmul
+from model.sharding import Axes, ShardingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The axes of the mesh that split tokens and experts; none of them, where all is left to the compiler."""
+
+    mesh: frozenset[str] = frozenset()
+    batch: Axes = ()
+    length: Axes = ()
+    experts: Axes = ()
+    rules: ShardingRules | None = None
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of arrays [B, T, ...]."""
+        return PartitionSpec(self.batch, self.length)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of arrays [M, ...], and of the sizes [E] of each device's groups."""
+        return PartitionSpec((*self.batch, *self.length, *self.experts))
+
+    def width(self, name: str | None) -> Axes:
+        """The axes that split an axis of the matrices; those that split tokens or experts are taken already."""
+        taken = {*self.batch, *self.length, *self.experts}
+        return tuple(a for a in getattr(self.rules, name or "", ()) if a in self.mesh and a not in taken)
+
+    def experts_here(self, num_experts: int) -> tuple[jax.Array | int, int]:
+        """(the first, how many)."""
+        count = num_experts // math.prod(jax.lax.axis_size(axis) for axis in self.experts)
+        return (jax.lax.axis_index(self.experts) * count if self.experts else 0), count
+
+    def run(self, function: Callable, in_specs, out_specs) -> Callable:
+        """`function` of what each device has."""
+        if not self.mesh:
+            return function
+        return jax.shard_map(
+            function, in_specs=in_specs, out_specs=out_specs, axis_names=self.mesh, check_vma=False
+        )
+
+
+def split_of(rules: ShardingRules | None, B: int, T: int) -> Split:
+    """How the mesh set with `jax.set_mesh` splits B rows of T tokens, where products are kernels.
+
+    Rows or tokens that the devices do not divide are whole on each of them: so one token of a row is, in decoding.
+    Axes that split tokens and experts alike gather the experts; to send the tokens to them instead, an all-to-all,
+    there is no kernel.
+
+    Args:
+      rules: None: every device of the mesh computes the whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+    if not ours or backend.current().name != "tpu":
+        return Split()
+    if rules is None:
+        return Split(frozenset(ours))
+
+    def dividing(axes: Axes, size: int) -> Axes:
+        axes = tuple(axis for axis in axes if axis in ours)
+        return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+
+    batch, length = dividing(rules.batch, B), dividing(rules.length, T)
+    experts = tuple(axis for axis in rules.experts if axis in ours and axis not in (*batch, *length))
+    return Split(frozenset(ours), batch, length, experts, rules)
+
+
+def grouped_on_mesh(
+    split: Split,
+    x_MI: jax.Array,
+    w_EIO: jax.Array,
+    sizes_E: jax.Array,
+    names: tuple[str | None, str | None],
+) -> jax.Array:
+    """`grouped_matmul` of each device's rows and experts.
+
+    Args:
+      names: logical ones of the axes I and O of `w`.
+    """
+    inputs, outputs = (split.width(name) for name in names)
+
+    def part(x_MI, w_EIO, sizes_E):
+        y_MO = grouped_matmul(x_MI, w_EIO, sizes_E)
+        return jax.lax.psum(y_MO, inputs) if inputs else y_MO
+
+    in_specs = PartitionSpec(*split.rows, inputs), PartitionSpec(split.experts, inputs, outputs), split.rows
+    return split.run(part, in_specs, PartitionSpec(*split.rows, outputs))(x_MI, w_EIO, sizes_E)
+
+
+def spread_on_mesh(split: Split, vectors_EO: jax.Array, expert_M: jax.Array, name: str) -> jax.Array:
+    """[M, O]: the vector of each row's expert; of rows of other devices' experts, of any.
+
+    Args:
+      name: the logical one of the axis O.
+    """
+    outputs = split.width(name)
+    pick = lambda vectors_EO, expert_M: vectors_EO[jnp.minimum(expert_M, len(vectors_EO) - 1)]
+    in_specs = PartitionSpec(split.experts, outputs), split.rows
+    return split.run(pick, in_specs, PartitionSpec(*split.rows, outputs))(vectors_EO, expert_M)
