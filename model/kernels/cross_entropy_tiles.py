@@ -28,8 +28,11 @@ class Tiles:
     width: int = 512
 
     def __post_init__(self):
-        if any(size < 1 or size % 128 for size in dataclasses.astuple(self)):
-            raise ValueError(f"{self}: tiles are multiples of the 128 lanes of a vector.")
+        sizes = dataclasses.astuple(self)
+        if any(size < 1 or size % 128 for size in sizes) or (self.entries > 128 and self.entries % 256):
+            raise ValueError(
+                f"{self}: tiles are multiples of the 128 lanes of a vector, and entries of 256 or 128."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Plan:
 
     def stripe(self, N: int, V: int, itemsize: int) -> int:
         """How many entries of the vocabulary all tokens meet at once."""
-        fitting = self.stripe_bytes // (N * itemsize)
-        return min(V, max(128, fitting // 128 * 128))
+        fitting, tile = self.stripe_bytes // (N * itemsize), self.tiles.entries if self.tiles else 128
+        return min(V, max(tile, fitting // tile * tile))
 
 
 class Scores(NamedTuple):

@@ -35,7 +35,7 @@ from model.kernels.flash_blocks import LANES, column, product
 
 def forward(plan: Plan, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
     (N, D), V = hidden_ND.shape, len(head_VD)
-    grid, (Q, S, C) = _grid(plan, N, V, D)
+    grid, (Q, S, C) = _grid(plan, hidden_ND, V)
     start = jax.eval_shape(lambda: nothing_met(plan, Q))
     rows = jax.eval_shape(lambda: all_met(nothing_met(plan, 1)))
     scores = pl.pallas_call(
@@ -59,7 +59,7 @@ def forward(plan: Plan, hidden_ND, head_VD, bias_V, targets_N, choices) -> Score
 def stripe_gradients(plan: Plan, hidden_ND, head_SD, bias_S, targets_N, pull: Pull) -> jax.Array:
     """As `cross_entropy_plain.stripe_gradients`."""
     (N, D), V = hidden_ND.shape, len(head_SD)
-    grid, (Q, S, C) = _grid(plan, N, V, D)
+    grid, (Q, S, C) = _grid(plan, hidden_ND, V)
     rows = jax.tree.map(lambda x_N1: x_N1.T, pull)
     return pl.pallas_call(
         functools.partial(_gradient_kernel, plan, D),
@@ -148,10 +148,14 @@ def _within(x_RC: jax.Array, k, D: int) -> jax.Array:
     return jnp.where(channels_RC < D, x_RC.astype(jnp.float32), 0.0).astype(x_RC.dtype)
 
 
-def _grid(plan: Plan, N: int, V: int, D: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(steps, sizes of a tile) for so many tokens, entries and channels; tokens are already a multiple."""
-    tiles = plan.tiles or Tiles()
-    sizes = min(N, tiles.tokens), min(V, tiles.entries), _channels(D, tiles.width)
+def _grid(plan: Plan, hidden_ND: jax.Array, V: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """(steps, sizes of a tile); tokens are already a multiple.
+
+    Channels of float32 take twice the memory, so half as many entries are met, and far more time.
+    """
+    (N, D), tiles = hidden_ND.shape, plan.tiles or Tiles()
+    entries = tiles.entries if hidden_ND.dtype.itemsize <= 2 else max(LANES, tiles.entries // 2)
+    sizes = min(N, tiles.tokens), min(V, entries), _channels(D, tiles.width)
     return (pl.cdiv(N, sizes[0]), pl.cdiv(V, sizes[1]), pl.cdiv(D, sizes[2])), sizes
 
 
