@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens under a model: many spans of many lengths in batches of few shapes."""
 
-# B rows, T tokens, V vocabulary
+# B rows, T tokens
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from model import ModelConfig, apply
-from model.logprobs import token_logprobs
+from model.logprobs import Ask
 
 Progress = Callable[[int, int], None]  # (done, all)
 
@@ -142,7 +141,6 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(cfg, vocab_size, params, tokens_BT, targets_BT, real_BT):
-    logits_BTV = apply(cfg, params, tokens_BT, segment_ids=real_BT).logits
-    logprobs_BT, _ = token_logprobs(logits_BTV, targets_BT)
-    likeliest_BT = jnp.argmax(logits_BTV[..., :vocab_size], axis=-1)
-    return logprobs_BT, likeliest_BT == targets_BT
+    ask = Ask(likeliest=True, choices=vocab_size)
+    scores = apply(cfg, params, tokens_BT, segment_ids=real_BT, targets=targets_BT, ask=ask).scores
+    return scores.logprobs, scores.likeliest == targets_BT

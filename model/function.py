@@ -16,18 +16,20 @@ import jax.numpy as jnp
 
 from model.blocks.block import run_part, run_stack
 from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param, write_places
-from model.blocks.future import Stream
+from model.blocks.future import Stream, look_ahead
 from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
+from model.logprobs import Ask, TokenScores
 from model.sharding import ShardingRules, constrain
+from model.vocabulary_head import VocabularyHead
 
 Params = dict[str, Any]
 
 
 @flax.struct.dataclass
 class Output:
-    logits: jax.Array  # [B, T, V] float32 ([B, N, V] when `logits_at` was given)
+    logits: jax.Array  # [B, T, V] float32 ([B, N, V] when `logits_at` was given); None when `targets` were
     hidden: jax.Array  # [B, T, D] after the final norm
     pooled: jax.Array | None = None  # [B, T, D] what the pooler makes of each token; BERT uses the first
     encoder: jax.Array | None = (
@@ -40,6 +42,9 @@ class Output:
     # computed for who does not use it
     future: tuple[jax.Array, ...] = ()
     future_aux: dict = flax.struct.field(default_factory=dict)  # as `aux`, of the blocks of the future alone
+    scores: TokenScores | None = None  # of `targets`, [B, T] float32
+    # as `scores`, in place of `future`: module k's of the target k tokens ahead, of 0 beyond the row
+    future_scores: tuple[TokenScores, ...] = ()
 
 
 class Source(NamedTuple):
@@ -64,6 +69,8 @@ def apply(
     cache: Cache | None = None,
     *,
     logits_at: jax.Array | None = None,
+    targets: jax.Array | None = None,
+    ask: Ask = Ask(),
     token_types: jax.Array | None = None,
     encoder_tokens: jax.Array | None = None,
     encoder_positions: jax.Array | None = None,
@@ -80,6 +87,9 @@ def apply(
         out of the cache and any other number means a real token.
       cache: keys and values of what came before; the one in the output holds these tokens too.
       logits_at: [B, N] int32 indices into T: logits at these tokens only.
+      targets: [B, T] int32 ([B, N] with `logits_at`): `out.scores`, their log-probabilities, in place of logits, which
+        are not in memory where they would be large.
+      ask: what the scores of targets are to hold.
       token_types: [B, T] int32, below `cfg.token_types`; default: 0.
       encoder_tokens: [B, S] int32, what an encoder-decoder answers. A cache remembers them: they are given with the
         first tokens of a row and not again.
@@ -94,14 +104,15 @@ def apply(
         raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
     if adapter is not None and cfg.adapters is None:
         raise ValueError("adapter was given to a model whose config has no adapters.")
+    if targets is not None and logits_at is not None and cfg.future is not None and cache is None:
+        raise ValueError(
+            "targets at the tokens of logits_at say nothing of later ones, which this model's future is asked for. "
+            "Give targets of all tokens, or a config with future=None."
+        )
     source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules)
-    return cast(
-        Output,
-        module.apply(
-            {"params": params}, tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter
-        ),
-    )
+    arguments = tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter, targets, ask
+    return cast(Output, module.apply({"params": params}, *arguments))
 
 
 def logical_axes(cfg: ModelConfig) -> Params:
@@ -148,6 +159,8 @@ class Transformer(nn.Module):
         token_types=None,
         source=Source(),
         adapter=None,
+        targets=None,
+        ask=Ask(),
     ) -> Output:
         cfg = self.cfg
         ctx = self._context(len(cfg.blocks))
@@ -165,22 +178,25 @@ class Transformer(nn.Module):
         final_norm = self._final_norm(ctx)
         hidden_BTD = final_norm(x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
-        read_logits = self._read_logits(ctx, embedding_VD, logits_at)
+        head = self._vocabulary_head(ctx, embedding_VD, logits_at)
         future, future_aux = [], {}
         if cfg.future is not None and cache is None:
             stream = Stream(embedded_BTD, trunk_BTD, hidden_BTD, final_norm)
             after_blocks = dataclasses.replace(info, shared=more.shared)
             future, future_aux = cfg.future.read(ctx, stream, after_blocks)
+        ahead = [] if targets is None else [look_ahead(targets, k) for k in range(1, len(future) + 1)]
         return Output(
-            logits=read_logits(hidden_BTD),
+            logits=head.logits(hidden_BTD) if targets is None else cast(jax.Array, None),
             hidden=hidden_BTD,
             pooled=pooled_BTD,
             encoder=info.encoder,
             cache=_advance(cache, states, tokens, segment_ids),
             aux=add_up(aux, more.aux),
             heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
-            future=tuple(map(read_logits, future)),
+            future=tuple(map(head.logits, future)) if targets is None else (),
             future_aux=future_aux,
+            scores=None if targets is None else head.scores(hidden_BTD, targets, ask),
+            future_scores=tuple(head.scores(*pair, ask) for pair in zip(future, ahead)),
         )
 
     def _run_blocks(self, ctx: Context, x_BTD: jax.Array, tokens, layers: dict | None, info: TokenInfo):
@@ -234,34 +250,21 @@ class Transformer(nn.Module):
             x_BTD = cfg.embed_norm.module(ctx, "embed_norm")(x_BTD)
         return constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
 
-    def _read_logits(
+    def _vocabulary_head(
         self, ctx: Context, embedding_VD: jax.Array | None, logits_at: jax.Array | None = None
-    ) -> Callable[[jax.Array], jax.Array]:
-        """The head as a function of hidden states, which share its parameters."""
+    ) -> VocabularyHead:
         cfg, bias_V = self.cfg, None
         transform = None if cfg.head_transform is None else cfg.head_transform.module(ctx, "head_transform")
         if cfg.tied_head:
-            head_VD = embedding_VD
+            head_VD = cast(jax.Array, embedding_VD)
         else:
             shape = (cfg.vocab_size, ctx.width)
             head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(ctx.width))
         if cfg.head_bias:
             bias_V = param(self, ctx, "head_bias", (cfg.vocab_size,), ("vocab",), nn.initializers.zeros)
-
-        def read(hidden_BTD: jax.Array) -> jax.Array:
-            if logits_at is not None:
-                hidden_BTD = jnp.take_along_axis(hidden_BTD, logits_at[:, :, None], axis=1)
-            if transform is not None:
-                hidden_BTD = transform(hidden_BTD)
-            logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
-            if bias_V is not None:
-                logits_BTV += bias_V
-            logits_BTV *= cfg.logit_scale
-            if (cap := cfg.logit_softcap) is not None:
-                logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-            return constrain(logits_BTV, ctx.rules, "batch", "length", "act_vocab")
-
-        return read
+        return VocabularyHead(
+            head_VD, bias_V, cfg.logit_scale, cfg.logit_softcap, transform, logits_at, ctx.rules
+        )
 
     def _head(self, ctx: Context, head: ScalarHead | ClassHead, hidden_BTD, pooled_BTD) -> jax.Array:
         if isinstance(head, ScalarHead):

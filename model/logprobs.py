@@ -1,11 +1,48 @@
-"""Log-probabilities of given tokens and entropy, from logits, in float32 nats."""
+"""Log-probabilities of given tokens and entropy, from logits, in float32 nats.
+
+`model.kernels.cross_entropy` has the same without logits in memory.
+"""
 
 # B batch, T tokens, V vocabulary
 
 from __future__ import annotations
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What is asked of the distributions that targets are scored under."""
+
+    temperature: float = 1.0  # logits are divided by it, after any soft-cap
+    entropy: bool = False
+    likeliest: bool = False  # the token with the highest logit; the first of equals
+    choices: int | None = None  # tokens from this one on are never the likeliest; None: all may be
+
+
+class TokenScores(NamedTuple):
+    """Of each target, float32 nats; all but `likeliest` have gradients."""
+
+    logprobs: jax.Array
+    log_z: jax.Array  # log-sum-exp of the logits, for a z-loss
+    entropy: jax.Array | None = None
+    likeliest: jax.Array | None = None  # int32
+
+
+def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, ask: Ask = Ask()) -> TokenScores:
+    """From logits [..., V] and targets [...]."""
+    if ask.temperature != 1:
+        logits_BTV = logits_BTV / ask.temperature
+    logprobs_BT, log_z_BT = token_logprobs(logits_BTV, targets_BT)
+    entropy_BT = entropy(logits_BTV) if ask.entropy else None
+    likeliest_BT = None
+    if ask.likeliest:
+        likeliest_BT = jnp.argmax(logits_BTV[..., : ask.choices], axis=-1).astype(jnp.int32)
+    return TokenScores(logprobs_BT, log_z_BT, entropy_BT, likeliest_BT)
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -103,4 +103,4 @@ class _Readout(Transformer):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx = self._context(len(self.cfg.blocks))
         embedding_VD = self._embedding(ctx) if self.cfg.tied_head else None
-        return self._read_logits(ctx, embedding_VD)(self._final_norm(ctx)(x_BTD))
+        return self._vocabulary_head(ctx, embedding_VD).logits(self._final_norm(ctx)(x_BTD))

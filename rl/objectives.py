@@ -4,17 +4,17 @@ Beside the usual keys a batch has, all [B, T] float32: `sampler_logprobs` of the
 and `advantages`.
 """
 
-# B rows, T tokens, V vocabulary
+# B rows, T tokens
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from model import ModelConfig, ShardingRules, WeightedSum, apply
+from model import ModelConfig, ShardingRules, WeightedSum
 from model.function import Params
-from model.logprobs import entropy, token_logprobs
-from train.objectives import Batch, Objective, with_aux
+from model.logprobs import Ask
+from train.objectives import Batch, Objective, scored, with_aux
 
 
 def grpo(
@@ -33,9 +33,8 @@ def grpo(
     """
 
     def objective(params: Params, batch: Batch):
-        out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"], rules=rules)
-        logits_BTV = out.logits / temperature  # log-probabilities are taken at the sampling temperature
-        logprobs_BT, _ = token_logprobs(logits_BTV, batch["targets"])
+        out = scored(cfg, params, batch, Ask(temperature, entropy=True), rules)
+        logprobs_BT = out.scores.logprobs  # taken at the sampling temperature
         weights_BT, advantages_BT = batch["loss_weights"], batch["advantages"]
         log_ratio_BT = jnp.where(weights_BT > 0, logprobs_BT - batch["sampler_logprobs"], 0.0)
         ratio_BT = jnp.exp(log_ratio_BT)
@@ -44,7 +43,7 @@ def grpo(
         metrics = {
             "mismatch_kl": WeightedSum.of(kl_k3(logprobs_BT, batch["sampler_logprobs"]), weights_BT),
             "clipped": WeightedSum.of(gain_BT < ratio_BT * advantages_BT, weights_BT),
-            "entropy": WeightedSum.of(entropy(jax.lax.stop_gradient(logits_BTV)), weights_BT),
+            "entropy": WeightedSum.of(jax.lax.stop_gradient(out.scores.entropy), weights_BT),
         }
         return with_aux(WeightedSum.of(-gain_BT, weights_BT), metrics, out.aux)
 

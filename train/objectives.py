@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from model import ModelConfig, ShardingRules, WeightedSum, apply
 from model.blocks.common import add_up
 from model.blocks.future import look_ahead, same_segment
-from model.function import Params
-from model.logprobs import token_logprobs
+from model.function import Output, Params
+from model.logprobs import Ask, TokenScores
 
 Batch = dict[str, jax.Array]
 Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]]
@@ -24,8 +24,16 @@ Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]
 
 def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: ShardingRules | None = None):
     """(log p of the targets, log-normaliser, the blocks' aux) of a packed batch; the first two [B, T] float32 nats."""
-    out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"], rules=rules)
-    return *token_logprobs(out.logits, batch["targets"]), out.aux
+    out = scored(cfg, params, batch, Ask(), rules)
+    return out.scores.logprobs, out.scores.log_z, out.aux
+
+
+def scored(
+    cfg: ModelConfig, params: Params, batch: Batch, ask: Ask, rules: ShardingRules | None = None
+) -> Output:
+    """The output of a packed batch with the scores of its targets, and no logits."""
+    arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
+    return apply(cfg, params, *arrays, targets=batch["targets"], ask=ask, rules=rules)
 
 
 def with_aux(
@@ -52,33 +60,37 @@ def language_modelling(
     (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is cut.
     """
 
+    ask = Ask(likeliest=mtp_weight != 0 and cfg.future is not None)
+
     def objective(params: Params, batch: Batch):
-        out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"], rules=rules)
-        logprobs_BT, log_z_BT = token_logprobs(out.logits, batch["targets"])
+        out = scored(cfg, params, batch, ask, rules)
+        logprobs_BT, log_z_BT = out.scores.logprobs, out.scores.log_z
         weights_BT = batch["loss_weights"]
         nll = WeightedSum.of(-logprobs_BT, weights_BT)
         loss = WeightedSum(nll.total + z_loss * jnp.sum(weights_BT * log_z_BT**2), nll.weight)
         metrics, aux = {"nll": nll}, out.aux
-        if mtp_weight and out.future:
-            later, total = future_losses(out.future, batch)
-            loss = WeightedSum(loss.total + mtp_weight / len(out.future) * total, loss.weight)
+        if mtp_weight and out.future_scores:
+            later, total = future_losses(out.future_scores, batch)
+            loss = WeightedSum(loss.total + mtp_weight / len(out.future_scores) * total, loss.weight)
             metrics, aux = metrics | later, add_up(aux, out.future_aux)
         return with_aux(loss, metrics, aux)
 
     return objective
 
 
-def future_losses(future: tuple[jax.Array, ...], batch: Batch) -> tuple[dict[str, WeightedSum], jax.Array]:
+def future_losses(future: tuple[TokenScores, ...], batch: Batch) -> tuple[dict[str, WeightedSum], jax.Array]:
     """What each module loses and how often its likeliest token is right, by name; and the sum of all their losses.
 
     Module k is asked at token i for the target of token i + k, where that is in the same segment and counts.
+
+    Args:
+      future: `Output.future_scores`, with the likeliest tokens.
     """
     metrics, total = {}, jnp.zeros((), jnp.float32)
-    for k, logits_BTV in enumerate(future, 1):
-        targets_BT = look_ahead(batch["targets"], k)
+    for k, scores in enumerate(future, 1):
         weights_BT = look_ahead(batch["loss_weights"], k) * same_segment(batch["segment_ids"], k)
-        nll = WeightedSum.of(-token_logprobs(logits_BTV, targets_BT)[0], weights_BT)
-        right_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+        nll = WeightedSum.of(-scores.logprobs, weights_BT)
+        right_BT = scores.likeliest == look_ahead(batch["targets"], k)
         metrics |= {
             f"future_{k}_nll": nll,
             f"future_{k}_accuracy": WeightedSum.of(right_BT, weights_BT),

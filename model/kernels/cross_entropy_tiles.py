@@ -1,0 +1,141 @@
+"""What each tile of logits adds to the scores of its tokens, and its gradient: the maths that the plain form of
+cross-entropy and its TPU kernels share.
+
+The running maximum and sum are those of Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+# N tokens of a tile, S entries of the vocabulary in a tile; `_N1` a column, one number a token
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # a logit that does not count
+LEAST = -5e29  # what a running maximum starts from: far above MASKED, so exp(MASKED - maximum) is always 0
+NOWHERE = 2**30  # the number of an entry that does not count
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How many tokens meet how many entries of the vocabulary in one step of a kernel, over how many channels."""
+
+    tokens: int = 512
+    entries: int = 1024
+    width: int = 512
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if any(size < 1 or size % 128 for size in sizes) or (self.entries > 128 and self.entries % 256):
+            raise ValueError(
+                f"{self}: tiles are multiples of the 128 lanes of a vector, and entries of 256 or 128."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is known of one cross-entropy before it runs."""
+
+    scale: float = 1.0  # logits: softcap * tanh(scale * (hidden . head + bias) / softcap)
+    softcap: float | None = None
+    mean: bool = False  # the mean logit is wanted
+    likeliest: bool = False  # the likeliest entry is wanted
+    stripe_bytes: int = 128 << 20  # of what lies in memory at once of all tokens' logits or their gradients
+    tiles: Tiles | None = None  # of the TPU kernels; None: plain jnp
+    interpret: bool = False
+
+    def stripe(self, N: int, V: int, itemsize: int) -> int:
+        """How many entries of the vocabulary all tokens meet at once."""
+        fitting, tile = self.stripe_bytes // (N * itemsize), self.tiles.entries if self.tiles else 128
+        return min(V, max(tile, fitting // tile * tile))
+
+
+class Scores(NamedTuple):
+    """Of each token, over a part of the vocabulary."""
+
+    chosen: jax.Array  # the target's logit, 0 where the target is not in this part
+    log_z: jax.Array  # log-sum-exp of the logits
+    mean: jax.Array | None  # mean logit under the part's own distribution
+    best: jax.Array | None  # the highest logit of those that may be the likeliest
+    likeliest: jax.Array | None  # int32, the first entry that has it
+
+
+class Running(NamedTuple):
+    """Of each token, over the entries met so far."""
+
+    top_N1: jax.Array
+    total_N1: jax.Array  # sum of exp(logit - top)
+    chosen_N1: jax.Array
+    weighted_N1: jax.Array | None  # sum of exp(logit - top) * logit
+    best_N1: jax.Array | None
+    likeliest_N1: jax.Array | None
+
+
+class Pull(NamedTuple):
+    """What a token's gradients are made of: d logit = weight * (shift + slope * logit) + chosen [at the target]."""
+
+    log_z_N1: jax.Array
+    chosen_N1: jax.Array
+    shift_N1: jax.Array
+    slope_N1: jax.Array | None
+
+
+def nothing_met(plan: Plan, N: int) -> Running:
+    filled = lambda value: jnp.full((N, 1), value, jnp.float32)
+    weighted_N1 = filled(0) if plan.mean else None
+    best = (filled(LEAST), jnp.zeros((N, 1), jnp.int32)) if plan.likeliest else (None, None)
+    return Running(filled(LEAST), filled(0), filled(0), weighted_N1, *best)
+
+
+def meet(
+    plan: Plan, met: Running, logits_NS: jax.Array, entries_NS: jax.Array, targets_N1: jax.Array, choices
+) -> Running:
+    """One tile more; entries that do not count are MASKED and NOWHERE.
+
+    Args:
+      choices: entries from this one on are never the likeliest.
+    """
+    top_N1 = jnp.maximum(met.top_N1, logits_NS.max(axis=1, keepdims=True))
+    weights_NS, shrink_N1 = jnp.exp(logits_NS - top_N1), jnp.exp(met.top_N1 - top_N1)
+    total_N1 = met.total_N1 * shrink_N1 + weights_NS.sum(axis=1, keepdims=True)
+    hit_NS = jnp.where(entries_NS == targets_N1, logits_NS, 0.0)
+    chosen_N1 = met.chosen_N1 + hit_NS.sum(axis=1, keepdims=True)
+    weighted_N1, best_N1, likeliest_N1 = met.weighted_N1, met.best_N1, met.likeliest_N1
+    if weighted_N1 is not None:
+        weighted_N1 = weighted_N1 * shrink_N1 + (weights_NS * logits_NS).sum(axis=1, keepdims=True)
+    if best_N1 is not None and likeliest_N1 is not None:
+        candidates_NS = jnp.where(entries_NS < choices, logits_NS, MASKED)
+        here_N1 = candidates_NS.max(axis=1, keepdims=True)
+        first_N1 = jnp.where(candidates_NS == here_N1, entries_NS, NOWHERE).min(axis=1, keepdims=True)
+        likeliest_N1 = jnp.where(here_N1 > best_N1, first_N1, likeliest_N1)
+        best_N1 = jnp.maximum(best_N1, here_N1)
+    return Running(top_N1, total_N1, chosen_N1, weighted_N1, best_N1, likeliest_N1)
+
+
+def all_met(met: Running) -> Scores:
+    """Columns still, [N, 1]."""
+    mean_N1 = None if met.weighted_N1 is None else met.weighted_N1 / met.total_N1
+    log_z_N1 = met.top_N1 + jnp.log(met.total_N1)
+    return Scores(met.chosen_N1, log_z_N1, mean_N1, met.best_N1, met.likeliest_N1)
+
+
+def logits_of(plan: Plan, products_NS: jax.Array, bias_1S: jax.Array | None) -> jax.Array:
+    """From products of hidden states and the head, float32."""
+    logits_NS = products_NS if bias_1S is None else products_NS + bias_1S
+    logits_NS = logits_NS if plan.scale == 1 else logits_NS * plan.scale
+    return logits_NS if plan.softcap is None else plan.softcap * jnp.tanh(logits_NS / plan.softcap)
+
+
+def product_gradients(
+    plan: Plan, logits_NS: jax.Array, entries_NS: jax.Array, targets_N1: jax.Array, pull: Pull
+) -> jax.Array:
+    """Gradient of the products of hidden states and the head, float32."""
+    shift = pull.shift_N1 if pull.slope_N1 is None else pull.shift_N1 + pull.slope_N1 * logits_NS
+    at_target_NS = jnp.where(entries_NS == targets_N1, pull.chosen_N1, 0.0)
+    d_NS = jnp.exp(logits_NS - pull.log_z_N1) * shift + at_target_NS
+    if plan.softcap is not None:
+        d_NS *= 1 - jnp.square(logits_NS / plan.softcap)
+    return d_NS if plan.scale == 1 else d_NS * plan.scale

@@ -1,0 +1,54 @@
+"""From hidden states to what the model says of the vocabulary: logits, or scores of given tokens without them."""
+
+# B batch, T tokens, D model width, V vocabulary, N chosen positions
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.cross_entropy_sharded import cross_entropy_on_mesh, wants_tiles
+from model.logprobs import Ask, TokenScores, scores_of_logits
+from model.sharding import ShardingRules, constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyHead:
+    """logits = softcap * tanh(scale * (transform(hidden) . head + bias) / softcap)."""
+
+    head_VD: jax.Array
+    bias_V: jax.Array | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    transform: Callable[[jax.Array], jax.Array] | None = None
+    at_BN: jax.Array | None = None  # positions that are read; None: all
+    rules: ShardingRules | None = None
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """[B, T, V] float32 ([B, N, V] at chosen positions)."""
+        return self._logits(self._read(hidden_BTD))
+
+    def scores(self, hidden_BTD: jax.Array, targets_BT: jax.Array, ask: Ask = Ask()) -> TokenScores:
+        """Of targets [B, T] ([B, N] at chosen positions). See `wants_tiles` for when there are no logits."""
+        hidden_BTD = self._read(hidden_BTD)
+        if not wants_tiles(targets_BT.size, len(self.head_VD), self.rules):
+            return scores_of_logits(self._logits(hidden_BTD), targets_BT, ask)
+        options = {"scale": self.scale, "softcap": self.softcap, "ask": ask}
+        return cross_entropy_on_mesh(hidden_BTD, self.head_VD, targets_BT, self.bias_V, self.rules, **options)
+
+    def _read(self, hidden_BTD: jax.Array) -> jax.Array:
+        if self.at_BN is not None:
+            hidden_BTD = jnp.take_along_axis(hidden_BTD, self.at_BN[:, :, None], axis=1)
+        return hidden_BTD if self.transform is None else self.transform(hidden_BTD)
+
+    def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, self.head_VD, preferred_element_type=jnp.float32)
+        if self.bias_V is not None:
+            logits_BTV += self.bias_V
+        logits_BTV *= self.scale
+        if (cap := self.softcap) is not None:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+        return constrain(logits_BTV, self.rules, "batch", "length", "act_vocab")
