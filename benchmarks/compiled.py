@@ -1,0 +1,247 @@
+"""Train steps of large models, compiled for TPU slices on a machine that has none: does it fit, and how does it run.
+
+    python -m benchmarks.compiled [--only=llama-8b ...] [--remat=none|full] [--save=FOLDER]
+
+For each model and slice: bytes of a device's memory that the program needs and that are left, the kernels in it, its
+collectives, those that run beside other work and those that do not, float32 products and copies of large arrays.
+Needs libtpu, which `make install` puts beside the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from model import ModelConfig
+from model.families import FAMILIES
+from model.function import param_shapes
+from model.kernels import backend
+from train.config import MeshSpec, OptimizerSpec, TrainConfig
+from train.mesh import make_mesh, param_shardings, state_shardings
+from train.objectives import language_modelling
+from train.optimizer import adamw
+from train.step import make_train_step, new_state
+
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LIBRARY_PATH": str(
+        Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
+    ),  # where `make install` puts it
+}
+HBM = {
+    "v5p": 95.7e9,
+    "v6e": 31.25 * 2**30,
+}  # bytes that a program may have, as libtpu says it when one does not fit
+LARGE = 2**22  # numbers: of arrays that are worth a look
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+def llama(width: int, ffn: int, layers: int, heads: int) -> dict:
+    sizes = {"hidden_size": width, "intermediate_size": ffn}
+    return LLAMA | sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}
+
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    config: dict  # as in a config.json of Hugging Face
+    topology: str
+    mesh: MeshSpec
+    rows: int  # of a step, over all devices
+    length: int = 8192
+
+    @property
+    def chip(self) -> str:
+        return self.topology.split(":")[0]
+
+
+CASES = {
+    "llama-8b": Case(llama(4096, 14336, 32, 32), "v5p:4x4x4", MeshSpec(data=1, fsdp=64), 64),
+    "llama-8b-v6e": Case(llama(4096, 14336, 32, 32), "v6e:8x8", MeshSpec(data=1, fsdp=64), 64),
+    "llama-8b-128k": Case(
+        llama(4096, 14336, 32, 32), "v5p:4x4x4", MeshSpec(data=1, fsdp=8, context=8), 8, 131072
+    ),
+    "llama-70b": Case(llama(8192, 28672, 80, 64), "v5p:4x8x8", MeshSpec(data=1, fsdp=64, tensor=4), 128),
+    "llama-405b": Case(
+        llama(16384, 53248, 126, 128), "v5p:8x8x16", MeshSpec(data=1, fsdp=128, tensor=8), 256
+    ),
+    "mixtral-8x7b": Case(MIXTRAL, "v5p:4x4x4", MeshSpec(data=1, fsdp=64), 64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--remat", choices=("none", "full"), default="full")
+    parser.add_argument("--layers", type=int, help="of the model, fewer than it has: for a quick look")
+    parser.add_argument("--save", type=Path, help="a folder for the compiled programs' text")
+    options = parser.parse_args()
+    os.environ |= ENVIRONMENT
+    jax.config.update("jax_platforms", "cpu")
+    for name in options.only:
+        case = CASES[name]
+        start = time.monotonic()
+        cfg = model_of(case, options)
+        compiled = compile_step(cfg, case)
+        text = compiled.as_text()
+        if options.save:
+            options.save.mkdir(parents=True, exist_ok=True)
+            (options.save / f"{name}.hlo").write_text(text)
+        report(name, case, cfg, compiled.memory_analysis(), text, time.monotonic() - start)
+
+
+def model_of(case: Case, options: argparse.Namespace) -> ModelConfig:
+    saved = case.config | ({"num_hidden_layers": options.layers} if options.layers else {})
+    cfg = FAMILIES[saved["model_type"]].read_config(saved)
+    return cfg.replace(dtype="bfloat16", param_dtype="float32", scan=True, remat=options.remat)
+
+
+def compile_step(cfg: ModelConfig, case: Case):
+    """The train step of `python -m train` on the case's slice."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
+    mesh, rules = make_mesh(case.mesh, list(devices)), TrainConfig().sharding
+    optimizer = adamw(OptimizerSpec(), 1000, cfg)
+    state = jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes(cfg))
+    shardings = state_shardings(state, param_shardings(cfg, mesh, rules), mesh)
+    with jax.set_mesh(mesh), backend.use("tpu", chip=case.chip):
+        step = make_train_step(language_modelling(cfg, rules), optimizer, rules=rules)
+        placed = jax.tree.map(
+            lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), state, shardings
+        )
+        rows = NamedSharding(mesh, rules.spec(("batch",)))
+        of = lambda dtype: jax.ShapeDtypeStruct((case.rows, case.length), dtype, sharding=rows)
+        ints = {key: of(jnp.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile()
+
+
+def report(name: str, case: Case, cfg: ModelConfig, memory, text: str, seconds: float) -> None:
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(cfg)))
+    program = Program(text)
+    print(
+        f"{name}: {parameters / 1e9:.1f} G parameters on {case.topology}, {case.rows} rows of {case.length}, "
+        f"{cfg.remat} remat, compiled in {seconds:.0f} s"
+    )
+    spare = 1 - needed / HBM[case.chip]
+    print(
+        f"  memory: {needed / 1e9:.1f} GB of {HBM[case.chip] / 1e9:.1f}, {spare:.0%} spare "
+        f"(state {memory.argument_size_in_bytes / 1e9:.1f}, temporary {memory.temp_size_in_bytes / 1e9:.1f})"
+    )
+    for title, counts in program.findings().items():
+        found = ", ".join(f"{what} x {n}" for what, n in counts.most_common(8))
+        print(f"  {title}: {found or 'none'}")
+    sys.stdout.flush()
+
+
+class Program:
+    """What a compiled program's text says."""
+
+    def __init__(self, text: str):
+        self._lines = text.splitlines()
+        shape = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\w+)\[([\d,]*)\]")
+        found = (match for line in self._lines if (match := shape.match(line)))
+        self._shapes = {m[1]: (m[2], tuple(map(int, filter(None, m[3].split(","))))) for m in found}
+
+    def findings(self) -> dict[str, collections.Counter]:
+        return {
+            "kernels": self._kernels(),
+            "collectives beside other work": self._collectives("-start"),
+            "collectives waited for": self._collectives(""),
+            "float32 products of large arrays": self._products(),
+            "copies and transposes of large arrays": self._copies(),
+        }
+
+    def _kernels(self) -> collections.Counter:
+        lines = (line for line in self._lines if 'custom_call_target="tpu_custom_call"' in line)
+        names = (re.search(r'op_name="[^"]*?/([\w.]+)(?:/pallas_call)?"', line) for line in lines)
+        return collections.Counter(name[1] if name else "unnamed" for name in names)
+
+    def _collectives(self, end: str) -> collections.Counter:
+        """Of arrays with more than one number; an all-reduce of which each device keeps a part is a reduce-scatter."""
+        found, within = collections.Counter(), ""
+        named = re.compile(rf" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute){end}\(")
+        for line in self._lines:
+            if line.endswith("{"):
+                within = line.split()[0].lstrip("%")
+            elif (m := named.search(line)) and re.search(r"\[\d", line[: m.start()]):
+                found["reduce-scatter" if within.startswith("all-reduce-scatter") else m[1]] += 1
+        return found
+
+    def _products(self) -> collections.Counter:
+        found = collections.Counter()
+        for line in self._lines:
+            if m := re.search(r" (?:dot|convolution)\(%?([\w.\-]+), %?([\w.\-]+)\)", line):
+                factors = [self._shapes.get(name, ("?", ())) for name in m.groups()]
+                if all(dtype == "f32" for dtype, _ in factors) and _large(factors):
+                    found[" by ".join(str(list(shape)) for _, shape in factors)] += 1
+        return found
+
+    def _copies(self) -> collections.Counter:
+        found = collections.Counter()
+        for line in self._lines:
+            if m := re.match(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(", line):
+                if math.prod(map(int, m[2].split(","))) >= LARGE:
+                    found[f"{m[3]} {m[1]}[{m[2]}]"] += 1
+        return found
+
+
+def _large(factors) -> bool:
+    return max(math.prod(shape) for _, shape in factors) >= LARGE
+
+
+if __name__ == "__main__":
+    main()
