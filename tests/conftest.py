@@ -1,5 +1,6 @@
 """What every test has: eight fake CPU devices, a cache of compiled functions, real data where it is there."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,7 +15,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))  # tests' subpro
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-import pytest  # noqa: E402  (jax reads the variables above when it is imported)
+import jax  # noqa: E402  (it reads the variables above)
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,3 +28,11 @@ def shared() -> Path:
     if not (folder / "data" / "MANIFEST.md").is_file():
         pytest.skip(f"the shared data folder {folder} is not here (set CRUCIBLE_SHARED to one)")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped():
+    """After each file: a process may map 65530 pieces of memory, and all files' programs together need more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
