@@ -195,7 +195,8 @@ def _in_blocks(sight: Sight, scores: Scores, q_BKGTC, k_BKSC, v_BKSE, positions_
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_blocks_by_hand(sight: Sight, scores: Scores, sinks_H, *inputs) -> jax.Array:
-    """`_in_blocks`, whose backward pass computes the weights anew instead of keeping them."""
+    """`_in_blocks`, whose backward pass computes the weights anew instead of keeping them; it has no forward-mode
+    derivative."""
     return _in_blocks(sight, dataclasses.replace(scores, sinks_H=sinks_H), *inputs)[0]
 
 
