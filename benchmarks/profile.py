@@ -107,7 +107,7 @@ def compared(now: dict, before: dict | None) -> list[tuple[str, float, float]]:
 def page(options: argparse.Namespace, now: dict, before: dict | None, rows: list) -> str:
     widest = max(max(row[1:]) for row in rows)
     bar = lambda seconds, kind: (
-        f'<div class="{kind}" style="width:{100 * seconds / widest:.1f}%"></div><span>{seconds:.3f} s</span>'
+        f'<div class="{kind}" style="width:{85 * seconds / widest:.1f}%"></div><span>{seconds:.3f} s</span>'
     )
     lines = [
         f"<tr><td>{html.escape(name)}</td><td>{bar(seconds, 'now')}"
