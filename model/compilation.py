@@ -21,8 +21,7 @@ def enable_compilation_cache() -> None:
 def training_options() -> dict[str, str | int]:
     """XLA's options for programs that train on this platform; for `jax.jit(compiler_options=...)`.
 
-    On CPU, matrix products go to Eigen instead of YNNPACK, and vectors are as wide as registers: a train step takes a
-    tenth to a seventh less time (`python -m benchmarks.train_step`).
+    On CPU, matrix products go to Eigen instead of YNNPACK, which is slower there, and vectors are as wide as registers.
     """
     if jax.default_backend() != "cpu":
         return {}

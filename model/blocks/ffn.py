@@ -92,9 +92,8 @@ class GatedMLPModule(nn.Module):
         spec = self.spec
         gate_BTF = linear(self, "gate", x_BTD, (spec.width,), ("mlp",), spec.bias)
         up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), spec.bias)
-        h_BTF = jax.checkpoint(lambda gate, up: ACTIVATIONS[spec.activation](gate * spec.gate_scale) * up)(
-            gate_BTF, up_BTF
-        )
+        activate = lambda gate, up: ACTIVATIONS[spec.activation](gate * spec.gate_scale) * up
+        h_BTF = jax.checkpoint(activate)(gate_BTF, up_BTF)  # cheap to compute again, costly to keep
         return _down(self, h_BTF) * spec.down_scale, {}
 
 

@@ -35,7 +35,7 @@ class LinearMap(NamedTuple):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, *inputs] to [B, T, *outputs]."""
         ins, outs = INPUTS[: self.inputs], OUTPUTS[: self.weight.ndim - self.inputs]
-        if self.adapter is None and jax.default_backend() == "cpu" and backend.current().name == "plain":
+        if self.adapter is None and backend.for_cpu():
             return self._flat(x)
         return self.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x)
 

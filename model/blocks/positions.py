@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from model.blocks.common import Context, param
+from model.kernels import backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,9 +173,12 @@ class Rope:
 
 
 def _cos_and_sin(angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
-    """Computed once: on CPU, XLA would take up cosines in the loop over heads and compute them for each anew."""
+    """Computed once: XLA on CPU would take up cosines in the loop over heads and compute them for each anew."""
+    compute = lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x))
+    if not backend.for_cpu():
+        return compute(angles)
     with set_xla_metadata(inlineable="false"):
-        return jax.jit(lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x)))(angles)
+        return jax.jit(compute)(angles)
 
 
 @dataclasses.dataclass(frozen=True)

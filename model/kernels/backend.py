@@ -58,6 +58,11 @@ def current() -> Backend:
     return _context.value or _of_platform()
 
 
+def for_cpu() -> bool:
+    """Whether what is traced is for a CPU, whose compiler wants some things said otherwise."""
+    return current().name == "plain" and jax.default_backend() == "cpu"
+
+
 @contextlib.contextmanager
 def use(name: Literal["plain", "tpu"], chip: str | None = None, interpret: bool = False) -> Iterator[Backend]:
     """Kernels that are traced within take this back end, whatever the platform."""
