@@ -15,9 +15,9 @@ from configs.files import atomic_write, save
 from configs.typed import ConfigError, to_dict
 from data.curation import CurationConfig, curate
 from data.curation import table as curation_table
+from data.curation.run import Log
 from data.load import load_tokenizer
 from data.shards import Dataset, hash_of
-from data.stages import Log
 from data.tasks import INSTRUCTION, TaskSpec, dialogue, generate
 from data.tokenize import tokenize_dataset
 from data.tokenizer import Tokenizer, read_json

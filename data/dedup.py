@@ -7,16 +7,75 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
+
+from data.documents import Document
+from data.stage import Corpus, Decision, Global
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
+class _Pairs(Global):
+    """What exact and near deduplication share: a feature a document, and by them which ones go."""
+
+    label: ClassVar[str] = ""
+
+    def feature(self, text: str) -> bytes:
+        raise NotImplementedError
+
+    def duplicates(
+        self, features: Mapping[str, bytes], text_of: Callable[[list[str]], dict[str, str]]
+    ) -> dict[str, str]:
+        raise NotImplementedError
+
+    def features(self, documents: Sequence[tuple[int, Document]]) -> Any:
+        import pyarrow as pa
+
+        columns = {
+            "row": pa.array([row for row, _ in documents], pa.int32()),
+            "id": pa.array([d["id"] for _, d in documents], pa.large_string()),
+            "feature": pa.array([self.feature(d["text"]) for _, d in documents], pa.large_binary()),
+        }
+        return pa.table(columns)
+
+    def resolve(self, corpus: Corpus) -> Iterator[tuple[str, list[Decision]]]:
+        features: dict[str, bytes] = {}
+        place: dict[str, tuple[str, int]] = {}
+        for shard in corpus.shards:
+            for row in corpus.features(shard).to_pylist():
+                features[row["id"]] = row["feature"]
+                place[row["id"]] = (shard, row["row"])
+
+        def text_of(names: list[str]) -> dict[str, str]:
+            texts = {}
+            for shard, group in _by_shard(names, place).items():
+                documents = corpus.documents(shard, [place[name][1] for name in group])
+                texts |= {document["id"]: document["text"] for document in documents}
+            return texts
+
+        gone = self.duplicates(features, text_of)
+        for shard, group in sorted(_by_shard(sorted(gone), place).items()):
+            yield (
+                shard,
+                [Decision(place[n][1], f"{self.label}: duplicate of {gone[n]}") for n in group],
+            )
+
+
+def _by_shard(names: Iterable[str], place: Mapping[str, tuple[str, int]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(place[name][0], []).append(name)
+    return groups
+
+
 @dataclasses.dataclass(frozen=True)
-class ExactDedup:
+class ExactDedup(_Pairs):
     """Documents whose text is equal but for white space."""
+
+    label: ClassVar[str] = "exact"
 
     def feature(self, text: str) -> bytes:
         """What is compared: 16 bytes."""
@@ -36,11 +95,12 @@ class ExactDedup:
 
 
 @dataclasses.dataclass(frozen=True)
-class MinHashDedup:
+class MinHashDedup(_Pairs):
     """MinHash with banding (Broder 1997; FineWeb's bands, Penedo et al. 2024, arXiv:2406.17557): pairs that
     share a band are candidates, and candidates are verified by the true Jaccard similarity of their
     shingles."""
 
+    label: ClassVar[str] = "minhash"
     shingle_words: int = 5
     bands: int = 14
     rows: int = 8

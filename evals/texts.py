@@ -10,7 +10,7 @@ from typing import Any
 
 from configs import ConfigError
 from data.shards import open_dataset, read_manifest
-from data.sources import Folder, Jsonl, Parquet, Rejected, TextFile
+from data.sources import Folder, Jsonl, Parquet, Rejected, TextFile, file_state
 
 
 def read_texts(path: str | os.PathLike, text_field: str = "text", limit: int | None = None) -> list[str]:
@@ -35,7 +35,7 @@ def texts_state(path: str | os.PathLike) -> list[Any]:
     path = Path(path)
     if _is_dataset(path):
         return [read_manifest(path)["sha256"]]
-    return [(str(p), s.st_size, s.st_mtime_ns) for p in _source(path, "text").files() for s in [p.stat()]]
+    return [(name, *file_state(name)) for name in _source(path, "text").files()]
 
 
 def _documents(path: Path, text_field: str) -> Iterator[str]:

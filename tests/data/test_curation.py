@@ -3,6 +3,11 @@
 import dataclasses
 import gzip
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -11,13 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-import data.stages
 from configs import ConfigError, build, to_dict
 from data import build_corpus, curate, load_tokenizer, make_batches, open_dataset
 from data.corpus import CorpusConfig, TokenizerConfig
-from data.curation import CurationConfig, split_of
+from data.curation import CurationConfig, Workers, split_of
 from data.dedup import ExactDedup, MinHashDedup
-from data.filters import GopherQuality, Normalise
+from data.filters import GopherQuality, GopherRepetition, Normalise
 from data.sources import Folder, Jsonl, PythonStdlib, Rejected, TextFile
 
 
@@ -92,62 +96,158 @@ def test_every_document_is_kept_or_dropped_with_its_reason(folder, tmp_path):
     assert sum(split["documents"] for split in manifest["splits"].values()) == len(kept)
 
 
-def test_a_second_run_redoes_nothing_and_a_changed_stage_only_what_follows(folder, tmp_path, monkeypatch):
-    ran = []
-    run_stage = data.stages.run_stage
-    monkeypatch.setattr(
-        "data.curation.run_stage", lambda stage, *a: ran.append(type(stage).__name__) or run_stage(stage, *a)
+def written(workdir):
+    """Every file with its bytes, but for how long the work took."""
+    files = (p for p in workdir.rglob("*") if p.is_file() and p.name != "timings.json")
+    return {p.relative_to(workdir).as_posix(): _without_seconds(p) for p in files}
+
+
+def _without_seconds(path):
+    return (
+        re.sub(rb'"seconds": [0-9.e-]+', b"", path.read_bytes())
+        if path.suffix == ".json"
+        else path.read_bytes()
     )
-    quiet = {"log": lambda line: None}
-    first = curate(config(folder), tmp_path / "w", **quiet)
-    assert ran == ["Normalise", "GopherQuality", "ExactDedup", "MinHashDedup"]
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "w" / "text").rglob("*.array_record")}
-    ran.clear()
-    again = curate(config(folder), tmp_path / "w", **quiet)
-    assert ran == [] and times == {
-        p: p.stat().st_mtime_ns for p in (tmp_path / "w" / "text").rglob("*.array_record")
-    }
+
+
+def stages_written_after(workdir, moment):
+    files = [p for p in (workdir / "stages").rglob("*") if p.is_file()]
+    return sorted(
+        {p.relative_to(workdir / "stages").parts[0] for p in files if p.stat().st_mtime_ns > moment}
+    )
+
+
+def test_a_second_run_redoes_nothing_and_a_changed_stage_only_what_follows(folder, tmp_path):
+    work, quiet = tmp_path / "w", {"log": lambda line: None}
+    first = curate(config(folder), work, **quiet)
+    assert stages_written_after(work, 0) == [
+        "00-sources",
+        "01-Normalise",
+        "02-GopherQuality",
+        "03-ExactDedup",
+        "04-MinHashDedup",
+    ]
+    before = written(work)
+    moment = time.time_ns()
+    again = curate(config(folder), work, **quiet)
+    assert stages_written_after(work, moment) == [] and written(work) == before
     assert again["train"].manifest == first["train"].manifest
     changed = (Normalise(), GopherQuality(min_words=1, min_stop_words=0), ExactDedup(), MinHashDedup())
-    curate(config(folder, stages=changed), tmp_path / "w", **quiet)
-    assert ran == ["GopherQuality", "ExactDedup", "MinHashDedup"]
-    assert len(all_documents(tmp_path / "w")) == sum(map(len, first.values())) + 1
-    ran.clear()
+    curate(config(folder, stages=changed), work, **quiet)
+    assert stages_written_after(work, moment) == ["02-GopherQuality", "03-ExactDedup", "04-MinHashDedup"]
+    assert len(all_documents(work)) == sum(map(len, first.values())) + 1
     (folder / "new.txt").write_text(article(99))
-    curate(config(folder, stages=changed), tmp_path / "w", **quiet)
-    assert len(ran) == 4 and article(99) in [d["text"] for d in all_documents(tmp_path / "w")]
+    curate(config(folder, stages=changed), work, **quiet)
+    assert article(99) in [d["text"] for d in all_documents(work)]
 
 
-def test_a_run_that_was_killed_in_a_stage_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
+def test_a_changed_threshold_measures_nothing_anew(folder, tmp_path, monkeypatch):
+    work, quiet = tmp_path / "w", {"log": lambda line: None}
+    stages = (Normalise(), GopherQuality(), GopherRepetition(), MinHashDedup())
+    strict = (Normalise(), GopherQuality(min_words=100), GopherRepetition(), MinHashDedup())
+    loose = (Normalise(), GopherQuality(min_words=1, min_stop_words=0), GopherRepetition(), MinHashDedup())
+    wanted = {}
+    for name, these in (("strict", strict), ("loose", loose)):
+        wanted[name] = sorted(d["id"] for d in _curated(folder, these, tmp_path / name))
+    curate(config(folder, stages=stages), work, **quiet)
+
+    def measured_again(self, text):
+        raise AssertionError("this was measured before")
+
+    for kind in (GopherQuality, GopherRepetition):
+        monkeypatch.setattr(kind, "signals", measured_again)
+    for name, these in (("strict", strict), ("loose", loose)):
+        assert sorted(d["id"] for d in _curated(folder, these, work)) == wanted[name]
+
+
+def _curated(folder, stages, work):
+    curate(config(folder, stages=stages), work, log=lambda line: None)
+    return all_documents(work)
+
+
+def test_signals_can_go_with_the_documents(folder, tmp_path):
+    stages = (GopherQuality(), Normalise(), MinHashDedup())
+    made = config(folder, stages=stages, tags_in_metadata=("GopherQuality",))
+    curate(made, tmp_path / "w", log=lambda line: None)
+    for document in all_documents(tmp_path / "w"):
+        assert document["metadata"]["tags"]["GopherQuality"]["words"] == len(document["text"].split())
+
+
+def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, tmp_path):
+    made = {}
+    for processes in (1, 2):
+        workers = Workers(processes=processes)
+        curate(config(folder, workers=workers, shard_megabytes=1), tmp_path / str(processes), log=print)
+        made[processes] = written(tmp_path / str(processes))
+    assert made[1] == made[2]
+
+
+@pytest.mark.slow
+def test_the_result_is_the_same_to_the_byte_on_a_ray_cluster(folder, tmp_path):
+    pytest.importorskip("ray")
+    for runner in ("local", "ray"):
+        workers = Workers(runner=runner, processes=2)
+        program = f"""
+from data.curation import *; from data.sources import *; from data.dedup import *; from data.filters import *
+curate(CurationConfig(sources=(Folder({str(folder)!r}),), validation_fraction=0.3, test_fraction=0.0,
+                      workers={workers!r}), {str(tmp_path / runner)!r})
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=280)
+    assert written(tmp_path / "ray") == written(tmp_path / "local")
+
+
+def test_a_run_that_was_killed_between_two_files_goes_on_to_the_same_bytes(folder, tmp_path, monkeypatch):
     quiet = {"log": lambda line: None}
-    wanted = curate(config(folder), tmp_path / "whole", **quiet)
-    close = data.stages.StageOutput.close
+    curate(config(folder), tmp_path / "whole", **quiet)
+    wanted = written(tmp_path / "whole")
+    replace, left = os.replace, [0]
 
-    def killed(output):
-        if output._target.name == "02-GopherQuality":  # all is written, nothing is in its place
+    def dying(source, target):
+        left[0] -= 1
+        if left[0] < 0:
             raise KeyboardInterrupt
-        return close(output)
+        replace(source, target)
 
-    monkeypatch.setattr(data.stages.StageOutput, "close", killed)
-    with pytest.raises(KeyboardInterrupt):
-        curate(config(folder), tmp_path / "w", **quiet)
-    monkeypatch.setattr(data.stages.StageOutput, "close", close)
-    done = curate(config(folder), tmp_path / "w", **quiet)
-    assert {k: d.manifest["sha256"] for k, d in done.items()} == {
-        k: d.manifest["sha256"] for k, d in wanted.items()
-    }
-    assert not [p for p in (tmp_path / "w" / "stages").iterdir() if p.name.startswith(".")]
+    monkeypatch.setattr(os, "replace", dying)
+    for left[0] in (3, 10, 20, 30, 40, 10**9):
+        try:
+            curate(config(folder), tmp_path / "w", **quiet)
+        except KeyboardInterrupt:
+            continue
+    assert written(tmp_path / "w") == wanted
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_no_byte(folder, tmp_path):
+    command = [sys.executable, "-m", "data", "--config=configs/data/folder.py:" + str(folder)]
+    command += ["--config.tokenizer.vocab_size=500", "--config.curation.validation_fraction=0.3"]
+    command += ["--config.curation.test_fraction=0.0", "--config.curation.workers.processes=2"]
+    whole = [*command, f"--workdir={tmp_path / 'whole'}"]
+    began = time.monotonic()
+    subprocess.run(whole, check=True, capture_output=True)
+    seconds = time.monotonic() - began
+    moments = np.random.default_rng(0).uniform(0.1, 0.95, 10) * seconds
+    for moment in moments:
+        process = subprocess.Popen(
+            [*command, f"--workdir={tmp_path / 'w'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+    subprocess.run([*command, f"--workdir={tmp_path / 'w'}"], check=True, capture_output=True)
+    a, b = written(tmp_path / "whole"), written(tmp_path / "w")
+    assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
 
 
 def test_a_filter_that_fails_on_a_document_drops_it_and_goes_on(folder, tmp_path, monkeypatch):
-    real = GopherQuality.apply
+    real = GopherQuality.signals
 
     def fragile(self, text):
         if text == article(7):
             raise ZeroDivisionError("by this text")
         return real(self, text)
 
-    monkeypatch.setattr(GopherQuality, "apply", fragile)
+    monkeypatch.setattr(GopherQuality, "signals", fragile)
     curate(config(folder), tmp_path / "w", log=lambda line: None)
     rows = pq.read_table(tmp_path / "w" / "dropped" / "02-GopherQuality.parquet").to_pylist()
     assert [r["reason"] for r in rows if r["text"] == article(7)] == [

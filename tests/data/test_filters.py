@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.filters import (
-    CodeQuality,
-    GopherQuality,
-    GopherRepetition,
-    Normalise,
-    duplicate_fractions,
-    duplicate_ngram_fraction,
-    top_ngram_fraction,
-)
+from data.filters import CodeQuality, GopherQuality, GopherRepetition, Normalise
+from data.filters.gopher import duplicate_fractions, duplicate_ngram_fraction, top_ngram_fraction
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=60)
 

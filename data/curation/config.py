@@ -1,0 +1,51 @@
+"""What goes in and what is done to it: the config of a curation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from data.curation.workers import Workers
+from data.dedup import ExactDedup, MinHashDedup
+from data.filters import CodeQuality, GopherQuality, GopherRepetition, Normalise
+from data.sources import PythonStdlib, Source
+
+CurationStage = Normalise | GopherQuality | GopherRepetition | CodeQuality | ExactDedup | MinHashDedup
+
+DEFAULT_STAGES = (
+    Normalise(),
+    GopherQuality(),
+    GopherRepetition(),
+    CodeQuality(),
+    ExactDedup(),
+    MinHashDedup(),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CurationConfig:
+    """What goes in and what is done to it."""
+
+    sources: tuple[Source, ...] = (PythonStdlib(),)
+    stages: tuple[CurationStage, ...] = DEFAULT_STAGES
+    validation_fraction: float = 0.02  # of documents, by a hash of their id (or group)
+    test_fraction: float = 0.02
+    tag_dropped: bool = True  # filters also measure what a filter before them dropped: thresholds may loosen
+    tags_in_metadata: tuple[str, ...] = ()  # filters whose signals go with each document, e.g. ("Language",)
+    shard_megabytes: int = 16  # of text in a shard, the piece of work that is resumed
+    workers: Workers = dataclasses.field(default_factory=Workers)
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one")
+        if (
+            min(self.validation_fraction, self.test_fraction) < 0
+            or self.validation_fraction + self.test_fraction >= 1
+        ):
+            raise ValueError(
+                "validation_fraction and test_fraction must not be negative, and leave some to train on"
+            )
+        known = {type(stage).__name__ for stage in self.stages}
+        if missing := sorted(set(self.tags_in_metadata) - known):
+            raise ValueError(
+                f"tags_in_metadata: no stage is a {missing[0]}; there are {', '.join(sorted(known))}"
+            )

@@ -1,0 +1,105 @@
+"""One function over many items, by processes of this machine or of a Ray cluster: daft runs both.
+
+Results come in the order of the items and do not depend on who made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from configs.typed import ConfigError
+
+_FEW = 4  # items a process: for fewer, starting processes (some seconds) costs more than it brings
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who does the work. The result is the same to the bit for every choice."""
+
+    runner: Literal["local", "ray"] = "local"
+    processes: int = 0  # 0: one for each core, and none beside this one where there is little to do
+    ray_address: str | None = None  # of a cluster; None: the one of the environment, or a new local one
+
+    def __post_init__(self):
+        if self.processes < 0:
+            raise ValueError(f"processes={self.processes}: wanted 0 (one for each core) or more")
+
+
+def map_items(
+    workers: Workers, function: Callable[[Any], Any], items: Sequence[Any], max_processes: int | None = None
+) -> Iterator[Any]:
+    """`function(item)` for each item, in order, as they are done.
+
+    Items, results and the function (one of a module) are pickled where other processes work. What the function
+    raises is raised here: a ConfigError as it is, others with the trace of the worker.
+    """
+    processes = workers.processes or min(_cores(), len(items) // _FEW)
+    processes = min(processes, len(items), max_processes or processes)
+    if workers.runner == "local" and processes <= 1:
+        yield from map(function, items)
+        return
+    daft = _daft(workers)
+    frame = daft.from_pydict({"item": [pickle.dumps((function, item)) for item in items]})
+    frame = frame.into_partitions(len(items)) if workers.runner == "ray" else frame.into_batches(1)
+    call = _remote(daft, max(processes, 1))(daft.col("item"))
+    for batch in frame.select(call.alias("result")).to_arrow_iter():
+        for value in batch.column("result").to_pylist():
+            result = pickle.loads(value)
+            if isinstance(result, _Failure):
+                raise ConfigError(result.message)
+            yield result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+def _remote(daft: Any, processes: int) -> Any:
+    @daft.cls(use_process=True, max_concurrency=processes)
+    class Worker:
+        @daft.method(return_dtype=daft.DataType.binary())
+        def call(self, item: bytes) -> bytes:
+            return _call(item)
+
+    return Worker().call
+
+
+def _call(item: bytes) -> bytes:
+    function, argument = pickle.loads(item)
+    try:
+        return pickle.dumps(function(argument))
+    except ConfigError as error:
+        return pickle.dumps(_Failure(str(error)))
+
+
+def _daft(workers: Workers) -> Any:
+    os.environ.setdefault("DO_NOT_TRACK", "true")  # before the import, which reports home
+    os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+    import daft
+
+    if workers.runner == "local":
+        daft.set_runner_native()
+        return daft
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            'workers.runner="ray" needs ray, which is not installed: pip install "crucible-lm[ray]"'
+        ) from error
+    if not ray.is_initialized():
+        count = {"num_cpus": workers.processes or _cores()} if workers.ray_address is None else {}
+        address = workers.ray_address or os.environ.get("RAY_ADDRESS")
+        ray.init(
+            address=address, include_dashboard=False, logging_level="ERROR", **({} if address else count)
+        )
+    daft.set_runner_ray(noop_if_initialized=True)
+    return daft
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

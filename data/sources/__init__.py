@@ -1,0 +1,22 @@
+"""Where documents come from: files of many formats, on this machine or at gs:// and s3://, and the Python library."""
+
+from data.documents import Document, Rejected
+from data.sources.base import SourceBase, file_state, parts_of
+from data.sources.files import Folder, Jsonl, Parquet, TextFile
+from data.sources.stdlib import PythonStdlib
+
+Source = TextFile | Jsonl | Parquet | Folder | PythonStdlib
+
+__all__ = [
+    "Document",
+    "Folder",
+    "Jsonl",
+    "Parquet",
+    "PythonStdlib",
+    "Rejected",
+    "Source",
+    "SourceBase",
+    "TextFile",
+    "file_state",
+    "parts_of",
+]

@@ -1,0 +1,205 @@
+"""Text, JSONL and Parquet files, and folders of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from configs.typed import ConfigError
+from data import storage
+from data.documents import Document, Rejected, make_document
+from data.sources.base import Items, SourceBase
+
+_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json", ".parquet", ".py")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFile(SourceBase):
+    """One UTF-8 text file, also .gz, .zst, .bz2 or .xz; a document ends at each line that equals `separator`."""
+
+    path: str
+    separator: str | None = None  # None: the whole file is one document
+    encoding: str = "utf-8"
+    type: str = "prose"  # prose, code or html
+    licence: str = "unknown"
+    name: str = ""  # default: the file's name
+
+    def files(self) -> list[str]:
+        storage.check_exists(self.path)
+        return [self.path]
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
+        name = self.label()
+        metadata = {"type": self.type, "path": self.path}
+        try:
+            with storage.open_bytes(self.files()[0]) as file:
+                text = file.read().decode(self.encoding)
+        except (OSError, ValueError, EOFError) as error:
+            yield Rejected(f"{name}/0", f"unreadable: {error}", name)
+            return
+        parts = [text] if self.separator is None else _split_at(text, self.separator)
+        for i, part in enumerate(parts):
+            yield make_document(f"{name}/{i}", part, name, self.licence, metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jsonl(SourceBase):
+    """One JSON object a line, or one JSON array of them; also .gz, .zst, .bz2 or .xz."""
+
+    path: str
+    text_field: str = "text"
+    id_field: str | None = None  # None: the number of the line
+    metadata_fields: tuple[str, ...] = ()  # taken over into the metadata where they are there, e.g. ("url",)
+    type: str = "prose"
+    licence: str = "unknown"
+    name: str = ""
+
+    def files(self) -> list[str]:
+        storage.check_exists(self.path)
+        return [self.path]
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
+        name = self.label()
+        try:
+            for i, row in json_rows(self.files()[0]):
+                yield self._document(row, name, i)
+        except (OSError, ValueError, EOFError) as error:
+            yield Rejected(f"{name}/end", f"unreadable from here on: {error}", name)
+
+    def _document(self, row: Any, name: str, i: int) -> Document | Rejected:
+        if isinstance(row, BadLine):
+            return Rejected(f"{name}/{i}", f"bad line: {row.why}", name)
+        try:
+            text = row[self.text_field]
+            key = i if self.id_field is None else row[self.id_field]
+        except (KeyError, TypeError) as error:
+            return Rejected(f"{name}/{i}", f"bad line: {type(error).__name__}: {error}", name)
+        if not isinstance(text, str):
+            reason = f"bad line: {self.text_field} is {type(text).__name__}, not text"
+            return Rejected(f"{name}/{i}", reason, name)
+        metadata = {"type": self.type, "path": self.path}
+        metadata |= {field: row[field] for field in self.metadata_fields if field in row}
+        return make_document(f"{name}/{key}", text, name, self.licence, metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parquet(SourceBase):
+    """The rows of a Parquet file."""
+
+    path: str
+    text_field: str = "text"
+    metadata_fields: tuple[str, ...] = ()  # columns taken over into the metadata
+    type: str = "prose"
+    licence: str = "unknown"
+    name: str = ""
+
+    def files(self) -> list[str]:
+        storage.check_exists(self.path)
+        return [self.path]
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        name, path = self.label(), self.files()[0]
+        try:
+            file = pq.ParquetFile(storage.open_raw(path))
+        except (OSError, pa.ArrowInvalid) as error:
+            yield Rejected(f"{name}/0", f"unreadable: {error}", name)
+            return
+        columns = file.schema_arrow.names
+        if missing := [field for field in (self.text_field, *self.metadata_fields) if field not in columns]:
+            raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns)}")
+        batches = file.iter_batches(columns=[self.text_field, *self.metadata_fields], batch_size=1024)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for i, row in enumerate(rows):
+            text = row.pop(self.text_field)
+            if isinstance(text, str):
+                metadata = {"type": self.type, "path": self.path, **row}
+                yield make_document(f"{name}/{i}", text, name, self.licence, metadata)
+            else:
+                reason = f"bad row: {self.text_field} is {type(text).__name__}"
+                yield Rejected(f"{name}/{i}", reason, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder(SourceBase):
+    """Every file of a folder that matches `glob`, each read by its suffix: .jsonl and .parquet row by row,
+    others whole.
+    """
+
+    path: str
+    glob: str = "**/*"
+    licence: str = "unknown"
+    name: str = ""
+    text_field: str = "text"  # of .jsonl and .parquet files
+
+    def files(self) -> list[str]:
+        storage.check_exists(self.path)
+        found = [path for path in storage.find(self.path, self.glob) if storage.suffix(path) in _SUFFIXES]
+        if not found:
+            raise ConfigError(
+                f"{self.path}: no file matches {self.glob} with a suffix among {' '.join(_SUFFIXES)} "
+                "(.gz, .zst, .bz2, .xz)"
+            )
+        return found
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
+        source = self.label()
+        for path in self.files() if paths is None else paths:
+            within = os.path.relpath(path, self.path).replace(os.sep, "/")
+            common = {"path": path, "licence": self.licence, "name": f"{source}/{within}"}
+            ending = storage.suffix(path)
+            if ending in (".jsonl", ".json"):
+                reader = Jsonl(**common, text_field=self.text_field)
+            elif ending == ".parquet":
+                reader = Parquet(**common, text_field=self.text_field)
+            else:
+                reader = TextFile(**common, type="code" if ending == ".py" else "prose")
+            for item in reader.documents():
+                yield (
+                    item._replace(source=source) if isinstance(item, Rejected) else {**item, "source": source}
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class BadLine:
+    """A line that is no JSON, and why."""
+
+    why: str
+
+
+def json_rows(path: str) -> Iterator[tuple[int, Any]]:
+    """(number of the line or row from 0, JSON value or BadLine) of a JSONL file or of one with a JSON array.
+
+    Empty lines are passed over. Raises OSError, ValueError or EOFError where the file itself is damaged.
+    """
+    with storage.open_bytes(path) as file:
+        for first in file:
+            if first.strip():
+                break
+        else:
+            return
+        if first.lstrip().startswith(b"["):
+            yield from enumerate(json.loads(first + file.read()))
+            return
+    for i, line in enumerate(storage.lines(path)):
+        if line.strip():
+            try:
+                yield i, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield i, BadLine(f"{type(error).__name__}: {error}")
+
+
+def _split_at(text: str, separator: str) -> list[str]:
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines(keepends=True):
+        if line.rstrip("\r\n") == separator:
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    return [joined for part in parts if (joined := "".join(part))]
