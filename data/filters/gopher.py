@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections import Counter
-
-import numpy as np
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 from data.documents import DocumentType
+from data.filters.ngrams import (
+    covered_characters,
+    duplicate_fractions,
+    ends_of,
+    repeated_ngrams,
+    repeated_parts,
+    skipped_characters,
+    top_characters,
+)
+from data.filters.words import WORDS, WordKind, has_letter
 from data.stage import Filter, Signals
 
-_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+_PARAGRAPH = re.compile(r"\n{2,}")
+_LINE = re.compile(r"\n+")
 
 
 @dataclasses.dataclass(frozen=True)
 class GopherQuality(Filter):
-    """Words are what white space separates."""
+    """Words, symbols and lines. The mean word length is a mean, as in the paper (Dolma takes the median)."""
 
     applies_to: DocumentType = "prose"
-    min_words: int = 50
+    words: WordKind = "white_space"
+    stop_words: tuple[str, ...] = _STOP_WORDS  # other languages have others
+    bullets: tuple[str, ...] = ("\u2022", "-", "*")
+    min_words: int = 50  # with a letter, a digit or anything but punctuation in them
     max_words: int = 100_000
     min_mean_word_length: float = 3.0
     max_mean_word_length: float = 10.0
@@ -27,22 +41,25 @@ class GopherQuality(Filter):
     max_bullet_lines: float = 0.9
     max_ellipsis_lines: float = 0.3
     min_alphabetic_words: float = 0.8  # words with at least one letter
-    min_stop_words: int = 2  # different ones among: the be to of and that have with
+    min_stop_words: int = 2  # different ones
+
+    measured_by: ClassVar[tuple[str, ...]] = ("words", "stop_words", "bullets")
 
     def signals(self, text: str) -> Signals:
-        words = text.split()
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        words = WORDS[self.words](text)
+        spoken = [word for word in words if not _only_marks(word)]
+        lines = [line for line in map(str.strip, text.splitlines()) if line]
         count, rows = max(len(words), 1), max(len(lines), 1)
-        bullets = ("\u2022", "-", "*")
+        found = {word.strip(".,;:!?\"'()") for word in set(text.lower().split())}
         return {
-            "words": len(words),
-            "mean_word_length": sum(map(len, words)) / count,
+            "words": len(spoken),
+            "mean_word_length": sum(map(len, spoken)) / max(len(spoken), 1),
             "hashes": text.count("#") / count,
             "ellipses": (text.count("...") + text.count("\u2026")) / count,
-            "bullet_lines": sum(line.startswith(bullets) for line in lines) / rows,
+            "bullet_lines": sum(line.startswith(self.bullets) for line in lines) / rows,
             "ellipsis_lines": sum(line.endswith(("...", "\u2026")) for line in lines) / rows,
-            "alphabetic_words": sum(any(c.isalpha() for c in word) for word in words) / count,
-            "stop_words": len(_STOP_WORDS & {word.lower().strip(".,;:!?\"'()") for word in words}),
+            "alphabetic_words": sum(map(has_letter, words)) / count,
+            "stop_words": len(found.intersection(self.stop_words)),
         }
 
     def reason(self, signals: Signals) -> str | None:
@@ -67,14 +84,18 @@ class GopherQuality(Filter):
 
 @dataclasses.dataclass(frozen=True)
 class GopherRepetition(Filter):
-    """Lines, paragraphs and n-grams that repeat.
+    """Lines, paragraphs and n-grams that repeat. A duplicate line is any occurrence after the first.
 
-    A duplicate line is any occurrence after the first. The top n-gram fraction is occurrences times length of
-    the most frequent n-gram over all word characters; the duplicate n-gram fraction is the word characters
-    inside any n-gram that occurs more than once, each character once.
+    The paper leaves open what a share of characters is, and the references differ. `definition`:
+        covered    over the characters of the words: of the top n-gram, occurrences times length where it occurs more
+                   than once; of duplicate n-grams, the words inside any n-gram that repeats, each word once
+        datatrove  over all characters of the text: the top n-gram counts with its spaces, also where it occurs once;
+                   of duplicate n-grams, those met again when each such one is skipped whole
     """
 
     applies_to: DocumentType = "prose"
+    definition: Literal["covered", "datatrove"] = "covered"
+    words: WordKind = "white_space"
     max_duplicate_lines: float = 0.30
     max_duplicate_line_characters: float = 0.20
     max_duplicate_paragraphs: float = 0.30
@@ -82,29 +103,17 @@ class GopherRepetition(Filter):
     max_top_ngrams: tuple[float, ...] = (0.20, 0.18, 0.16)  # of 2, 3, 4 words
     max_duplicate_ngrams: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)  # of 5 to 10 words
 
+    measured_by: ClassVar[tuple[str, ...]] = ("definition", "words")
+
     def signals(self, text: str) -> Signals:
-        lines = [line.strip() for line in text.split("\n") if line.strip()]
-        paragraphs = [part.strip() for part in re.split(r"\n{2,}", text) if part.strip()]
-        words = text.split()
-        found: dict[str, float] = {}
-        found["duplicate_lines"], found["duplicate_line_characters"] = duplicate_fractions(lines)
-        found["duplicate_paragraphs"], found["duplicate_paragraph_characters"] = duplicate_fractions(
-            paragraphs
-        )
-        for n in range(2, 5):
-            found[f"top_{n}gram"] = top_ngram_fraction(words, n)
-        for n in range(5, 11):
-            found[f"duplicate_{n}grams"] = duplicate_ngram_fraction(words, n)
-        return found
+        return _REPETITION[self.definition](text, WORDS[self.words](text))
 
     def reason(self, signals: Signals) -> str | None:
-        for what in ("line", "paragraph"):
+        for what in ("paragraph", "line"):
             by_count = getattr(self, f"max_duplicate_{what}s")
             by_characters = getattr(self, f"max_duplicate_{what}_characters")
-            if (
-                signals[f"duplicate_{what}s"] > by_count
-                or signals[f"duplicate_{what}_characters"] > by_characters
-            ):
+            count, characters = signals[f"duplicate_{what}s"], signals[f"duplicate_{what}_characters"]
+            if count > by_count or characters > by_characters:
                 return f"gopher: duplicate {what}s"
         for n, limit in enumerate(self.max_top_ngrams, start=2):
             if signals[f"top_{n}gram"] > limit:
@@ -115,51 +124,55 @@ class GopherRepetition(Filter):
         return None
 
 
-def duplicate_fractions(parts: list[str]) -> tuple[float, float]:
-    """(share of the parts that repeat an earlier one, their share of the characters)."""
-    if not parts:
-        return 0.0, 0.0
-    counts = Counter(parts)
-    extra = sum(count - 1 for count in counts.values())
-    characters = sum((count - 1) * len(part) for part, count in counts.items())
-    return extra / len(parts), characters / sum(map(len, parts))
+def _covered(text: str, words: list[str]) -> Signals:
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    paragraphs = [part for part in map(str.strip, _PARAGRAPH.split(text)) if part]
+    found: dict[str, float] = {}
+    found["duplicate_lines"], found["duplicate_line_characters"] = duplicate_fractions(lines)
+    found["duplicate_paragraphs"], found["duplicate_paragraph_characters"] = duplicate_fractions(paragraphs)
+    ends = ends_of(words)
+    total = max(int(ends[-1]), 1)
+    for n, starts, which in repeated_ngrams(words, 10):
+        if n <= 4:
+            found[f"top_{n}gram"] = top_characters(n, starts, which, ends) / total
+        else:
+            found[f"duplicate_{n}grams"] = covered_characters(n, starts, which, ends) / total
+    return found
 
 
-def top_ngram_fraction(words: list[str], n: int) -> float:
-    """Occurrences times length of the most frequent n-gram that repeats, over all word characters."""
-    lengths, keys = _ngrams(words, n)
-    if not len(keys):
-        return 0.0
-    _, first, counts = np.unique(keys, return_index=True, return_counts=True)
-    if counts.max() < 2:
-        return 0.0
-    size = np.convolve(lengths, np.ones(n, np.int64), "valid")[first]
-    return float((counts * size)[counts == counts.max()].max() / lengths.sum())
+def _datatrove(text: str, words: list[str]) -> Signals:
+    size = max(len(text), 1)
+    found: dict[str, float] = {}
+    for what, parts in (("paragraph", _PARAGRAPH.split(text.strip())), ("line", _LINE.split(text))):
+        count, characters = repeated_parts(parts)
+        found[f"duplicate_{what}s"] = count / len(parts)
+        found[f"duplicate_{what}_characters"] = characters / size
+    ends = ends_of(words)
+    for n, starts, which in repeated_ngrams(words, 10):
+        if n <= 4:
+            found[f"top_{n}gram"] = _first_top(n, starts, which, ends) / size
+        else:
+            found[f"duplicate_{n}grams"] = skipped_characters(n, starts, which, ends) / size
+    return found
 
 
-def duplicate_ngram_fraction(words: list[str], n: int) -> float:
-    """Share of the word characters that lie inside an n-gram which occurs more than once."""
-    lengths, keys = _ngrams(words, n)
-    if not len(keys):
-        return 0.0
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    starts = np.flatnonzero(counts[inverse] > 1)
-    edges = np.zeros(len(words) + 1, np.int64)
-    np.add.at(edges, starts, 1)
-    np.add.at(edges, starts + n, -1)
-    return float(lengths[np.cumsum(edges[:-1]) > 0].sum() / lengths.sum())
+def _first_top(n: int, starts, which, ends) -> int:
+    """Characters with spaces, times occurrences, of the most frequent n-gram that comes first in the text."""
+    if len(ends) <= n:
+        return 0
+    if not len(starts):
+        return int(ends[n]) + n - 1
+    counts: dict[int, int] = {}
+    begin: dict[int, int] = {}
+    for start, number in zip(starts.tolist(), which.tolist()):
+        counts[number] = counts.get(number, 0) + 1
+        begin.setdefault(number, start)
+    top = max(counts, key=lambda number: (counts[number], -begin[number]))
+    return counts[top] * (int(ends[begin[top] + n] - ends[begin[top]]) + n - 1)
 
 
-def _ngrams(words: list[str], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(characters of each word, a 64-bit key of each n-gram)."""
-    lengths = np.fromiter(map(len, words), np.int64, len(words))
-    if len(words) < n:
-        return lengths, np.zeros(0, np.uint64)
-    numbers: dict[str, int] = {}
-    ids = np.fromiter((numbers.setdefault(word, len(numbers) + 1) for word in words), np.uint64, len(words))
-    keys = np.zeros(len(words) - n + 1, np.uint64)
-    with np.errstate(over="ignore"):
-        for i in range(n):
-            keys = (keys ^ ids[i : i + len(keys)]) * np.uint64(0x9E3779B97F4A7C15)
-            keys ^= keys >> np.uint64(29)
-    return lengths, keys
+def _only_marks(word: str) -> bool:
+    return not any(map(str.isalnum, word)) and not any(map(str.isalpha, word))
+
+
+_REPETITION: dict[str, Callable[[str, list[str]], Signals]] = {"covered": _covered, "datatrove": _datatrove}

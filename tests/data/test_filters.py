@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.filters import CodeQuality, GopherQuality, GopherRepetition, Normalise
-from data.filters.gopher import duplicate_fractions, duplicate_ngram_fraction, top_ngram_fraction
+from data.filters.ngrams import duplicate_fractions, duplicate_ngram_fraction, top_ngram_fraction
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=60)
 

@@ -1,0 +1,55 @@
+"""Penedo et al. 2024, "The FineWeb Datasets", arXiv:2406.17557, section 3.6: three filters of lines, found by comparing
+good and bad crawls; and the fourth of their code, lines a word."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from data.documents import DocumentType
+from data.filters.ngrams import repeated_parts
+from data.filters.words import WORDS, WordKind
+from data.stage import Filter, Signals
+
+_TERMINAL = tuple(".!?\"'\u2026\u3002\uff01\uff1f\u201d\u2019\u061f\u06d4\u0964\u0965\u1362\u17d4\ufe12\uff0e\uff61")
+
+
+@dataclasses.dataclass(frozen=True)
+class FineWebQuality(Filter):
+    """Lines are those with something on them, as they stand."""
+
+    applies_to: DocumentType = "prose"
+    words: WordKind = "tokens"  # what its authors set the threshold with
+    end_marks: tuple[str, ...] = _TERMINAL
+    short_line: int = 30  # characters
+    min_lines_with_end_mark: float = 0.12
+    max_short_lines: float = 0.67
+    max_duplicate_line_characters: float = 0.01
+    max_newlines_per_word: float = 0.3
+
+    measured_by: ClassVar[tuple[str, ...]] = ("words", "end_marks", "short_line")
+
+    def signals(self, text: str) -> Signals:
+        lines = [line for line in text.split("\n") if line.strip()]
+        rows = max(len(lines), 1)
+        newlines = text.count("\n")
+        return {
+            "lines": len(lines),
+            "lines_with_end_mark": sum(line.endswith(self.end_marks) for line in lines) / rows,
+            "short_lines": sum(len(line) <= self.short_line for line in lines) / rows,
+            "duplicate_line_characters": repeated_parts(lines)[1] / max(len(text) - newlines, 1),
+            "newlines_per_word": newlines / max(len(WORDS[self.words](text)), 1),
+        }
+
+    def reason(self, signals: Signals) -> str | None:
+        if signals["lines"] == 0:
+            return "fineweb: empty"
+        if signals["lines_with_end_mark"] < self.min_lines_with_end_mark:
+            return "fineweb: lines without an end mark"
+        if signals["short_lines"] > self.max_short_lines:
+            return "fineweb: short lines"
+        if signals["duplicate_line_characters"] > self.max_duplicate_line_characters:
+            return "fineweb: duplicate lines"
+        if signals["newlines_per_word"] > self.max_newlines_per_word:
+            return "fineweb: newlines per word"
+        return None
