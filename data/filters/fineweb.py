@@ -4,14 +4,13 @@ good and bad crawls; and the fourth of their code, lines a word."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 from data.documents import DocumentType
 from data.filters.ngrams import repeated_parts
 from data.filters.words import WORDS, WordKind
 from data.stage import Filter, Signals
-
-_TERMINAL = tuple(".!?\"'\u2026\u3002\uff01\uff1f\u201d\u2019\u061f\u06d4\u0964\u0965\u1362\u17d4\ufe12\uff0e\uff61")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class FineWebQuality(Filter):
 
     applies_to: DocumentType = "prose"
     words: WordKind = "tokens"  # what its authors set the threshold with
-    end_marks: tuple[str, ...] = _TERMINAL
+    end_marks: tuple[str, ...] = ()  # empty: Unicode's sentence terminals, 160 of all scripts (no quotes)
     short_line: int = 30  # characters
     min_lines_with_end_mark: float = 0.12
     max_short_lines: float = 0.67
@@ -32,10 +31,10 @@ class FineWebQuality(Filter):
     def signals(self, text: str) -> Signals:
         lines = [line for line in text.split("\n") if line.strip()]
         rows = max(len(lines), 1)
-        newlines = text.count("\n")
+        newlines, marks = text.count("\n"), self.end_marks or _sentence_terminals()
         return {
             "lines": len(lines),
-            "lines_with_end_mark": sum(line.endswith(self.end_marks) for line in lines) / rows,
+            "lines_with_end_mark": sum(line.endswith(marks) for line in lines) / rows,
             "short_lines": sum(len(line) <= self.short_line for line in lines) / rows,
             "duplicate_line_characters": repeated_parts(lines)[1] / max(len(text) - newlines, 1),
             "newlines_per_word": newlines / max(len(WORDS[self.words](text)), 1),
@@ -53,3 +52,12 @@ class FineWebQuality(Filter):
         if signals["newlines_per_word"] > self.max_newlines_per_word:
             return "fineweb: newlines per word"
         return None
+
+
+@functools.cache
+def _sentence_terminals() -> tuple[str, ...]:
+    """The characters with Unicode's property Sentence_Terminal."""
+    import regex
+
+    planes = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000))))
+    return tuple(regex.findall(r"\p{Sentence_Terminal}", planes))

@@ -13,7 +13,9 @@ from data.documents import DocumentType
 from data.filters.gopher import GopherQuality, GopherRepetition
 from data.stage import Filter, Signals
 
-_LATEX = re.compile(r"\\(?:frac|sum|int|sqrt|lim|alpha|beta|theta|pi|infty|mathbb|begin\{|left|right|cdot|times|leq?|geq?)")
+_LATEX = re.compile(
+    r"\\(?:frac|sum|int|sqrt|lim|alpha|beta|theta|pi|infty|mathbb|begin\{|left|right|cdot|times|leq?|geq?)"
+)
 _DELIMITED = re.compile(r"\$[^$\n]{1,300}\$|\\\(.{1,300}?\\\)|\\\[.{1,1000}?\\\]", re.DOTALL)
 _SYMBOLS = re.compile("[\u2200-\u22ff\u00b1\u00d7\u00f7\u221a\u03b1-\u03c9\u2070-\u209f]")
 _EQUATION = re.compile(r"\b\w+\s*(?:[-+*/^]\s*\w+\s*)*=\s*[-\w(\\]")

@@ -1,7 +1,7 @@
 """What counts as a word. The references differ, and thresholds were set with theirs: name yours.
 
-    white_space   what white space separates, punctuation attached (Gopher, C4)
-    tokens        words and marks of punctuation apart, as spaCy's tokenizers do that datatrove calls (FineWeb)
+white_space   what white space separates, punctuation attached (Gopher, C4)
+tokens        words and marks of punctuation apart, as spaCy's tokenizers do that datatrove calls (FineWeb)
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data.dedup import ExactDedup, MinHashDedup, jaccard
+from tests.data.made_corpus import duplicates as run
 
 
 def base_text(rng, words=300):
@@ -22,12 +23,6 @@ def corpus(seed=0, groups=12, copies=4):
                 changed[at] = f"x{rng.integers(9999)}"
             texts[f"{g:02d}-{c}"] = " ".join(changed)
     return texts
-
-
-def run(stage, texts):
-    return stage.duplicates(
-        {k: stage.feature(v) for k, v in texts.items()}, lambda ids: {i: texts[i] for i in ids}
-    )
 
 
 def brute_force(stage, texts):
@@ -74,10 +69,8 @@ def test_a_candidate_that_is_not_similar_stays():
     words = base_text(rng, 400)
     texts = {"a": " ".join(words), "b": " ".join(words[:260] + base_text(rng, 140))}
     eager = MinHashDedup(bands=64, rows=1)
-    shared = set(np.frombuffer(eager.feature(texts["a"]), "<u8")) & set(
-        np.frombuffer(eager.feature(texts["b"]), "<u8")
-    )
-    assert shared and run(eager, texts) == {}
+    a, b = eager.bands_of(list(texts.values()))[:, :-1]
+    assert set(a) & set(b) and run(eager, texts) == {}
     assert run(MinHashDedup(bands=64, rows=1, min_jaccard=0.2), texts) == {"b": "a"}
 
 
@@ -87,8 +80,36 @@ def test_the_share_of_equal_minima_estimates_jaccard():
     words = base_text(rng, 500)
     for cut in (50, 200, 400):
         a, b = " ".join(words), " ".join(words[cut:] + base_text(rng, cut))
-        equal = np.frombuffer(stage.feature(a), "<u8") == np.frombuffer(stage.feature(b), "<u8")
+        keys = stage.bands_of([a, b])[:, :-1]
+        equal = keys[0] == keys[1]
         assert abs(equal.mean() - jaccard(stage.shingles(a), stage.shingles(b))) < 0.04
+
+
+def test_the_best_of_a_cluster_stays_by_the_stated_rule():
+    words = base_text(np.random.default_rng(0), 300)
+    texts = {"a": " ".join(words), "b": " ".join([*words, "and", "more"]), "c": " ".join(words[:-1])}
+    scores = {name: {"tags": {"Quality": {"score": s}}} for name, s in (("a", 0.1), ("b", 0.2), ("c", 0.9))}
+    for rule, best in (("first", "a"), ("longest", "b"), ("best", "c")):
+        stage = MinHashDedup(keep=rule, score="tags.Quality.score")
+        assert run(stage, texts, metadata=scores) == {name: best for name in texts if name != best}
+
+
+def test_a_later_crawl_loses_what_an_earlier_one_has(tmp_path):
+    texts = corpus()
+    first = {name: text for name, text in texts.items() if name < "06"}
+    gone = run(MinHashDedup(save_index=str(tmp_path / "index")), first)
+    second = {f"new-{name}": text for name, text in texts.items() if "04" <= name < "09"}
+    dropped = run(MinHashDedup(index=(str(tmp_path / "index"),)), second)
+    both = run(MinHashDedup(), first | second)
+    assert gone == {name: kept for name, kept in both.items() if name in first}
+    assert dropped == {name: kept for name, kept in both.items() if name in second} and len(dropped) > 12
+
+
+def test_addresses_are_the_same_but_for_scheme_www_and_a_closing_slash():
+    urls = ["http://www.a.org/x/", "https://a.org/x#top", "https://a.org/x?q=1", "", ""]
+    texts = {name: f"text {name}" for name in "abcde"}
+    metadata = {name: {"url": url} for name, url in zip("abcde", urls)}
+    assert run(ExactDedup(by="url"), texts, metadata=metadata) == {"b": "a"}
 
 
 def test_long_documents_keep_the_same_shingles_as_their_twins():

@@ -1,0 +1,280 @@
+"""Near duplicates by MinHash with banding (Broder 1997; FineWeb's bands, Penedo et al. 2024, arXiv:2406.17557).
+
+Documents that share a band are candidates; candidates are verified by the true Jaccard similarity of their shingles;
+connected components of what holds keep one document each. Signatures are daft's: (a x + b) mod a Mersenne prime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.dedup import index
+from data.dedup.corpus import (
+    Keep,
+    Rows,
+    best_of_components,
+    components,
+    decisions,
+    feature_table,
+    fixed,
+    gather,
+    groups,
+)
+from data.documents import Document, DocumentType, read_documents
+from data.stage import Corpus, Decision, Global
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_PAIRS = 1 << 14  # verified by a worker at a time
+_WORD = re.compile(r"\w+")
+
+
+@dataclasses.dataclass(frozen=True)
+class MinHashDedup(Global):
+    """Two documents are duplicates when `min_jaccard` of their runs of `shingle_words` words are shared.
+
+    With b bands of r rows a pair of similarity s is a candidate with probability 1 - (1 - s^r)^b: 14 bands of 8 find
+    0.92 of the pairs at 0.8 and nearly all above 0.85.
+    """
+
+    applies_to: DocumentType = "any"
+    shingle_words: int = 5
+    bands: int = 14
+    rows: int = 8
+    min_jaccard: float = 0.75
+    max_shingles: int = (
+        65_536  # of a longer document those with the smallest hashes: the same ones in its twin
+    )
+    keep: Keep = "first"  # "first": the smallest id; "longest"; "best": the highest score
+    score: str = ""  # where the score lies in the metadata, e.g. "tags.Quality.score"
+    index: tuple[
+        str, ...
+    ] = ()  # folders written by `save_index` before: their documents stay, twins of them go
+    save_index: str | None = None  # a folder to write, for later crawls: what stays, with its shingles
+
+    def files(self) -> tuple[str, ...]:
+        return tuple(os.path.join(folder, index.KEYS) for folder in self.index)
+
+    def features(self, documents: Sequence[tuple[int, Document]]) -> Any:
+        keys = self.bands_of([document["text"] for _, document in documents])
+        return feature_table(documents, self.keep, self.score, fixed(keys))
+
+    def bands_of(self, texts: Sequence[str]) -> np.ndarray:
+        """uint64 [N, bands + 1]: a key for each band, and last how many words there are (0: no key counts)."""
+        import daft
+        import pyarrow as pa
+
+        words = [_WORD.findall(text.lower()) for text in texts]
+        keys = np.zeros((len(texts), self.bands + 1), np.uint64)
+        keys[:, -1] = list(map(len, words))
+        if not len(texts):
+            return keys
+        series = daft.Series.from_arrow(pa.array([" ".join(each) for each in words], pa.large_string()))
+        signature = series.minhash(
+            num_hashes=self.bands * self.rows, ngram_size=self.shingle_words, seed=1, hash_function="xxhash"
+        )
+        flat = signature.to_arrow().flatten().to_numpy(zero_copy_only=False).astype(np.uint64)
+        columns = flat.reshape(len(texts), self.bands, self.rows)
+        with np.errstate(over="ignore"):
+            for i in range(self.rows):
+                keys[:, :-1] = _mix(keys[:, :-1] ^ columns[:, :, i]) * _GOLDEN
+        return keys
+
+    def shingles(self, text: str) -> np.ndarray:
+        """Hashes of the distinct runs of `shingle_words` words, sorted, uint64; all words of a shorter text
+        as one.
+        """
+        words = _WORD.findall(text.lower())
+        if not words:
+            return np.zeros(0, np.uint64)
+        hashes = np.fromiter(map(_word_hash, words), np.uint64, len(words))
+        n = min(self.shingle_words, len(words))
+        keys = np.zeros(len(hashes) - n + 1, np.uint64)
+        with np.errstate(over="ignore"):
+            for i in range(n):
+                keys = _mix(keys * _GOLDEN + hashes[i : i + len(keys)])
+        return np.unique(keys)[: self.max_shingles]
+
+    def resolve(self, corpus: Corpus) -> Iterator[tuple[str, list[Decision]]]:
+        rows, keys = gather(corpus)
+        own = len(keys)
+        rows, keys = index.with_indices(rows, keys, self.index, self.bands)
+        buckets = _Buckets.of(keys)
+        wanted = buckets.candidates(len(keys))
+        corpus.log(f"minhash: {len(wanted):,} of {len(keys):,} documents share a band with another")
+        store = _store_shingles(self, corpus, rows, wanted, own)
+        found = components(len(keys), _similar_pairs(self, corpus, buckets, rows, store))
+        stays = best_of_components(found, rows.order)
+        if self.save_index:
+            _save_index(self, corpus, rows, keys, np.flatnonzero(stays[:own] == np.arange(own)))
+        yield from decisions(corpus, rows, stays, "minhash", own)
+
+
+class _Buckets(NamedTuple):
+    """Groups of documents that share a band, each group once."""
+
+    members: np.ndarray  # int64, ascending in each group
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, keys: np.ndarray) -> _Buckets:
+        spoken = np.flatnonzero(keys[:, -1] > 0)
+        seen: dict[bytes, None] = {}
+        parts: list[np.ndarray] = []
+        for band in range(keys.shape[1] - 1):
+            members, ends = groups(keys[spoken, band])
+            for group in np.split(spoken[members], ends[:-1]) if len(ends) else []:
+                raw = group.tobytes()
+                name = raw if len(raw) <= 64 else hashlib.blake2b(raw, digest_size=16).digest()
+                if name not in seen:
+                    seen[name] = None
+                    parts.append(group)
+        if not parts:
+            return cls(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return cls(np.concatenate(parts), np.cumsum([len(part) for part in parts]))
+
+    def candidates(self, count: int) -> np.ndarray:
+        """The documents in any group, ascending."""
+        inside = np.zeros(count, bool)
+        inside[self.members] = True
+        return np.flatnonzero(inside)
+
+    def stars(self) -> np.ndarray:
+        """(first of its group, each other): distinct pairs, int64 [n, 2]."""
+        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        firsts = np.repeat(self.members[starts], np.diff(np.concatenate([[0], self.ends])))
+        pairs = np.stack([firsts, self.members], axis=1)
+        return np.unique(pairs[firsts != self.members], axis=0)
+
+    def across(self, component: np.ndarray) -> np.ndarray:
+        """All pairs of one group and of two components, distinct, int64 [n, 2]."""
+        start, parts = 0, []
+        for end in self.ends.tolist():
+            group = self.members[start:end]
+            start = end
+            kinds = component[group]
+            if (kinds == kinds[0]).all():
+                continue
+            i, j = np.triu_indices(len(group), 1)
+            other = kinds[i] != kinds[j]
+            parts.append(np.stack([group[i[other]], group[j[other]]], axis=1))
+        return np.unique(np.concatenate(parts), axis=0) if parts else np.zeros((0, 2), np.int64)
+
+
+def _similar_pairs(
+    stage: MinHashDedup, corpus: Corpus, buckets: _Buckets, rows: Rows, store: tuple[Path, ...]
+) -> np.ndarray:
+    """Pairs that hold, enough of them that their components are those of all candidates that hold.
+
+    First each group's first with the others; then whatever of a group is not connected by that.
+    """
+    count = len(rows.row)
+    if not len(buckets.ends):
+        return np.zeros((0, 2), np.int64)
+    tested = buckets.stars()
+    held = _verify(stage, corpus, tested, store)
+    more = buckets.across(components(count, held))
+    tested_keys = tested[:, 0] * count + tested[:, 1]
+    more = more[~np.isin(more[:, 0] * count + more[:, 1], tested_keys)]
+    return np.concatenate([held, _verify(stage, corpus, more, store)])
+
+
+def _verify(stage: MinHashDedup, corpus: Corpus, pairs: np.ndarray, store: tuple[Path, ...]) -> np.ndarray:
+    """Those pairs whose true similarity is high enough."""
+    items = [(store, stage.min_jaccard, pairs[i : i + _PAIRS]) for i in range(0, len(pairs), _PAIRS)]
+    verdicts = list(corpus.map(_verify_some, items))
+    return pairs[np.concatenate(verdicts)] if verdicts else pairs
+
+
+def _verify_some(item: tuple[tuple[Path, ...], float, np.ndarray]) -> np.ndarray:
+    store, wanted, pairs = item
+    index, values, ends = (np.load(path, mmap_mode="r") for path in store)
+    at = np.searchsorted(index, pairs)
+    starts, stops = ends[at], ends[at + 1]
+    held = np.zeros(len(pairs), bool)
+    for n, ((a, b), (c, d)) in enumerate(zip(starts.tolist(), stops.tolist())):
+        small, large = sorted((c - a, d - b))
+        held[n] = small >= wanted * large and jaccard(values[a:c], values[b:d]) >= wanted
+    return held
+
+
+def _store_shingles(
+    stage: MinHashDedup, corpus: Corpus, rows: Rows, wanted: np.ndarray, own: int
+) -> tuple[Path, ...]:
+    """Files with the numbers of documents (ascending), their shingles one after the other, and where each ends."""
+    items = _shard_items(stage, corpus, rows, wanted[wanted < own])
+    sizes, parts = [], []
+    for item, lengths in zip(items, corpus.map(_shingles_of_shard, items), strict=True):
+        sizes.append(lengths)
+        parts.append(item[3])
+    old_values, old_sizes = index.indexed_shingles(stage.index, wanted[wanted >= own] - own)
+    ends = np.concatenate([[0], np.cumsum(np.concatenate([*sizes, old_sizes]))]).astype(np.int64)
+    paths = tuple(corpus.scratch / f"{name}.npy" for name in ("documents", "shingles", "ends"))
+    np.save(paths[0], wanted)
+    np.save(paths[2], ends)
+    values = np.lib.format.open_memmap(paths[1], "w+", np.uint64, (max(int(ends[-1]), 1),))
+    at = 0
+    for part in parts:
+        piece = np.load(part)
+        values[at : at + len(piece)] = piece
+        at += len(piece)
+        part.unlink()
+    values[at : at + len(old_values)] = old_values
+    values.flush()
+    return paths
+
+
+def _shingles_of_shard(item: tuple[MinHashDedup, Path, np.ndarray, Path]) -> np.ndarray:
+    """Writes the shingles of these rows one after the other; gives how many each has."""
+    stage, path, rows, target = item
+    found = [stage.shingles(document["text"]) for document in read_documents(path, rows.tolist())]
+    np.save(target, np.concatenate([np.zeros(0, np.uint64), *found]))
+    return np.array([len(each) for each in found], np.int64)
+
+
+def _save_index(stage: MinHashDedup, corpus: Corpus, rows: Rows, keys: np.ndarray, kept: np.ndarray) -> None:
+    items, shingles, sizes = _shard_items(stage, corpus, rows, kept), [], [np.zeros(0, np.int64)]
+    for item, lengths in zip(items, corpus.map(_shingles_of_shard, items), strict=True):
+        sizes.append(lengths)
+        shingles.append(np.load(item[3]))
+    folder = Path(stage.save_index or "")
+    index.save(folder, rows.ids.take(kept), fixed(keys[kept]), shingles, np.concatenate(sizes))
+
+
+def _shard_items(stage: MinHashDedup, corpus: Corpus, rows: Rows, wanted: np.ndarray) -> list[Any]:
+    """What `_shingles_of_shard` takes, for each shard that has any of these documents."""
+    items = []
+    for shard in np.unique(rows.shard[wanted]).tolist():
+        name, members = corpus.shards[shard], wanted[rows.shard[wanted] == shard]
+        items.append((stage, corpus.documents_path(name), rows.row[members], corpus.scratch / f"{name}.npy"))
+    return items
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Size of the intersection over size of the union of two sorted arrays of distinct values."""
+    both = np.concatenate([a, b])
+    both.sort(kind="stable")
+    shared = int((both[1:] == both[:-1]).sum())
+    return shared / max(len(both) - shared, 1)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _word_hash(word: str) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: a bijection of uint64 whose output bits depend on all input bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
