@@ -1,4 +1,5 @@
-"""The chain of heuristic filters beside datatrove's: the same decisions where definitions agree, and documents a second.
+"""The chain of heuristic filters beside datatrove's: the same decisions where definitions agree, and documents
+a second.
 
     python -m benchmarks.filters [--texts=FILE.jsonl ...] [--documents=6000] [--rounds=3]
 

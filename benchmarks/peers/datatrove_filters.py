@@ -1,5 +1,5 @@
-"""datatrove's heuristic filters on a JSONL file: `decide` prints each filter's verdict on each document, `run` times the
-chain as its own executor runs it. Called by benchmarks/filters.py, in its virtual environment."""
+"""datatrove's heuristic filters on a JSONL file: `decide` prints each filter's verdict on each document, `run`
+times the chain as its own executor runs it. Called by benchmarks/filters.py, in its virtual environment."""
 
 import json
 import sys

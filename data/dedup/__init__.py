@@ -2,6 +2,17 @@
 and a stated rule, never on workers."""
 
 from data.dedup.exact import ExactDedup
+from data.dedup.lines import BloomDedup, LineDedup
 from data.dedup.minhash import MinHashDedup, jaccard
+from data.dedup.semantic import SemanticDedup
+from data.dedup.substring import SubstringDedup
 
-__all__ = ["ExactDedup", "MinHashDedup", "jaccard"]
+__all__ = [
+    "BloomDedup",
+    "ExactDedup",
+    "LineDedup",
+    "MinHashDedup",
+    "SemanticDedup",
+    "SubstringDedup",
+    "jaccard",
+]

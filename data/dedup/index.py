@@ -1,4 +1,5 @@
-"""What stays of a crawl, kept for later ones: ids, MinHash keys and shingles, so that their twins are found and verified.
+"""What stays of a crawl, kept for later ones: ids, MinHash keys and shingles, so that their twins are found
+and verified.
 
 keys.parquet    id, feature (a key for each band, and the number of words), shingles (how many)
 shingles.npy    uint64, those of all documents one after the other

@@ -21,8 +21,9 @@ _WORD = re.compile(r"\w+")
 
 @dataclasses.dataclass(frozen=True)
 class DclmLines(Transform):
-    """Cuts lines that are mostly capitals, only digits, counters ("3 likes"), of one word, or phrases of page furniture;
-    more than two newlines in a row become two. A page that lost more than `max_removed_words` of its words goes.
+    """Cuts lines that are mostly capitals, only digits, counters ("3 likes"), of one word, and phrases of page
+    furniture; more than two newlines in a row become two. A page that lost more than `max_removed_words` of
+    its words goes.
 
     How many lines went, by rule, is in the metadata under "dclm".
     """

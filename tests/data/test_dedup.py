@@ -2,9 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data.dedup import ExactDedup, MinHashDedup, jaccard
+from data.dedup import BloomDedup, ExactDedup, LineDedup, MinHashDedup, SemanticDedup, SubstringDedup, jaccard
+from data.dedup.lines import Bloom
+from data.dedup.semantic import clusters
+from data.dedup.substring import window_hashes
 from tests.data.made_corpus import duplicates as run
+from tests.data.made_corpus import left
 
 
 def base_text(rng, words=300):
@@ -128,3 +134,110 @@ def test_short_and_wordless_texts_are_handled():
 def test_exact_duplicates_differ_only_in_white_space():
     texts = {"c": "a  b\n", "b": "a b", "a": "a\tb", "d": "a B", "e": "ab"}
     assert run(ExactDedup(), texts) == {"b": "a", "c": "a"}
+
+
+def sentences(rng, count=6):
+    return ["".join(f"{word} " for word in base_text(rng, 12)).strip() + "." for _ in range(count)]
+
+
+def test_repeated_paragraphs_go_from_all_but_the_first_document():
+    rng = np.random.default_rng(0)
+    own = {name: sentences(rng) for name in "abcd"}
+    shared = "This paragraph stands on every page of the site, as such paragraphs do."
+    texts = {name: "\n\n".join([*lines[:3], shared, *lines[3:]]) for name, lines in own.items()}
+    texts["c"] = texts["c"].replace("This paragraph", "this  PARAGRAPH")
+    after = left(LineDedup(), texts)
+    assert after["a"] == texts["a"]
+    for name in "bcd":
+        assert after[name] == "\n\n".join(own[name][:3]) + "\n\n" + "\n\n".join(own[name][3:])
+    twice = left(LineDedup(max_copies=2, unit="line"), texts)
+    assert twice["b"] == texts["b"] and shared.lower() not in twice["c"].lower()
+    short = {"a": "yes\nno\nyes", "b": "yes"}
+    assert left(LineDedup(unit="line"), short) == short
+    assert left(LineDedup(max_cut=0.01), texts) == {"a": texts["a"]}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_cut_passages_are_those_that_a_brute_force_over_all_windows_finds(seed):
+    rng, n = np.random.default_rng(seed), 5
+    texts = {f"{i:02d}": " ".join(rng.choice(list("abc"), rng.integers(3, 40))) for i in range(12)}
+    seen, wanted = set(), {}
+    for name, text in texts.items():
+        words = text.split()
+        gone = set()
+        for i in range(len(words) - n + 1):
+            window = tuple(words[i : i + n])
+            if window in seen:
+                gone |= set(range(i, i + n))
+            seen.add(window)
+        wanted[name] = [w for i, w in enumerate(words) if i not in gone]
+    after = left(SubstringDedup(min_tokens=n), texts)
+    assert {name: text.split() for name, text in after.items()} == wanted
+    assert any(len(after[name]) < len(texts[name]) for name in texts)
+
+
+@given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=40), size=st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_equal_windows_have_equal_hashes_and_others_have_not(tokens, size):
+    if size > len(tokens):
+        return
+    random = np.random.default_rng(0).integers(0, 2**63, 4).astype(np.uint64)
+    hashes = window_hashes(random[tokens], size).tolist()
+    windows = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    assert len(hashes) == len(windows)
+    assert len(set(zip(hashes, windows))) == len(set(hashes)) == len(set(windows))
+
+
+def test_a_bloom_filter_forgets_nothing_and_errs_as_rarely_as_it_says():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2**63, 40_000).astype(np.uint64)
+    seen = Bloom(20_000, 0.01)
+    seen.add(values[:20_000])
+    assert seen.has(values[:20_000]).all()
+    assert 0.004 < seen.has(values[20_000:]).mean() < 0.016
+
+
+def test_pages_mostly_seen_before_go_and_others_lose_their_repeated_paragraphs():
+    rng = np.random.default_rng(0)
+    own = {name: [" ".join(base_text(rng, 40)) for _ in range(4)] for name in "abc"}
+    texts = {name: "\n\n".join(paragraphs) for name, paragraphs in own.items()}
+    texts["b"] = "\n\n".join([*own["b"][:2], own["a"][0], *own["b"][2:]])
+    texts["c"] = "\n\n".join([*own["a"], own["c"][0]])
+    after = left(BloomDedup(), texts)
+    assert after == {"a": texts["a"], "b": "\n\n".join(own["b"])}
+
+
+def rotated(rng, vector, cosine):
+    other = rng.normal(size=len(vector))
+    other -= other @ vector * vector
+    other /= np.linalg.norm(other)
+    return cosine * vector + np.sqrt(1 - cosine**2) * other
+
+
+VECTORS = {}
+
+
+def vectors_of(model):
+    return lambda texts: np.array([VECTORS[text] for text in texts], np.float32)
+
+
+def test_documents_that_say_the_same_keep_one():
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        vector = rng.normal(size=16)
+        VECTORS[f"{i:02d}-a"] = vector / np.linalg.norm(vector)
+        VECTORS[f"{i:02d}-b"] = rotated(rng, VECTORS[f"{i:02d}-a"], 0.97 if i % 2 else 0.9)
+    stage = SemanticDedup(embedder="tests.data.test_dedup:vectors_of", model="", cluster_documents=100)
+    gone = run(stage, {name: name for name in VECTORS})
+    assert gone == {f"{i:02d}-b": f"{i:02d}-a" for i in range(1, 40, 2)}
+    many = SemanticDedup(embedder="tests.data.test_dedup:vectors_of", model="", cluster_documents=10)
+    assert len(set(run(many, {name: name for name in VECTORS})) - set(gone)) == 0
+
+
+def test_clusters_of_separate_bunches_are_those_bunches():
+    rng = np.random.default_rng(0)
+    centres = np.eye(8, dtype=np.float32)[:5]
+    wanted = rng.integers(0, 5, 300)
+    vectors = centres[wanted] + rng.normal(size=(300, 8)).astype(np.float32) * 0.05
+    found = clusters(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 5, 20)
+    assert len(set(zip(wanted.tolist(), found.tolist()))) == len(set(found.tolist()))
