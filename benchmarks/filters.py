@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.venvs import python_of
 
-DATATROVE = ("datatrove[processing]==0.10.1", "spacy", "datasketch==2.0.0", "orjson")
+DATATROVE = ("datatrove[processing]==0.10.1", "spacy", "datasketch==2.0.0", "orjson", "xxhash<4")
 PEER = Path(__file__).parent / "peers" / "datatrove_filters.py"
 SHARDS = 8
 

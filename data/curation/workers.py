@@ -83,7 +83,8 @@ def _daft(workers: Workers) -> Any:
     import daft
 
     if workers.runner == "local":
-        daft.set_runner_native()
+        if daft.get_or_infer_runner_type() != "native":
+            daft.set_runner_native()
         return daft
     try:
         import ray

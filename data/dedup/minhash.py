@@ -1,4 +1,4 @@
-"""Near duplicates by MinHash with banding (Broder 1997; FineWeb's bands, Penedo et al. 2024, arXiv:2406.17557).
+"""Near duplicates by MinHash with banding (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4).
 
 Documents that share a band are candidates; candidates are verified by the true Jaccard similarity of their shingles;
 connected components of what holds keep one document each. Signatures are daft's: (a x + b) mod a Mersenne prime.
@@ -41,15 +41,15 @@ _WORD = re.compile(r"\w+")
 class MinHashDedup(Global):
     """Two documents are duplicates when `min_jaccard` of their runs of `shingle_words` words are shared.
 
-    With b bands of r rows a pair of similarity s is a candidate with probability 1 - (1 - s^r)^b: 14 bands of 8 find
-    0.92 of the pairs at 0.8 and nearly all above 0.85.
+    With b bands of r rows a pair of similarity s is a candidate with probability 1 - (1 - s^r)^b: 18 bands of 6 find
+    0.996 of the pairs at 0.8 (FineWeb's 14 bands of 8 find 0.92, and take what they find without a look).
     """
 
     applies_to: DocumentType = "any"
     shingle_words: int = 5
-    bands: int = 14
-    rows: int = 8
-    min_jaccard: float = 0.75
+    bands: int = 18
+    rows: int = 6
+    min_jaccard: float = 0.8
     max_shingles: int = (
         65_536  # of a longer document those with the smallest hashes: the same ones in its twin
     )
