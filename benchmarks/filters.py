@@ -126,7 +126,7 @@ from data.filters import *
 from data.sources import Folder
 curate(CurationConfig(sources=(Folder({str(raw)!r}),), validation_fraction=0.0, test_fraction=0.0,
        stages=(GopherRepetition(words="tokens"), GopherQuality(words="tokens"), C4Lines(), FineWebQuality()),
-       shard_megabytes=4, workers=Workers(processes=2)), {str(out)!r}, log=lambda line: None)
+       shard_megabytes=4, workers=Workers(processes=2, min_megabytes=8)), {str(out)!r}, log=lambda line: None)
 """
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import configs
+from data.card import write_card
 from data.corpus import CorpusConfig, build_corpus
 
 DESCRIPTION = """\
@@ -14,6 +15,7 @@ Curates text, trains a tokenizer on it, and writes token datasets to train on.
 
   workdir/text/{train,validation,test}     curated documents
   workdir/dropped/                         every document that a stage dropped, with its reason (Parquet)
+  workdir/card.html                        the data card: what each stage did, samples, scores, shares
   workdir/manifest.json                    sources with licences, counts and config hash of every stage
   workdir/tokenizer                        a Hugging Face tokenizer folder
   workdir/tokens/{train,validation,test}   token ids, for `python -m train`
@@ -26,6 +28,7 @@ The same command again redoes only what changed."""
 def main(config: CorpusConfig, workdir: Path) -> int:
     corpus = build_corpus(config, workdir, log=lambda line: print(line, file=sys.stderr, flush=True))
     print(corpus.table())
+    print(f"\nWhat was kept, what went and why: {write_card(workdir)}")
     return 0
 
 

@@ -104,8 +104,8 @@ class Corpus:
     Attributes:
         shards: their names, ascending; rows of a shard are numbered from 0, those that went before leave gaps.
         scratch: an empty folder for what does not fit in memory; removed afterwards.
-        map: `map(function, items)` yields results in order, by several processes where there are some; the
-            function is one of a module.
+        map: `map(function, items, megabytes)` yields results in order, by several processes where there are some and
+            the work, given as about how much text is read, is worth it; the function is one of a module.
         log: takes a line of progress.
     """
 
@@ -113,7 +113,7 @@ class Corpus:
     features_path: Callable[[str], Path]
     documents_path: Callable[[str], Path]
     scratch: Path
-    map: Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+    map: Callable[[Callable[[Any], Any], Iterable[Any], float], Iterator[Any]]
     log: Callable[[str], None]
 
     def features(self, shard: str) -> Any:

@@ -100,9 +100,10 @@ class _Run:
 
     def read_sources(self) -> None:
         found = parts(self.config.sources, self.layout, self.config.shard_megabytes << 20)
+        megabytes = sum(file_state(path)[0] for part in found for path in part.paths) / 1e6
         progress = _Progress(self.log, SOURCES, len(found), "files or groups of files")
         self.counts[SOURCES] = {}
-        for part, shards in zip(found, self._map(ingest, found), strict=True):
+        for part, shards in zip(found, self._map(ingest, found, megabytes), strict=True):
             self.counts[SOURCES] |= shards
             self.keys |= {name: [hash_of(part.key, name)] for name in shards}
             progress.add(sum(c.documents_in for c in shards.values()))
@@ -145,8 +146,12 @@ class _Run:
         atomic_write(self.layout.workdir / "timings.json", json.dumps(timings, indent=2) + "\n")
         return reports
 
-    def _map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        return map_items(self.config.workers, function, list(items))
+    def _map(self, function: Callable[[Any], Any], items: Iterable[Any], megabytes: float) -> Iterator[Any]:
+        return map_items(self.config.workers, function, list(items), megabytes)
+
+    def _megabytes(self) -> float:
+        """About what all shards hold."""
+        return sum(c.characters_out for c in self.counts[SOURCES].values()) / 1e6
 
     def _pass(self, first: int, last: int, features_of_last: bool) -> None:
         """Steps first to last of every shard. A Global step at `first` has its decisions already."""
@@ -161,7 +166,7 @@ class _Run:
         tasks = self.tasks(last + 1, first, features_of_last)
         for name in names:
             self.counts.setdefault(name, {})
-        for task, counts in zip(tasks, self._map(run_shard, tasks), strict=True):
+        for task, counts in zip(tasks, self._map(run_shard, tasks, self._megabytes()), strict=True):
             for name, count in counts.items():
                 self.counts[name][task.shard] = count
             progress.add(max((c.documents_in for c in counts.values()), default=0))

@@ -13,15 +13,16 @@ from typing import Any, Literal
 
 from configs.typed import ConfigError
 
-_FEW = 4  # items a process: for fewer, starting processes (some seconds) costs more than it brings
-
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
     """Who does the work. The result is the same to the bit for every choice."""
 
     runner: Literal["local", "ray"] = "local"
-    processes: int = 0  # 0: one for each core, and none beside this one where there is little to do
+    processes: int = 0  # at most; 0: one for each core
+    min_megabytes: int = (
+        32  # of text for each process: for less, starting one (some seconds) costs more than it brings
+    )
     ray_address: str | None = None  # of a cluster; None: the one of the environment, or a new local one
 
     def __post_init__(self):
@@ -30,15 +31,15 @@ class Workers:
 
 
 def map_items(
-    workers: Workers, function: Callable[[Any], Any], items: Sequence[Any], max_processes: int | None = None
+    workers: Workers, function: Callable[[Any], Any], items: Sequence[Any], megabytes: float
 ) -> Iterator[Any]:
-    """`function(item)` for each item, in order, as they are done.
+    """`function(item)` for each item, in order, as they are done. `megabytes`: about how much text is in all of them.
 
     Items, results and the function (one of a module) are pickled where other processes work. What the function
     raises is raised here: a ConfigError as it is, others with the trace of the worker.
     """
-    processes = workers.processes or min(_cores(), len(items) // _FEW)
-    processes = min(processes, len(items), max_processes or processes)
+    worth = int(megabytes // workers.min_megabytes) if workers.min_megabytes else len(items)
+    processes = min(workers.processes or _cores(), worth, len(items))
     if workers.runner == "local" and processes <= 1:
         yield from map(function, items)
         return

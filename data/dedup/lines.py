@@ -1,5 +1,6 @@
 """Lines and paragraphs that stand elsewhere too: exact (CCNet, Wenzek et al. 2020, arXiv:1911.00359), or by the share
-of their n-grams seen before, in a Bloom filter (Groeneveld's "big friendly filter", DCLM, arXiv:2406.11794, section 4.3).
+of their n-grams seen before, in a Bloom filter (Groeneveld's "big friendly filter"; DCLM, Li et al. 2024,
+arXiv:2406.11794, section 4.3).
 
 Documents are gone through in the order of shards, so what comes first stays.
 """

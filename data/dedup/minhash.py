@@ -190,7 +190,7 @@ def _similar_pairs(
 def _verify(stage: MinHashDedup, corpus: Corpus, pairs: np.ndarray, store: tuple[Path, ...]) -> np.ndarray:
     """Those pairs whose true similarity is high enough."""
     items = [(store, stage.min_jaccard, pairs[i : i + _PAIRS]) for i in range(0, len(pairs), _PAIRS)]
-    verdicts = list(corpus.map(_verify_some, items))
+    verdicts = list(corpus.map(_verify_some, items, len(pairs) / _PAIRS))
     return pairs[np.concatenate(verdicts)] if verdicts else pairs
 
 
@@ -212,7 +212,7 @@ def _store_shingles(
     """Files with the numbers of documents (ascending), their shingles one after the other, and where each ends."""
     items = _shard_items(stage, corpus, rows, wanted[wanted < own])
     sizes, parts = [], []
-    for item, lengths in zip(items, corpus.map(_shingles_of_shard, items), strict=True):
+    for item, lengths in zip(items, corpus.map(_shingles_of_shard, items, _megabytes(items)), strict=True):
         sizes.append(lengths)
         parts.append(item[3])
     old_values, old_sizes = index.indexed_shingles(stage.index, wanted[wanted >= own] - own)
@@ -232,6 +232,12 @@ def _store_shingles(
     return paths
 
 
+def _megabytes(items: Sequence[Any]) -> float:
+    return (
+        sum(os.path.getsize(item[1]) for item in items) * 3 / 1e6
+    )  # of text; it lies compressed to about a third
+
+
 def _shingles_of_shard(item: tuple[MinHashDedup, Path, np.ndarray, Path]) -> np.ndarray:
     """Writes the shingles of these rows one after the other; gives how many each has."""
     stage, path, rows, target = item
@@ -242,7 +248,7 @@ def _shingles_of_shard(item: tuple[MinHashDedup, Path, np.ndarray, Path]) -> np.
 
 def _save_index(stage: MinHashDedup, corpus: Corpus, rows: Rows, keys: np.ndarray, kept: np.ndarray) -> None:
     items, shingles, sizes = _shard_items(stage, corpus, rows, kept), [], [np.zeros(0, np.int64)]
-    for item, lengths in zip(items, corpus.map(_shingles_of_shard, items), strict=True):
+    for item, lengths in zip(items, corpus.map(_shingles_of_shard, items, _megabytes(items)), strict=True):
         sizes.append(lengths)
         shingles.append(np.load(item[3]))
     folder = Path(stage.save_index or "")

@@ -8,7 +8,7 @@ from data.documents import make_document, read_table, write_documents, write_tab
 from data.stage import Corpus, cut_text
 
 
-def resolve(stage, texts, shards=3, metadata=None, mapper=map):
+def resolve(stage, texts, shards=3, metadata=None):
     """{id: Decision} of a stage for {id: text}, dealt out to shards in their order."""
     documents = [
         make_document(name, text, "made", "CC0", {"type": "prose", **(metadata or {}).get(name, {})})
@@ -32,7 +32,7 @@ def resolve(stage, texts, shards=3, metadata=None, mapper=map):
             functools.partial(paths, "f"),
             functools.partial(paths, "d"),
             root / "scratch",
-            mapper,
+            lambda function, items, megabytes: map(function, items),
             lambda line: None,
         )
         return {place[shard, d.row]: d for shard, ds in stage.resolve(corpus) for d in ds}

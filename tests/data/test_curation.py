@@ -176,7 +176,7 @@ def test_signals_can_go_with_the_documents(folder, tmp_path):
 def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, tmp_path):
     made = {}
     for processes in (1, 2):
-        workers = Workers(processes=processes)
+        workers = Workers(processes=processes, min_megabytes=0)
         curate(config(folder, workers=workers, shard_megabytes=1), tmp_path / str(processes), log=print)
         made[processes] = written(tmp_path / str(processes))
     assert made[1] == made[2]
@@ -186,7 +186,7 @@ def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, 
 def test_the_result_is_the_same_to_the_byte_on_a_ray_cluster(folder, tmp_path):
     pytest.importorskip("ray")
     for runner in ("local", "ray"):
-        workers = Workers(runner=runner, processes=2)
+        workers = Workers(runner=runner, processes=2, min_megabytes=0)
         program = f"""
 from data.curation import *; from data.sources import *; from data.dedup import *; from data.filters import *
 curate(CurationConfig(sources=(Folder({str(folder)!r}),), validation_fraction=0.3, test_fraction=0.0,
@@ -222,6 +222,7 @@ def test_ten_kills_at_random_moments_change_no_byte(folder, tmp_path):
     command = [sys.executable, "-m", "data", "--config=configs/data/folder.py:" + str(folder)]
     command += ["--config.tokenizer.vocab_size=500", "--config.curation.validation_fraction=0.3"]
     command += ["--config.curation.test_fraction=0.0", "--config.curation.workers.processes=2"]
+    command += ["--config.curation.workers.min_megabytes=0"]
     whole = [*command, f"--workdir={tmp_path / 'whole'}"]
     began = time.monotonic()
     subprocess.run(whole, check=True, capture_output=True)
