@@ -20,7 +20,9 @@ def main(folder, out, bands, rows, workers):
     reader = JsonlReader(folder)
 
     def run(steps, tasks):
-        LocalPipelineExecutor(steps, tasks=tasks, workers=min(int(workers), tasks), logging_dir=None).run()
+        LocalPipelineExecutor(
+            steps, tasks=tasks, workers=min(int(workers), tasks), logging_dir=f"{out}/logs"
+        ).run()
 
     began = time.perf_counter()
     run([reader, MinhashDedupSignature(output_folder=f"{out}/signatures", config=config)], files)

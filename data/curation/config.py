@@ -5,11 +5,37 @@ from __future__ import annotations
 import dataclasses
 
 from data.curation.workers import Workers
-from data.dedup import ExactDedup, MinHashDedup
-from data.filters import CodeQuality, GopherQuality, GopherRepetition, Normalise
+from data.dedup import BloomDedup, ExactDedup, LineDedup, MinHashDedup, SemanticDedup, SubstringDedup
+from data.filters import (
+    C4Lines,
+    C4Paragraphs,
+    CodeQuality,
+    DclmLines,
+    FineWebQuality,
+    GopherQuality,
+    GopherRepetition,
+    Mathematics,
+    Normalise,
+)
 from data.sources import PythonStdlib, Source
 
-CurationStage = Normalise | GopherQuality | GopherRepetition | CodeQuality | ExactDedup | MinHashDedup
+CurationStage = (
+    Normalise
+    | GopherQuality
+    | GopherRepetition
+    | C4Lines
+    | C4Paragraphs
+    | FineWebQuality
+    | DclmLines
+    | CodeQuality
+    | Mathematics
+    | ExactDedup
+    | LineDedup
+    | BloomDedup
+    | MinHashDedup
+    | SubstringDedup
+    | SemanticDedup
+)
 
 DEFAULT_STAGES = (
     Normalise(),
