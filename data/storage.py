@@ -23,7 +23,7 @@ def check_exists(path: str) -> None:
     """Raises ConfigError unless there is a file or folder."""
     if is_remote(path):
         system, inner = _remote(path)
-        if str(system.get_file_info(inner).type).endswith("NotFound"):
+        if system.get_file_info(inner).type == 0:  # FileType.NotFound
             raise ConfigError(
                 f"the source {path!r} does not exist, or may not be read with these credentials"
             )
