@@ -22,8 +22,10 @@ def is_remote(path: str) -> bool:
 def check_exists(path: str) -> None:
     """Raises ConfigError unless there is a file or folder."""
     if is_remote(path):
+        from pyarrow.fs import FileType
+
         system, inner = _remote(path)
-        if system.get_file_info(inner).type == 0:  # FileType.NotFound
+        if system.get_file_info(inner).type == FileType.NotFound:
             raise ConfigError(
                 f"the source {path!r} does not exist, or may not be read with these credentials"
             )
@@ -34,8 +36,10 @@ def check_exists(path: str) -> None:
 def is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
+    from pyarrow.fs import FileType
+
     system, inner = _remote(path)
-    return str(system.get_file_info(inner).type).endswith("Directory")
+    return system.get_file_info(inner).type == FileType.Directory
 
 
 def find(folder: str, glob: str) -> list[str]:
