@@ -32,6 +32,7 @@ _HOME = {
     "Balance": "data.mixture",
     "Curriculum": "data.mixture",
     "make_plan": "data.plan",
+    "make_run_plan": "data.plan",
     "Problem": "data.tasks",
     "TaskSpec": "data.tasks",
     "curate": "data.curation",
@@ -62,6 +63,7 @@ __all__ = [
     "make_batches",
     "make_plan",
     "make_run_batches",
+    "make_run_plan",
     "open_dataset",
     "tokenize_dataset",
     "train_tokenizer",
@@ -77,7 +79,7 @@ if TYPE_CHECKING:
     from data.curation import curate
     from data.load import load_tokenizer
     from data.mixture import Balance, Curriculum, Mixture, Phase
-    from data.plan import make_plan
+    from data.plan import make_plan, make_run_plan
     from data.shards import Dataset, DatasetError, open_dataset, write_dataset
     from data.tasks import Problem, TaskSpec
     from data.templates import ChatTemplateError

@@ -1,7 +1,7 @@
 """`python -m data.plan`: what a run will read before anything trains: documents, tokens, share and epochs of each
 source in each phase of the mixture, what the packing wastes, and a warning where a source is repeated too often.
 
-`python -m train` logs the same table.
+`python -m train` logs the same table, and with --plan prints it and stops.
 """
 
 from __future__ import annotations
@@ -100,6 +100,16 @@ def make_plan(
     return Plan(tuple(draws), waste, max_epochs or WORTH_REPEATING)
 
 
+def make_run_plan(spec: BatchSpec, steps: int, kind: BatchKind) -> Plan:
+    """The plan of a run as its config says, without a batch being read."""
+    if not spec.mixture:
+        raise configs.ConfigError("config.data.mixture is empty: name at least one dataset and its weight.")
+    reading = Reading(kind, spec.packing, curriculum=spec.curriculum)
+    per_step = spec.batch_size // (2 if kind == "preference" else 1)
+    opened = open_mixture(spec.whole_mixture(), per_step, spec.seq_len, spec.seed, reading, steps)
+    return make_plan(opened, per_step, steps, spec.balance.max_epochs)
+
+
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
     """The mixture of a run and its length; `data` has the keys of config.data of `python -m train`."""
@@ -110,13 +120,7 @@ class PlanConfig:
 
 
 def main(config: PlanConfig, workdir: Path | None) -> int:
-    spec = config.data
-    if not spec.mixture:
-        raise configs.ConfigError("config.data.mixture is empty: name at least one dataset and its weight.")
-    reading = Reading(config.kind, spec.packing, curriculum=spec.curriculum)
-    per_step = spec.batch_size // (2 if config.kind == "preference" else 1)
-    opened = open_mixture(spec.whole_mixture(), per_step, spec.seq_len, spec.seed, reading, config.steps)
-    print(make_plan(opened, per_step, config.steps, spec.balance.max_epochs).table())
+    print(make_run_plan(config.data, config.steps, config.kind).table())
     return 0
 
 

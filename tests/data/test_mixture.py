@@ -9,6 +9,7 @@ from configs.typed import ConfigError, build, to_dict
 from data import Balance, Mixture, Phase, Reading, make_batches, write_dataset
 from data.mixture import BatchSpec, Schedule, Size, make_schedule, sources_of
 from data.plan import make_plan
+from data.related import write_order
 from data.shards import TokenRecord
 
 T = 16
@@ -139,7 +140,9 @@ def documents(n, first, seed, high=40):
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixture")
     for i, name in enumerate("abc"):
-        write_dataset(folder / name, documents(25 + 5 * i, 10_000 * (i + 1), i), "tokens")
+        count = 25 + 5 * i
+        write_dataset(folder / name, documents(count, 10_000 * (i + 1), i), "tokens")
+        write_order(folder / name, np.random.default_rng(i).permutation(count))
     return folder
 
 
@@ -152,7 +155,7 @@ def phased(folders):
 @given(
     cuts=st.lists(st.integers(0, 12), max_size=3).map(sorted),
     hosts=st.lists(st.sampled_from([1, 2, 4]), min_size=4, max_size=4),
-    packing=st.sampled_from(["concat", "best_fit"]),
+    packing=st.sampled_from(["concat", "best_fit", "related"]),
 )
 def test_a_run_cut_anywhere_goes_on_exactly_on_other_hosts(folders, cuts, hosts, packing):
     def steps_of(first, last, count):
@@ -175,7 +178,7 @@ def test_a_run_cut_anywhere_goes_on_exactly_on_other_hosts(folders, cuts, hosts,
             np.testing.assert_array_equal(got[key], wanted[key], err_msg=key)
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "related"])
 def test_a_source_repeats_nothing_before_its_epoch_is_over_though_the_mixture_changes(folders, packing):
     batches = make_batches(phased(folders), 8, T, 3, Reading(packing=packing), steps=12)
     seen = {name: [] for name in "abc"}

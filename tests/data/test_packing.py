@@ -1,5 +1,8 @@
 """Best fit, related documents and curricula: nothing lost, documents whole, little waste."""
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -210,3 +213,17 @@ def test_labelled_rows_bring_their_labels(tmp_path):
     ]
     assert sorted(r for r in rows if r[0]) == [(i + 2, int(i % 3 == 0)) for i in range(7)]
     assert batches[0]["labels"].shape == (4,)
+
+
+@pytest.mark.slow
+def test_ten_million_documents_are_packed_in_bounded_time_and_memory():
+    lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.2, 10_000_000), 200_000).astype(np.int64) + 1
+    tracemalloc.start()
+    began = time.monotonic()
+    packing = BestFit(lengths, 8192, 0, True)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.monotonic() - began < 120  # 8 s alone on a core
+    assert kept < 20 * len(lengths) and peak < 100 * len(lengths)  # bytes
+    waste = packing.waste()
+    assert waste.padding < 1e-4 and waste.needless == 0
