@@ -12,12 +12,17 @@ Files are JSON arrays, JSONL (also .gz, .zst) and Parquet; each file's first row
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import configs
 from data.formats import (
@@ -27,7 +32,6 @@ from data.formats import (
     FormatName,
     Labelled,
     Makes,
-    Preference,
     Prompt,
     detect,
     read_example,
@@ -57,6 +61,7 @@ class ConversationConfig:
     format: Literal["auto"] | FormatName = "auto"  # auto: as each file's first row
     on_bad: Literal["error", "skip"] = "error"  # the first bad row ends the run, or is counted and left out
     max_bad: int = 100  # with "skip": more than this end the run all the same
+    workers: int = 0  # processes; 0: one a core where the files are large; changes nothing in what is written
     validation: float = 0.0  # part of the prompts held out, by a hash of each
     licence: str = "unknown"
 
@@ -83,31 +88,35 @@ class Conversations:
     def of_kind(self, makes: Makes) -> list[Path]:
         return [path for path, name in self.formats.items() if FORMATS[name].makes == makes]
 
-    def map(self, makes: Makes, use: Callable[[Example, str], Any]) -> Iterator[tuple[Any, float]]:
-        """(use(example, where), part of the files read) of each good row; `use` may raise what makes a row bad."""
+    def map(
+        self, makes: Makes, use: Callable[[Example, str], Any], workers: int = 1
+    ) -> Iterator[tuple[Any, float]]:
+        """(use(example, where), part of the files read) of each good row, in the order of the rows.
+
+        `use` may raise what makes a row bad; with more than one worker it is called in other processes.
+        """
+        for made in ordered_map(functools.partial(_use, use), _chunks(self._tasks(makes)), workers):
+            for task, value, bad in made:
+                if bad is not None:
+                    self._count_bad(task.where, *bad)
+                    continue
+                self.counts[str(task.path)] += 1
+                yield value, task.done
+
+    def _tasks(self, makes: Makes) -> Iterator[_Task]:
         paths = self.of_kind(makes)
         for i, path in enumerate(paths):
             for row in read_rows(path):
-                where = f"{path}, {row.where}"
-                try:
-                    if isinstance(row.value, RowError):
-                        raise row.value
-                    made = use(read_example(row.value, self.formats[path]), where)
-                except (RowError, ChatTemplateError) as error:
-                    self._count_bad(where, error)
-                    continue
-                self.counts[str(path)] += 1
-                yield made, (i + row.done) / len(paths)
+                done = (i + row.done) / len(paths)
+                yield _Task(path, f"{path}, {row.where}", self.formats[path], row.value, done)
 
-    def _count_bad(self, where: str, error: Exception) -> None:
-        reason = error.reason if isinstance(error, RowError) else "the chat template can't render it"
+    def _count_bad(self, where: str, reason: str, message: str) -> None:
         self.bad[reason] += 1
-        text = str(error) if str(error).startswith(where) else f"{where}: {error}"
+        text = message if message.startswith(where) else f"{where}: {message}"
+        text = text if text.endswith((".", "!", "?")) else text + "."
         self.first_bad.setdefault(reason, text)
         if self._on_bad == "error":
-            raise DatasetError(
-                f'{text} Mend the row, or set config.on_bad="skip" to leave such rows out.'
-            ) from error
+            raise DatasetError(f'{text} Mend the row, or set config.on_bad="skip" to leave such rows out.')
         if self.bad.total() > self._max_bad:
             raise DatasetError(
                 f"{self.bad.total()} bad rows, more than config.max_bad={self._max_bad}: {self.bad_rows()} Mend the "
@@ -119,6 +128,57 @@ class Conversations:
             f"{count} x {reason} (first: {self.first_bad[reason]})."
             for reason, count in self.bad.most_common()
         )
+
+
+class _Task(NamedTuple):
+    """A row on its way to an example."""
+
+    path: Path
+    where: str
+    format: FormatName
+    row: Any
+    done: float
+
+
+def _use(use: Callable[[Example, str], Any], tasks: list[_Task]) -> list[tuple[_Task, Any, Any]]:
+    """(task without its row, what was made of it, (reason, message) where it is bad)."""
+    made = []
+    for task in tasks:
+        value = bad = None
+        try:
+            if isinstance(task.row, RowError):
+                raise task.row
+            value = use(read_example(task.row, task.format), task.where)
+        except RowError as error:
+            bad = error.reason, str(error)
+        except ChatTemplateError as error:
+            bad = "the chat template can't render it", str(error)
+        made.append((task._replace(row=None), value, bad))
+    return made
+
+
+def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`map` in `workers` processes, in order, with a few items on their way at a time."""
+    if workers == 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")  # threads of this process may hold locks
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+    try:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _chunks(tasks: Iterator[_Task], size: int = 64) -> Iterator[list[_Task]]:
+    while chunk := list(itertools.islice(tasks, size)):
+        yield chunk
 
 
 def _format_of(path: Path) -> FormatName:
@@ -162,7 +222,8 @@ def write_conversations(
         state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in conversations.of_kind(makes)]
         known = None if tokenizer is None else fingerprint(tokenizer)
         for split in ("train", "validation") if config.validation else ("train",):
-            key = hash_of("conversations", makes, split, configs.to_dict(config), state, known)
+            settings = configs.to_dict(config) | {"workers": None}
+            key = hash_of("conversations", makes, split, settings, state, known)
             folder = workdir / FOLDERS[makes] / split
             if not is_current(folder, key):
                 _write(conversations, makes, split, config, tokenizer, folder, key, log)
@@ -182,16 +243,19 @@ def _write(
 ) -> None:
     conversations.reset()
     count, began, shown = TokenCount(), time.monotonic(), time.monotonic()
-
-    def use(example: Example, where: str) -> Any:
-        held_out = _part_of(example) < config.validation
-        return _record(example, tokenizer, where, count) if held_out == (split == "validation") else None
+    use = functools.partial(_records, config.tokenizer, config.validation, split)
+    workers = config.workers or _workers_for(conversations.of_kind(makes))
 
     def records() -> Iterator[Any]:
         nonlocal shown
-        for n, (record, done) in enumerate(conversations.map(makes, use), start=1):
-            if record is not None:
-                yield record
+        for n, (made, done) in enumerate(conversations.map(makes, use, workers), start=1):
+            if isinstance(made, dict):
+                yield made
+            elif made is not None:
+                tokens, label = made
+                for record in tokens:
+                    count.add_record(record)
+                yield (tokens[0], label) if makes == "labelled" else tokens[0] if makes == "chat" else tokens
             now = time.monotonic()
             if now - shown > 5:
                 shown, spent = now, now - began
@@ -204,30 +268,35 @@ def _write(
              "rows": conversations.counts[str(path)]}
             for path in conversations.of_kind(makes)
         ]  # fmt: skip
-        about = {} if tokenizer is None else count | describe(tokenizer)
+        about = {} if tokenizer is None or makes == "prompt" else count | describe(tokenizer)
         return about | {"key": key, "sources": sources, "bad_rows": dict(conversations.bad)}
 
     write_dataset(folder, records(), makes, facts)
 
 
-def _record(example: Example, tokenizer: Tokenizer | None, where: str, count: TokenCount) -> Any:
-    """What `write_dataset` takes for this kind of example."""
+def _workers_for(paths: list[Path]) -> int:
+    """One a core, where there is work enough to be worth starting processes for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if sum(path.stat().st_size for path in paths) > _WORTH_PROCESSES else 1
+
+
+_WORTH_PROCESSES = 16 << 20  # bytes; some ten seconds of work
+_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+
+
+def _records(tokenizer_path: str, validation: float, split: str, example: Example, where: str) -> Any:
+    """(token records, label) of an example, the record of a prompt, or None where it is of the other split."""
+    if (_part_of(example) < validation) != (split == "validation"):
+        return None
     if isinstance(example, Prompt):
         return dataclasses.asdict(example)
-    assert tokenizer is not None
+    tokenizer = _tokenizer(tokenizer_path)
     if isinstance(example, Dialogue):
         whole = {"messages": example.messages, "tools": example.tools}
-        records = [chat_record(whole, tokenizer, where, example.untrained)]
-    elif isinstance(example, Preference):
-        answers = (example.chosen, example.rejected)
-        records = [answer_record(example.prompt, a, example.tools, tokenizer, where) for a in answers]
-    else:
-        records = [answer_record(example.prompt, example.answer, example.tools, tokenizer, where)]
-    for record in records:
-        count.add_record(record)
-    if isinstance(example, Labelled):
-        return records[0], example.label
-    return tuple(records) if isinstance(example, Preference) else records[0]
+        return (chat_record(whole, tokenizer, where, example.untrained),), None
+    answers = [example.answer] if isinstance(example, Labelled) else [example.chosen, example.rejected]
+    records = [answer_record(example.prompt, a, example.tools, tokenizer, where) for a in answers]
+    return tuple(records), example.label if isinstance(example, Labelled) else None
 
 
 def _part_of(example: Example) -> float:
@@ -246,6 +315,8 @@ def main(config: ConversationConfig, workdir: Path) -> int:
     for folder, manifest in manifests.items():
         tokens = f", {manifest['tokens']:,} tokens" if "tokens" in manifest else ""
         print(f"{folder}: {manifest['records']:,} records{tokens}")
+        if folder.endswith("validation"):
+            continue  # of the same rows
         for source in manifest["sources"]:
             print(f"  {source['name']}: {source['rows']:,} rows of format {source['format']}")
         for reason, count in manifest["bad_rows"].items():

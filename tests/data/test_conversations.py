@@ -1,5 +1,6 @@
 """Dialogues, preferences, labels and prompts in the formats that people have; errors that name file and line."""
 
+import dataclasses
 import gzip
 import json
 
@@ -299,6 +300,17 @@ def test_one_command_makes_datasets_of_all_kinds(files, tokenizers, tmp_path):
     stamps = [p.stat().st_mtime_ns for p in sorted(out.rglob("manifest.json"))]
     write_conversations(config, out)  # nothing has changed
     assert stamps == [p.stat().st_mtime_ns for p in sorted(out.rglob("manifest.json"))]
+
+
+def test_the_number_of_workers_changes_nothing(tokenizers, tmp_path):
+    tokenizers["bpe"].save(tmp_path / "tokenizer")
+    rows = [{"prompt": f"{i}?", "completion": "" if i % 50 == 7 else f"{i}!"} for i in range(300)]
+    file = write_lines(tmp_path / "many.jsonl", rows)
+    config = ConversationConfig((file,), str(tmp_path / "tokenizer"), on_bad="skip", workers=1)
+    one = write_conversations(config, tmp_path / "one")
+    two = write_conversations(dataclasses.replace(config, workers=2), tmp_path / "two")
+    (a,), (b,) = one.values(), two.values()
+    assert a["sha256"] == b["sha256"] and a["bad_rows"] == b["bad_rows"] and a["records"] == 294
 
 
 def test_what_a_user_has_to_mend_is_said_before_anything_is_written(files, tmp_path):
