@@ -18,6 +18,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -163,7 +164,7 @@ def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: i
         yield from map(function, items)
         return
     context = multiprocessing.get_context("spawn")  # threads of this process may hold locks
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker)
     try:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for item in items:
@@ -174,6 +175,11 @@ def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], workers: i
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
 
 
 def _chunks(tasks: Iterator[_Task], size: int = 64) -> Iterator[list[_Task]]:

@@ -21,7 +21,10 @@ from configs.typed import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Weights that hold from `start` on: an int is a step, a float below 1 a part of the run."""
+    """Weights that hold from `start` on: an int is a step, a float below 1 a part of the run.
+
+    To change the weights of a run under way, add a phase at a step to come: then every source goes on where it is.
+    """
 
     weights: dict[str, float]  # dataset folder -> weight; they need not sum to one
     start: int | float = 0
@@ -40,8 +43,8 @@ class Balance:
 
     With a temperature T a source's share is in proportion to weight * tokens^(1/T): 1 is by size, larger is more
     even (Arivazhagan et al. 2019, arXiv:1907.05019). `max_epochs` then bounds how often a source is repeated over the
-    whole run; what it may not give is shared among the others in proportion (UniMax's budget, Chung et al. 2023,
-    arXiv:2304.09151).
+    whole run, earlier phases taking first; what it may not give is shared among the others in proportion (after
+    UniMax, Chung et al. 2023, arXiv:2304.09151).
     """
 
     temperature: float | None = None  # None: the weights stand as given
