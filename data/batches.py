@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import numpy as np
+
 from configs.typed import ConfigError
 from data.best_fit import BestFit
 from data.curriculum import curriculum_orders
@@ -217,13 +219,14 @@ def _open_source(
             + (" Run tokenize_dataset on it first." if dataset.kind == "text" else "")
         )
     if reading.kind == "lm":
-        packer = _token_packer if dataset.kind == "tokens" else _dialogue_packer
-        source = PackedRows(dataset, packer(dataset, reading, seq_len, seed), seq_len, reading.pad_id)
+        if (dataset.kind, reading.packing) not in _PACKERS:
+            raise ValueError(f"packing={reading.packing!r}; known are concat, best_fit, related")
+        packer = _PACKERS[dataset.kind, reading.packing](dataset, reading, seq_len, seed)
+        source = PackedRows(dataset, packer, seq_len, reading.pad_id)
     else:
         if reading.curriculum is not None:
             raise ConfigError(f"a curriculum orders documents and dialogues; kind={reading.kind!r} has none.")
-        assert dataset.lengths is not None
-        lengths = dataset.lengths.reshape(len(dataset), -1)
+        lengths = _lengths(dataset).reshape(len(dataset), -1)
         order = PairOrder(lengths, seq_len, seed, reading.shuffle, reading.too_long)
         rows = PreferencePairs if reading.kind == "preference" else LabelledRows
         source = rows(dataset, order, seq_len, reading.pad_id)
@@ -236,45 +239,60 @@ def _open_source(
     return source
 
 
-def _token_packer(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
-    assert dataset.lengths is not None
-    if reading.packing == "concat":
-        orders = _orders(dataset, reading, seed)
-        return ConcatAndSplit(dataset.lengths, seq_len, seed, reading.shuffle, orders)
+def _concat(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    orders = _orders(dataset, reading, seed)
+    return ConcatAndSplit(_lengths(dataset), seq_len, seed, reading.shuffle, orders)
+
+
+def _best_fit(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    _refuse_curriculum(reading)
+    too_long = "cut" if dataset.kind == "tokens" else reading.too_long
+    return BestFit(_lengths(dataset), seq_len, seed, reading.shuffle, too_long)
+
+
+def _related(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    _refuse_curriculum(reading)
+    groups, order = read_groups(dataset)
+    return RelatedRows(_lengths(dataset), seq_len, seed, reading.shuffle, groups, order, reading.join_related)
+
+
+def _first_fit(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    orders = _orders(dataset, reading, seed)
+    return FirstFit(_lengths(dataset), seq_len, seed, reading.shuffle, reading.too_long, orders)
+
+
+_PACKERS = {
+    ("tokens", "concat"): _concat,
+    ("tokens", "best_fit"): _best_fit,
+    ("tokens", "related"): _related,
+    ("chat", "concat"): _first_fit,
+    ("chat", "best_fit"): _best_fit,
+    ("chat", "related"): _first_fit,
+}
+
+
+def _refuse_curriculum(reading: Reading) -> None:
     if reading.curriculum is not None:
         raise ConfigError(
             f'packing="{reading.packing}" puts documents in an order of its own: use packing="concat" with a '
             "curriculum."
         )
-    if reading.packing == "best_fit":
-        return BestFit(dataset.lengths, seq_len, seed, reading.shuffle)
-    if reading.packing == "related":
-        groups, order = read_groups(dataset)
-        return RelatedRows(
-            dataset.lengths, seq_len, seed, reading.shuffle, groups, order, reading.join_related
-        )
-    raise ValueError(f"packing={reading.packing!r}; known are concat, best_fit, related")
 
 
-def _dialogue_packer(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+def _lengths(dataset: Dataset) -> np.ndarray:
     assert dataset.lengths is not None
-    if reading.packing == "best_fit" and reading.curriculum is None:
-        return BestFit(dataset.lengths, seq_len, seed, reading.shuffle, reading.too_long)
-    orders = _orders(dataset, reading, seed)
-    return FirstFit(dataset.lengths, seq_len, seed, reading.shuffle, reading.too_long, orders)
+    return dataset.lengths
 
 
 def _orders(dataset: Dataset, reading: Reading, seed: int) -> Orders | None:
     if reading.curriculum is None:
         return None
-    keys = dataset.lengths if reading.curriculum.by == "length" else read_scores(dataset)
-    assert keys is not None
+    keys = _lengths(dataset) if reading.curriculum.by == "length" else read_scores(dataset)
     return curriculum_orders(keys, reading.curriculum, seed)
 
 
 def _tokens_per_epoch(dataset: Dataset, seq_len: int, too_long: TooLong) -> int:
-    lengths = dataset.lengths
-    assert lengths is not None
+    lengths = _lengths(dataset)
     if dataset.kind == "tokens":
         return int(lengths.sum())
     longest = lengths if lengths.ndim == 1 else lengths.max(axis=1)

@@ -110,7 +110,9 @@ def write_groups(
 ) -> dict[str, int]:
     """Groups documents by `metadata[field]` of their text, those without one each alone; and their scores.
 
-    Returns {"documents", "groups", "alone", "without_score"}. Raises DatasetError where the tokens were not made of
+    Returns {"documents", "groups", "alone"} where groups are written and {"without_score"} where scores are.
+
+    Raises DatasetError where the tokens were not made of
     that text, or no document has the field.
     """
     text, dataset = open_dataset(text_folder), open_dataset(folder)
@@ -137,7 +139,8 @@ def write_groups(
         _write(dataset, GROUPS, groups)
     if score:
         _write(dataset, SCORES, scores)
-    return {"documents": len(text), "groups": len(numbers), "alone": alone, "without_score": without}
+    counts = {"documents": len(text), "groups": len(numbers), "alone": alone} if field else {}
+    return counts | ({"without_score": without} if score else {})
 
 
 def _read(dataset: Dataset, name: str) -> np.ndarray | None:

@@ -15,8 +15,7 @@ given again, goes on from the newest checkpoint."""
 
 def main(config: TrainConfig, workdir, plan: bool = False) -> int:
     if plan:
-        kind = "preference" if config.objective == "dpo" else "lm"
-        print(data.make_run_plan(config.data, config.steps, kind).table())
+        print(data.make_run_plan(config.data, config.steps, config.batch_kind).table())
         return 0
     from train.trainer import TrainingDiverged, train
 

@@ -221,3 +221,8 @@ class TrainConfig:
     sharding: ShardingRules = ShardingRules()
     checkpoint: CheckpointSpec = CheckpointSpec()
     samples: SampleSpec = SampleSpec()
+
+    @property
+    def batch_kind(self) -> Literal["lm", "preference"]:
+        """What the objective's batches are made of."""
+        return "preference" if self.objective == "dpo" else "lm"

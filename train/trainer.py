@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -202,7 +202,7 @@ class _Run:
             self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
 
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        spec, kind, steps = self.config.data, self._kind(), self.config.steps
+        spec, kind, steps = self.config.data, self.config.batch_kind, self.config.steps
         batches = data.make_run_batches(spec, steps, kind, start=self.examples, **_hosts())
         if jax.process_index() == 0:
             per_step = spec.batch_size // (2 if kind == "preference" else 1)
@@ -210,13 +210,10 @@ class _Run:
         return batches
 
     def _validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        spec, reading = self.config.data, data.Reading(self._kind())
+        spec, reading = self.config.data, data.Reading(self.config.batch_kind)
         return data.make_batches(
             spec.validation, spec.batch_size, spec.seq_len, spec.seed, reading, **_hosts()
         )
-
-    def _kind(self) -> Literal["lm", "preference"]:
-        return "preference" if self.config.objective == "dpo" else "lm"
 
     def _validate(self, step: int) -> None:
         spec, window = self.config.data, Window()

@@ -1,12 +1,15 @@
 """Mixtures that change: every source goes on where it was, shares are kept, sizes and bounds give the weights."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import configs
 from configs.typed import ConfigError, build, to_dict
-from data import Balance, Mixture, Phase, Reading, make_batches, write_dataset
+from data import Balance, Mixture, Phase, Reading, make_batches, plan, write_dataset
 from data.mixture import BatchSpec, Schedule, Size, make_schedule, sources_of
 from data.plan import make_plan
 from data.related import write_order
@@ -196,7 +199,7 @@ def test_a_source_repeats_nothing_before_its_epoch_is_over_though_the_mixture_ch
 
 def test_the_plan_adds_up_to_what_is_drawn(folders):
     batches = make_batches(phased(folders), 8, T, 3, steps=12)
-    plan = make_plan(batches.opened, 8, 12)
+    planned = make_plan(batches.opened, 8, 12)
     drawn = {str(folders / name): 0 for name in "abc"}
     by_phase = {1: 0, 2: 0, 3: 0}
     for step in range(12):
@@ -204,11 +207,26 @@ def test_the_plan_adds_up_to_what_is_drawn(folders):
             drawn[str(folders / "abc"[int(row[0]) // 10_000 - 1])] += 1
             by_phase[1 + (step >= 4) + (step >= 9)] += 1
     for folder, rows in drawn.items():
-        draws = [d for d in plan.draws if d.source == folder]
+        draws = [d for d in planned.draws if d.source == folder]
         assert sum(d.examples for d in draws) == rows
         assert draws[-1].epochs == pytest.approx(rows / batches.opened.sizes[folder].examples)
-    assert {p: sum(d.examples for d in plan.draws if d.phase == p) for p in by_phase} == by_phase
-    assert [d.start for d in plan.draws] == [0, 0, 4, 4, 4, 9]
+    assert {p: sum(d.examples for d in planned.draws if d.phase == p) for p in by_phase} == by_phase
+    assert [d.start for d in planned.draws] == [0, 0, 4, 4, 4, 9]
     often = make_plan(batches.opened, 8, 100, max_epochs=2)
     assert any("repeated" in line and str(folders / "c") in line for line in often.warnings())
-    assert str(folders / "a") in plan.table() and "padding" in plan.table()
+    assert str(folders / "a") in planned.table() and "padding" in planned.table()
+
+
+def test_the_plan_is_printed_by_a_command(folders, tmp_path, capsys):
+    a, b = str(folders / "a"), str(folders / "b")
+    spec = BatchSpec({a: 3.0, b: 1.0}, (Phase({b: 1.0}, 0.5),), seq_len=T, batch_size=4)
+    config = tmp_path / "plan.json"
+    config.write_text(json.dumps({"data": to_dict(spec), "steps": 100}))
+    assert configs.run(plan.main, plan.PlanConfig, [f"--config={config}"], workdir_required=False) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    tokens = [int(np.load(folders / name / "lengths.npy").sum()) for name in "ab"]
+    rows = [-(-n // T) for n in tokens]
+    share = round(150 * tokens[0] / rows[0])
+    assert lines[1] == f"1 0 {a} 25 {tokens[0]:,} 75.00% {share:,} {150 / rows[0]:.2f}"
+    assert lines[3].startswith(f"2 50 {b} 30 {tokens[1]:,} 100.00%")
+    assert lines[3].endswith(f" {250 / rows[1]:.2f}") and f"warning: {b} is repeated" in lines[-1]
