@@ -117,9 +117,12 @@ def make_batches(
 
 def make_run_batches(spec: BatchSpec, steps: int, kind: BatchKind, **position: int) -> BatchIterator:
     """The batches of a run of `steps`, as its config says; `position` is start, process_index, process_count."""
-    reading = Reading(kind, spec.packing, curriculum=spec.curriculum)
-    mixture = spec.whole_mixture()
+    mixture, reading = spec.whole_mixture(), reading_of(spec, kind)
     return make_batches(mixture, spec.batch_size, spec.seq_len, spec.seed, reading, steps=steps, **position)
+
+
+def reading_of(spec: BatchSpec, kind: BatchKind) -> Reading:
+    return Reading(kind, spec.packing, spec.join_related, spec.curriculum)
 
 
 class BatchIterator(Iterator[Batch]):

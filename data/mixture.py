@@ -89,6 +89,7 @@ class BatchSpec:
     packing: Packing = (
         "concat"  # of token datasets: cut every seq_len, documents whole, or neighbours together
     )
+    join_related: bool = True  # with "related", a group's documents in a row are one segment, not one each
     curriculum: Curriculum | None = None
     seq_len: int = 256  # tokens a row
     batch_size: int = 16  # rows a step over all devices; for preferences two rows are one pair

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import configs
-from data.batches import BatchKind, OpenMixture, Reading, open_mixture
+from data.batches import BatchKind, OpenMixture, open_mixture, reading_of
 from data.mixture import BatchSpec
 from data.packing import Waste
 
@@ -36,10 +36,12 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All draws of a run, by phase; what packing wastes by source; and how often a source may be repeated."""
+    """All draws of a run, by phase; by source what packing wastes and how many documents are too long for a row and
+    left out or cut off; and how often a source may be repeated."""
 
     draws: tuple[Draw, ...]
     waste: dict[str, Waste]
+    too_long: dict[str, int]
     max_epochs: float
 
     def table(self) -> str:
@@ -67,7 +69,12 @@ class Plan:
 
     def warnings(self) -> list[str]:
         last = {draw.source: draw.epochs for draw in self.draws}
-        return [
+        long = [
+            f"warning: {count:,} records of {source} are longer than a row and left out or cut off: raise seq_len."
+            for source, count in self.too_long.items()
+            if count
+        ]
+        return long + [
             f"warning: {source} is repeated {epochs:.1f} times, more than {self.max_epochs:g}: lower its weight, set "
             f"balance.max_epochs={self.max_epochs:g}, or add data."
             for source, epochs in last.items()
@@ -96,17 +103,19 @@ def make_plan(
                         schedule.shares[k][i], drawn, tokens, after[i] / size.examples,
                     )
                 )  # fmt: skip
-    waste = {folder: source.packer.waste() for folder, source in opened.sources.items()}
-    return Plan(tuple(draws), waste, max_epochs or WORTH_REPEATING)
+    packers = {folder: source.packer for folder, source in opened.sources.items()}
+    waste = {folder: packer.waste() for folder, packer in packers.items()}
+    too_long = {folder: packer.dropped + packer.truncated for folder, packer in packers.items()}
+    return Plan(tuple(draws), waste, too_long, max_epochs or WORTH_REPEATING)
 
 
 def make_run_plan(spec: BatchSpec, steps: int, kind: BatchKind) -> Plan:
     """The plan of a run as its config says, without a batch being read."""
     if not spec.mixture:
         raise configs.ConfigError("config.data.mixture is empty: name at least one dataset and its weight.")
-    reading = Reading(kind, spec.packing, curriculum=spec.curriculum)
+    mixture, reading = spec.whole_mixture(), reading_of(spec, kind)
     per_step = spec.batch_size // (2 if kind == "preference" else 1)
-    opened = open_mixture(spec.whole_mixture(), per_step, spec.seq_len, spec.seed, reading, steps)
+    opened = open_mixture(mixture, per_step, spec.seq_len, spec.seed, reading, steps)
     return make_plan(opened, per_step, steps, spec.balance.max_epochs)
 
 

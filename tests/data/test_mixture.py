@@ -230,3 +230,12 @@ def test_the_plan_is_printed_by_a_command(folders, tmp_path, capsys):
     assert lines[1] == f"1 0 {a} 25 {tokens[0]:,} 75.00% {share:,} {150 / rows[0]:.2f}"
     assert lines[3].startswith(f"2 50 {b} 30 {tokens[1]:,} 100.00%")
     assert lines[3].endswith(f" {250 / rows[1]:.2f}") and f"warning: {b} is repeated" in lines[-1]
+
+
+def test_the_plan_says_which_dialogues_do_not_fit(tmp_path):
+    records = [TokenRecord(np.arange(n), np.ones(n, bool)) for n in (5, 40, 7, 50)]
+    write_dataset(tmp_path / "chat", records, "chat")
+    batches = make_batches({tmp_path / "chat": 1}, 2, T, 0)
+    planned = make_plan(batches.opened, 2, 1)
+    assert planned.too_long == {str(tmp_path / "chat"): 2} and planned.draws[0].tokens == 12
+    assert "2 records of" in planned.table() and "raise seq_len" in planned.table()

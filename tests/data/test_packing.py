@@ -215,6 +215,17 @@ def test_labelled_rows_bring_their_labels(tmp_path):
     assert batches[0]["labels"].shape == (4,)
 
 
+def test_dialogues_come_from_short_to_long_in_the_first_epoch(tmp_path):
+    sizes = np.random.default_rng(0).permutation(np.arange(2, 60))
+    records = [TokenRecord(np.full(n, n), np.ones(n, bool)) for n in sizes]
+    write_dataset(tmp_path / "chat", records, "chat")
+    reading = Reading(curriculum=Curriculum("length", buckets=58), num_epochs=2)
+    rows = [batch["tokens"][0] for batch in make_batches({tmp_path / "chat": 1}, 1, 64, 0, reading)]
+    longest = [int(row.max()) for row in rows]
+    first, second = longest[: len(rows) // 2], longest[len(rows) // 2 :]
+    assert first == sorted(first) and second != first and sorted(second) == first
+
+
 @pytest.mark.slow
 def test_ten_million_documents_are_packed_in_bounded_time_and_memory():
     lengths = np.minimum(np.random.default_rng(0).lognormal(6, 1.2, 10_000_000), 200_000).astype(np.int64) + 1
