@@ -25,6 +25,14 @@ _HOME = {
     "write_chat_dataset": "data.tokenize",
     "write_preference_dataset": "data.tokenize",
     "make_batches": "data.batches",
+    "make_run_batches": "data.batches",
+    "Reading": "data.batches",
+    "Mixture": "data.mixture",
+    "Phase": "data.mixture",
+    "Balance": "data.mixture",
+    "Curriculum": "data.mixture",
+    "make_plan": "data.plan",
+    "make_run_plan": "data.plan",
     "Problem": "data.tasks",
     "TaskSpec": "data.tasks",
     "curate": "data.curation",
@@ -34,13 +42,18 @@ _HOME = {
 }
 
 __all__ = [
+    "Balance",
     "ChatTemplateError",
     "Corpus",
     "CorpusConfig",
+    "Curriculum",
     "DEFAULT_CHAT_TEMPLATE",
     "Dataset",
     "DatasetError",
+    "Mixture",
+    "Phase",
     "Problem",
+    "Reading",
     "StreamDecoder",
     "TaskSpec",
     "Tokenizer",
@@ -48,6 +61,9 @@ __all__ = [
     "curate",
     "load_tokenizer",
     "make_batches",
+    "make_plan",
+    "make_run_batches",
+    "make_run_plan",
     "open_dataset",
     "tokenize_dataset",
     "train_tokenizer",
@@ -57,11 +73,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from data.batches import make_batches
+    from data.batches import Reading, make_batches, make_run_batches
     from data.chat import DEFAULT_CHAT_TEMPLATE
     from data.corpus import Corpus, CorpusConfig, build_corpus
     from data.curation import curate
     from data.load import load_tokenizer
+    from data.mixture import Balance, Curriculum, Mixture, Phase
+    from data.plan import make_plan, make_run_plan
     from data.shards import Dataset, DatasetError, open_dataset, write_dataset
     from data.tasks import Problem, TaskSpec
     from data.templates import ChatTemplateError

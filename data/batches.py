@@ -1,88 +1,128 @@
 """Deterministic batches from token datasets through Grain: packed, mixed by weight, sharded by host, resumed
 exactly.
 
-Example g of a run is a pure function of (datasets, seq_len, seed, g). A step takes the next `batch_size`
-examples and host p of P takes the p-th block of them, so the global batch does not depend on the number of
-hosts, and the position is one number: how many examples came before.
+Example g of a run is a pure function of (datasets, mixture, reading, seq_len, seed, g). A step takes the next
+`batch_size` rows and host p of P takes the p-th block of them, so the global batch does not depend on the
+number of hosts, and the position is one number: how many rows came before.
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from data.packing import ConcatAndSplit, FirstFit, PairOrder, Piece, TooLong
-from data.shards import Dataset, DatasetError, TokenRecord, open_dataset
+from configs.typed import ConfigError
+from data.best_fit import BestFit
+from data.curriculum import curriculum_orders
+from data.mixture import (
+    BatchSpec,
+    Curriculum,
+    Mixture,
+    Packing,
+    Schedule,
+    Size,
+    as_mixture,
+    make_schedule,
+    sources_of,
+)
+from data.packing import ConcatAndSplit, FirstFit, Orders, PairOrder, TooLong
+from data.related import RelatedRows, read_groups, read_scores
+from data.rows import Batch, LabelledRows, Mixed, PackedRows, PreferencePairs, empty_example, stack
+from data.shards import Dataset, DatasetError, open_dataset
 
-Batch = dict[str, np.ndarray]
-BatchKind = Literal["lm", "preference"]
+BatchKind = Literal["lm", "preference", "labelled"]
+Packer = ConcatAndSplit | FirstFit | BestFit
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How datasets become rows, and how they are read.
+
+    packing: of token datasets. "concat" cuts the concatenated documents every `seq_len`; "best_fit" keeps
+        documents whole that fit a row; "related" concatenates documents of a group (data/related.py). Dialogues
+        are never cut: first fit, or best fit when that is asked for.
+    join_related: in "related", a group's documents in a row are one segment; else one each.
+    num_epochs: None runs for ever. A number ends there, the last batch filled up with empty rows of weight 0; a
+        mixture ends when its first dataset does.
+    too_long: dialogues of more than `seq_len` tokens are left out or cut off; `iterator.report` counts them.
+    """
+
+    kind: BatchKind = "lm"
+    packing: Packing = "concat"
+    join_related: bool = True
+    curriculum: Curriculum | None = None
+    shuffle: bool = True
+    num_epochs: int | None = None
+    too_long: TooLong = "drop"
+    pad_id: int = 0
+    num_threads: int = 2
+    prefetch: int = 16  # batches
 
 
 def make_batches(
-    mixture: Mapping[str | os.PathLike, float],
+    mixture: Mixture | Mapping[Any, float],
     batch_size: int,
     seq_len: int,
     seed: int,
+    reading: Reading = Reading(),
     *,
+    steps: int | None = None,
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-    kind: BatchKind = "lm",
-    shuffle: bool = True,
-    num_epochs: int | None = None,
-    too_long: TooLong = "drop",
-    pad_id: int = 0,
-    num_threads: int = 2,
-    prefetch: int = 16,
 ) -> BatchIterator:
     """An iterator of this host's part of each global batch.
 
     A batch is a dict of [batch_size / process_count, seq_len] arrays:
-        tokens int32; targets int32, the next token of the same document (`pad_id` where there is none);
-        loss_weights float32, 1 where a target counts, 0 on padding, on a document's last token and where its
+        tokens int32; targets int32, the next token of the same segment (`pad_id` where there is none);
+        loss_weights float32, 1 where a target counts, 0 on padding, on a segment's last token and where its
         mask says so; segment_ids int32, 1, 2, ... for the documents of a row, 0 on padding; positions int32,
         from 0 in each segment. In kind "preference" rows 2i and 2i + 1 are the chosen and the rejected answer
-        of one pair.
+        of one pair; in kind "labelled" `labels` int32 [batch_size / process_count] is 1 where a row is desired.
 
     Args:
-        mixture: dataset folder to weight; rows are drawn in proportion. Weights need not sum to one.
+        mixture: dataset folder to weight, or such mixtures in phases; rows are drawn in proportion. Weights
+            need not sum to one.
         batch_size: rows of a global batch; for preferences even, also per host.
+        steps: length of the run, for phases that start at a part of it and for a bound on epochs.
         start: rows of this run that were consumed before (`iterator.position`); finding it costs nothing.
-        num_epochs: None runs for ever. A number ends there, the last batch filled up with empty rows of
-            weight 0; a mixture ends when its first dataset does.
-        too_long: dialogues of more than `seq_len` tokens are left out or cut off; `iterator.report` counts
-            them.
 
     Raises DatasetError for folders that do not fit, ValueError for sizes that do not divide.
     """
     import grain
 
-    rows_per_example = 2 if kind == "preference" else 1
+    rows_per_example = 2 if reading.kind == "preference" else 1
     _check_sizes(batch_size, seq_len, start, process_index, process_count, rows_per_example)
-    sources, weights, report = [], [], {}
-    for i, (folder, weight) in enumerate(_positive(mixture).items()):
-        source = _open_source(
-            open_dataset(folder), kind, seq_len, seed + 7919 * i, shuffle, num_epochs, too_long, pad_id
-        )
-        sources.append(grain.MapDataset.source(source))
-        weights.append(weight)
-        packer = source.packer
-        report[str(folder)] = {"rows_per_epoch": packer.rows_per_epoch * rows_per_example, "weight": weight}
-        report[str(folder)] |= {"dropped": packer.dropped, "truncated": getattr(packer, "truncated", 0)}
-    rows = sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, weights)
     per_step = batch_size // rows_per_example
-    if num_epochs is not None:
-        rows = grain.MapDataset.source(
-            _Filled(rows, -(-len(rows) // per_step) * per_step, seq_len, kind, pad_id)
-        )
+    opened = open_mixture(mixture, per_step, seq_len, seed, reading, steps)
+    examples = length = _endless
+    if reading.num_epochs is not None:
+        limits = [size.examples * reading.num_epochs for size in opened.sizes.values()]
+        examples = opened.schedule.examples_within(limits)
+        length = -(-examples // per_step) * per_step
+    empty = empty_example(reading.kind, seq_len, reading.pad_id)
+    place = opened.schedule.place
+    rows = grain.MapDataset.source(Mixed(list(opened.sources.values()), place, length, examples, empty))
     rows = rows[start // rows_per_example :]
-    batches = rows.batch(per_step // process_count, batch_fn=_stack)
+    batches = rows.batch(per_step // process_count, batch_fn=stack)
     batches = batches[process_index::process_count]
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    return BatchIterator(batches.to_iter_dataset(options), batch_size, start, report)
+    options = grain.ReadOptions(
+        num_threads=reading.num_threads, prefetch_buffer_size=reading.prefetch if reading.num_threads else 0
+    )
+    return BatchIterator(batches.to_iter_dataset(options), batch_size, start, opened)
+
+
+def make_run_batches(spec: BatchSpec, steps: int, kind: BatchKind, **position: int) -> BatchIterator:
+    """The batches of a run of `steps`, as its config says; `position` is start, process_index, process_count."""
+    mixture, reading = spec.whole_mixture(), reading_of(spec, kind)
+    return make_batches(mixture, spec.batch_size, spec.seq_len, spec.seed, reading, steps=steps, **position)
+
+
+def reading_of(spec: BatchSpec, kind: BatchKind) -> Reading:
+    return Reading(kind, spec.packing, spec.join_related, spec.curriculum)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -90,18 +130,62 @@ class BatchIterator(Iterator[Batch]):
 
     Attributes:
         position: rows of the global run consumed so far; give it back as `start`, on any number of hosts.
-        report: for each folder {"rows_per_epoch", "dropped", "truncated", "weight"}.
+        opened: the sources, what an epoch of each holds, and the schedule of their mixture.
         dataset: the `grain.IterDataset` that they come from.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, start: int, report: dict[str, dict[str, Any]]):
-        self.dataset, self.position, self.report = dataset, start, report
+    def __init__(self, dataset: Any, batch_size: int, start: int, opened: OpenMixture):
+        self.dataset, self.position, self.opened = dataset, start, opened
         self._batches, self._batch_size = iter(dataset), batch_size
+
+    @property
+    def report(self) -> dict[str, dict[str, Any]]:
+        """For each folder {"rows_per_epoch", "weight" (at the start), "dropped", "truncated"}."""
+        return self.opened.report()
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
         self.position += self._batch_size
         return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenMixture:
+    """The sources of a mixture by folder, what an epoch of each holds, and when each has its turn."""
+
+    sources: dict[str, PackedRows | PreferencePairs | LabelledRows]
+    sizes: dict[str, Size]
+    schedule: Schedule
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        return {
+            folder: {
+                "rows_per_epoch": source.packer.rows_per_epoch * source.rows_per_example,
+                "weight": self.schedule.shares[0][i],
+                "dropped": source.packer.dropped,
+                "truncated": source.packer.truncated,
+            }
+            for i, (folder, source) in enumerate(self.sources.items())
+        }
+
+
+def open_mixture(
+    mixture: Mixture | Mapping[Any, float],
+    examples_per_step: int,
+    seq_len: int,
+    seed: int,
+    reading: Reading = Reading(),
+    steps: int | None = None,
+) -> OpenMixture:
+    """Opens the datasets, packs them and lays out the schedule; see `make_batches`."""
+    mixture = as_mixture(mixture)
+    sources, sizes = {}, {}
+    for i, folder in enumerate(sources_of(mixture)):
+        dataset = open_dataset(folder)
+        sources[folder] = source = _open_source(dataset, reading, seq_len, seed + 7919 * i)
+        tokens = _tokens_per_epoch(dataset, seq_len, reading.too_long)
+        sizes[folder] = Size(source.packer.rows_per_epoch, tokens, len(dataset))
+    return OpenMixture(sources, sizes, make_schedule(mixture, sizes, examples_per_step, steps))
 
 
 def _check_sizes(
@@ -123,38 +207,32 @@ def _check_sizes(
         )
 
 
-def _positive(mixture: Mapping[str | os.PathLike, float]) -> dict[str | os.PathLike, float]:
-    """Weights that sum to one, zeros left out."""
-    bad = {str(k): w for k, w in mixture.items() if not 0 <= w < float("inf")}
-    total = sum(mixture.values())
-    if bad or not total > 0:
-        raise ValueError(f"mixture weights must be finite, none negative, and not all zero: {dict(mixture)}")
-    return {folder: weight / total for folder, weight in mixture.items() if weight > 0}
+_MADE_OF = {"lm": ("tokens", "chat"), "preference": ("preference",), "labelled": ("labelled",)}
 
 
 def _open_source(
-    dataset: Dataset,
-    kind: str,
-    seq_len: int,
-    seed: int,
-    shuffle: bool,
-    num_epochs: int | None,
-    too_long: TooLong,
-    pad_id: int,
-) -> _PackedRows | _PreferencePairs:
-    wanted = {"lm": ("tokens", "chat"), "preference": ("preference",)}
-    if kind not in wanted:
-        raise ValueError(f"kind={kind!r}; known are {', '.join(wanted)}")
-    if dataset.kind not in wanted[kind]:
+    dataset: Dataset, reading: Reading, seq_len: int, seed: int
+) -> PackedRows | PreferencePairs | LabelledRows:
+    if reading.kind not in _MADE_OF:
+        raise ValueError(f"kind={reading.kind!r}; known are {', '.join(_MADE_OF)}")
+    if dataset.kind not in _MADE_OF[reading.kind]:
         raise DatasetError(
-            f"{dataset.folder} is a dataset of kind {dataset.kind!r}; batches of kind {kind!r} are made of "
-            f"{' or '.join(wanted[kind])}."
+            f"{dataset.folder} is a dataset of kind {dataset.kind!r}; batches of kind {reading.kind!r} are made of "
+            f"{' or '.join(_MADE_OF[reading.kind])}."
             + (" Run tokenize_dataset on it first." if dataset.kind == "text" else "")
         )
-    if kind == "preference":
-        source = _PreferencePairs(dataset, seq_len, seed, shuffle, num_epochs, too_long, pad_id)
+    if reading.kind == "lm":
+        if (dataset.kind, reading.packing) not in _PACKERS:
+            raise ValueError(f"packing={reading.packing!r}; known are concat, best_fit, related")
+        packer = _PACKERS[dataset.kind, reading.packing](dataset, reading, seq_len, seed)
+        source = PackedRows(dataset, packer, seq_len, reading.pad_id)
     else:
-        source = _PackedRows(dataset, seq_len, seed, shuffle, num_epochs, too_long, pad_id)
+        if reading.curriculum is not None:
+            raise ConfigError(f"a curriculum orders documents and dialogues; kind={reading.kind!r} has none.")
+        lengths = _lengths(dataset).reshape(len(dataset), -1)
+        order = PairOrder(lengths, seq_len, seed, reading.shuffle, reading.too_long)
+        rows = PreferencePairs if reading.kind == "preference" else LabelledRows
+        source = rows(dataset, order, seq_len, reading.pad_id)
     if source.packer.rows_per_epoch == 0:
         raise DatasetError(
             f"{dataset.folder}: no row can be made of its {len(dataset)} records "
@@ -164,119 +242,65 @@ def _open_source(
     return source
 
 
-class _PackedRows:
-    """Random access to packed rows, through all epochs."""
+def _concat(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    orders = _orders(dataset, reading, seed)
+    return ConcatAndSplit(_lengths(dataset), seq_len, seed, reading.shuffle, orders)
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        seq_len: int,
-        seed: int,
-        shuffle: bool,
-        num_epochs: int | None,
-        too_long: TooLong,
-        pad_id: int,
-    ):
-        self._dataset, self._seq_len, self._pad_id = dataset, seq_len, pad_id
-        self.packer = (
-            ConcatAndSplit(dataset.lengths, seq_len, seed, shuffle)
-            if dataset.kind == "tokens"
-            else FirstFit(dataset.lengths, seq_len, seed, shuffle, too_long)
+
+def _best_fit(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    _refuse_curriculum(reading)
+    too_long = "cut" if dataset.kind == "tokens" else reading.too_long
+    return BestFit(_lengths(dataset), seq_len, seed, reading.shuffle, too_long)
+
+
+def _related(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    _refuse_curriculum(reading)
+    groups, order = read_groups(dataset)
+    return RelatedRows(_lengths(dataset), seq_len, seed, reading.shuffle, groups, order, reading.join_related)
+
+
+def _first_fit(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+    orders = _orders(dataset, reading, seed)
+    return FirstFit(_lengths(dataset), seq_len, seed, reading.shuffle, reading.too_long, orders)
+
+
+_PACKERS = {
+    ("tokens", "concat"): _concat,
+    ("tokens", "best_fit"): _best_fit,
+    ("tokens", "related"): _related,
+    ("chat", "concat"): _first_fit,
+    ("chat", "best_fit"): _best_fit,
+    ("chat", "related"): _first_fit,
+}
+
+
+def _refuse_curriculum(reading: Reading) -> None:
+    if reading.curriculum is not None:
+        raise ConfigError(
+            f'packing="{reading.packing}" puts documents in an order of its own: use packing="concat" with a '
+            "curriculum."
         )
-        self._length = _endless if num_epochs is None else self.packer.rows_per_epoch * num_epochs
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Batch:
-        pieces = self.packer.row(int(index))
-        records = self._dataset.read([piece.document for piece in pieces])
-        return make_row(pieces, records, self._seq_len, self._pad_id)
 
 
-class _PreferencePairs:
-    """Random access to pairs: two rows each, chosen and rejected, neither packed with anything."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        seq_len: int,
-        seed: int,
-        shuffle: bool,
-        num_epochs: int | None,
-        too_long: TooLong,
-        pad_id: int,
-    ):
-        self._dataset, self._seq_len, self._pad_id, self._seed, self._shuffle = (
-            dataset,
-            seq_len,
-            pad_id,
-            seed,
-            shuffle,
-        )
-        self.packer = PairOrder(dataset.lengths, seq_len, seed, shuffle, too_long)
-        self._length = _endless if num_epochs is None else self.packer.rows_per_epoch * num_epochs
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Batch:
-        pair = self._dataset[self.packer.pair(int(index))]
-        rows = [
-            make_row([Piece(0, 0, min(len(r.tokens), self._seq_len))], [r], self._seq_len, self._pad_id)
-            for r in pair
-        ]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+def _lengths(dataset: Dataset) -> np.ndarray:
+    assert dataset.lengths is not None
+    return dataset.lengths
 
 
-class _Filled:
-    """`rows` followed by empty rows up to `length`."""
-
-    def __init__(self, rows: Any, length: int, seq_len: int, kind: str, pad_id: int):
-        self._rows, self._length = rows, length
-        empty = make_row([], [], seq_len, pad_id)
-        self._empty = {k: np.stack([v, v]) for k, v in empty.items()} if kind == "preference" else empty
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Batch:
-        return self._rows[int(index)] if index < len(self._rows) else self._empty
+def _orders(dataset: Dataset, reading: Reading, seed: int) -> Orders | None:
+    if reading.curriculum is None:
+        return None
+    keys = _lengths(dataset) if reading.curriculum.by == "length" else read_scores(dataset)
+    return curriculum_orders(keys, reading.curriculum, seed)
 
 
-def make_row(pieces: list[Piece], records: list[TokenRecord], seq_len: int, pad_id: int) -> Batch:
-    """One row, every array [seq_len], of pieces of documents. `records[i]` is the document of `pieces[i]`."""
-    tokens = np.full(seq_len, pad_id, np.int32)
-    targets = np.full(seq_len, pad_id, np.int32)
-    loss_weights = np.zeros(seq_len, np.float32)
-    segment_ids = np.zeros(seq_len, np.int32)
-    positions = np.zeros(seq_len, np.int32)
-    at = 0
-    for segment, (piece, record) in enumerate(zip(pieces, records, strict=True), start=1):
-        n = piece.stop - piece.start
-        tokens[at : at + n] = record.tokens[piece.start : piece.stop]
-        segment_ids[at : at + n] = segment
-        positions[at : at + n] = np.arange(n)
-        # The token after a cut is still a target: it is the document's next token, though it is in another
-        # row.
-        following = slice(piece.start + 1, piece.stop + 1)
-        m = len(record.tokens[following])
-        targets[at : at + m] = record.tokens[following]
-        loss_weights[at : at + m] = 1 if record.mask is None else record.mask[following]
-        at += n
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "loss_weights": loss_weights,
-        "segment_ids": segment_ids,
-        "positions": positions,
-    }
+def _tokens_per_epoch(dataset: Dataset, seq_len: int, too_long: TooLong) -> int:
+    lengths = _lengths(dataset)
+    if dataset.kind == "tokens":
+        return int(lengths.sum())
+    longest = lengths if lengths.ndim == 1 else lengths.max(axis=1)
+    kept = lengths[longest <= seq_len] if too_long == "drop" else lengths
+    return int(kept.clip(max=seq_len).sum())
 
 
-def _stack(rows: list[Batch]) -> Batch:
-    """[n, T] of rows [T], [2n, T] of pairs [2, T]."""
-    join = np.concatenate if rows[0]["tokens"].ndim == 2 else np.stack
-    return {key: join([row[key] for row in rows]) for key in rows[0]}
-
-
-_endless = 1 << 48  # rows; a mixture multiplies it, and the product must stay an index
+_endless = 1 << 48  # examples; grain multiplies lengths, and the product must stay an index

@@ -6,6 +6,8 @@ Kinds and their records:
     tokens      one document's ids, for pretraining: may be split between rows
     chat        one dialogue's ids and loss mask: stays in one row
     preference  two dialogues with the same prompt: chosen, rejected
+    labelled    one dialogue and whether it is desired (1) or not (0), for KTO
+    prompt      a JSON object {"messages", "tools", "answer", "metadata"}: what to sample from in RL
 
 Beside the shards of a token dataset lies `lengths.npy`: int64 [N], or [N, 2] for preferences, in tokens.
 """
@@ -27,7 +29,8 @@ from configs.files import atomic_write
 from configs.typed import ConfigError
 
 FORMAT, VERSION = "crucible-dataset", 1
-KINDS = ("text", "tokens", "chat", "preference")
+KINDS = ("text", "tokens", "chat", "preference", "labelled", "prompt")
+_JSON_KINDS = ("text", "prompt")  # have no lengths
 MANIFEST, LENGTHS = "manifest.json", "lengths.npy"
 
 
@@ -54,8 +57,8 @@ def write_dataset(
     written.
 
     Args:
-        records: dicts for "text", TokenRecords for "tokens" and "chat", pairs of TokenRecords for
-            "preference".
+        records: dicts for "text" and "prompt", TokenRecords for "tokens" and "chat", pairs of TokenRecords
+            for "preference", (TokenRecord, label) for "labelled".
         manifest: more keys for manifest.json (sources, stages, dropped, key, ...); a function is called after
             the last record, when it can say totals.
         shard_bytes: a shard is closed when its records reach this size.
@@ -68,7 +71,7 @@ def write_dataset(
     temporary.mkdir(parents=True)
     try:
         facts, lengths = _write_shards(temporary, records, kind, shard_bytes)
-        if kind != "text":
+        if kind not in _JSON_KINDS:
             shape = (-1, 2) if kind == "preference" else (-1,)
             np.save(temporary / LENGTHS, np.asarray(lengths, np.int64).reshape(shape))
         more = manifest() if callable(manifest) else manifest or {}
@@ -89,7 +92,7 @@ def open_dataset(folder: str | os.PathLike) -> Dataset:
 class Dataset(Sequence):
     """Random access to the records of a dataset folder, safe to share between threads.
 
-    Attributes: `folder`, `manifest` (the whole mapping), `kind`, and `lengths` (None for text).
+    Attributes: `folder`, `manifest` (the whole mapping), `kind`, and `lengths` (None for text and prompts).
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -99,7 +102,7 @@ class Dataset(Sequence):
         for shard in self.manifest["shards"]:
             _check_file(self.folder / shard["file"], shard["bytes"])
         self.lengths: np.ndarray | None = None
-        if self.kind != "text":
+        if self.kind not in _JSON_KINDS:
             if not (self.folder / LENGTHS).is_file():
                 raise DatasetError(f"{self.folder}: {LENGTHS} is missing. Write the dataset again.")
             self.lengths = np.load(self.folder / LENGTHS)
@@ -124,7 +127,7 @@ class Dataset(Sequence):
             yield from self.read(range(start, min(start + 256, len(self))))
 
     def read(self, indices: Sequence[int]) -> list[Any]:
-        """The records at `indices`: dicts (text), TokenRecords, or pairs of TokenRecords (preference)."""
+        """The records at `indices`, as `write_dataset` took them."""
         if len(indices) == 0:
             return []
         if self._source is None:
@@ -211,7 +214,9 @@ def _write_shards(folder: Path, records: Iterable[Any], kind: str, shard_bytes: 
         size, count = size + len(packed), count + 1
         if kind == "preference":
             lengths.append([len(record[0].tokens), len(record[1].tokens)])
-        elif kind != "text":
+        elif kind == "labelled":
+            lengths.append(len(record[0].tokens))
+        elif kind not in _JSON_KINDS:
             lengths.append(len(record.tokens))
     close()
     facts = {"records": sum(s["records"] for s in shards), "sha256": digest.hexdigest(), "shards": shards}
@@ -219,10 +224,12 @@ def _write_shards(folder: Path, records: Iterable[Any], kind: str, shard_bytes: 
 
 
 def _pack(kind: str, record: Any) -> bytes:
-    if kind == "text":
+    if kind in _JSON_KINDS:
         return json.dumps(record, ensure_ascii=False).encode("utf-8")
     if kind == "preference":
         return b"".join(map(_pack_tokens, record))
+    if kind == "labelled":
+        return struct.pack("<B", bool(record[1])) + _pack_tokens(record[0])
     return _pack_tokens(record)
 
 
@@ -238,8 +245,10 @@ def _pack_tokens(record: TokenRecord) -> bytes:
 
 
 def _unpack(kind: str, raw: bytes) -> Any:
-    if kind == "text":
+    if kind in _JSON_KINDS:
         return json.loads(raw)
+    if kind == "labelled":
+        return _unpack_tokens(raw, 1)[0], raw[0]
     first, used = _unpack_tokens(raw, 0)
     return (first, _unpack_tokens(raw, used)[0]) if kind == "preference" else first
 

@@ -36,16 +36,16 @@ def tokenize_dataset(
     key = hash_of("tokens", _CODE_VERSION, text.manifest["sha256"], fingerprint(tokenizer))
     if is_current(out_folder, key):
         return open_dataset(out_folder)
-    count = _Count()
+    count = TokenCount()
     inherited = {
         name: text.manifest[name] for name in ("sources", "stages", "dropped") if name in text.manifest
     }
-    facts = {"key": key, **_describe(tokenizer), "input": text.manifest["sha256"], **inherited}
+    facts = {"key": key, **describe(tokenizer), "input": text.manifest["sha256"], **inherited}
     records = _document_records(text, tokenizer, count)
     return write_dataset(out_folder, records, "tokens", lambda: count | facts)
 
 
-class _Count(dict):
+class TokenCount(dict):
     """tokens and bytes seen so far."""
 
     def __init__(self) -> None:
@@ -56,8 +56,12 @@ class _Count(dict):
         self["trained_tokens"] += trained
         self["bytes"] += size
 
+    def add_record(self, record: TokenRecord) -> None:
+        trained = len(record.tokens) - 1 if record.mask is None else int(record.mask[1:].sum())
+        self.add(len(record.tokens), trained)
 
-def _document_records(text: Dataset, tokenizer: Tokenizer, count: _Count) -> Iterator[TokenRecord]:
+
+def _document_records(text: Dataset, tokenizer: Tokenizer, count: TokenCount) -> Iterator[TokenRecord]:
     head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     tail = list(tokenizer.eos_ids[:1])
     for documents in _chunks((document["text"] for document in text), 512):
@@ -78,16 +82,16 @@ def write_chat_dataset(
     A conversation is a list of messages, or {"messages": [...], "tools": [...]}. `manifest`: more keys, e.g.
     sources. Raises ChatTemplateError, naming the conversation's number.
     """
-    count = _Count()
+    count = TokenCount()
 
     def records() -> Iterator[TokenRecord]:
         for i, conversation in enumerate(conversations):
-            record = _chat_record(conversation, tokenizer, f"conversation {i}")
-            count.add(len(record.tokens), int(record.mask[1:].sum()))
+            record = chat_record(conversation, tokenizer, f"conversation {i}")
+            count.add_record(record)
             yield record
 
     return write_dataset(
-        out_folder, records(), "chat", lambda: count | _describe(tokenizer) | dict(manifest or {})
+        out_folder, records(), "chat", lambda: count | describe(tokenizer) | dict(manifest or {})
     )
 
 
@@ -102,36 +106,71 @@ def write_preference_dataset(
     Only the answer is trained on, also when earlier assistant messages are in the prompt.
     Raises ChatTemplateError, naming the pair's number.
     """
-    count = _Count()
+    count = TokenCount()
 
     def answer(i: int, prompt: Messages, reply: str | Mapping[str, Any]) -> TokenRecord:
-        message = {"role": "assistant", "content": reply} if isinstance(reply, str) else dict(reply)
-        record = _chat_record([*prompt, message], tokenizer, f"pair {i}")
-        ends = np.flatnonzero(np.diff(np.concatenate([[0], record.mask.astype(np.int8), [0]])) == 1)
-        mask = record.mask.copy()
-        mask[: ends[-1] if len(ends) else 0] = False  # earlier turns of the assistant
-        count.add(len(record.tokens), int(mask[1:].sum()))
-        return TokenRecord(record.tokens, mask)
+        record = answer_record(prompt, reply, None, tokenizer, f"pair {i}")
+        count.add_record(record)
+        return record
 
     def records() -> Iterator[tuple[TokenRecord, TokenRecord]]:
         for i, (prompt, chosen, rejected) in enumerate(pairs):
             yield answer(i, prompt, chosen), answer(i, prompt, rejected)
 
-    facts = _describe(tokenizer) | dict(manifest or {})
+    facts = describe(tokenizer) | dict(manifest or {})
     return write_dataset(out_folder, records(), "preference", lambda: count | facts)
 
 
-def _chat_record(conversation: Messages | Mapping[str, Any], tokenizer: Tokenizer, where: str) -> TokenRecord:
+def chat_record(
+    conversation: Messages | Mapping[str, Any],
+    tokenizer: Tokenizer,
+    where: str,
+    untrained: Sequence[int] = (),
+) -> TokenRecord:
+    """A dialogue's ids, and a mask on what the assistant wrote but in its messages numbered `untrained`, from 0.
+
+    Raises ChatTemplateError that begins with `where`.
+    """
     from data.templates import ChatTemplateError
 
-    tools = None
-    if isinstance(conversation, Mapping):
-        conversation, tools = conversation["messages"], conversation.get("tools")
+    whole = conversation if isinstance(conversation, Mapping) else {"messages": conversation}
+    messages, tools = whole["messages"], whole.get("tools")
     try:
-        ids, mask = tokenizer.apply_chat_template(conversation, tools, add_generation_prompt=False)
+        ids, wrote = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=False)
     except ChatTemplateError as error:
         raise ChatTemplateError(f"{where}: {error}") from error
-    return TokenRecord(np.asarray(ids, np.int32), np.asarray(mask, bool))
+    mask = np.asarray(wrote, bool)
+    answers, said = _answers(mask), sum(message["role"] == "assistant" for message in messages)
+    if untrained and len(answers) != said:
+        raise ChatTemplateError(
+            f"{where}: the chat template shows {len(answers)} of {said} answers, so those that have no weight can't "
+            "be found"
+        )
+    for i in untrained:
+        mask[slice(*answers[i])] = False
+    return TokenRecord(np.asarray(ids, np.int32), mask)
+
+
+def answer_record(
+    prompt: Messages,
+    reply: str | Mapping[str, Any],
+    tools: Sequence[Any] | None,
+    tokenizer: Tokenizer,
+    where: str,
+) -> TokenRecord:
+    """A prompt and its answer; only the answer is trained on, also when the prompt has earlier ones."""
+    message = {"role": "assistant", "content": reply} if isinstance(reply, str) else dict(reply)
+    record = chat_record({"messages": [*prompt, message], "tools": tools}, tokenizer, where)
+    assert record.mask is not None
+    answers = _answers(record.mask)
+    record.mask[: answers[-1][0] if answers else 0] = False
+    return record
+
+
+def _answers(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of each stretch of the mask."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist()))
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -148,7 +187,8 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     )
 
 
-def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+def describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a manifest says of the tokenizer."""
     return {"tokenizer": fingerprint(tokenizer), "vocab_size": tokenizer.vocab_size}
 
 

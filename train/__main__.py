@@ -4,6 +4,7 @@ import json
 import sys
 
 import configs
+import data
 from train.config import TrainConfig
 
 DESCRIPTION = """Train a model: pretraining, fine-tuning or preferences, by config.objective and the dataset.
@@ -12,7 +13,10 @@ The run folder keeps config.json, metrics.jsonl, tensorboard/, samples.jsonl and
 given again, goes on from the newest checkpoint."""
 
 
-def main(config: TrainConfig, workdir) -> int:
+def main(config: TrainConfig, workdir, plan: bool = False) -> int:
+    if plan:
+        print(data.make_run_plan(config.data, config.steps, config.batch_kind).table())
+        return 0
     from train.trainer import TrainingDiverged, train
 
     try:
@@ -26,4 +30,5 @@ def main(config: TrainConfig, workdir) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(configs.run(main, TrainConfig, description=DESCRIPTION))
+    flags = {"plan": configs.Flag(bool, False, "print documents, tokens and epochs of each source, and stop")}
+    sys.exit(configs.run(main, TrainConfig, description=DESCRIPTION, flags=flags))

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 
+from data.mixture import BatchSpec
 from model import GatedMLP, ModelConfig, RMSNorm, ShardingRules, decoder
 from model.blocks.future import ParallelFuture, SequentialFuture
 from model.blocks.lora import LoRA
@@ -139,14 +140,10 @@ class AdapterSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSpec:
-    """Token datasets (folders written by data/), mixed by weight."""
+class DataSpec(BatchSpec):
+    """Token datasets (folders written by data/), mixed by weight; see `data.mixture.BatchSpec`."""
 
-    mixture: dict[str, float] = field(default_factory=dict)  # folder -> weight
     validation: dict[str, float] = field(default_factory=dict)  # folder -> weight; empty: no validation loss
-    seq_len: int = 256  # tokens a row
-    batch_size: int = 16  # rows a step over all devices; for preferences two rows are one pair
-    seed: int = 0  # of the shuffle
     validation_batches: int = 8
 
 
@@ -224,3 +221,8 @@ class TrainConfig:
     sharding: ShardingRules = ShardingRules()
     checkpoint: CheckpointSpec = CheckpointSpec()
     samples: SampleSpec = SampleSpec()
+
+    @property
+    def batch_kind(self) -> Literal["lm", "preference"]:
+        """What the objective's batches are made of."""
+        return "preference" if self.objective == "dpo" else "lm"

@@ -167,7 +167,7 @@ class _Run:
         progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
         pending, bad_in_a_row, last = None, 0, {}
         with Preemption(self):
-            batches = self._batches(config.data.mixture, self.examples) if start < stop_at else iter(())
+            batches = self._training_batches() if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
                 batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
                 self.state, metrics = self.train_step(self.state, batch)
@@ -201,21 +201,25 @@ class _Run:
         if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
             self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
 
-    def _batches(self, mixture: dict[str, float], start: int, **options) -> Iterator[dict[str, np.ndarray]]:
-        spec = self.config.data
-        kind = "preference" if self.config.objective == "dpo" else "lm"
-        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return iter(
-            data.make_batches(
-                mixture, spec.batch_size, spec.seq_len, spec.seed, start=start, kind=kind, **hosts, **options
-            )
+    def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        spec, kind, steps = self.config.data, self.config.batch_kind, self.config.steps
+        batches = data.make_run_batches(spec, steps, kind, start=self.examples, **_hosts())
+        if jax.process_index() == 0:
+            per_step = spec.batch_size // (2 if kind == "preference" else 1)
+            print(data.make_plan(batches.opened, per_step, steps, spec.balance.max_epochs).table())
+        return batches
+
+    def _validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
+        spec, reading = self.config.data, data.Reading(self.config.batch_kind)
+        return data.make_batches(
+            spec.validation, spec.batch_size, spec.seq_len, spec.seed, reading, **_hosts()
         )
 
     def _validate(self, step: int) -> None:
         spec, window = self.config.data, Window()
         if not spec.validation:
             return
-        batches = self._batches(spec.validation, 0)
+        batches = self._validation_batches()
         for _ in range(spec.validation_batches):
             batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, self.config.sharding))
             loss, metrics = self.eval_step(self.state.params, batch)
@@ -261,6 +265,10 @@ class _Run:
         rate = {"tokens/s": f"{last['tokens_per_second']:,.0f}", "MFU": f"{last['mfu']:.1%}"}
         skipped = {"skipped": str(int(self.state.skipped))} if last["skipped"] else {}
         progress.show(step, **shown, **rate, **skipped)
+
+
+def _hosts() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 class _Rate:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DatasetError, make_batches, write_dataset
-from data.batches import make_row
+from data.batches import Reading
 from data.packing import ConcatAndSplit, FirstFit, Piece, shuffled
+from data.rows import make_row
 from data.shards import TokenRecord
 
 T = 16
@@ -106,7 +107,7 @@ def test_a_row_by_hand():
 
 
 def test_every_target_of_an_epoch_is_trained_on_once(folders):
-    batches = list(make_batches({folders / "tokens": 1}, 4, T, 0, num_epochs=1))
+    batches = list(make_batches({folders / "tokens": 1}, 4, T, 0, Reading(num_epochs=1)))
     pairs = [
         (int(t), int(y))
         for b in batches
@@ -123,10 +124,11 @@ def test_every_target_of_an_epoch_is_trained_on_once(folders):
 @pytest.mark.parametrize("kind, names", [("lm", ["tokens", "more", "chat"]), ("preference", ["pairs"])])
 def test_the_global_batch_is_the_same_on_any_number_of_hosts(folders, kind, names):
     mixture = {folders / name: i + 1 for i, name in enumerate(names)}
-    whole = take(6, mixture, 8, T, 3, kind=kind)
+    whole = take(6, mixture, 8, T, 3, Reading(kind))
     for count in (2, 4):
         hosts = [
-            take(6, mixture, 8, T, 3, kind=kind, process_index=p, process_count=count) for p in range(count)
+            take(6, mixture, 8, T, 3, Reading(kind), process_index=p, process_count=count)
+            for p in range(count)
         ]
         for step, parts in enumerate(zip(*hosts)):
             assert_equal({k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, whole[step])
@@ -135,15 +137,15 @@ def test_the_global_batch_is_the_same_on_any_number_of_hosts(folders, kind, name
 @pytest.mark.parametrize("kind, names", [("lm", ["tokens", "chat"]), ("preference", ["pairs"])])
 def test_a_resumed_run_goes_on_exactly_also_on_other_hosts(folders, kind, names):
     mixture = {folders / name: 1 for name in names}
-    batches = make_batches(mixture, 8, T, 5, kind=kind)
+    batches = make_batches(mixture, 8, T, 5, Reading(kind))
     first = [next(batches) for _ in range(7)]
     assert batches.position == 56
     for at in (0, 1, 4):
-        resumed = take(7 - at, mixture, 8, T, 5, kind=kind, start=8 * at)
+        resumed = take(7 - at, mixture, 8, T, 5, Reading(kind), start=8 * at)
         for a, b in zip(resumed, first[at:], strict=True):
             assert_equal(a, b)
     halves = [
-        take(3, mixture, 8, T, 5, kind=kind, start=32, process_index=p, process_count=2) for p in (0, 1)
+        take(3, mixture, 8, T, 5, Reading(kind), start=32, process_index=p, process_count=2) for p in (0, 1)
     ]
     for step, parts in enumerate(zip(*halves)):
         assert_equal({k: np.concatenate([part[k] for part in parts]) for k in parts[0]}, first[4 + step])
@@ -164,7 +166,9 @@ def test_batch_size_may_change_at_a_position(folders):
 
 def test_threads_do_not_change_the_order(folders):
     mixture = {folders / "tokens": 0.3, folders / "more": 0.7}
-    for a, b in zip(take(10, mixture, 4, T, 0, num_threads=0), take(10, mixture, 4, T, 0, num_threads=8)):
+    for a, b in zip(
+        take(10, mixture, 4, T, 0, Reading(num_threads=0)), take(10, mixture, 4, T, 0, Reading(num_threads=8))
+    ):
         assert_equal(a, b)
 
 
@@ -183,13 +187,15 @@ def test_epochs_are_shuffled_differently_unless_told_not_to(folders):
     two = np.concatenate([b["tokens"] for b in take(2, {folders / "tokens": 1}, rows, T, 0)])
     assert not np.array_equal(two[:rows], two[rows:])
     assert sorted(two[:rows].ravel())[-600:] == sorted(two[rows:].ravel())[-600:]
-    plain = np.concatenate([b["tokens"] for b in take(2, {folders / "tokens": 1}, rows, T, 0, shuffle=False)])
+    plain = np.concatenate(
+        [b["tokens"] for b in take(2, {folders / "tokens": 1}, rows, T, 0, Reading(shuffle=False))]
+    )
     np.testing.assert_array_equal(plain[:rows], plain[rows:])
     np.testing.assert_array_equal(plain.ravel()[: (rows - 1) * T], np.arange((rows - 1) * T))
 
 
 def test_the_last_batch_is_filled_up_with_rows_of_no_weight(folders):
-    batches = list(make_batches({folders / "pairs": 1}, 8, 32, 0, kind="preference", num_epochs=1))
+    batches = list(make_batches({folders / "pairs": 1}, 8, 32, 0, Reading("preference", num_epochs=1)))
     assert len(batches) == 4 and all(b["tokens"].shape == (8, 32) for b in batches)
     assert batches[-1]["segment_ids"].any(axis=1).sum() == 6 and not batches[-1]["loss_weights"][6:].any()
 
@@ -197,7 +203,7 @@ def test_the_last_batch_is_filled_up_with_rows_of_no_weight(folders):
 def test_preference_rows_are_chosen_then_rejected(folders):
     chat = numbered(30, 1, high=24, masked=True)
     pairs = {int(a.tokens[0]): (a, b) for a, b in zip(chat[::2], chat[1::2])}
-    for batch in make_batches({folders / "pairs": 1}, 4, 32, 0, kind="preference", num_epochs=1):
+    for batch in make_batches({folders / "pairs": 1}, 4, 32, 0, Reading("preference", num_epochs=1)):
         for i in range(0, 4, 2):
             if not batch["segment_ids"][i].any():
                 continue
@@ -211,7 +217,9 @@ def test_preference_rows_are_chosen_then_rejected(folders):
 def test_dialogues_that_are_too_long_are_counted(folders):
     long = sum(len(r.tokens) > 8 for r in numbered(30, 1, high=24))
     for too_long in ("drop", "truncate"):
-        report = make_batches({folders / "chat": 1}, 2, 8, 0, too_long=too_long).report[str(folders / "chat")]
+        report = make_batches({folders / "chat": 1}, 2, 8, 0, Reading(too_long=too_long)).report[
+            str(folders / "chat")
+        ]
         assert (report["dropped"], report["truncated"]) == ((long, 0) if too_long == "drop" else (0, long))
 
 
@@ -220,7 +228,7 @@ def test_grains_own_checkpoint_check_passes(folders):
 
     batches = make_batches(
         {folders / "tokens": 1, folders / "chat": 2}, 4, T, 0,
-        start=4, process_index=1, process_count=2, num_epochs=1, num_threads=1, prefetch=2,
+        Reading(num_epochs=1, num_threads=1, prefetch=2), start=4, process_index=1, process_count=2,
     )  # fmt: skip
     grain.experimental.assert_equal_output_after_checkpoint(batches.dataset)
 
@@ -232,8 +240,8 @@ def test_grains_own_checkpoint_check_passes(folders):
         ({"seq_len": 1}, "seq_len"),
         ({"process_index": 2, "process_count": 2}, "process_index"),
         ({"start": -1}, "start"),
-        ({"kind": "vision"}, "known are"),
-        ({"kind": "preference"}, "preference"),
+        ({"reading": Reading("vision")}, "known are"),
+        ({"reading": Reading("preference")}, "preference"),
     ],
 )
 def test_sizes_and_kinds_that_do_not_fit_are_errors(folders, change, reason):

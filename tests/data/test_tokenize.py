@@ -11,6 +11,7 @@ from data import (
     write_dataset,
     write_preference_dataset,
 )
+from data.batches import Reading
 
 TALKS = [
     [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"{i}!"}] for i in range(5)
@@ -60,7 +61,7 @@ def test_dialogues_train_on_answers_alone(bpe, tmp_path):
         assert bpe.decode(record.tokens[record.mask], keep_special=True) == f"{i}!<|im_end|>"
     assert dataset.manifest["sources"][0]["name"] == "made"
     assert dataset.manifest["trained_tokens"] == sum(int(r.mask.sum()) for r in dataset)
-    for batch in make_batches({tmp_path / "chat": 1}, 2, 64, 0, num_epochs=1):
+    for batch in make_batches({tmp_path / "chat": 1}, 2, 64, 0, Reading(num_epochs=1)):
         trained = batch["targets"][batch["loss_weights"] > 0]
         assert bpe.decode(trained, keep_special=True).count("<|im_end|>") == bpe.decode(trained).count("!")
 

@@ -111,6 +111,25 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, uninterrup
     assert steps == sorted(steps)
 
 
+def test_a_mixture_that_takes_over_midway_is_planned_learned_and_resumed(corpus, tmp_path, capsys):
+    up, down = str(corpus / "tokens"), str(corpus / "down")
+    mixture = {"phases": [{"weights": {down: 1.0}, "start": 0.5}], "packing": "best_fit"}
+    config = make_config(corpus, data=mixture | {"validation": {down: 1.0}})
+    whole = train(config, tmp_path / "whole")
+    printed = capsys.readouterr().out
+    shown = " ".join(printed.split())
+    assert f"1 0 {up} 200 2,400 100.00% 2,880 1.20" in shown  # 120 rows of two documents of 12 tokens
+    assert (
+        f"2 15 {down} 200 2,400 100.00% 2,880 1.20" in shown and f"packing of {down}: 0.00% padding" in shown
+    )
+    assert whole["validation_loss"] < 2.5  # counting up alone never shows it how to count down
+    train(config, tmp_path / "parts", stop_at=13)
+    train(config, tmp_path / "parts", stop_at=20)
+    train(config, tmp_path / "parts")
+    for ours, theirs in zip(leaves(tmp_path / "parts"), leaves(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_run_goes_on_on_another_mesh(corpus, uninterrupted, tmp_path):
     train(make_config(corpus), tmp_path, stop_at=20)
     moved = {"data": 2, "fsdp": 2, "tensor": 2}

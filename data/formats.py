@@ -1,0 +1,339 @@
+"""The formats in which people keep dialogues, preferences and prompts: found by their keys, held against what they
+should be, and turned into one form.
+
+| format     | a row                                                                     | becomes    |
+|------------|---------------------------------------------------------------------------|------------|
+| hh         | {"chosen", "rejected"}: text, "\\n\\nHuman: ... \\n\\nAssistant: ..."         | preference |
+| preference | {"prompt", "chosen", "rejected"}: text or messages, the prompt in them or not | preference |
+| kto        | messages, or {"prompt", "completion"}, with "label" true or false         | labelled   |
+| messages   | {"messages": [{"role", "content"}, ...]} with "tools": OpenAI, ChatML      | chat       |
+| sharegpt   | {"conversations": [{"from", "value"}, ...]} with "system", "tools"          | chat       |
+| alpaca     | {"instruction", "input", "output"} with "system", "history"               | chat       |
+| completion | {"prompt", "completion"}: text or messages                                | chat       |
+| prompt     | text, {"prompt"} or {"question"}, with "answer", "solution", ... for RL     | prompt     |
+
+Messages come out as {"role": system | user | assistant | tool, "content": text} with "tool_calls" where there are
+some, as chat templates take them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from data.messages import Message, not_empty, read_messages, read_tools, text_of, without_weight
+from data.row_files import RowError
+
+Makes = Literal["chat", "preference", "labelled", "prompt"]
+FormatName = Literal["hh", "preference", "kto", "messages", "sharegpt", "alpaca", "completion", "prompt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """Messages of which those of the assistant are trained on; `untrained` are the numbers of those that are not."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    untrained: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """A prompt and two answers, each an assistant's message."""
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+    tools: list[Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A prompt, an answer, and whether it is desired. Ethayarajh et al. 2024 (KTO), arXiv:2402.01306."""
+
+    prompt: list[Message]
+    answer: Message
+    label: bool
+    tools: list[Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What to sample an answer to, and the right one where it is known."""
+
+    messages: list[Message]
+    answer: str | None = None
+    tools: list[Any] | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Example = Dialogue | Preference | Labelled | Prompt
+
+
+class Format(NamedTuple):
+    """How to know a row of a format, and how to read it."""
+
+    makes: Makes
+    fits: Callable[[Any], bool]
+    read: Callable[[Any], Example]
+    wanted: str
+
+
+def detect(row: Any) -> FormatName:
+    """The format of a row by its keys. Raises RowError that names them."""
+    for name, format in FORMATS.items():
+        if format.fits(row):
+            return name
+    keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    known = "; ".join(f"{name}: {format.wanted}" for name, format in FORMATS.items())
+    raise RowError("a row of no known format", f"it has {keys}. Known are {known}.")
+
+
+def read_example(row: Any, format: FormatName) -> Example:
+    """A row in its one form. Raises RowError that says what was wrong and what was wanted."""
+    if not FORMATS[format].fits(row):
+        keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise RowError(f"not a row of format {format!r}", f"it has {keys}; wanted {FORMATS[format].wanted}.")
+    if isinstance(row, Mapping) and (seen := [name for name in _NOT_TEXT if row.get(name)]):
+        raise RowError(f"a row with {seen[0]}", "wanted text alone: only text models are trained here")
+    return FORMATS[format].read(row)
+
+
+_NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
+
+
+def _read_hh(row: Mapping) -> Preference:
+    return _pair(_hh_messages(row["chosen"], "chosen"), _hh_messages(row["rejected"], "rejected"), None)
+
+
+def _hh_messages(text: str, name: str) -> list[Message]:
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if parts[0].strip():
+        raise RowError(f'{name} does not begin with "\\n\\nHuman:"', f"it begins {text[:40]!r}")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(parts[1::2], parts[2::2])
+    return [{"role": roles[who], "content": said.removeprefix(" ")} for who, said in turns]
+
+
+def _read_preference(row: Mapping) -> Preference:
+    tools = read_tools(row)
+    for suffix in ("", "_messages"):
+        if f"chosen{suffix}" in row:
+            chosen, rejected = row[f"chosen{suffix}"], row[f"rejected{suffix}"]
+    prompt = _prompt_of(row)
+    return _pair([*prompt, *_answer(chosen, "chosen")], [*prompt, *_answer(rejected, "rejected")], tools)
+
+
+def _pair(chosen: list[Message], rejected: list[Message], tools: list[Any] | None) -> Preference:
+    """The prompt is what both have before their last message."""
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(messages, name)
+        if len(messages) < 2:
+            raise RowError(f"{name} answers no prompt", "wanted a prompt, as a key or as the first messages")
+    plain = [[without_weight(m) for m in messages[:-1]] for messages in (chosen, rejected)]
+    if plain[0] != plain[1]:
+        raise RowError(
+            "chosen and rejected differ before the last answer", "wanted one prompt with two answers to it"
+        )
+    return Preference(plain[0], without_weight(chosen[-1]), without_weight(rejected[-1]), tools)
+
+
+def _read_kto(row: Mapping) -> Labelled:
+    label = row["label"] if "label" in row else row["kto_tag"]
+    if not isinstance(label, bool) and label not in (0, 1):
+        raise RowError("label is no truth value", f"it is {label!r}; wanted true (desired) or false")
+    messages = [
+        without_weight(m) for m in (read_messages(row["messages"]) if "messages" in row else _completed(row))
+    ]
+    _check_answer(messages, "the dialogue")
+    return Labelled(messages[:-1], messages[-1], bool(label), read_tools(row))
+
+
+def _read_messages(row: Mapping) -> Dialogue:
+    messages = read_messages(row["messages"] if "messages" in row else row["conversations"])
+    return _dialogue(messages, row)
+
+
+def _read_sharegpt(row: Mapping) -> Dialogue:
+    return _dialogue(read_messages(row["conversations"]), row)
+
+
+def _read_alpaca(row: Mapping) -> Dialogue:
+    messages: list[Message] = []
+    for i, turn in enumerate(row.get("history") or []):
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+            raise RowError(
+                "a turn of history is no pair", f"history[{i}] is {turn!r:.80}; wanted [question, answer]"
+            )
+        asked, said = (text_of(part, f"history[{i}]") for part in turn)
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    question = text_of(row["instruction"], "instruction")
+    if more := text_of(row.get("input") or "", "input"):
+        question = f"{question}\n\n{more}" if question else more
+    name = "output" if "output" in row else "response"
+    messages += [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": text_of(row[name], name)},
+    ]
+    return _dialogue(messages, row)
+
+
+def _read_completion(row: Mapping) -> Dialogue:
+    messages = _completed(row)
+    _check_answer(messages, "the completion")
+    prompt = sum(message["role"] == "assistant" for message in messages[:-1])
+    dialogue = _dialogue(messages, row)  # the system message is among the prompt's
+    return dataclasses.replace(dialogue, untrained=tuple(range(prompt)))
+
+
+def _read_prompt(row: Any) -> Prompt:
+    if isinstance(row, str):
+        return Prompt([{"role": "user", "content": not_empty(row, "the prompt")}])
+    prompt = [without_weight(m) for m in _prompt_of(row)]
+    if not prompt:
+        raise RowError("the prompt is empty", "wanted text or messages")
+    name = next((name for name in _ANSWERS if row.get(name) is not None), None)
+    answer = None if name is None else row[name]
+    if answer is not None and not isinstance(answer, str):
+        answer = json.dumps(answer, ensure_ascii=False)
+    kept = {k: v for k, v in row.items() if k not in (*_PROMPTS, name, "tools", "system") and _is_plain(v)}
+    return Prompt(prompt, answer, read_tools(row), kept)
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+_PROMPTS = ("prompt", "question", "problem")
+_ANSWERS = ("answer", "solution", "ground_truth", "target", "reference_answer")
+_COMPLETIONS = ("completion", "response")
+
+
+def _has(row: Any, *names: str) -> bool:
+    return isinstance(row, Mapping) and all(row.get(name) is not None for name in names)
+
+
+def _is_hh(row: Any) -> bool:
+    texts = [row["chosen"], row["rejected"]] if _has(row, "chosen", "rejected") else []
+    return (
+        len(texts) == 2
+        and not _has_prompt(row)
+        and all(isinstance(text, str) and text.lstrip().startswith("Human:") for text in texts)
+    )
+
+
+def _has_prompt(row: Any) -> bool:
+    return any(_has(row, name) and isinstance(row[name], (str, list)) for name in _PROMPTS)
+
+
+def _is_kto(row: Any) -> bool:
+    answered = _has(row, "messages") or (_has_prompt(row) and any(_has(row, c) for c in _COMPLETIONS))
+    return answered and (_has(row, "label") or _has(row, "kto_tag"))
+
+
+FORMATS: dict[FormatName, Format] = {
+    "hh": Format("preference", _is_hh, _read_hh, '{"chosen", "rejected"} as "\\n\\nHuman: ..." text'),
+    "preference": Format(
+        "preference",
+        lambda row: _has(row, "chosen", "rejected") or _has(row, "chosen_messages", "rejected_messages"),
+        _read_preference,
+        '{"prompt", "chosen", "rejected"}',
+    ),
+    "kto": Format(
+        "labelled", _is_kto, _read_kto, '{"prompt", "completion", "label"} or {"messages", "label"}'
+    ),
+    "messages": Format("chat", lambda row: _has(row, "messages"), _read_messages, '{"messages": [...]}'),
+    "sharegpt": Format(
+        "chat",
+        lambda row: _has(row, "conversations"),
+        _read_sharegpt,
+        '{"conversations": [{"from", "value"}]}',
+    ),
+    "alpaca": Format(
+        "chat",
+        lambda row: _has(row, "instruction") and (_has(row, "output") or _has(row, "response")),
+        _read_alpaca,
+        '{"instruction", "input", "output"}',
+    ),
+    "completion": Format(
+        "chat",
+        lambda row: _has_prompt(row) and any(_has(row, name) for name in _COMPLETIONS),
+        _read_completion,
+        '{"prompt", "completion"}',
+    ),
+    "prompt": Format(
+        "prompt",
+        lambda row: isinstance(row, str) or _has_prompt(row),
+        _read_prompt,
+        '{"prompt", "answer"} or text',
+    ),
+}
+
+
+def _prompt_of(row: Mapping) -> list[Message]:
+    """What comes before the answer, wherever a row keeps it."""
+    system = (
+        [{"role": "system", "content": row["system"]}]
+        if isinstance(row.get("system"), str) and row["system"]
+        else []
+    )
+    for name in ("conversations", "messages"):
+        if row.get(name):
+            return [*system, *read_messages(row[name])]
+    for name in _PROMPTS:
+        value = row.get(name)
+        if isinstance(value, str):
+            return [*system, {"role": "user", "content": not_empty(value, name)}]
+        if value is not None:
+            return [*system, *read_messages(value)]
+    if _has(row, "instruction"):
+        asked = [text_of(row["instruction"], "instruction"), text_of(row.get("input") or "", "input")]
+        return [
+            *system,
+            {"role": "user", "content": not_empty("\n\n".join(filter(None, asked)), "instruction")},
+        ]
+    return []
+
+
+def _completed(row: Mapping) -> list[Message]:
+    name = next(name for name in _COMPLETIONS if row.get(name) is not None)
+    return [*_prompt_of(row), *_answer(row[name], name)]
+
+
+def _answer(value: Any, name: str) -> list[Message]:
+    """Text, a message or messages."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return read_messages([value] if isinstance(value, Mapping) else value)
+
+
+def _check_answer(messages: list[Message], name: str) -> None:
+    if not messages or messages[-1]["role"] != "assistant":
+        last = messages[-1]["role"] if messages else "nothing"
+        raise RowError(
+            f"{name} does not end with an answer", f"it ends with {last}; wanted the assistant's message"
+        )
+    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+        raise RowError(f"{name} ends with an empty answer", "wanted text or a tool call")
+
+
+def _dialogue(messages: list[Message], row: Mapping) -> Dialogue:
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    said = [message for message in messages if message["role"] == "assistant"]
+    if not said:
+        raise RowError("the assistant says nothing", "wanted at least one message of the assistant")
+    if any(not m["content"].strip() and not m.get("tool_calls") for m in said):
+        raise RowError("an answer is empty", "wanted text or a tool call in each message of the assistant")
+    untrained = tuple(i for i, message in enumerate(said) if message.get("weight") == 0)
+    if len(untrained) == len(said):
+        raise RowError("no answer has a weight", "wanted one message of the assistant to train on")
+    return Dialogue([without_weight(message) for message in messages], read_tools(row), untrained)
