@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.typed import ConfigError
-from data.external import HuggingFaceDataset, SeqioTask, TensorFlowDataset
-from data.sources import Rejected
+from data.sources import HuggingFaceDataset, Rejected, SeqioTask, TensorFlowDataset
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def test_a_tfds_builder_gives_its_documents_without_tensorflow(builder):
     assert sorted(d["text"] for d in documents) == sorted(f"document {i} é" for i in range(20))
     assert documents == list(source.documents()) and len({d["id"] for d in documents}) == 20
     assert documents[0]["licence"] == "CC0-1.0" and documents[0]["metadata"]["type"] == "prose"
-    assert all(path.is_file() for path in source.files())
+    assert all(Path(path).is_file() for path in source.files())
     by_name = TensorFlowDataset("tiny", data_dir=str(Path(builder.data_dir).parents[1]))
     assert [d["text"] for d in by_name.documents()] == [d["text"] for d in documents]
     part = TensorFlowDataset(str(builder.data_dir), "test[:2]", text_field="meta/title")
@@ -120,7 +119,7 @@ def hub_folder(tmp_path):
 
 def test_a_folder_of_the_hub_is_read_by_split(hub_folder):
     source = HuggingFaceDataset(str(hub_folder))
-    assert [path.name for path in source.files()] == [f"train-{i:05d}-of-00002.parquet" for i in range(2)]
+    assert [Path(path).name for path in source.files()] == [f"train-{i:05d}-of-00002.parquet" for i in range(2)]
     documents = list(source.documents())
     assert [d["text"] for d in documents] == [f"train {i} {j}" for i in range(2) for j in range(3)]
     assert len({d["id"] for d in documents}) == 6

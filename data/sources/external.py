@@ -1,5 +1,5 @@
 """Sources of documents that other libraries hold: TensorFlow Datasets, seqio Tasks and Mixtures, and datasets in the
-form of the Hugging Face hub. Each has `files()` and `documents()`, as those of data/sources.py.
+form of the Hugging Face hub.
 
 TFDS is read through its data sources, which need no TensorFlow (array_record files only). seqio brings TensorFlow
 and is an extra; `datasets` is asked for only where a name of the hub is given.
@@ -11,17 +11,18 @@ import dataclasses
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.typed import ConfigError
+from data.documents import Document, Rejected, make_document
 from data.row_files import RowError, files_of, read_rows
-from data.sources import Document, Rejected
+from data.sources.base import Items, SourceBase
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorFlowDataset:
+class TensorFlowDataset(SourceBase):
     """A split of a TFDS builder that has been prepared as array_record, by name or by its folder."""
 
     name: str  # "wiki40b/en:1.3.0", or the folder that holds dataset_info.json
@@ -31,11 +32,14 @@ class TensorFlowDataset:
     type: str = "prose"
     licence: str = "unknown"
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         name = re.split(r"\[", self.split)[0]
-        return [Path(path) for path in self._builder().info.splits[name].filepaths]
+        return [str(path) for path in self._builder().info.splits[name].filepaths]
 
-    def documents(self) -> Iterator[Document | Rejected]:
+    def groups(self) -> list[list[str]]:
+        return [self.files()]  # one reader goes through the split
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
         builder = self._builder()
         try:
             examples = builder.as_data_source(split=self.split)
@@ -74,7 +78,7 @@ class TensorFlowDataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqioTask:
+class SeqioTask(SourceBase):
     """A split of a seqio Task or Mixture, once through. Roberts et al. 2022, arXiv:2203.17189.
 
     Preprocessors run as the Task has them; what they kept as text is joined into one document.
@@ -88,12 +92,15 @@ class SeqioTask:
     type: str = "prose"
     licence: str = "unknown"
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         """None: what a Task reads is its own affair, so a finished stage is not redone when that changes."""
         self._provider()
         return []
 
-    def documents(self) -> Iterator[Document | Rejected]:
+    def groups(self) -> list[list[str]]:
+        return [self.files()]
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
         provider = self._provider()
         if self.split not in provider.splits:
             known = ", ".join(provider.splits)
@@ -138,7 +145,7 @@ class SeqioTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFaceDataset:
+class HuggingFaceDataset(SourceBase):
     """A split of a dataset: a local folder as the hub has them (Parquet or JSON files), or a name on the hub.
 
     A file is of the split whose name is a word of its path ("data/train-00000-of-00002.parquet"); where no path has
@@ -152,7 +159,7 @@ class HuggingFaceDataset:
     type: str = "prose"
     licence: str = "unknown"
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         folder = Path(self.name) / (self.subset or "")
         if not folder.is_dir():
             return []
@@ -160,19 +167,22 @@ class HuggingFaceDataset:
         words = {path: _words(path.relative_to(folder).as_posix()) for path in found}
         named = [path for path in found if self.split in words[path]]
         if named:
-            return named
+            return [str(path) for path in named]
         if self.split == "train" and not any(_SPLITS & path_words for path_words in words.values()):
-            return found
+            return [str(path) for path in found]
         known = sorted({word for path_words in words.values() for word in path_words & _SPLITS})
         raise ConfigError(f"{folder} has no split {self.split!r}: there are {', '.join(known) or 'none'}.")
 
-    def documents(self) -> Iterator[Document | Rejected]:
+    def groups(self) -> list[list[str]]:
+        return [[path] for path in self.files()] or [[]]  # nothing to list where it is on the hub
+
+    def documents(self, paths: Sequence[str] | None = None) -> Items:
         source = self.name.rstrip("/").rsplit("/", 1)[-1]
         if not os.path.isdir(self.name):
             for i, row in enumerate(self._from_hub()):
                 yield _document(f"{self.name}/{self.split}/{i}", row, self.text_field, self.name, self)
             return
-        for path in self.files():
+        for path in map(Path, self.files() if paths is None else paths):
             for row in read_rows(path):
                 name = f"{source}/{path.relative_to(self.name).as_posix()}/{row.where.split()[-1]}"
                 if isinstance(row.value, RowError):
@@ -226,7 +236,7 @@ def _whole(
 ) -> Document | Rejected:
     if text is None:
         return Rejected(name, "bad row: not UTF-8", source)
-    return {"id": name, "text": text, "source": source, "licence": licence, "metadata": metadata}
+    return make_document(name, text, source, licence, metadata)
 
 
 def _as_text(value: Any) -> str | None:
