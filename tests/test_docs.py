@@ -19,6 +19,9 @@ SHELL = re.compile(r"```(?:sh|bash)?\n(.*?)```", re.DOTALL)
 CONFIGURED = {
     "data": ("data.corpus", "CorpusConfig"),
     "data.dialogues": ("data.dialogues", "DialogueConfig"),
+    "data.conversations": ("data.conversations", "ConversationConfig"),
+    "data.plan": ("data.plan", "PlanConfig"),
+    "data.related": ("data.related", "RelatedConfig"),
     "train": ("train.config", "TrainConfig"),
     "rl": ("rl.config", "RLConfig"),
     "evals": ("evals.config", "EvalConfig"),
@@ -51,7 +54,7 @@ def test_a_command_of_the_documentation_is_one_that_the_stage_takes(page, line, 
             with pytest.raises(SystemExit):
                 configs.parse(cls, arguments)
         else:  # raises for a config file that is not there, an unknown key or flag, an ill-typed value
-            configs.parse(cls, arguments, workdir_required=module != "evals")
+            configs.parse(cls, arguments, workdir_required=module not in ("evals", "data.plan"))
     else:
         main = importlib.import_module(f"{module}.__main__")
         parser = main._parser() if hasattr(main, "_parser") else main._options()

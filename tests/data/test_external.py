@@ -119,7 +119,9 @@ def hub_folder(tmp_path):
 
 def test_a_folder_of_the_hub_is_read_by_split(hub_folder):
     source = HuggingFaceDataset(str(hub_folder))
-    assert [Path(path).name for path in source.files()] == [f"train-{i:05d}-of-00002.parquet" for i in range(2)]
+    assert [Path(path).name for path in source.files()] == [
+        f"train-{i:05d}-of-00002.parquet" for i in range(2)
+    ]
     documents = list(source.documents())
     assert [d["text"] for d in documents] == [f"train {i} {j}" for i in range(2) for j in range(3)]
     assert len({d["id"] for d in documents}) == 6
