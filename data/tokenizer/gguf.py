@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.interface import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -85,8 +85,8 @@ def _byte_level_bpe(
     import tokenizers
     from tokenizers import AddedToken, decoders, models
 
-    from data.huggingface_tokenizer import HuggingFaceTokenizer
-    from data.pretokenizers import GGUF_PRETOKENIZERS
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
+    from data.tokenizer.pretokenizers import GGUF_PRETOKENIZERS
 
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in GGUF_PRETOKENIZERS:
@@ -129,7 +129,7 @@ def _sentencepiece(
 ) -> Tokenizer:
     from sentencepiece import sentencepiece_model_pb2 as pb
 
-    from data.sentencepiece_tokenizer import SentencePieceTokenizer
+    from data.tokenizer.sentencepiece import SentencePieceTokenizer
 
     scores = [float(s) for s in metadata.get("tokenizer.ggml.scores", ())]
     if len(scores) != len(tokens):
