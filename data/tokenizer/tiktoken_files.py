@@ -195,6 +195,8 @@ def _check_ranks(spec: dict[str, Any], specials: set[int]) -> None:
         raise ValueError("tiktoken files have no added tokens that are plain text; this tokenizer has some")
     vocabulary = spec["model"]["vocab"]
     made = [vocabulary["".join(pair)] for pair in spec["model"]["merges"]]
+    if missing := [character for character in byte_alphabet() if character not in vocabulary]:
+        raise ValueError(f"{len(missing)} of the 256 bytes are no tokens; tiktoken files have all")
     if any(a > b for a, b in zip(made, made[1:])):
         raise ValueError("tiktoken merges in the order of ids; this tokenizer's merges have another order")
     others = (
