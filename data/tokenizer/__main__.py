@@ -1,5 +1,5 @@
-"""`python -m data.tokenizer train|compare|show|convert`: tokenizers from texts, beside each other, looked into, and from
-one file format to another.
+"""`python -m data.tokenizer train|compare|show|convert`: tokenizers from texts, beside each other, looked into, and
+from one file format to another.
 
     python -m data.tokenizer train book.txt notes/ --out=runs/tokenizer --vocab_size=8192
     python -m data.tokenizer compare runs/tokenizer gpt2.tiktoken --texts english=book.txt notes/ --out=runs/compare
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import resource
 import sys
 import time
@@ -133,7 +134,10 @@ def _train(options: argparse.Namespace) -> int:
             **roles,
         )
     tokenizer.save(options.out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = [
+        resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    peak = peaks[0] + (os.cpu_count() or 1) * peaks[1]  # all processes together
     print(
         f"{options.out}: {tokenizer.vocab_size:,} ids ({options.kind}) from {progress.bytes / 1e6:,.1f} MB of text in "
         f"{time.perf_counter() - start:.1f} s; peak memory {peak / 1e6:,.0f} MB"

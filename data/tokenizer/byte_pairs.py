@@ -2,13 +2,15 @@
 
 Sennrich et al. 2016, arXiv:1508.07909. The most frequent pair of neighbours becomes a symbol, again and again. Of
 pairs that are equally frequent the one of the smaller ids goes first, so the result depends on the counts alone.
-The symbols of all words lie in one array as a linked list. A merge touches only the places where its pair stands.
+The symbols of all words lie in one array as a linked list, and a merge touches only the places where its pair stands.
+Most pairs are too rare to be ever merged: only those above a floor are followed, and when none of them is left, all
+words are gone through again with a lower one.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,20 +36,18 @@ def learn_merges(
         symbols: int [sum of lengths], ids of the symbols of every word, one word after the other.
         lengths: int [W], symbols of each word.
         counts: int [W], how often each word occurs.
-        spellings: what each id stands for. A pair whose `join` is there already becomes that id.
+        spellings: what each id stands for.
+        join: what stands for two of them together.
         size: ends when `spellings` has so many, or when no pair occurs twice.
         progress: called with the number of spellings now and then.
     """
     places = _Places(symbols, lengths, counts)
-    ids = {spelling: i for i, spelling in enumerate(spellings)}
     merges: list[tuple[int, int]] = []
     while len(spellings) < size and (pair := places.most_frequent()) is not None:
         left, right = pair >> _ID_BITS, pair & _ID_MASK
-        whole = join(spellings[left], spellings[right])
-        if whole not in ids:
-            ids[whole] = len(spellings)
-            spellings.append(whole)
-        places.merge(pair, ids[whole])
+        # No other pair ever makes the same whole: what stands between two borders is always merged in one order.
+        places.merge(pair, len(spellings))
+        spellings.append(join(spellings[left], spellings[right]))
         merges.append((left, right))
         if len(merges) % 256 == 0:
             progress(len(spellings))
@@ -73,20 +73,31 @@ class _Places:
         self._frequency: dict[int, int] = {}
         self._where: dict[int, np.ndarray] = {}
         self._queue: list[int] = []  # frequency and pair in one number, the most frequent and smallest first
-        inner = np.flatnonzero((self._symbol[:-1] >= 0) & (self._symbol[1:] >= 0)).astype(self._next.dtype)
-        self._add(_pairs(self._symbol[inner], self._symbol[inner + 1]), inner)
+        self._floor = 0
+        self._follow(int(self._count.max(initial=0)) >> 12)
 
     def most_frequent(self) -> int | None:
         """The pair that occurs most; None when no pair occurs twice."""
-        while self._queue:
-            entry = heapq.heappop(self._queue)
-            frequency, pair = -(entry >> 2 * _ID_BITS), entry & _PAIR_MASK
-            now = self._frequency.get(pair, 0)
-            if now == frequency:
-                return pair
-            if 2 <= now < frequency:  # it has become rarer since it was queued
-                heapq.heappush(self._queue, _entry(now, pair))
-        return None
+        while True:
+            while self._queue:
+                entry = heapq.heappop(self._queue)
+                frequency, pair = -(entry >> 2 * _ID_BITS), entry & _PAIR_MASK
+                now = self._frequency.get(pair, 0)
+                if now == frequency:
+                    return pair
+                if now >= self._floor:  # it has become rarer since it was queued
+                    heapq.heappush(self._queue, _entry(now, pair))
+            if self._floor <= 2:
+                return None
+            self._follow(self._floor >> 4)
+
+    def _follow(self, floor: int) -> None:
+        """Finds all pairs that occur at least `floor` times, and no less than twice."""
+        self._floor = max(floor, 2)
+        self._frequency, self._where, self._queue = {}, {}, []
+        at = np.flatnonzero(self._symbol >= 0).astype(self._next.dtype)
+        at = at[self._symbol[self._next[at]] >= 0]
+        self._add(_pairs(self._symbol[at], self._symbol[self._next[at]]), at)
 
     def merge(self, pair: int, whole: int) -> None:
         """Writes the symbol `whole` wherever `pair` stands."""
@@ -124,7 +135,7 @@ class _Places:
             pairs, starts, order = _grouped(pairs)
             counts = np.add.reduceat(counts[order], starts)
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-            if pair in frequency:  # the merged pair itself is gone from there
+            if pair in frequency:  # neither rare nor the merged one
                 frequency[pair] -= count
 
     def _add(self, pairs: np.ndarray, at: np.ndarray) -> None:
@@ -132,21 +143,19 @@ class _Places:
             return
         pairs, starts, order = _grouped(pairs)
         at = at[order]
-        totals = np.add.reduceat(self._count[at], starts).tolist()
-        bounds: Iterable[tuple[int, int]] = zip(starts.tolist(), [*starts[1:].tolist(), len(at)], strict=True)
-        for pair, total, (start, stop) in zip(pairs.tolist(), totals, bounds, strict=True):
-            places = at[start:stop]
-            if pair in self._where:  # a symbol that was made before, now of other parts
-                places = np.concatenate([self._where[pair], places])
-                total += self._frequency[pair]
-            self._where[pair], self._frequency[pair] = places, total
-            if total > 1:
-                heapq.heappush(self._queue, _entry(total, pair))
+        totals = np.add.reduceat(self._count[at], starts)
+        often = np.flatnonzero(totals >= self._floor)
+        stops = np.append(starts[1:], len(at))[often].tolist()
+        rows = zip(pairs[often].tolist(), totals[often].tolist(), starts[often].tolist(), stops, strict=True)
+        for pair, total, start, stop in rows:
+            self._frequency[pair] = total
+            self._where[pair] = at[start:stop].copy()  # a view would keep all of `at`
+            heapq.heappush(self._queue, _entry(total, pair))
 
 
 def _grouped(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The different pairs, where each begins in the sorted order, and that order."""
-    order = np.argsort(pairs, kind="stable")
+    order = np.argsort(pairs)
     pairs = pairs[order]
     starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
     return pairs[starts], starts, order

@@ -68,12 +68,14 @@ def bpe_rule(tokenizer: Tokenizer) -> Rule:
     """A patch is a token of `tokenizer`, which has to give every text back unchanged, or ValueError is raised."""
 
     def ends(document: np.ndarray) -> np.ndarray:
-        ids = tokenizer.encode(document.tobytes().decode("utf-8"))
-        last = np.cumsum([len(tokenizer.bytes_of(i)) for i in ids], dtype=np.int64) - 1
-        if len(document) != (last[-1] + 1 if len(last) else 0):
-            raise ValueError(f"{type(tokenizer).__name__} changes the text, so its tokens are no patches of it")
+        text = document.tobytes()
+        pieces = [tokenizer.bytes_of(i) for i in tokenizer.encode(text.decode("utf-8"))]
+        if b"".join(pieces) != text:
+            raise ValueError(
+                f"{type(tokenizer).__name__} changes the text, so its tokens are no patches of it"
+            )
         marks = np.zeros(len(document), bool)
-        marks[last] = True
+        marks[np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - 1] = True
         return marks
 
     return ends

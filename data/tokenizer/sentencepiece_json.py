@@ -14,6 +14,9 @@ _SPACE = "\u2581"
 def huggingface_tokenizer(tokenizer: SentencePieceTokenizer) -> HuggingFaceTokenizer:
     """The same ids from the `tokenizers` library, save for a text that holds the character U+2581 itself.
 
+    Where two ways to cut a text have the same score under a unigram model, such as a run of spaces, the library may
+    take the other one.
+
     Raises ValueError for a model that normalises text.
     """
     proto = parse_model(tokenizer.model)

@@ -43,7 +43,7 @@ def facts(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def coloured(tokenizer: Tokenizer, text: str, width: int = 100) -> Any:
-    """The pieces of a text for `rich`, line for line with their ids below; \u240a is a line end, \u00b7 a space at an end.
+    """The pieces of a text for `rich`, with their ids below; \u240a is a line end, \u00b7 a space.
 
     A piece that is a part of a character is shown as its bytes.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -96,11 +95,11 @@ class _Job:
     names: dict[str, Any]
 
     def count(
-        self, cut: Callable[[str], list[str]], border: re.Pattern = SPACE_BEFORE_TEXT, texts: Any = None
+        self, pattern: str, border: str = SPACE_BEFORE_TEXT, texts: Iterable[str] | None = None
     ) -> WordCounts:
         counts = count_words(
             self.texts if texts is None else texts,
-            cut,
+            pattern,
             border,
             self.max_bytes,
             self.max_words,
@@ -133,7 +132,6 @@ class _Job:
 
 
 def _train_bpe(job: _Job) -> Tokenizer:
-    import regex
     import tokenizers
     from tokenizers import decoders, models
 
@@ -141,7 +139,7 @@ def _train_bpe(job: _Job) -> Tokenizer:
     from data.tokenizer.pretokenizers import pattern
 
     style = pattern(job.pattern, job.digits)
-    counts = job.count(regex.compile(style.patterns[0]).findall)
+    counts = job.count(style.patterns[0])
     words = [word.encode("utf-8") for word in counts.words]
     alphabet = dict(sorted(byte_alphabet().items()))  # the order of ids that `tokenizers` gives too
     spellings = list(alphabet)
@@ -164,8 +162,7 @@ def _train_wordpiece(job: _Job) -> Tokenizer:
     if job.digits is not None:
         raise ValueError(f"digits={job.digits}: WordPiece does not cut numbers; give None")
     normalise = normalizer(lowercase=True).normalize_str
-    cut = re.compile(r"\w+|[^\w\s]|_").findall
-    counts = job.count(cut, texts=(normalise(text) for text in job.texts))
+    counts = job.count(r"\w+|[^\w\s]|_", texts=(normalise(text) for text in job.texts))
     first, further = (
         sorted({character for word in counts.words for character in part(word)})
         for part in (lambda word: word[:1], lambda word: word[1:])
@@ -202,7 +199,7 @@ def _train_sentencepiece(job: _Job) -> Tokenizer:
         )
     # Counted words instead of lines: SentencePiece keeps every line that it is given in memory. It learns no
     # piece over a newline or a tab, which are symbols of their own.
-    counts = job.count(re.compile(r" *[^ \n\t]+| +").findall, SPACE_WITHIN_TEXT)
+    counts = job.count(r" *[^ \n\t]+| +", SPACE_WITHIN_TEXT)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

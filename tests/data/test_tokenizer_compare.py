@@ -35,7 +35,7 @@ def test_bytes_have_one_byte_a_token_and_parity_is_the_ratio_of_bytes(texts):
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_numbers_are_cut_as_the_digit_groups_say(digits, texts):
-    numbers = [" ".join(str(i) for i in range(3000))] * 3
+    numbers = [" ".join(str(i) for i in range(10000))] * 6
     tokenizer = train_tokenizer("bpe", texts + numbers, 1700, digits=digits)
     expected = {1: "1+1+1+1", 2: "2+2", 3: "3+1"}[digits]
     assert list(number_shapes(tokenizer, 4)) == [expected]
@@ -47,7 +47,9 @@ def test_words_that_wordpiece_lacks_are_counted_as_unknown(texts):
     assert (group.tokens, group.unknown, group.lossless) == (3, 2, 0)
 
 
-def test_the_command_compares_languages_of_a_zip_and_writes_numbers_and_a_picture(tokenizers, tmp_path, capsys):
+def test_the_command_compares_languages_of_a_zip_and_writes_numbers_and_a_picture(
+    tokenizers, tmp_path, capsys
+):
     with zipfile.ZipFile(tmp_path / "languages.zip", "w") as archive:
         archive.writestr("all/eng.txt", "hello world")
         archive.writestr("all/deu.txt", "hallo schöne welt")
@@ -58,7 +60,10 @@ def test_the_command_compares_languages_of_a_zip_and_writes_numbers_and_a_pictur
     options = ["--only", "eng", "deu", "--english=eng", f"--out={tmp_path / 'out'}"]
     assert main(["compare", *paths, "--texts", str(tmp_path / "languages.zip"), *options]) == 0
     written = json.loads((tmp_path / "out" / "compare.json").read_text())["tokenizers"]
-    assert list(written) == ["ours", "sentencepiece_unigram"] and set(written["ours"]["groups"]) == {"eng", "deu"}
+    assert list(written) == ["ours", "sentencepiece_unigram"] and set(written["ours"]["groups"]) == {
+        "eng",
+        "deu",
+    }
     tokens = len(tokenizers["bpe"].encode("hallo schöne welt"))
     assert written["ours"]["groups"]["deu"]["tokens"] == tokens
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
@@ -67,17 +72,19 @@ def test_the_command_compares_languages_of_a_zip_and_writes_numbers_and_a_pictur
     assert "no texts named fra" in capsys.readouterr().err
 
 
-DOCUMENTS = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \nab1é"), min_size=1, max_size=60)
+DOCUMENTS = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \nab1é"), min_size=1, max_size=60
+)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=DOCUMENTS, length=st.integers(1, 9))
 def test_patches_end_where_the_models_patchers_end_them(text, length):
     import jax.numpy as jnp
 
     from model.blocks.patches import ENTROPY_RULES, Clues, SpacePatcher, StaticPatcher
 
-    document = np.frombuffer(text.encode(), np.uint8)
+    document = np.frombuffer((text * 64).encode()[:64], np.uint8)  # one length: compiled once
     token = document.astype(np.int32) + 4
     before = np.concatenate([[0], token[:-1]])
     clues = Clues(jnp.asarray(token)[None], jnp.asarray(before)[None], jnp.arange(len(token))[None])
