@@ -20,9 +20,10 @@ def main():
         train = {"tokenizers": train_tokenizers, "rustbpe": train_rustbpe}[options.peer]
         tokens = train(texts, options)
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    peak, cpu = used.ru_maxrss * 1024, used.ru_utime + used.ru_stime
     encoded = [base64.b64encode(token).decode() for token in tokens()]
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "tokens": encoded}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "tokens": encoded}))
 
 
 def train_tokenizers(texts, options):

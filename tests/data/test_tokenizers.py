@@ -277,7 +277,7 @@ def gguf_bpe(**changes):
     "changes, reason",
     [
         ({"tokenizer.ggml.pre": "made-up"}, "Known: .*smollm"),
-        ({"tokenizer.ggml.model": "bert"}, "Known are"),
+        ({"tokenizer.ggml.model": "rwkv"}, "Known are"),
         ({"tokenizer.ggml.tokens": []}, "no vocabulary"),
         ({"tokenizer.ggml.merges": ["a zz"]}, "not made of tokens"),
         ({"tokenizer.ggml.token_type": [1]}, "token types"),
