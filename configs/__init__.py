@@ -1,6 +1,6 @@
 """What one run is: `get_config()` files, read and overridden into frozen dataclasses that every stage takes.
 
-This folder is the floor of the house: its own code (`typed`, `files`, `loading`, `paths`, `gguf`) imports
+This folder is the floor of the house: its own code (`typed`, `files`, `loading`, `paths`, `gguf` ...) imports
 nothing of the other stages, and every other file or folder in it describes one run.
 """
 

@@ -14,7 +14,7 @@ _HOME = {
     "Tokenizer": "data.tokenizer",
     "StreamDecoder": "data.tokenizer",
     "load_tokenizer": "data.load",
-    "train_tokenizer": "data.tokenizer_training",
+    "train_tokenizer": "data.tokenizer.training",
     "ChatTemplateError": "data.templates",
     "DEFAULT_CHAT_TEMPLATE": "data.chat",
     "write_dataset": "data.shards",
@@ -85,6 +85,6 @@ if TYPE_CHECKING:
     from data.templates import ChatTemplateError
     from data.tokenize import tokenize_dataset, write_chat_dataset, write_preference_dataset
     from data.tokenizer import StreamDecoder, Tokenizer
-    from data.tokenizer_training import train_tokenizer
+    from data.tokenizer.training import train_tokenizer
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -21,7 +21,7 @@ from data.shards import Dataset, hash_of
 from data.tasks import INSTRUCTION, TaskSpec, dialogue, generate
 from data.tokenize import tokenize_dataset
 from data.tokenizer import Tokenizer, read_json
-from data.tokenizer_training import TokenizerKind, train_tokenizer
+from data.tokenizer.training import PatternName, TokenizerKind, train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,11 @@ class TokenizerConfig:
 
     kind: TokenizerKind = "bpe"
     vocab_size: int = 8192  # ids in all; special tokens and the 256 bytes are among them
-    digits: int = 2  # numbers are cut into groups of up to so many digits (bpe)
+    pattern: PatternName = "ours"  # how bpe cuts text into words
+    digits: int | None = (
+        None  # numbers are cut into groups of up to so many digits; None: as the pattern does
+    )
+    reserved: int = 0  # special tokens <|reserved_0|> and on, for later uses
     max_bytes: int | None = 256 << 20  # of text to train on; None: all of it
     tasks: tuple[TaskSpec, ...] = ()  # reasoning-gym tasks whose dialogues are learned from too
     task_problems: int = 1000  # how many of these dialogues, from the tasks' training split
@@ -105,7 +109,13 @@ def _tokenizer(config: TokenizerConfig, text: Dataset, workdir: Path, log: Log |
         texts = itertools.chain((document["text"] for document in text), _dialogue_texts(config))
         try:
             tokenizer = train_tokenizer(
-                config.kind, texts, config.vocab_size, digits=config.digits, max_bytes=config.max_bytes
+                config.kind,
+                texts,
+                config.vocab_size,
+                pattern=config.pattern,
+                digits=config.digits,
+                reserved=config.reserved,
+                max_bytes=config.max_bytes,
             )
         except ValueError as error:
             raise ConfigError(f"config.tokenizer: {error}") from error

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from configs.paths import installed_file
 from data import StreamDecoder, load_tokenizer, train_tokenizer
-from data.gguf_tokenizer import GGUFTokenizerError, from_metadata
-from data.huggingface_tokenizer import byte_alphabet
+from data.tokenizer.gguf import GGUFTokenizerError, from_metadata
+from data.tokenizer.huggingface import byte_alphabet
 
 ALL_PLANES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 NASTY = [
@@ -122,7 +122,7 @@ def test_user_mistakes_are_met_with_a_reason(texts, tmp_path):
         with pytest.raises(ValueError, match="more text"):
             train_tokenizer(kind, ["short text"], 5000)
     with pytest.raises(ValueError, match="known are bpe"):
-        train_tokenizer("wordpiece", texts, 600)
+        train_tokenizer("words", texts, 600)
     with pytest.raises(ValueError, match="1, 2 or 3"):
         train_tokenizer("bpe", texts, 600, digits=4)
     with pytest.raises((FileNotFoundError, ValueError), match="nothing"):
@@ -137,7 +137,7 @@ def test_lone_surrogates_are_an_error_and_not_a_crash(tokenizer):
 def test_a_unigram_piece_that_spells_a_control_token_is_spelled_out():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from data.huggingface_tokenizer import HuggingFaceTokenizer
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
 
     pieces = [("<unk>", 0.0), ("</s>", -1.0), *((c, -5.0) for c in "</s>ab\u2581")]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -150,7 +150,7 @@ def test_a_unigram_piece_that_spells_a_control_token_is_spelled_out():
 def test_added_tokens_that_are_not_special_are_text_and_special_ones_are_not():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    from data.huggingface_tokenizer import HuggingFaceTokenizer
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
 
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -277,7 +277,7 @@ def gguf_bpe(**changes):
     "changes, reason",
     [
         ({"tokenizer.ggml.pre": "made-up"}, "Known: .*smollm"),
-        ({"tokenizer.ggml.model": "bert"}, "Known are"),
+        ({"tokenizer.ggml.model": "rwkv"}, "Known are"),
         ({"tokenizer.ggml.tokens": []}, "no vocabulary"),
         ({"tokenizer.ggml.merges": ["a zz"]}, "not made of tokens"),
         ({"tokenizer.ggml.token_type": [1]}, "token types"),

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import gguf as container
+from configs.gguf_write import write
 from data import load_tokenizer, train_tokenizer
 from model import (
     Attention,
@@ -24,7 +25,6 @@ from model import (
 )
 from model.dequantize import DECODERS, dequantize
 from model.gguf import halves_to_pairs, pairs_to_halves
-from model.gguf_write import write
 
 from .conftest import random_params, tiny
 

@@ -20,6 +20,13 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    f"{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}|{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORD_START = "\u2581"  # llama.cpp marks the piece that begins a word, BERT those that go on
 
 # (regular expressions in turn, ignore_merges, NFC) -> llama.cpp's name
 PRETOKENIZERS = {
@@ -29,6 +36,7 @@ PRETOKENIZERS = {
     ((_LLAMA3,), False, False): "dbrx",
     ((_QWEN2,), False, True): "qwen2",
     ((_QWEN2,), False, False): "stablelm2",
+    ((_O200K,), False, False): "gpt-4o",
 }
 
 
@@ -43,7 +51,13 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str,
       ValueError: a tokenizer that GGUF can't say.
     """
     if "tokenizer.json" in files:
-        metadata = _byte_level_bpe(_json(files, "tokenizer.json"), vocab_size)
+        saved = _json(files, "tokenizer.json")
+        kind = (saved.get("model") or {}).get("type")
+        if kind not in _WRITERS:
+            raise ValueError(
+                f"tokenizer.json holds a {kind}; GGUF files are written for {' and '.join(_WRITERS)}."
+            )
+        metadata = _WRITERS[kind](saved, vocab_size)
     elif "tokenizer.model" in files:
         metadata = _sentencepiece(files["tokenizer.model"], _json(files, "tokenizer_config.json"), vocab_size)
     else:
@@ -52,9 +66,7 @@ def tokenizer_metadata(files: Mapping[str, bytes], vocab_size: int) -> dict[str,
 
 
 def _byte_level_bpe(saved: dict[str, Any], vocab_size: int) -> dict[str, Any]:
-    model = saved.get("model") or {}
-    if model.get("type") != "BPE":
-        raise ValueError(f"tokenizer.json holds a {model.get('type')}; GGUF files are written for BPE.")
+    model = saved["model"]
     style = (
         _patterns(saved.get("pre_tokenizer")),
         bool(model.get("ignore_merges")),
@@ -78,6 +90,40 @@ def _byte_level_bpe(saved: dict[str, Any], vocab_size: int) -> dict[str, Any]:
         **_vocabulary({i: (token, kinds[token]) for token, i in vocabulary.items()}, vocab_size),
         "tokenizer.ggml.merges": merges,
     }
+
+
+def _wordpiece(saved: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    model, normalizer = saved["model"], saved.get("normalizer") or {}
+    if normalizer.get("type") != "BertNormalizer" or model["continuing_subword_prefix"] != "##":
+        raise ValueError(
+            "tokenizer.json is WordPiece, but not as BERT has it, which is all that GGUF can say."
+        )
+    lowercase = bool(normalizer["lowercase"])
+    strip_accents = normalizer.get("strip_accents")
+    special = {token["content"] for token in saved.get("added_tokens", ()) if token["special"]}
+
+    def spelled(token: str) -> str:
+        if len(token) > 2 and token[0] == "[" and token[-1] == "]":  # [unused1]
+            return token
+        return token.removeprefix("##") if token.startswith("##") and token != "##" else _WORD_START + token
+
+    rows = {
+        i: (token, CONTROL) if token in special else (spelled(token), NORMAL)
+        for token, i in model["vocab"].items()
+    }
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.pre": "default",
+        **_vocabulary(rows, vocab_size),
+        "tokenizer.ggml.unknown_token_id": int(model["vocab"][model["unk_token"]]),
+        "tokenizer.ggml.normalizer.lowercase": lowercase,
+        "tokenizer.ggml.normalizer.strip_accents": lowercase
+        if strip_accents is None
+        else bool(strip_accents),
+    }
+
+
+_WRITERS = {"BPE": _byte_level_bpe, "WordPiece": _wordpiece}
 
 
 def _sentencepiece(content: bytes, config: dict[str, Any], vocab_size: int) -> dict[str, Any]:

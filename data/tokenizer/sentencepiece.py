@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import atomic_write
-from data.huggingface_tokenizer import piece_bytes
-from data.tokenizer import Tokenizer
+from data.tokenizer.huggingface import piece_bytes
+from data.tokenizer.interface import Tokenizer
 
 _META_SPACE = "\u2581"
 
@@ -64,6 +64,16 @@ class SentencePieceTokenizer(Tokenizer):
 
         self._set_specials(special, id_of(bos), [id_of(t) for t in eos], id_of(pad), chat_template, strips)
         self._added = added
+
+    @property
+    def model(self) -> bytes:
+        """The serialised ModelProto."""
+        return self._model
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Special tokens beside the model's own pieces."""
+        return dict(self._added)
 
     def _encode(self, texts: list[str], continuation: bool) -> list[list[int]]:
         for text in texts:

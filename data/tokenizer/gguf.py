@@ -1,14 +1,16 @@
-"""The tokenizer inside a GGUF file (ggml-org/ggml, docs/gguf.md): byte-level BPE ("gpt2") or SentencePiece
-("llama").
+"""The tokenizer inside a GGUF file (ggml-org/ggml, docs/gguf.md): byte-level BPE ("gpt2"), SentencePiece
+("llama") or WordPiece ("bert"). `save_gguf` writes one.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.interface import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -32,14 +34,41 @@ def load_gguf_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return from_metadata(gguf.read(path).metadata, str(path))
 
 
+def save_gguf(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+    """Writes a GGUF file that holds a vocabulary and no model.
+
+    Raises ValueError for a tokenizer that GGUF can't say: it names pre-tokenizers, and has no unigram model.
+    """
+    from configs.gguf_tokenizer import tokenizer_metadata
+    from configs.gguf_write import write
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    metadata = tokenizer_metadata(files, tokenizer.vocab_size)
+    write(
+        Path(path),
+        {"general.architecture": _ARCHITECTURES[metadata["tokenizer.ggml.model"]], **metadata},
+        {},
+        _none,
+    )
+
+
+_ARCHITECTURES = {"gpt2": "llama", "llama": "llama", "bert": "bert"}  # a file has to name one
+
+
+def _none(name: str) -> Any:
+    raise KeyError(f"a vocabulary has no tensor {name!r}")
+
+
 def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer that GGUF `metadata` describes; `where` names the file in errors."""
-    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
+    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece, "bert": _wordpiece}
     model = metadata.get("tokenizer.ggml.model")
     if model not in builders:
         raise GGUFTokenizerError(
-            f"{where}: tokenizer.ggml.model is {model!r}. Known are 'gpt2' (byte-level BPE) and 'llama' "
-            "(SentencePiece)."
+            f"{where}: tokenizer.ggml.model is {model!r}. Known are 'gpt2' (byte-level BPE), 'llama' "
+            "(SentencePiece) and 'bert' (WordPiece)."
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
     types = [int(t) for t in metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))]
@@ -85,8 +114,8 @@ def _byte_level_bpe(
     import tokenizers
     from tokenizers import AddedToken, decoders, models
 
-    from data.huggingface_tokenizer import HuggingFaceTokenizer
-    from data.pretokenizers import GGUF_PRETOKENIZERS
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
+    from data.tokenizer.pretokenizers import GGUF_PRETOKENIZERS
 
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in GGUF_PRETOKENIZERS:
@@ -129,7 +158,7 @@ def _sentencepiece(
 ) -> Tokenizer:
     from sentencepiece import sentencepiece_model_pb2 as pb
 
-    from data.sentencepiece_tokenizer import SentencePieceTokenizer
+    from data.tokenizer.sentencepiece import SentencePieceTokenizer
 
     scores = [float(s) for s in metadata.get("tokenizer.ggml.scores", ())]
     if len(scores) != len(tokens):
@@ -154,3 +183,25 @@ def _sentencepiece(
     for token, score, kind in zip(tokens, scores, types, strict=True):
         proto.pieces.add(piece=token, score=score, type=kind)
     return SentencePieceTokenizer(proto.SerializeToString(), **names)
+
+
+def _wordpiece(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], where: str, names: dict[str, Any]
+) -> Tokenizer:
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
+    from data.tokenizer.wordpiece import BERT_SPECIAL_TOKENS, PREFIX, backend_of
+
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    control = {token for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, UNKNOWN)}
+    control |= {tokens[int(unknown)]} if unknown is not None else set()
+
+    def spelled(token: str) -> str:
+        if token in control or (len(token) > 2 and token[0] == "[" and token[-1] == "]"):
+            return token
+        return token[1:] if token.startswith("\u2581") else PREFIX + token
+
+    backend = backend_of(
+        [spelled(token) for token in tokens], bool(metadata.get("tokenizer.ggml.normalizer.lowercase", True))
+    )
+    special = [token for token in tokens if token in control or token in BERT_SPECIAL_TOKENS]
+    return HuggingFaceTokenizer(backend, special_tokens=special, **names)

@@ -1,4 +1,5 @@
-"""Tokenizers that the `tokenizers` library runs: our byte-level BPE and whatever a tokenizer.json holds."""
+"""Tokenizers that the `tokenizers` library runs: our byte-level BPE and WordPiece, and whatever a tokenizer.json
+holds."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from configs.files import atomic_write
-from data.tokenizer import Tokenizer
+from data.tokenizer.interface import Tokenizer
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -45,6 +46,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._continuation = _without_prefix_space(backend)
         added = backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in sorted(added.items()) if token.special}
+        unknown = _unknown_word(backend)  # what text becomes, so no control token
+        special.pop(unknown, None)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
 
@@ -62,6 +65,13 @@ class HuggingFaceTokenizer(Tokenizer):
             {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special and (t.lstrip or t.rstrip)},
         )
         self._bytes, self._strip_leading_space = _token_bytes(backend, vocabulary, added)
+        if unknown is not None:
+            self._bytes[vocabulary[unknown]] = " \ufffd".encode()
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """What the library runs, for conversion to other formats; not to be changed."""
+        return self._backend
 
     def _encode(self, texts: list[str], continuation: bool) -> list[list[int]]:
         for text in texts:
@@ -131,16 +141,29 @@ def _token_bytes(
             return bytes(alphabet[c] for c in token) if known else token.encode("utf-8")
     elif kinds.keys() & {"ByteFallback", "Metaspace"}:
         spell = piece_bytes
+    elif "WordPiece" in kinds:
+        prefix, strips = kinds["WordPiece"]["prefix"], True
+
+        def spell(token: str) -> bytes:
+            goes_on = token.startswith(prefix) and token != prefix
+            return (token[len(prefix) :] if goes_on else " " + token).encode("utf-8")
     else:
         raise ValueError(
             f"tokenizer.json has the decoder {sorted(kinds) or decoder}, which does not say what bytes a "
             "token is. "
-            "Known: ByteLevel (GPT-2 style) and ByteFallback or Metaspace (SentencePiece style)."
+            "Known: ByteLevel (GPT-2 style), ByteFallback or Metaspace (SentencePiece style), and WordPiece."
         )
     table = {i: spell(token) for token, i in vocabulary.items() if i not in added}
     for i, token in added.items():
         table[i] = b"" if token.special else token.content.encode("utf-8")
     return table, strips
+
+
+def _unknown_word(backend: tokenizers.Tokenizer) -> str | None:
+    """The token that WordPiece gives for a word that it can't spell; None for other kinds."""
+    model = backend.model
+    unknown = model.unk_token if isinstance(model, tokenizers.models.WordPiece) else None
+    return unknown if unknown is not None and backend.token_to_id(unknown) is not None else None
 
 
 def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
