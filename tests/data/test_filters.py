@@ -1,5 +1,7 @@
 """Filters against definitions written out by hand or by brute force."""
 
+import hashlib
+import json
 from collections import Counter
 
 import numpy as np
@@ -7,8 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.filters import CodeQuality, GopherQuality, GopherRepetition, Normalise
+from data.documents import make_document
+from data.filters import (
+    MATHEMATICS_GOPHER,
+    C4Lines,
+    C4Paragraphs,
+    CodeQuality,
+    DclmLines,
+    FineWebQuality,
+    GopherQuality,
+    GopherRepetition,
+    Mathematics,
+    Normalise,
+)
 from data.filters.ngrams import duplicate_fractions, duplicate_ngram_fraction, top_ngram_fraction
+from tests.conftest import ROOT
+from tests.data.made_texts import made_texts
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=60)
 
@@ -110,3 +126,111 @@ def test_normalise_composes_and_mends_newlines():
     assert Normalise().apply("a\ud800")[1] == "normalise: lone surrogates"
     once = Normalise().apply(prose() + "\r\n\u212b")[0]
     assert Normalise().apply(once) == (once, None)
+
+
+GOLDEN = json.loads(
+    (ROOT / "tests" / "goldens" / "filters.json").read_text()
+)  # by tests/goldens/make_filters.py
+AS_DATATROVE = (
+    GopherRepetition(definition="datatrove"),
+    GopherQuality(bullets=("\u2022", "-")),
+    C4Lines(end_marks=(".", "?", "!", '"', "'"), min_sentences=-1),
+    FineWebQuality(words="white_space"),
+)
+
+
+@pytest.mark.parametrize("stage", AS_DATATROVE, ids=lambda stage: type(stage).__name__)
+def test_decisions_are_datatroves_where_definitions_agree(stage):
+    """To datatrove's quality filter a bullet alone is a word, and an empty line is a line; to us they are not."""
+    name = type(stage).__name__
+    pairs = list(zip(made_texts(), GOLDEN, strict=True))
+    if name == "GopherQuality":
+        pairs = [
+            (text, golden) for text, golden in pairs if "\u2022" not in text.split() and "\n\n" not in text
+        ]
+    assert len(pairs) > 200
+    for text, golden in pairs:
+        changed, reason = stage.apply(text)
+        assert (reason is None) == (golden[name] is None), (text, reason, golden[name])
+        if name == "C4Lines" and reason is None:
+            assert hashlib.sha256(changed.encode()).hexdigest()[:16] == golden["c4_text"]
+
+
+def test_the_two_definitions_of_repeated_ngrams_differ_as_they_say():
+    words = "a b c d e f g h i j".split()
+    text = " ".join([*words, *words])  # every 5-gram of the first half stands again
+    covered = GopherRepetition(definition="covered").signals(text)
+    skipped = GopherRepetition(definition="datatrove").signals(text)
+    assert covered["duplicate_5grams"] == 1.0  # all words are inside such an n-gram
+    assert skipped["duplicate_5grams"] == 10 / len(text)  # the second half, over a text with its spaces
+    once = "one two three four five six seven"
+    assert GopherRepetition(definition="covered").signals(once)["top_2gram"] == 0
+    assert GopherRepetition(definition="datatrove").signals(once)["top_2gram"] == len("one two") / len(once)
+
+
+def test_c4_counts_sentences_and_says_which_lines_went():
+    text = "One two three. Four five six!\nHome\nSeven eight nine?\nTurn on JavaScript to go on.\nTen eleven twelve."
+    kept, reason = C4Lines(min_sentences=4).apply(text)
+    assert reason is None
+    assert kept == "One two three. Four five six!\nSeven eight nine?\nTen eleven twelve."
+    assert C4Lines(min_sentences=5).apply(text)[1] == "c4: too few sentences"
+    document = make_document("a", text, "s", "CC0", {"type": "prose"})
+    edited, _ = C4Lines(min_sentences=1).edit(document)
+    assert edited["metadata"]["c4"] == {"javascript": 1, "no end mark": 1} and document["text"] == text
+
+
+def test_mc4_asks_for_long_paragraphs():
+    text = "\n".join(["x" * 200] * 3)
+    assert C4Paragraphs().apply(text)[1] is None
+    assert C4Paragraphs().apply(text[:-1])[1] == "c4: few long paragraphs"
+
+
+@pytest.mark.parametrize(
+    "line, kept",
+    [
+        ("A usual line of some words.", True),
+        ("ABOUT US AND our", False),  # more than half of its characters are capitals
+        ("12345", False),
+        ("3 likes", False),
+        ("1.2K shares", False),
+        ("3 likes of many people", True),
+        ("Home", False),
+        ("There are 5 items in cart now", "There are 5  now"),
+        ("The story goes on Read more...", "The story goes on "),
+        ("Sign-in to read it all", " to read it all"),
+    ],
+)
+def test_dclm_cuts_the_lines_of_page_furniture(line, kept):
+    text, reason = DclmLines(max_removed_words=1.0).apply(f"First line here.\n{line}\n\n\n\nLast line here.")
+    middle = {True: f"{line}\n", False: ""}.get(kept, f"{kept}\n") if isinstance(kept, bool) else f"{kept}\n"
+    assert reason is None and text == f"First line here.\n{middle}\nLast line here.".replace("\n\n\n", "\n\n")
+
+
+def test_dclm_drops_a_page_that_was_mostly_furniture():
+    text = "A line that stays here.\n" * 3 + "Home\nMenu\n"
+    assert DclmLines().apply(text)[1] == "dclm: too many words removed"
+    assert DclmLines(max_removed_words=0.2).apply(text) == ("A line that stays here.\n" * 3, None)
+
+
+def test_mathematics_is_told_from_prose():
+    formula = r"Let $x^2 + y^2 = z^2$ hold. By the theorem, \frac{a}{b} ≤ \sqrt{2} and f(x) = 3x + 1. " * 5
+    assert Mathematics().apply(formula)[1] is None
+    assert Mathematics().apply(prose(200))[1] == "mathematics: too little"
+    symbols = "∑ ∫ ≤ 2 + 2 = 4 x " * 30
+    assert GopherQuality(min_stop_words=0).apply(symbols)[1] is not None
+    assert MATHEMATICS_GOPHER[0].reason(MATHEMATICS_GOPHER[0].signals(formula)) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=200))
+def test_no_text_makes_a_filter_fail(text):
+    for stage in (
+        *AS_DATATROVE,
+        C4Paragraphs(),
+        DclmLines(),
+        Mathematics(),
+        CodeQuality(),
+        *MATHEMATICS_GOPHER,
+    ):
+        changed, reason = stage.apply(text)
+        assert isinstance(changed, str) and (reason is None or isinstance(reason, str))
