@@ -27,9 +27,9 @@ _LINE = re.compile(r"\n+")
 
 @dataclasses.dataclass(frozen=True)
 class GopherQuality(Filter):
-    """Words, symbols and lines. The mean word length is a mean, as in the paper (Dolma takes the median); marks alone are
-    no word, an empty line is no line, and stop words count in any letter case (datatrove: a lone bullet is a word, an
-    empty line is a line, "The" is no stop word)."""
+    """Words, symbols and lines. The mean word length is a mean, as in the paper (Dolma takes the median);
+    marks alone are no word, an empty line is no line, and stop words count in any letter case (datatrove: a
+    lone bullet is a word, an empty line is a line, "The" is no stop word)."""
 
     applies_to: DocumentType = "prose"
     words: WordKind = "white_space"

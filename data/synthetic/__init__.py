@@ -1,0 +1,1 @@
+"""Synthetic text and dialogues, by any served model or function."""
