@@ -25,7 +25,9 @@ def folder(tmp_path):
     for ending, compress in COMPRESS.items():
         (tmp_path / f"rows.jsonl{ending}").write_bytes(compress(LINES))
     (tmp_path / "array.json").write_text("\n " + json.dumps(ROWS))
-    pq.write_table(pa.table({"text": ["one", "two"], "url": ["https://a.org", "https://b.org"]}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({"text": ["one", "two"], "url": ["https://a.org", "https://b.org"]}), tmp_path / "t.parquet"
+    )
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "note.md").write_text("# A note")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
@@ -48,7 +50,9 @@ def test_rows_are_the_same_however_a_file_is_packed_and_where_it_lies(folder, ad
 def test_a_folder_is_the_same_here_and_at_an_address(folder, address):
     source = Folder(address.format(folder), name="f")
     within = sorted(source.within(path) for path in source.files())
-    assert within == sorted(["array.json", "deep/note.md", "t.parquet", *(f"rows.jsonl{e}" for e in COMPRESS)])
+    assert within == sorted(
+        ["array.json", "deep/note.md", "t.parquet", *(f"rows.jsonl{e}" for e in COMPRESS)]
+    )
     notes = list(Folder(address.format(folder), glob="**/*.md", name="f").documents())
     assert [(d["id"], d["text"]) for d in notes] == [("f/deep/note.md/0", "# A note")]
     flat = Folder(address.format(folder), glob="*.parquet")
