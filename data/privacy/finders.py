@@ -250,7 +250,7 @@ _HOME = re.compile(
 )
 _SHARED_HOMES = frozenset(
     "user users username name yourname your_name your-username you me public shared default guest root admin ubuntu "
-    "debian ec2-user runner vagrant pi jovyan node app docker git www work travis circleci vsts linuxbrew all administrator "
+    "debian runner vagrant pi jovyan node app docker git www work travis circleci vsts linuxbrew all administrator "
     "example test somebody someone foo bar alice bob".split()
 )
 
