@@ -59,7 +59,7 @@ _DRESSING = (
 _BEHAVIOUR = re.compile(r"__[A-Z]{3,20}__")
 _HOLE = "\ue000{}\ue001"  # where a formula or code is put back
 _LAST = re.compile(  # sections without prose
-    r"^==\s*(?:references|notes|external links|see also|further reading|bibliography|sources|footnotes|citations)\s*==\s*$",
+    r"^==\s*(?:references|notes|external links|see also|further reading|bibliography|sources|footnotes)\s*==\s*$",
     re.I,
 )
 
