@@ -24,6 +24,8 @@ def get_config(folder: str = "warc"):
                     "kind": "C4Lines",
                     "end_marks": ("",),  # FineWeb leaves this rule out: it took 30% of all words
                     "min_words": 0,  # as it does this one
+                    "drop_curly_bracket": False,  # formulas and code have them
+                    "keep_fenced": True,
                 },
                 {"kind": "FineWebQuality"},
                 {"kind": "Privacy"},

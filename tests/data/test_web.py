@@ -14,7 +14,7 @@ from data.extract import Extract
 from data.extract.encoding import decode
 from data.extract.page import ENGINES
 from data.extract.wikitext import plain_text
-from data.filters import Language, LanguageParagraphs
+from data.filters import C4Lines, Language, LanguageParagraphs
 from data.sources import Folder, Pdf, Rejected, Repositories, Warc, Wikipedia
 from data.sources.pdf import joined
 
@@ -270,3 +270,9 @@ def test_html_and_code_files_of_a_folder_have_their_type(tmp_path):
     (tmp_path / "a.html").write_bytes("<p>é</p>".encode("latin-1"))
     (tmp_path / "b.rs").write_text("fn main() {}")
     assert [d["metadata"]["type"] for d in Folder(str(tmp_path)).documents()] == ["html", "code"]
+
+
+def test_code_blocks_pass_the_rules_of_lines_untouched():
+    text = f"{ENGLISH}\nno mark here\n```python\n{CODE}\n```\n{ENGLISH}"
+    stage = C4Lines(min_sentences=1, keep_fenced=True)
+    assert stage.apply(text) == (text.replace("no mark here\n", ""), None)
