@@ -6,6 +6,7 @@ import dataclasses
 
 from data.curation.workers import Workers
 from data.dedup import BloomDedup, ExactDedup, LineDedup, MinHashDedup, SemanticDedup, SubstringDedup
+from data.extract import Extract
 from data.filters import (
     C4Lines,
     C4Paragraphs,
@@ -14,13 +15,20 @@ from data.filters import (
     FineWebQuality,
     GopherQuality,
     GopherRepetition,
+    Language,
+    LanguageParagraphs,
     Mathematics,
     Normalise,
 )
+from data.privacy import Privacy
 from data.sources import PythonStdlib, Source
 
 CurationStage = (
     Normalise
+    | Extract
+    | Language
+    | LanguageParagraphs
+    | Privacy
     | GopherQuality
     | GopherRepetition
     | C4Lines

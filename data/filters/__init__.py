@@ -5,6 +5,7 @@ from data.filters.code import CodeQuality
 from data.filters.dclm import DclmLines
 from data.filters.fineweb import FineWebQuality
 from data.filters.gopher import GopherQuality, GopherRepetition
+from data.filters.language import Language, LanguageParagraphs
 from data.filters.mathematics import MATHEMATICS_GOPHER, Mathematics
 from data.filters.normalise import Normalise
 
@@ -16,6 +17,8 @@ __all__ = [
     "FineWebQuality",
     "GopherQuality",
     "GopherRepetition",
+    "Language",
+    "LanguageParagraphs",
     "MATHEMATICS_GOPHER",
     "Mathematics",
     "Normalise",

@@ -35,6 +35,7 @@ class C4Lines(Transform):
     cut_javascript: bool = True
     cut_citations: bool = True
     cut_phrases: tuple[str, ...] = _POLICY
+    keep_fenced: bool = False  # lines of ``` blocks stay as they are, white space and all
 
     def apply(self, text: str) -> Verdict:
         kept, reason, _ = self._lines(text)
@@ -51,7 +52,13 @@ class C4Lines(Transform):
         kept: list[str] = []
         gone: Counter[str] = Counter()
         sentences = 0
+        fenced = False
         for line in text.splitlines():
+            fence = self.keep_fenced and line.startswith("```")
+            if fence or fenced:
+                fenced ^= fence
+                kept.append(line)
+                continue
             line, why = self._line(line.strip())
             if why and why.startswith("c4: "):
                 return kept, why, gone

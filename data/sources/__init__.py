@@ -4,10 +4,25 @@ from data.documents import Document, Rejected
 from data.sources.base import SourceBase, file_state, parts_of
 from data.sources.external import HuggingFaceDataset, SeqioTask, TensorFlowDataset
 from data.sources.files import Folder, Jsonl, Parquet, TextFile
+from data.sources.pdf import Pdf
+from data.sources.repository import Repositories
 from data.sources.stdlib import PythonStdlib
+from data.sources.warc import Warc
+from data.sources.wikipedia import Wikipedia
 
 Source = (
-    TextFile | Jsonl | Parquet | Folder | PythonStdlib | TensorFlowDataset | SeqioTask | HuggingFaceDataset
+    TextFile
+    | Jsonl
+    | Parquet
+    | Folder
+    | Warc
+    | Wikipedia
+    | Repositories
+    | Pdf
+    | PythonStdlib
+    | TensorFlowDataset
+    | SeqioTask
+    | HuggingFaceDataset
 )
 
 __all__ = [
@@ -16,13 +31,17 @@ __all__ = [
     "HuggingFaceDataset",
     "Jsonl",
     "Parquet",
+    "Pdf",
     "PythonStdlib",
     "Rejected",
+    "Repositories",
     "SeqioTask",
     "Source",
     "SourceBase",
     "TensorFlowDataset",
     "TextFile",
+    "Warc",
+    "Wikipedia",
     "file_state",
     "parts_of",
 ]

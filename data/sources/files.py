@@ -12,9 +12,13 @@ from typing import Any
 from configs.typed import ConfigError
 from data import storage
 from data.documents import Document, Rejected, make_document
+from data.extract.encoding import decode
 from data.sources.base import Items, SourceBase
+from data.sources.code import LANGUAGES
 
-_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json", ".parquet", ".py")
+_PROSE = (".txt", ".text", ".md", ".markdown", ".rst")
+_HTML = (".html", ".htm", ".xhtml")
+_SUFFIXES = (*_PROSE, *_HTML, ".jsonl", ".json", ".parquet", *LANGUAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class TextFile(SourceBase):
 
     path: str
     separator: str | None = None  # None: the whole file is one document
-    encoding: str = "utf-8"
+    encoding: str | None = "utf-8"  # None: what it declares or seems to be, as for web pages
     type: str = "prose"  # prose, code or html
     licence: str = "unknown"
     name: str = ""  # default: the file's name
@@ -37,7 +41,8 @@ class TextFile(SourceBase):
         metadata = {"type": self.type, "path": self.path}
         try:
             with storage.open_bytes(self.files()[0]) as file:
-                text = file.read().decode(self.encoding)
+                raw = file.read()
+            text = decode(raw)[0] if self.encoding is None else raw.decode(self.encoding)
         except (OSError, ValueError, EOFError) as error:
             yield Rejected(f"{name}/0", f"unreadable: {error}", name)
             return
@@ -159,11 +164,18 @@ class Folder(SourceBase):
             elif ending == ".parquet":
                 reader = Parquet(**common, text_field=self.text_field)
             else:
-                reader = TextFile(**common, type="code" if ending == ".py" else "prose")
+                reader = TextFile(**common, **_reading(ending))
             for item in reader.documents():
                 yield (
                     item._replace(source=source) if isinstance(item, Rejected) else {**item, "source": source}
                 )
+
+
+def _reading(ending: str) -> dict[str, Any]:
+    """How a whole file with this suffix is read."""
+    if ending in _HTML:
+        return {"type": "html", "encoding": None}
+    return {"type": "code" if ending in LANGUAGES else "prose"}
 
 
 @dataclasses.dataclass(frozen=True)
