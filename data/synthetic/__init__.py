@@ -1,1 +1,0 @@
-"""Synthetic text and dialogues, by any served model or function."""
