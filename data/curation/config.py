@@ -17,6 +17,15 @@ from data.filters import (
     Mathematics,
     Normalise,
 )
+from data.quality import (
+    CruciblePerplexity,
+    EducationalScore,
+    HarmClassifier,
+    NgramPerplexity,
+    QualityClassifier,
+    UrlList,
+    WordList,
+)
 from data.sources import PythonStdlib, Source
 
 CurationStage = (
@@ -35,6 +44,13 @@ CurationStage = (
     | MinHashDedup
     | SubstringDedup
     | SemanticDedup
+    | QualityClassifier
+    | NgramPerplexity
+    | CruciblePerplexity
+    | UrlList
+    | WordList
+    | HarmClassifier
+    | EducationalScore
 )
 
 DEFAULT_STAGES = (

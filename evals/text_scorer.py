@@ -1,0 +1,28 @@
+"""Texts to nats per byte under a model: what `data` asks for by name, "evals.text_scorer:scorer"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from data import load_tokenizer
+from evals.bits import score_texts
+from evals.scoring import Scorer
+from model import load
+
+_CONTEXT = 2048  # tokens of a window at most
+
+
+def scorer(model: str) -> Callable[[Sequence[str]], list[float]]:
+    """A function from texts to -log p in nats over the bytes of each, by the model at that path; 0 for an empty one."""
+    cfg, params = load(model)
+    tokenizer = load_tokenizer(model)
+    context = min(_CONTEXT, cfg.max_length)
+    scoring = Scorer(cfg, params, tokenizer.vocab_size, context=context)
+
+    def nats_per_byte(texts: Sequence[str]) -> list[float]:
+        filled = [text for text in texts if text]
+        scores = score_texts(scoring, tokenizer, filled) if filled else []
+        found = iter([score.nats / score.bytes for score in scores])
+        return [next(found) if text else 0.0 for text in texts]
+
+    return nats_per_byte
