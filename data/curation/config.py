@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from data.curation.workers import Workers
+from data.decontaminate import Decontaminate, DecontaminateSpans
 from data.dedup import BloomDedup, ExactDedup, LineDedup, MinHashDedup, SemanticDedup, SubstringDedup
 from data.filters import (
     C4Lines,
@@ -51,6 +52,8 @@ CurationStage = (
     | WordList
     | HarmClassifier
     | EducationalScore
+    | Decontaminate
+    | DecontaminateSpans
 )
 
 DEFAULT_STAGES = (

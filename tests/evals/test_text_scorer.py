@@ -7,7 +7,7 @@ import pytest
 from data.quality import CruciblePerplexity
 from evals.bits import score_texts
 from evals.scoring import Scorer
-from evals.text_scorer import scorer
+from evals.text_scorer import scorer, token_scorer
 from tests.evals.conftest import SENTENCES
 
 
@@ -26,3 +26,10 @@ def test_the_filter_finds_it_by_its_name(model_folder):
     signals = stage.signals(SENTENCES[0])
     assert signals["bits_per_byte"] == pytest.approx(signals["nats_per_byte"] / math.log(2))
     assert stage.reason(signals) == "perplexity: too unlikely"
+
+
+def test_the_tokens_log_probabilities_add_up_to_those_of_the_text(model_folder, cfg, tokenizer):
+    (tokens,) = token_scorer(str(model_folder))([SENTENCES[0]])
+    start = 0 if tokenizer.bos_id is not None or tokenizer.eos_ids else math.log(tokenizer.vocab_size)
+    nats = scorer(str(model_folder))([SENTENCES[0]])[0] * len(SENTENCES[0].encode())
+    assert start - tokens.sum() == pytest.approx(nats, rel=1e-5)
