@@ -54,12 +54,22 @@ class Item(NamedTuple):
     text: str
 
 
-class Words(NamedTuple):
-    """The words of a text, and where each stands in it."""
+class Words:
+    """The words of a text: `hashes`, uint64 [W], and where each stands in it, which few texts are asked for."""
 
-    hashes: np.ndarray  # uint64 [W]
-    starts: np.ndarray  # int64 [W], characters
-    stops: np.ndarray
+    def __init__(self, text: str):
+        words = _WORD.findall(text)
+        self.hashes = np.fromiter(map(_hash, words), np.uint64, len(words))
+        self._text = text
+
+    @functools.cached_property
+    def places(self) -> np.ndarray:
+        """Start and stop of each word in characters, int64 [W, 2]."""
+        return np.array([match.span() for match in _WORD.finditer(self._text)], np.int64).reshape(-1, 2)
+
+    def span(self, first: int, count: int) -> tuple[int, int]:
+        """(start, stop) of `count` words."""
+        return int(self.places[first, 0]), int(self.places[first + count - 1, 1])
 
 
 class Index:
@@ -93,10 +103,7 @@ class Index:
 
 def read_words(text: str) -> Words:
     """The words of a text as they are compared."""
-    matches = [(match.group().lower(), *match.span()) for match in _WORD.finditer(text)]
-    hashes = np.fromiter((_hash(word) for word, _, _ in matches), np.uint64, len(matches))
-    places = np.array([(start, stop) for _, start, stop in matches], np.int64).reshape(-1, 2)
-    return Words(hashes, places[:, 0], places[:, 1])
+    return Words(text)
 
 
 def open_index(benchmarks: Sequence[Benchmark], ngram_words: int, min_words: int) -> Index:
@@ -195,4 +202,4 @@ def _field(value: Any, names: Sequence[str]) -> Any:
 
 @functools.lru_cache(maxsize=1 << 18)
 def _hash(word: str) -> int:
-    return hash64(word)
+    return hash64(word.lower())

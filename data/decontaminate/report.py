@@ -154,7 +154,7 @@ def _look(document: Mapping[str, Any], index: Index, found: Found) -> None:
             if number not in shown and len(examples) < _EXAMPLES:
                 shown.add(number)
                 mine = [h for h in hits if number in h[2]]
-                start, stop = int(words.starts[at]), int(words.stops[mine[-1][0] + mine[-1][1] - 1])
+                start, stop = words.span(at, mine[-1][0] + mine[-1][1] - at)
                 examples.append(
                     {
                         "item": index.items[number].number,

@@ -53,7 +53,7 @@ class Decontaminate(Filter):
         hits = index.hits(words)
         names = sorted({index.items[i].benchmark for _, _, items in hits for i in items.tolist()})
         runs = max(len(words.hashes) - self.ngram_words + 1, 1)
-        spans = joined([(int(words.starts[at]), int(words.stops[at + n - 1])) for at, n, _ in hits])
+        spans = joined([words.span(at, n) for at, n, _ in hits])
         shown = [{"start": a, "stop": b, "text": text[a:b][:300]} for a, b in spans[: self.examples]]
         return {
             "hits": len(hits),
@@ -107,7 +107,7 @@ class DecontaminateSpans(Transform):
 def found_spans(index: Index, text: str) -> list[tuple[int, int]]:
     """(start, stop) in characters of all that a text shares with items, overlapping runs as one."""
     words = read_words(text)
-    return joined([(int(words.starts[at]), int(words.stops[at + n - 1])) for at, n, _ in index.hits(words)])
+    return joined([words.span(at, n) for at, n, _ in index.hits(words)])
 
 
 def joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
