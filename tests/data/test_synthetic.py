@@ -166,7 +166,8 @@ def test_dialogues_become_a_chat_dataset_where_there_is_a_tokenizer(seeds, bpe, 
     made = config(seeds, recipes=(QuestionAnswer(),), tokenizer=str(tmp_path / "tokenizer"))
     report = run(made, tmp_path / "w")
     chat = open_dataset(tmp_path / "w" / "chat" / "train")
-    assert (chat.kind, len(chat)) == ("chat", report["dialogues"]) and report["dialogues"] == 10
+    assert (chat.kind, len(chat)) == ("chat", report["dialogues"])
+    assert report["dialogues"] == 6  # of the short questions one: the others are too like it
     assert chat[0].mask.any() and not chat[0].mask.all()
 
 
