@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from data.curation.workers import Workers
+from data.decontaminate import Decontaminate, DecontaminateSpans
 from data.dedup import BloomDedup, ExactDedup, LineDedup, MinHashDedup, SemanticDedup, SubstringDedup
 from data.extract import Extract
 from data.filters import (
@@ -21,6 +22,15 @@ from data.filters import (
     Normalise,
 )
 from data.privacy import Privacy
+from data.quality import (
+    CruciblePerplexity,
+    EducationalScore,
+    HarmClassifier,
+    NgramPerplexity,
+    QualityClassifier,
+    UrlList,
+    WordList,
+)
 from data.sources import PythonStdlib, Source
 
 CurationStage = (
@@ -43,6 +53,15 @@ CurationStage = (
     | MinHashDedup
     | SubstringDedup
     | SemanticDedup
+    | QualityClassifier
+    | NgramPerplexity
+    | CruciblePerplexity
+    | UrlList
+    | WordList
+    | HarmClassifier
+    | EducationalScore
+    | Decontaminate
+    | DecontaminateSpans
 )
 
 DEFAULT_STAGES = (

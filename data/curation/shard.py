@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configs.typed import ConfigError
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.documents import Document, read_documents, read_table, write_documents, write_table
 from data.stage import Filter, Global, Signals, Stage, Transform, cut_text
@@ -174,6 +175,8 @@ def _read_tags(path: Path, rows: Rows) -> list[dict[str, Any] | None]:
 def _signals(stage: Filter, documents: list[Document]) -> list[Signals]:
     try:
         return stage.signals_of(documents)
+    except ConfigError:  # of the stage, not of a document
+        raise
     except Exception:  # one of them is bad: find it, and the others go on
         return [_signals_of_one(stage, document) for document in documents]
 
@@ -181,6 +184,8 @@ def _signals(stage: Filter, documents: list[Document]) -> list[Signals]:
 def _signals_of_one(stage: Filter, document: Document) -> Signals:
     try:
         return stage.signals_of([document])[0]
+    except ConfigError:
+        raise
     except Exception as error:  # a bad document goes with its reason, and the run goes on
         return {"error": f"{type(error).__name__}: {error}"}
 
