@@ -65,7 +65,7 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder of texts.")
     if path.is_dir() and not (path / MANIFEST).is_file():
-        return Folder(str(path)).files()
+        return [Path(file) for file in Folder(str(path)).files()]
     return [path]
 
 

@@ -206,7 +206,7 @@ def test_rows_of_every_kind_of_file_are_the_same(tmp_path):
     rows = [{"prompt": f"{i}+{i}?", "completion": f"é {2 * i}"} for i in range(7)]
     lines = "".join(json.dumps(row) + "\n\n" for row in rows).encode()
     (tmp_path / "a.jsonl").write_bytes(lines)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
     (tmp_path / "lines.json").write_bytes(lines)
     (tmp_path / "array.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -226,7 +226,7 @@ def test_rows_of_every_kind_of_file_are_the_same(tmp_path):
         ("a.json", b'["x",\n "y",\n oh]', {"line 3": "not valid JSON from here on"}),
         ("a.json", b'["x",\n "y"\n "z"]', {"line 3": "the array does not end"}),
         ("a.json", b'{\n"a": 1}', {"line 1": "one JSON value over many lines"}),
-        ("a.jsonl.gz", gzip.compress(b'"x"\n' * 9999)[:-30], {"line 9998": "read from here on"}),
+        ("a.jsonl.gz", gzip.compress(b'"x"\n' * 9999, mtime=0)[:-30], {"line 9998": "read from here on"}),
         ("a.parquet", b"PAR", {"row 1": "the file can't be read"}),
     ],
 )
