@@ -21,6 +21,7 @@ CONFIGURED = {
     "data.dialogues": ("data.dialogues", "DialogueConfig"),
     "data.conversations": ("data.conversations", "ConversationConfig"),
     "data.plan": ("data.plan", "PlanConfig"),
+    "data.synthetic": ("data.synthetic.config", "SyntheticConfig"),
     "data.related": ("data.related", "RelatedConfig"),
     "train": ("train.config", "TrainConfig"),
     "rl": ("rl.config", "RLConfig"),
