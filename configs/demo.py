@@ -52,7 +52,7 @@ def get_config():
     }
     chat_samples = {"chat": True, "max_new_tokens": 12}
     question = f"Calculate 3 + 4.\n{INSTRUCTION}"
-    sft = training(380, 4e-3, validate_every=100, samples=chat_samples | {"prompts": (question,)})
+    sft = training(600, 4e-3, validate_every=100, samples=chat_samples | {"prompts": (question,)})
     dpo = training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples | {"prompts": (question,)})
     return ConfigDict(
         {
