@@ -161,23 +161,7 @@ def _template(whole: str) -> str:
     fields = [field for field in rest.split("|") if "=" not in field.split("<")[0]]
     if kind in ("lang", "transl", "transliteration") and len(fields) >= 2:
         return fields[-1]
-    if (
-        kind
-        in (
-            "nowrap",
-            "nobr",
-            "abbr",
-            "em",
-            "strong",
-            "lang-en",
-            "mvar",
-            "math",
-            "tlit",
-            "ill",
-            "interlanguage link",
-        )
-        and fields
-    ):
+    if kind in _DRESSING and fields:
         return fields[0].strip()
     if kind in ("convert", "cvt") and len(fields) >= 2:
         return f"{fields[0].strip()} {fields[1].strip()}"

@@ -44,15 +44,10 @@ class Classifier:
         return 1 / (1 + np.exp(-np.clip(self.slope * self.margins(texts) + self.offset, -500, 500)))
 
 
-@dataclasses.dataclass(frozen=True)
-class QualityClassifier(Filter):
-    """Keeps documents whose score is at least `min_score`; report.json beside the model says what share of either set
-    a threshold keeps. (DCLM's 0.018112 belongs to its own, uncalibrated model.)"""
+class ByClassifier(Filter):
+    """A filter whose one signal is the score of the classifier in the folder `model`."""
 
-    model: str = ""  # the folder that training wrote
-    min_score: float = 0.5
-    applies_to: DocumentType = "prose"
-
+    model: str
     measured_by: ClassVar[tuple[str, ...]] = ("model",)
 
     def files(self) -> tuple[str, ...]:
@@ -64,6 +59,16 @@ class QualityClassifier(Filter):
     def signals_of(self, documents: Sequence[Document]) -> list[Signals]:
         scores = load_classifier(*self.files()).scores([document["text"] for document in documents])
         return [{"score": score} for score in scores.tolist()]
+
+
+@dataclasses.dataclass(frozen=True)
+class QualityClassifier(ByClassifier):
+    """Keeps documents whose score is at least `min_score`; report.json beside the model says what share of either set
+    a threshold keeps. (DCLM's 0.018112 belongs to its own, uncalibrated model.)"""
+
+    model: str = ""  # the folder that training wrote
+    min_score: float = 0.5
+    applies_to: DocumentType = "prose"
 
     def reason(self, signals: Signals) -> str | None:
         return "quality: low score" if signals["score"] < self.min_score else None

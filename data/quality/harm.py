@@ -17,7 +17,7 @@ from typing import ClassVar, NamedTuple
 from configs.typed import ConfigError
 from data import storage
 from data.documents import Document, DocumentType
-from data.quality.classifier import load_classifier, model_file
+from data.quality.classifier import ByClassifier
 from data.quality.words import UNSPACED, words_of
 from data.stage import Filter, Signals
 
@@ -96,24 +96,12 @@ class WordList(Filter):
 
 
 @dataclasses.dataclass(frozen=True)
-class HarmClassifier(Filter):
+class HarmClassifier(ByClassifier):
     """Drops what a classifier, trained with harmful texts as its positive set, gives more than `max_score`."""
 
     model: str = ""  # a folder of `python -m data.quality train`
     max_score: float = 0.5
     applies_to: DocumentType = "prose"
-
-    measured_by: ClassVar[tuple[str, ...]] = ("model",)
-
-    def files(self) -> tuple[str, ...]:
-        return (model_file(self.model, type(self).__name__),)
-
-    def signals(self, text: str) -> Signals:
-        return {"score": float(load_classifier(*self.files()).scores([text])[0])}
-
-    def signals_of(self, documents: Sequence[Document]) -> list[Signals]:
-        scores = load_classifier(*self.files()).scores([document["text"] for document in documents])
-        return [{"score": score} for score in scores.tolist()]
 
     def reason(self, signals: Signals) -> str | None:
         return "harm: high score" if signals["score"] > self.max_score else None
