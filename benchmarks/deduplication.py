@@ -67,13 +67,13 @@ def make(folder: Path, documents: int, words: int) -> dict[str, tuple[str, float
     files = [open(folder / f"{i}.jsonl", "w") for i in range(SHARDS)]
     truth = {}
     for i in range(documents // 2):
-        original = [f"w{rng.randrange(50_000)}" for _ in range(words)]
+        original = [_word(rng.randrange(50_000)) for _ in range(words)]
         copy = list(original)
         # A changed word spoils five runs in both texts, so c changes leave about (n - 5c) / (n + 5c) of them.
         similarity = rng.uniform(0.5, 1.0)
         changes = round(words * (1 - similarity) / (1 + similarity) / 5)
         for at in rng.sample(range(words), changes):
-            copy[at] = f"x{rng.randrange(50_000)}"
+            copy[at] = "x" + _word(rng.randrange(50_000))
         truth[f"{i}-copy"] = (f"{i}-a", _jaccard(original, copy))
         for name, text in ((f"{i}-a", original), (f"{i}-copy", copy)):
             row = json.dumps({"id": name, "text": " ".join(text)})
@@ -81,6 +81,15 @@ def make(folder: Path, documents: int, words: int) -> dict[str, tuple[str, float
     for file in files:
         file.close()
     return truth
+
+
+def _word(number: int) -> str:
+    """Letters alone: datatrove takes all numbers for the same."""
+    letters = "w"
+    while number:
+        number, digit = divmod(number, 26)
+        letters += chr(97 + digit)
+    return letters
 
 
 def _jaccard(a: list[str], b: list[str]) -> float:
@@ -112,7 +121,7 @@ os.listdir({str(raw)!r})),
 def _peer(command: list[str], folder: Path) -> tuple[float, set[str]]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return found["seconds"], set(found["gone"])
 

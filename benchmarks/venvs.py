@@ -17,5 +17,7 @@ def python_of(name: str, *requirements: str) -> Path:
         print(f"Making {folder} with {', '.join(requirements)}.", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
+        # Also where PYTHONDONTWRITEBYTECODE is set: what a peer's start takes is then its own.
+        subprocess.run([str(python), "-m", "compileall", "-q", str(folder / "lib")], check=False)
         done.write_text(" ".join(requirements))
     return python

@@ -19,17 +19,19 @@ def main(folder, out, bands, rows, workers):
     files = len(list(Path(folder).iterdir()))
     reader = JsonlReader(folder)
 
-    def run(steps, tasks):
+    def run(name, steps, tasks):
+        # A step of its own folder: datatrove takes the tasks that it finds finished there for done.
         LocalPipelineExecutor(
-            steps, tasks=tasks, workers=min(int(workers), tasks), logging_dir=f"{out}/logs"
+            steps, tasks=tasks, workers=min(int(workers), tasks), logging_dir=f"{out}/logs/{name}"
         ).run()
 
     began = time.perf_counter()
-    run([reader, MinhashDedupSignature(output_folder=f"{out}/signatures", config=config)], files)
-    run([MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config)], int(bands))
-    run([MinhashDedupCluster(f"{out}/buckets", f"{out}/clusters", config=config)], 1)
+    run("signatures", [reader, MinhashDedupSignature(output_folder=f"{out}/signatures", config=config)], files)
+    run("buckets", [MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config)], int(bands))
+    run("clusters", [MinhashDedupCluster(f"{out}/buckets", f"{out}/clusters", config=config)], 1)
     dropped = JsonlWriter(f"{out}/dropped")
     run(
+        "filter",
         [reader, MinhashDedupFilter(f"{out}/clusters", exclusion_writer=dropped), JsonlWriter(f"{out}/kept")],
         files,
     )

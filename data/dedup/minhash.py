@@ -29,12 +29,14 @@ from data.dedup.corpus import (
     gather,
     groups,
 )
+from data.dedup.lines import hash64
 from data.documents import Document, DocumentType, read_documents
 from data.stage import Corpus, Decision, Global
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PAIRS = 1 << 14  # verified by a worker at a time
 _WORD = re.compile(r"\w+")
+_word_hash = functools.lru_cache(maxsize=1 << 18)(hash64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,13 +272,6 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     both.sort(kind="stable")
     shared = int((both[1:] == both[:-1]).sum())
     return shared / max(len(both) - shared, 1)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _word_hash(word: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
