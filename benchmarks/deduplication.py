@@ -121,7 +121,7 @@ os.listdir({str(raw)!r})),
 def _peer(command: list[str], folder: Path) -> tuple[float, set[str]]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return found["seconds"], set(found["gone"])
 

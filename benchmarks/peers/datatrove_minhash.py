@@ -26,7 +26,9 @@ def main(folder, out, bands, rows, workers):
         ).run()
 
     began = time.perf_counter()
-    run("signatures", [reader, MinhashDedupSignature(output_folder=f"{out}/signatures", config=config)], files)
+    run(
+        "signatures", [reader, MinhashDedupSignature(output_folder=f"{out}/signatures", config=config)], files
+    )
     run("buckets", [MinhashDedupBuckets(f"{out}/signatures", f"{out}/buckets", config=config)], int(bands))
     run("clusters", [MinhashDedupCluster(f"{out}/buckets", f"{out}/clusters", config=config)], 1)
     dropped = JsonlWriter(f"{out}/dropped")

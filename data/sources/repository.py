@@ -65,21 +65,26 @@ class Repositories(SourceBase):
         repository = f"{source}/{within.split('/')[0]}" if self.many else source
         archived = len(paths) == 1 and paths[0].lower().endswith(_ARCHIVES)
         files: Files = {}
+        gone: dict[str, str] = {}
         room = self.max_repository_bytes
         prefix = "" if archived or not self.many else within.split("/")[0] + "/"
-        found = _unpacked(paths[0]) if archived else self._plain(paths, prefix)
         try:
-            for name, content in found:
-                if isinstance(content, str) or len(content) > self.max_file_bytes:
-                    yield Rejected(
-                        f"{repository}/{name}", content if isinstance(content, str) else "large", source
-                    )
+            for name, content in _unpacked(paths[0]) if archived else self._plain(paths, prefix):
+                if isinstance(content, str):
+                    gone[name] = content
+                elif len(content) > self.max_file_bytes:
+                    gone[name] = "large"
                 elif (room := room - len(content)) < 0:
-                    yield Rejected(f"{repository}/{name}", "large: repository", source)
+                    gone[name] = "large: repository"
                 else:
                     files[name] = content
         except (OSError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile, RuntimeError) as error:
             yield Rejected(f"{repository}/end", f"unreadable from here on: {type(error).__name__}", source)
+        if archived:
+            top = _one_folder([*files, *gone])
+            files, gone = ({name.removeprefix(top): x for name, x in each.items()} for each in (files, gone))
+        for name, reason in gone.items():
+            yield Rejected(f"{repository}/{name}", reason, source)
         licences = _licences(files)
         for name in sorted(files, key=_readme_first):
             yield self._item(name, files[name], repository, licences)
@@ -150,13 +155,14 @@ def _readme_first(name: str) -> tuple[bool, str]:
 
 
 def _unpacked(path: str) -> Iterator[tuple[str, bytes | str]]:
-    """(path, bytes or a reason) of an archive's files, without the one folder that holds them all."""
-    members = _zip(path) if path.lower().endswith(".zip") else _tar(path)
-    held = list(members)
-    tops = {name.split("/")[0] for name, _ in held}
-    strip = tops.pop() + "/" if len(tops) == 1 and all("/" in name for name, _ in held) else ""
-    for name, content in held:
-        yield name.removeprefix(strip), content
+    """(path, bytes or a reason) of an archive's files."""
+    return _zip(path) if path.lower().endswith(".zip") else _tar(path)
+
+
+def _one_folder(names: list[str]) -> str:
+    """The folder that holds them all, with its slash, as archives of a release have one; else nothing."""
+    tops = {name.split("/")[0] for name in names}
+    return tops.pop() + "/" if len(tops) == 1 and all("/" in name for name in names) else ""
 
 
 def _tar(path: str) -> Iterator[tuple[str, bytes | str]]:

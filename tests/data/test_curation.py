@@ -175,11 +175,11 @@ def test_signals_can_go_with_the_documents(folder, tmp_path):
 
 def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, tmp_path):
     made = {}
-    for processes in (1, 2):
+    for processes in (1, 2, 4):
         workers = Workers(processes=processes, min_megabytes=0)
         curate(config(folder, workers=workers, shard_megabytes=1), tmp_path / str(processes), log=print)
         made[processes] = written(tmp_path / str(processes))
-    assert made[1] == made[2]
+    assert made[1] == made[2] == made[4]
 
 
 @pytest.mark.slow

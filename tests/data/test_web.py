@@ -2,9 +2,12 @@
 
 import bz2
 import gzip
+import shutil
 import zipfile
+from pathlib import Path
 
 import brotli
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -249,6 +252,38 @@ def test_a_repository_lies_together_with_its_licence(tmp_path):
     assert gone["r/a/p_pb2.py"] == "generated"
     only = Repositories(str(tmp_path), many=True, name="r", permissive_only=True).documents()
     assert [d["id"] for d in only if not isinstance(d, Rejected)] == ["r/a/README.md", "r/a/z.py"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar", "bztar", "xztar", "tar"])
+def test_an_archived_repository_gives_the_documents_of_its_folder(tmp_path, kind):
+    folder = tmp_path / "r-1.0"
+    (folder / "src").mkdir(parents=True)
+    (folder / "src" / "z.py").write_text("x = 1\n")
+    (folder / "README.md").write_text("# A")
+    (folder / "LICENSE").write_text("SPDX-License-Identifier: Apache-2.0\n")
+    (folder / "image.png").write_bytes(b"\x89PNG\0")
+    archive = shutil.make_archive(str(tmp_path / "r"), kind, root_dir=tmp_path, base_dir="r-1.0")
+    packed, plain = (list(Repositories(str(path), name="r").documents()) for path in (archive, folder))
+    assert sorted(packed, key=_id) == sorted(plain, key=_id)
+    assert [_id(d) for d in packed if not isinstance(d, Rejected)] == ["r/README.md", "r/src/z.py"]
+
+
+def _id(item):
+    return item.id if isinstance(item, Rejected) else item["id"]
+
+
+def test_what_stands_before_the_damage_of_an_archive_is_read(tmp_path):
+    folder, rng = tmp_path / "r", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text(rng.bytes(2000).hex("\n", 20))
+    archive = Path(shutil.make_archive(str(tmp_path / "a"), "gztar", root_dir=tmp_path, base_dir="r"))
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    items = list(Repositories(str(archive), name="r").documents())
+    assert [item.reason.split(":")[0] for item in items if isinstance(item, Rejected)] == [
+        "unreadable from here on"
+    ]
+    assert 5 < len(items) - 1 < 15
 
 
 def test_pages_of_a_pdf_are_joined_without_headers_and_hyphens():
