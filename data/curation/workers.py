@@ -40,7 +40,7 @@ def map_items(
     """
     worth = int(megabytes // workers.min_megabytes) if workers.min_megabytes else len(items)
     processes = min(workers.processes or _cores(), worth, len(items))
-    if workers.runner == "local" and processes <= 1:
+    if not items or (workers.runner == "local" and processes <= 1):
         yield from map(function, items)
         return
     daft = _daft(workers)

@@ -223,20 +223,20 @@ def test_ten_kills_at_random_moments_change_no_byte(folder, tmp_path):
     command += ["--config.tokenizer.vocab_size=500", "--config.curation.validation_fraction=0.3"]
     command += ["--config.curation.test_fraction=0.0", "--config.curation.workers.processes=2"]
     command += ["--config.curation.workers.min_megabytes=0"]
-    whole = [*command, f"--workdir={tmp_path / 'whole'}"]
+    whole = [*command, f"--workdir={tmp_path / 'whole' / 'corpus'}"]
     began = time.monotonic()
     subprocess.run(whole, check=True, capture_output=True)
     seconds = time.monotonic() - began
     moments = np.random.default_rng(0).uniform(0.1, 0.95, 10) * seconds
     for moment in moments:
         process = subprocess.Popen(
-            [*command, f"--workdir={tmp_path / 'w'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, f"--workdir={tmp_path / 'killed' / 'corpus'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         time.sleep(moment)
         process.kill()
         process.wait()
-    subprocess.run([*command, f"--workdir={tmp_path / 'w'}"], check=True, capture_output=True)
-    a, b = written(tmp_path / "whole"), written(tmp_path / "w")
+    subprocess.run([*command, f"--workdir={tmp_path / 'killed' / 'corpus'}"], check=True, capture_output=True)
+    a, b = written(tmp_path / "whole" / "corpus"), written(tmp_path / "killed" / "corpus")
     assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
 
 
