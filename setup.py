@@ -50,7 +50,10 @@ EVALS = [
     "lm-eval>=0.4.9",  # its base install has no torch
 ]
 
+TOKAMAX = "tokamax>=0.0.12"  # attention and products of experts for GPUs
+
 DEV = [
+    TOKAMAX,
     "pytest>=8",
     "pytest-xdist",  # tests in parallel
     "pytest-timeout",  # a hang is a failure
@@ -79,7 +82,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
-        "gpu": ["jax[cuda12]>=0.10"],
+        "gpu": ["jax[cuda12]>=0.10", TOKAMAX],
         "seqio": [
             "seqio>=0.0.20"
         ],  # tasks and mixtures; brings TensorFlow, so it is imported only when asked for

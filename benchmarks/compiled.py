@@ -1,6 +1,6 @@
 """Train steps of large models, compiled for TPU slices on a machine that has none: does it fit, and how does it run.
 
-    python -m benchmarks.compiled [--only=llama-8b ...] [--remat=none|full] [--save=FOLDER]
+    python -m benchmarks.compiled [--only=llama-8b ...] [--remat=none|products|offload|full] [--save=FOLDER]
 
 For each model and slice: bytes of a device's memory that the program needs and that are left, the kernels in it, its
 collectives, those that run beside other work and those that do not, float32 products and copies of large arrays.
@@ -25,6 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from model import ModelConfig
+from model.blocks.remat import POLICIES
 from model.families import FAMILIES
 from model.function import param_shapes
 from model.kernels import backend
@@ -124,7 +125,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--remat", choices=("none", "full"), default="full")
+    parser.add_argument("--remat", choices=POLICIES, default="full")
     parser.add_argument("--layers", type=int, help="of the model, fewer than it has: for a quick look")
     parser.add_argument("--save", type=Path, help="a folder for the compiled programs' text")
     options = parser.parse_args()

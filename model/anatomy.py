@@ -232,5 +232,6 @@ def _residual_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     pullback = lambda params, tokens: jax.tree.leaves(jax.vjp(lambda p: loss(p, tokens), params)[1])
     jaxpr = jax.make_jaxpr(pullback)(param_shapes(cfg), tokens).jaxpr
     made = {var for var in jaxpr.outvars if isinstance(var, Var)} - set(jaxpr.invars)
-    arrays = [cast(jax.ShapeDtypeStruct, var.aval) for var in made]
+    arrays = [cast(Any, var.aval) for var in made]
+    arrays = [array for array in arrays if array.memory_space != jax.memory.Space.Host]
     return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

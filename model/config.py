@@ -40,11 +40,13 @@ from model.blocks.positions import (
     SinusoidalPositions,
     YarnScaling,
 )
+from model.blocks.remat import check_remat
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 from model.byte_latent import ByteLatent
+from model.kernels.backend import Kernels
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
@@ -124,7 +126,8 @@ class ModelConfig:
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of freshly made parameters
     scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
-    remat: str = "none"  # "none" keeps every activation, "full" recomputes each block in the backward pass
+    kernels: Kernels = Kernels()  # which form of attention and of products of experts; "auto": the platform's
+    remat: str = "none"  # what the backward pass finds kept of a block: see model.blocks.remat
     encoder: Encoder | None = None
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
@@ -136,8 +139,7 @@ class ModelConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(DTYPES)}.")
-        if self.remat not in ("none", "full"):
-            raise ValueError(f"remat={self.remat!r} is not one of none, full.")
+        check_remat(self.remat)
         self._check_encoder()
         self._check_patches()
         if self.future is not None and not self.causal:
@@ -259,7 +261,7 @@ def _from_jsonable(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     kinds = PARTS | {
-        cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, ClassHead)
+        cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, ClassHead, Kernels)
     }
     cls = kinds.get(str(value.get("kind")))
     if cls is None:

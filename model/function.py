@@ -20,6 +20,7 @@ from model.blocks.future import Stream, look_ahead
 from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
+from model.kernels import backend
 from model.logprobs import Ask, TokenScores
 from model.sharding import ShardingRules, constrain
 from model.vocabulary_head import VocabularyHead
@@ -112,7 +113,8 @@ def apply(
     source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules)
     arguments = tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter, targets, ask
-    return cast(Output, module.apply({"params": params}, *arguments))
+    with backend.prefer(cfg.kernels):
+        return cast(Output, module.apply({"params": params}, *arguments))
 
 
 def logical_axes(cfg: ModelConfig) -> Params:

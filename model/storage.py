@@ -12,6 +12,7 @@ from configs.paths import ModelPath, resolve_model
 from model import checkpoint
 from model.config import ModelConfig
 from model.function import Params
+from model.kernels.backend import Kernels
 from model.layout import relayout
 from model.lazy import LAZY, place
 
@@ -129,7 +130,14 @@ def _load_config(found: ModelPath) -> ModelConfig:
 
 
 def _check_same_model(path, stored: ModelConfig, wanted: ModelConfig) -> None:
-    free = {"scan": False, "dtype": "float32", "param_dtype": "float32", "remat": "none", "max_length": 1}
+    free = {
+        "scan": False,
+        "dtype": "float32",
+        "param_dtype": "float32",
+        "remat": "none",
+        "kernels": Kernels(),
+        "max_length": 1,
+    }
     if stored.replace(**free) != wanted.replace(**free):
         raise ValueError(
             f"{path} holds another model than the config asks for: stored {stored.replace(**free)}, "

@@ -14,6 +14,7 @@ from model.blocks.future import ParallelFuture, SequentialFuture
 from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.blocks.router import Router
+from model.kernels.backend import Kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +117,15 @@ class Execution:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
     scan: bool | None = None  # stack equal blocks in one scan; None: on TPU and GPU yes, on CPU no
-    remat: Literal["none", "full"] = "none"
+    # what is kept for the backward pass: all, products of matrices, those in the host's memory, or blocks' inputs alone
+    remat: Literal["none", "products", "offload", "full"] = "none"
+
+    kernels: Kernels = Kernels()  # "auto": the platform's own; another one is used or is an error
 
     def of(self, cfg: ModelConfig) -> ModelConfig:
         scan = jax.default_backend() != "cpu" if self.scan is None else self.scan
-        return cfg.replace(dtype=self.dtype, param_dtype="float32", scan=scan, remat=self.remat)
+        how = {"scan": scan, "remat": self.remat, "kernels": self.kernels}
+        return cfg.replace(dtype=self.dtype, param_dtype="float32", **how)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ from model.blocks.common import Context, More, TokenInfo, param
 from model.blocks.linear import linear, linear_out
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
-from model.kernels.attention import Scores, Sight, attention, self_attention, self_attention_weights
+from model.kernels.attention import Scores, Sight, attention, self_attention_weights
+from model.kernels.self_attention import self_attention
 from model.sharding import constrain
 
 

@@ -17,6 +17,7 @@ import jax
 from model.blocks.common import Context, FeedForward, More, TokenInfo
 from model.blocks.cross_attention import CrossAttention
 from model.blocks.norms import Norm, RMSNorm
+from model.blocks.remat import rematerialised
 from model.sharding import constrain
 
 Run = tuple[str, "Block", range]
@@ -130,9 +131,7 @@ def run_part(
 
 
 def _run(ctx: Context, name: str, block: Block, count: int):
-    module = BlockModule
-    if ctx.remat == "full":
-        module = nn.remat(module, prevent_cse=not ctx.scan)
+    module = rematerialised(BlockModule, ctx.remat, ctx.scan)
     if not ctx.scan:
         return module(block, ctx, name=name)
     scanned = nn.scan(

@@ -27,7 +27,8 @@ from model.blocks.attention import (
 from model.blocks.common import Context, TokenInfo, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
-from model.kernels.attention import Scores, Sight, attention, self_attention
+from model.kernels.attention import Scores, Sight, attention
+from model.kernels.self_attention import self_attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
-from model.kernels.attention import Scores, Sight, attention, self_attention
+from model.kernels.attention import Scores, Sight, attention
+from model.kernels.self_attention import self_attention
 from model.sharding import constrain
 
 

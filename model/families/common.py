@@ -101,7 +101,7 @@ class Family:
 
 # What a format need not say: how the function runs or is trained, not what it computes.
 FREE: dict[type, tuple[str, ...]] = {
-    ModelConfig: ("scan", "dtype", "param_dtype", "remat", "family"),
+    ModelConfig: ("scan", "dtype", "param_dtype", "remat", "kernels", "family"),
     MoE: ("balance_loss", "z_loss", "balance_rate", "dispatch", "capacity_factor"),
 }
 

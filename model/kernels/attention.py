@@ -1,4 +1,4 @@
-"""Grouped-query attention in plain jnp, the reference that every faster form must equal; and which form runs.
+"""Grouped-query attention in plain jnp, the reference that every faster form must equal.
 
 Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs. Sinks: Xiao et al.
 2023, arXiv:2309.17453, as one learned logit a head; soft-capping: Gemma 2, arXiv:2408.00118.
@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterator
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from model.kernels import backend
-from model.sharding import ShardingRules
-
-_log = logging.getLogger(__name__)
+from model.kernels.names import ATTENTION
 
 MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
 MIN_QUERY_BLOCK = 128  # and into none shorter than this
@@ -93,66 +90,6 @@ def attention(
     return _tokens_first(_attend(q_BKGTC, k_BKSC, v_BKSE, mask_BTS, scores, distance_BTS)[0])
 
 
-def self_attention(
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKE: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    sight: Sight = Sight(),
-    scores: Scores = Scores(),
-    rules: ShardingRules | None = None,
-) -> jax.Array:
-    """Attention within segments, [B, T, H, E]: the kernel on TPUs, blocks of queries elsewhere.
-
-    Scores with a bias are computed in blocks of queries everywhere: the kernel has no biases.
-
-    Args:
-      positions_BT: int32, rising by one along each segment.
-      segment_ids_BT: int32; a token sees only tokens of its own segment. None: each row is one document.
-      rules: how a mesh splits rows, tokens and heads: asked for by the kernel alone.
-    """
-    chosen, inputs = backend.current(), (q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT, sight, scores)
-    if chosen.name == "tpu" and scores.bias is None:
-        return _by_kernel(*inputs, rules, chosen)
-    if chosen.name == "tpu":
-        _say_that_biases_are_plain()
-    return in_query_blocks(*inputs)
-
-
-@functools.cache
-def _say_that_biases_are_plain() -> None:
-    _log.info("Attention with a bias of the scores runs without a kernel: flash attention has no biases.")
-
-
-def _by_kernel(
-    q_BTHC: jax.Array,
-    k_BTKC: jax.Array,
-    v_BTKE: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    sight: Sight,
-    scores: Scores,
-    rules: ShardingRules | None,
-    chosen: backend.Backend,
-) -> jax.Array:
-    # here, since Pallas takes long to import and is wanted on TPUs alone
-    from model.kernels.flash_attention import BLOCKS, Blocks, stretch_ids, with_sinks
-    from model.kernels.flash_sharded import flash_on_mesh
-
-    out_BTHE, lse_BHT = flash_on_mesh(
-        *(q_BTHC, k_BTKC, v_BTKE, stretch_ids(positions_BT, segment_ids_BT, sight.chunk), rules),
-        causal=sight.causal,
-        window=sight.window,
-        reach=sight.reach(),
-        scale=scores.scale,
-        softcap=scores.softcap,
-        blocks=BLOCKS[chosen.chip] if chosen.chip else Blocks(),
-        interpret=chosen.interpret,
-    )
-    return out_BTHE if scores.sinks_H is None else with_sinks(out_BTHE, lse_BHT, scores.sinks_H)[0]
-
-
 def in_query_blocks(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
@@ -162,7 +99,8 @@ def in_query_blocks(
     sight: Sight = Sight(),
     scores: Scores = Scores(),
 ) -> jax.Array:
-    """`self_attention` in plain jnp; each block of queries is given only the keys that some of it can see."""
+    """Attention of tokens among themselves (see `self_attention.self_attention`), [B, T, H, E]; each block of
+    queries is given only the keys that some of it can see."""
     inputs = *_heads_first(q_BTHC, k_BTKC, v_BTKE), positions_BT, segment_ids_BT
     if scores.bias is not None:  # which may have parameters of its own
         return _tokens_first(_in_blocks(sight, scores, *inputs)[0])
@@ -202,6 +140,7 @@ def _in_blocks_by_hand(sight: Sight, scores: Scores, sinks_H, *inputs) -> jax.Ar
 
 def _forward(sight, scores, sinks_H, *inputs):
     found = _in_blocks(sight, dataclasses.replace(scores, sinks_H=sinks_H), *inputs)
+    found = tuple(checkpoint_name(x, ATTENTION) for x in found)
     return found[0], (sinks_H, inputs, found)
 
 
@@ -263,6 +202,18 @@ def _block_gradients(
     dk_BKSC = einsum("BKSGT,BKGTC->BKSC", d_scores_BKSGT, q_BKGTC)
     dq_BKCGT = einsum("BKSC,BKSGT->BKCGT", k_BKSC, d_scores_BKSGT)
     return dq_BKCGT.transpose(0, 1, 3, 4, 2), dk_BKSC, dv_BKSE
+
+
+def stretch_ids(
+    positions_BT: jax.Array, segment_ids_BT: jax.Array | None, chunk: int | None
+) -> jax.Array | None:
+    """One id for each chunk of each segment, [B, T] int32; None where the row is one stretch."""
+    if chunk is None:
+        return segment_ids_BT
+    chunk_BT = positions_BT // chunk
+    if segment_ids_BT is None:
+        return chunk_BT
+    return segment_ids_BT * (jnp.max(chunk_BT) + 1) + chunk_BT
 
 
 def self_attention_weights(

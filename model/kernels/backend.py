@@ -11,9 +11,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Literal
 
 import jax
+from absl import flags
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +36,17 @@ CHIPS = {
 class Backend:
     """Where kernels run."""
 
-    name: Literal["plain", "tpu"] = "plain"  # jnp, left to the compiler; Pallas kernels for TPUs
+    name: Literal["plain", "tpu", "gpu"] = (
+        "plain"  # jnp, left to the compiler; Pallas kernels for TPUs; libraries' kernels for GPUs
+    )
     chip: str | None = (
         None  # of CHIPS' values, whose block sizes are taken; None: sizes that serve every chip
     )
     interpret: bool = False  # Pallas kernels step by step on any platform: right numbers, slowly
 
     def __post_init__(self):
-        if self.name not in ("plain", "tpu"):
-            raise ValueError(f'There is no back end {self.name!r}. Use "plain" or "tpu".')
+        if self.name not in ("plain", "tpu", "gpu"):
+            raise ValueError(f'There is no back end {self.name!r}. Use "plain", "tpu" or "gpu".')
         known = sorted(set(CHIPS.values()))
         if self.chip is not None and self.chip not in known:
             raise ValueError(
@@ -50,7 +54,16 @@ class Backend:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Which form of a kernel runs where there are several; "auto": the platform's own."""
+
+    attention: str = "auto"  # of model.kernels.self_attention.FORMS
+    grouped: str = "auto"  # products of experts: of model.kernels.grouped_matmul.FORMS
+
+
 _context = jax.make_user_context(default_value=None)
+_kernels = jax.make_user_context(default_value=Kernels())
 
 
 def current() -> Backend:
@@ -64,16 +77,43 @@ def for_cpu() -> bool:
 
 
 @contextlib.contextmanager
-def use(name: Literal["plain", "tpu"], chip: str | None = None, interpret: bool = False) -> Iterator[Backend]:
+def use(
+    name: Literal["plain", "tpu", "gpu"], chip: str | None = None, interpret: bool = False
+) -> Iterator[Backend]:
     """Kernels that are traced within take this back end, whatever the platform."""
     chosen = Backend(name, chip, interpret)
     with _context(chosen):
         yield chosen
 
 
+def kernels() -> Kernels:
+    """What the innermost `prefer` names."""
+    return _kernels.value
+
+
+@contextlib.contextmanager
+def prefer(kernels: Kernels) -> Iterator[None]:
+    """What is traced within takes these forms."""
+    with _kernels(kernels):
+        yield
+
+
+def tokamax() -> ModuleType:
+    """The library, whose own settings are absl flags: where the command has not read any, they keep their defaults."""
+    try:
+        import tokamax as library
+    except ImportError as error:
+        raise ImportError('a kernel named "tokamax" needs tokamax: pip install "crucible-lm[gpu]"') from error
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    return library
+
+
 @functools.cache
 def _of_platform() -> Backend:
     chosen = Backend()
+    if jax.default_backend() == "gpu":
+        chosen = Backend("gpu")
     if jax.default_backend() == "tpu":
         chosen = Backend("tpu", CHIPS.get(jax.devices()[0].device_kind))
     _log.info("Kernels: %s, since the platform is %s.", chosen, jax.default_backend())

@@ -13,10 +13,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from model.kernels.flash_backward import key_value_gradients, query_gradients
 from model.kernels.flash_blocks import LANES, NO_KEY, Blocks, Plan, block_bounds
 from model.kernels.flash_forward import forward
+from model.kernels.names import ATTENTION
 
 # Sizes by chip. A block of keys and values is read once for each block of queries, at about as many flops a byte as
 # the block has queries, so queries are as many as the chip has flops for a byte of its memory (v4 229, v5e 240,
@@ -53,7 +55,8 @@ def flash_attention(
     computed for different keys become one by their log-sum-exps, and so do sinks: see `with_sinks`.
 
     Args:
-      query_ids_BT, key_ids_BS: int32; a query sees only keys of its own id (segments, chunks: see `stretch_ids`).
+      query_ids_BT, key_ids_BS: int32; a query sees only keys of its own id (segments, chunks: see
+      `attention.stretch_ids`).
         None, both: all.
       offset: query i stands where key i + offset stands; may be traced, and negative. None: queries are the last T of
         the S keys.
@@ -98,18 +101,6 @@ def with_sinks(out_BTHE: jax.Array, lse_BHT: jax.Array, sinks_H: jax.Array) -> t
     return (out_BTHE * share_BTH1).astype(out_BTHE.dtype), jnp.logaddexp(lse_BHT, sinks_H1)
 
 
-def stretch_ids(
-    positions_BT: jax.Array, segment_ids_BT: jax.Array | None, chunk: int | None
-) -> jax.Array | None:
-    """One id for each chunk of each segment, [B, T] int32; None where the row is one stretch."""
-    if chunk is None:
-        return segment_ids_BT
-    chunk_BT = positions_BT // chunk
-    if segment_ids_BT is None:
-        return chunk_BT
-    return segment_ids_BT * (jnp.max(chunk_BT) + 1) + chunk_BT
-
-
 def _attend(plan: Plan, q_BHTC, k_BKSC, v_BKSE, ids, offset) -> tuple[jax.Array, jax.Array]:
     return forward(plan, block_bounds(plan, ids, offset, len(q_BHTC)), q_BHTC, k_BKSC, v_BKSE, ids)
 
@@ -118,7 +109,8 @@ _flash = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
 def _flash_forward(plan: Plan, q_BHTC, k_BKSC, v_BKSE, ids, offset):
-    out_BHTE, lse_BH1T = _attend(plan, q_BHTC, k_BKSC, v_BKSE, ids, offset)
+    found = _attend(plan, q_BHTC, k_BKSC, v_BKSE, ids, offset)
+    out_BHTE, lse_BH1T = (checkpoint_name(x, ATTENTION) for x in found)
     return (out_BHTE, lse_BH1T), (q_BHTC, k_BKSC, v_BKSE, ids, offset, out_BHTE, lse_BH1T)
 
 

@@ -1,8 +1,8 @@
 """Rows sorted into groups, each group times its own matrix: what the experts of a mixture compute.
 
-`reference` is the plain form. TPUs have the kernels of grouped_kernels; GPUs are left to `jax.lax.ragged_dot`, which on
-CPU multiplies every row with every matrix, so there blocks of rows are multiplied one after the other, each with the
-one matrix it needs, as in MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
+`reference` is the plain form, `FORMS` has all others. TPUs have the kernels of grouped_kernels; GPUs are left to
+`jax.lax.ragged_dot`, which on CPU multiplies every row with every matrix, so there blocks of rows are multiplied one
+after the other, each with the one matrix it needs, as in MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
 """
 
 # M rows, I inputs, O outputs, E groups, N blocks, R rows a block
@@ -10,6 +10,8 @@ one matrix it needs, as in MegaBlocks (Gale et al. 2022, arXiv:2211.15841).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ import jax.numpy as jnp
 from model.kernels import backend
 
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so each group wastes half a block
+MEGABLOX_TILE = 512  # rows, inputs and outputs
 
 
 def grouped_matmul(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -26,17 +29,19 @@ def grouped_matmul(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax
       sizes_E: int32, adding up to M at most; rows beyond them become zeros.
     """
     chosen = backend.current()
-    if chosen.name == "tpu":
-        return _by_kernel(x_MI, w_EIO, sizes_E, chosen)
-    return jax.lax.platform_dependent(x_MI, w_EIO, sizes_E, cpu=in_blocks, default=jax.lax.ragged_dot)
+    return FORMS[form_for(chosen, backend.kernels().grouped)].run(x_MI, w_EIO, sizes_E, chosen)
 
 
-def _by_kernel(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:
-    # here, since Pallas takes long to import and is wanted on TPUs alone
-    from model.kernels.grouped_kernels import grouped_product, plan_for
-
-    dtype = jnp.result_type(x_MI, w_EIO)
-    return grouped_product(plan_for(chosen), x_MI.astype(dtype), w_EIO.astype(dtype), sizes_E)
+def form_for(chosen: backend.Backend, named: str = "auto") -> str:
+    """The name of the form of `FORMS` that is wanted; ValueError where it does not run."""
+    if named == "auto":
+        return "kernel" if chosen.name == "tpu" else "blocks" if backend.for_cpu() else "ragged_dot"
+    can = [name for name, form in FORMS.items() if chosen.name in form.platforms or chosen.interpret]
+    if named not in can:
+        raise ValueError(
+            f"kernels.grouped={named!r} is not one of auto, {', '.join(can)} (for {chosen.name})."
+        )
+    return named
 
 
 def reference(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -109,3 +114,52 @@ def _to_blocks(x_MI: jax.Array, slot_M: jax.Array, blocks: int, R: int) -> jax.A
     """[N, R, I] with zeros between the groups."""
     empty = jnp.zeros((blocks * R, x_MI.shape[1]), x_MI.dtype)
     return empty.at[slot_M].set(x_MI, unique_indices=True).reshape(blocks, R, -1)
+
+
+def _by_kernel(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:
+    # here, since Pallas takes long to import and is wanted on TPUs alone
+    from model.kernels.grouped_kernels import grouped_product, plan_for
+
+    dtype = jnp.result_type(x_MI, w_EIO)
+    return grouped_product(plan_for(chosen), x_MI.astype(dtype), w_EIO.astype(dtype), sizes_E)
+
+
+def _megablox(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:
+    """By jax.experimental.pallas.ops.tpu.megablox, which takes whole tiles of rows and leaves those beyond the sizes
+    as they were in memory."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    M, dtype = x_MI.shape[0], jnp.result_type(x_MI, w_EIO)
+    x_MI = jnp.pad(_within(sizes_E, x_MI.astype(dtype)), ((0, -M % MEGABLOX_TILE), (0, 0)))
+    tiles = (MEGABLOX_TILE, *(min(MEGABLOX_TILE, size) for size in w_EIO.shape[1:]))
+    y_MO = gmm(x_MI, w_EIO.astype(dtype), sizes_E, dtype, tiles, interpret=chosen.interpret)
+    return _within(sizes_E, y_MO[:M])
+
+
+def _tokamax(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:
+    dtype = jnp.result_type(x_MI, w_EIO)
+    how = {"implementation": "xla"} if chosen.interpret else {}
+    y_MO = backend.tokamax().ragged_dot(
+        _within(sizes_E, x_MI.astype(dtype)), w_EIO.astype(dtype), sizes_E, **how
+    )
+    return _within(sizes_E, y_MO.astype(dtype))
+
+
+class Form(NamedTuple):
+    """One way to compute it: the names of the back ends that it is for, and the function."""
+
+    platforms: tuple[str, ...]
+    run: Callable[..., jax.Array]
+
+
+FORMS = {
+    "blocks": Form(
+        ("plain", "gpu", "tpu"), lambda x_MI, w_EIO, sizes_E, chosen: in_blocks(x_MI, w_EIO, sizes_E)
+    ),
+    "ragged_dot": Form(
+        ("plain", "gpu", "tpu"), lambda x_MI, w_EIO, sizes_E, chosen: jax.lax.ragged_dot(x_MI, w_EIO, sizes_E)
+    ),
+    "kernel": Form(("tpu",), _by_kernel),
+    "megablox": Form(("tpu",), _megablox),
+    "tokamax": Form(("gpu", "tpu"), _tokamax),
+}

@@ -230,7 +230,9 @@ def test_ten_kills_at_random_moments_change_no_byte(folder, tmp_path):
     moments = np.random.default_rng(0).uniform(0.1, 0.95, 10) * seconds
     for moment in moments:
         process = subprocess.Popen(
-            [*command, f"--workdir={tmp_path / 'killed' / 'corpus'}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, f"--workdir={tmp_path / 'killed' / 'corpus'}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(moment)
         process.kill()

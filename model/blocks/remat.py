@@ -1,0 +1,47 @@
+"""What the backward pass finds kept of each block, and what it computes anew: memory against time.
+
+Chen et al. 2016, arXiv:1604.06174; keeping the products of matrices alone: Korthikanti et al. 2022, arXiv:2205.05198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import Offloadable
+
+from model.kernels.names import ATTENTION
+
+_named = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+_products = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _named
+)
+
+
+def _offloaded(primitive: Any, *args: Any, **params: Any) -> Any:
+    """As `_products`, in the host's memory: copied there while the forward pass goes on, and back ahead of use."""
+    kept = _products(primitive, *args, **params)
+    return Offloadable("device", "pinned_host") if kept else kept
+
+
+# Name -> which values inside a block are kept; None: all.
+POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "products": _products,
+    "offload": _offloaded,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_remat(remat: str) -> None:
+    """Raises ValueError for a name that is not one of POLICIES."""
+    if remat not in POLICIES:
+        raise ValueError(f"remat={remat!r} is not one of {', '.join(POLICIES)}.")
+
+
+def rematerialised(module: type[nn.Module], remat: str, scan: bool) -> type[nn.Module]:
+    """The module, whose inside is kept by the policy of this name."""
+    policy = POLICIES[remat]
+    return module if policy is None else nn.remat(module, prevent_cse=not scan, policy=policy)
