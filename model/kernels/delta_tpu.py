@@ -20,9 +20,9 @@ from model.kernels.chunk_tiles import CHUNK, LANES, Sizes, documents, narrowest,
 from model.kernels.delta_backward import gradients
 from model.kernels.delta_forward import Plan, forward
 
-# Sizes by chip, of which a block of one head has the tokens. At 512 a state a block is a quarter of the values of 128
-# channels in float32, the systems of four chunks are inverted side by side, which hides that each is a chain of
-# products, and all fits the 16 MiB that a kernel is given on the smallest chip.
+# Sizes by chip. A block is of one head; its width bounds that of keys and values together. At 512 tokens a state a
+# block is a quarter of the values of 128 channels in float32, the systems of four chunks are inverted side by side,
+# which hides that each is a chain of products, and all fits the 16 MiB that a kernel is given on the smallest chip.
 SIZES = {
     "v4": Sizes(512),
     "v5e": Sizes(512),
@@ -46,7 +46,7 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """As `model.kernels.delta_rule.delta_rule`, with gradients of all but `first_BT`."""
     (B, T, H, K), V = q_BTHK.shape, v_BTHV.shape[3]
-    plan = Plan(up(K, LANES), up(V, LANES), min(sizes.tokens, up(T, CHUNK)), interpret)
+    plan = make_plan(K, V, T, sizes, interpret)
     dtype, length = narrowest(q_BTHK, k_BTHK, v_BTHV), up(T, plan.tokens)
 
     def wide(x_BTHC, width):
@@ -68,6 +68,13 @@ def delta_rule(
         padded(padded(state_BHKV.astype(jnp.float32), 2, plan.keys), 3, plan.values),
     )
     return o_BTF[:, :T].reshape(B, T, H, plan.values)[..., :V], state_BHKV_wide[:, :, :K, :V]
+
+
+def make_plan(K: int, V: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
+    """Blocks of keys and values together wider than `sizes` says have fewer tokens, that they fit."""
+    K, V = up(K, LANES), up(V, LANES)
+    fitting = sizes.tokens * sizes.width // max(K + V, sizes.width) // CHUNK * CHUNK
+    return Plan(K, V, min(max(fitting, CHUNK), up(T, CHUNK)), interpret)
 
 
 def _run(plan: Plan, *inputs):

@@ -46,8 +46,9 @@ def ssd(
     """As `model.kernels.ssd.ssd`, with gradients of all but `first_BT`."""
     B, T, H, P = v_BTHP.shape
     G, N = k_BTGN.shape[2:]
-    plan = make_plan(H, P, G, T, sizes, interpret)
-    dtype, length, N = narrowest(v_BTHP, k_BTGN, q_BTGN), up(T, plan.tokens), up(N, LANES)
+    N = up(N, LANES)
+    plan = make_plan(H, P, G, N, T, sizes, interpret)
+    dtype, length = narrowest(v_BTHP, k_BTGN, q_BTGN), up(T, plan.tokens)
 
     def wide(x_BTHC, width):
         """Heads side by side, each filled up with zeros to the width."""
@@ -64,12 +65,15 @@ def ssd(
     return y_BTHP, state_BHPN[:, :, :P, : k_BTGN.shape[3]]
 
 
-def make_plan(H: int, P: int, G: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
-    """Blocks of heads have whole vectors of channels: where the heads of a group do not, each is filled up."""
-    group = H // G
+def make_plan(H: int, P: int, G: int, N: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
+    """Blocks of heads have whole vectors of channels: where the heads of a group do not, each is filled up.
+
+    States are to fit, so where keys have more than 128 channels, blocks have fewer.
+    """
+    group, channels = H // G, sizes.width * LANES // N
     if group * P % LANES:
         P = up(P, LANES)
-    fits = lambda R: group % R == 0 and R * P % LANES == 0 and R <= LANES and R * P <= sizes.width
+    fits = lambda R: group % R == 0 and R * P % LANES == 0 and R <= LANES and R * P <= channels
     fewest = min(R for R in range(1, group + 1) if group % R == 0 and R * P % LANES == 0)
     heads = max((R for R in range(1, group + 1) if fits(R)), default=fewest)
     blocks = group // heads
