@@ -122,6 +122,7 @@ class GatedDeltaNetModule(nn.Module):
             walk.only_real(beta_BTH),
             walk.first_BT,
             walk.state["state"],
+            rules=ctx.rules,
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
@@ -206,6 +207,7 @@ class KimiDeltaAttentionModule(nn.Module):
             walk.only_real(beta_BTH),
             walk.first_BT,
             walk.state["state"],
+            rules=ctx.rules,
         )
         gate_BTHV = jax.nn.sigmoid(self._low_rank("g", x_BTD, heads).astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)

@@ -155,7 +155,14 @@ class Mamba2Module(nn.Module):
         dt_BTH = walk.only_real(jnp.clip(dt_BTH, spec.dt_min, spec.dt_max))
         x_BTHP = x_BTHP.astype(jnp.float32)
         y_BTHP, state_BHPN = ssd(
-            x_BTHP * dt_BTH[..., None], A_H * dt_BTH, k_BTGN, q_BTGN, walk.first_BT, walk.state["ssm"], CHUNK
+            x_BTHP * dt_BTH[..., None],
+            A_H * dt_BTH,
+            k_BTGN,
+            q_BTGN,
+            walk.first_BT,
+            walk.state["ssm"],
+            CHUNK,
+            ctx.rules,
         )
         return y_BTHP + D_H[:, None] * x_BTHP, state_BHPN
 

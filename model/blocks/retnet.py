@@ -92,6 +92,7 @@ class RetentionModule(nn.Module):
             q_BTHK * spec.key_dim**-0.5,
             walk.first_BT,
             walk.state["state"],
+            rules=ctx.rules,
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+FEW = 16  # tokens of a row: so many or fewer, as in decoding, are one small chunk, which needs no kernel
+
 
 def scan_chunks(step: Callable, state: Any, inputs: Any, chunk: int) -> tuple[Any, Any]:
     """Run `step(state, inputs) -> (state, outputs)` over chunks of the token axis.

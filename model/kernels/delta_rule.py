@@ -1,5 +1,6 @@
-"""The delta rule in chunks, in plain jnp: a state of key-value pairs in which a new value replaces the old one.
+"""The delta rule in chunks: a state of key-value pairs in which a new value replaces the old one.
 
+Here is the plain form; kernels for TPUs, for one decay a head, are behind model.kernels.delta_tpu.
 Within a chunk the corrections of all tokens solve one triangular system (the WY form; Yang et al. 2024,
 arXiv:2406.06484). Decay by head: Gated DeltaNet, arXiv:2412.06464; by channel of the key: Kimi Linear,
 arXiv:2510.26692.
@@ -10,13 +11,21 @@ arXiv:2510.26692.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax
 import jax.numpy as jnp
 
-from model.kernels.chunks import same_document, scan_chunks
+from model.kernels import backend
+from model.kernels.chunks import FEW, same_document, scan_chunks
+from model.sharding import ShardingRules
+
+_log = logging.getLogger(__name__)
 
 CHUNK = 64
 BLOCK = 16  # tokens among which decays by channel are taken pair by pair
+LOOPED = 32  # size of the blocks that are inverted whole: the products grow with its cube
 
 
 def delta_rule(
@@ -28,18 +37,50 @@ def delta_rule(
     first_BT: jax.Array,
     state_BHKV: jax.Array,
     chunk: int = CHUNK,
+    rules: ShardingRules | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """old = exp(log_decay_t) state_(t-1);  state_t = old + k_t beta_t (v_t - k_t^T old);  o_t = q_t^T state_t.
+
+    The kernel on TPUs, where a row has more than a few tokens and a head one decay; `in_chunks` elsewhere.
 
     Args:
       log_decay_BTHC: not above 0; C is 1 (one decay a head) or K. A token with log_decay 0 and beta 0 leaves the
         state as it is.
       first_BT: bool; the state before such a token counts as zero.
-      chunk: a power of two.
+      chunk: tokens of a chunk of the plain form, a power of two.
+      rules: how a mesh splits rows and heads: asked for by the kernel alone.
 
     Returns:
       o [B, T, H, V] and the last state [B, H, K, V], float32.
     """
+    before, after = (q_BTHK, k_BTHK, v_BTHV), (beta_BTH, first_BT, state_BHKV)
+    if backend.current().name == "tpu" and q_BTHK.shape[1] > FEW:
+        if log_decay_BTHC.shape[3] == 1:
+            from model.kernels.recurrence_sharded import delta_on_mesh  # brings Pallas along
+
+            return delta_on_mesh(*before, log_decay_BTHC[..., 0], *after, rules)
+        _say_that_channels_are_plain()
+    return in_chunks(*before, log_decay_BTHC, *after, chunk)
+
+
+@functools.cache
+def _say_that_channels_are_plain() -> None:
+    _log.info(
+        "The delta rule with a decay for each channel runs without a kernel: it has one for a decay a head."
+    )
+
+
+def in_chunks(
+    q_BTHK: jax.Array,
+    k_BTHK: jax.Array,
+    v_BTHV: jax.Array,
+    log_decay_BTHC: jax.Array,
+    beta_BTH: jax.Array,
+    first_BT: jax.Array,
+    state_BHKV: jax.Array,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """`delta_rule` in plain jnp."""
 
     def step(state_BHKV, inputs):
         return _delta_chunk(state_BHKV, *inputs)
@@ -118,30 +159,62 @@ def decayed_products(
     )
     between_BHNUUK = q_total_BHNUK[..., :, None, :] - k_total_BHNUK[..., None, :, :]
     decay_BHNUUK = jnp.exp(jnp.where(causal_QQ[:U, :U, None], between_BHNUUK, -jnp.inf))
-    within_BHNUU = jnp.einsum("BHNTK,BHNSK,BHNTSK->BHNTS", q_BHNUK, k_BHNUK, decay_BHNUUK)
+    decayed_BHNUUK = k_BHNUK[..., None, :, :] * decay_BHNUUK
+    within_BHNUU = jnp.einsum("BHNTK,BHNTSK->BHNTS", q_BHNUK, decayed_BHNUUK)
     within_BHNUNU = jnp.einsum("BHNTS,NM->BHNTMS", within_BHNUU, jnp.eye(N))
     return jnp.where(pairs_BHQQ, products_BHNUQ.reshape(B, H, Q, Q) + within_BHNUNU.reshape(B, H, Q, Q), 0)
 
 
+@jax.custom_vjp
 def solve_unit_lower(strict_BHQQ: jax.Array, y_BHQV: jax.Array) -> jax.Array:
     """x of (1 + strict) x = y, for a strictly lower triangular matrix whose size is a power of two.
 
     The inverse is built from the inverses of the diagonal's blocks, doubling their size: as stable as forward
-    substitution, in matrix products alone.
+    substitution, in matrix products alone. Gradients take the inverse once more, not the way it was built.
     """
     return _product(_inverse_unit_lower(strict_BHQQ), y_BHQV)
 
 
-def _inverse_unit_lower(strict_QQ: jax.Array) -> jax.Array:
-    Q = strict_QQ.shape[-1]
-    if Q <= 4:  # (1 + s)^-1 = 1 - s + s^2 - s^3, for s^4 = 0
-        one = jnp.eye(Q, dtype=strict_QQ.dtype)
-        return _product(one - strict_QQ, one + _product(strict_QQ, strict_QQ))
+def _solve(strict_BHQQ: jax.Array, y_BHQV: jax.Array):
+    inverse_BHQQ = _inverse_unit_lower(strict_BHQQ)
+    x_BHQV = _product(inverse_BHQQ, y_BHQV)
+    return x_BHQV, (inverse_BHQQ, x_BHQV)
+
+
+def _solve_gradients(saved, dx_BHQV: jax.Array):
+    inverse_BHQQ, x_BHQV = saved
+    dy_BHQV = _product(inverse_BHQQ.mT, dx_BHQV)
+    return -jnp.tril(_product(dy_BHQV, x_BHQV.mT), -1), dy_BHQV
+
+
+solve_unit_lower.defvjp(_solve, _solve_gradients)
+
+
+def _inverse_unit_lower(strict_BHQQ: jax.Array) -> jax.Array:
+    """With the blocks' inverses X and the corners C that join two blocks to one, the joined ones' are X - X C X."""
+    Q = strict_BHQQ.shape[-1]
+    if Q <= LOOPED:
+        return _small_inverse(strict_BHQQ)
     half = Q // 2
-    top, bottom = _inverse_unit_lower(jnp.stack([strict_QQ[..., :half, :half], strict_QQ[..., half:, half:]]))
-    corner = -_product(bottom, _product(strict_QQ[..., half:, :half], top))
+    blocks = jnp.stack([strict_BHQQ[..., :half, :half], strict_BHQQ[..., half:, half:]])
+    top, bottom = _inverse_unit_lower(blocks)
+    corner = -_product(bottom, _product(strict_BHQQ[..., half:, :half], top))
     top = jnp.concatenate([top, jnp.zeros_like(corner)], axis=-1)
     return jnp.concatenate([top, jnp.concatenate([corner, bottom], axis=-1)], axis=-2)
+
+
+def _small_inverse(strict_BHQQ: jax.Array) -> jax.Array:
+    """The same with the whole matrix at each step, as a loop: it compiles in a quarter of the time."""
+    Q = strict_BHQQ.shape[-1]
+    apart_QQ = jnp.arange(Q)[:, None] ^ jnp.arange(Q)
+
+    def double(level, x_BHQQ):
+        size = 1 << level
+        corners_BHQQ = jnp.where(apart_QQ & -size == size, strict_BHQQ, 0)  # in one block of twice the size
+        return x_BHQQ - _product(x_BHQQ, _product(corners_BHQQ, x_BHQQ))
+
+    start_BHQQ = jnp.broadcast_to(jnp.eye(Q, dtype=strict_BHQQ.dtype), strict_BHQQ.shape)
+    return jax.lax.fori_loop(0, Q.bit_length() - 1, double, start_BHQQ)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

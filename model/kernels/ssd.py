@@ -1,6 +1,7 @@
-"""State-space duality in plain jnp: a linear recurrence of matrices with one decay a head, computed in chunks.
+"""State-space duality: a linear recurrence of matrices with one decay a head, computed in chunks.
 
 Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060. Retention (arXiv:2307.08621) is its case of a fixed decay.
+Here is the plain form; kernels for TPUs are behind model.kernels.ssd_tpu.
 """
 
 # B batch, T and S tokens, Q tokens of a chunk, H heads in G groups of R, P value width, N key (state) width
@@ -10,7 +11,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.kernels.chunks import same_document, scan_chunks
+from model.kernels import backend
+from model.kernels.chunks import FEW, same_document, scan_chunks
+from model.sharding import ShardingRules
 
 CHUNK = 128
 
@@ -23,17 +26,40 @@ def ssd(
     first_BT: jax.Array,
     state_BHPN: jax.Array,
     chunk: int = CHUNK,
+    rules: ShardingRules | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """state_t = exp(log_decay_t) state_(t-1) + v_t k_t^T;  y_t = state_t q_t.
+
+    The kernel on TPUs, where a row has more than a few tokens; `in_chunks` elsewhere.
 
     Args:
       log_decay_BTH: not above 0. A token with log_decay 0 and v 0 leaves the state as it is.
       k_BTGN, q_BTGN: shared by the H // G heads of a group ("B" and "C" of the paper).
       first_BT: bool; the state before such a token counts as zero.
+      chunk: tokens of a chunk of the plain form.
+      rules: how a mesh splits rows and heads: asked for by the kernel alone.
 
     Returns:
       y [B, T, H, P] and the last state [B, H, P, N], float32.
     """
+    inputs = v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN
+    if backend.current().name == "tpu" and v_BTHP.shape[1] > FEW:
+        from model.kernels.recurrence_sharded import ssd_on_mesh  # brings Pallas along
+
+        return ssd_on_mesh(*inputs, rules)
+    return in_chunks(*inputs, chunk)
+
+
+def in_chunks(
+    v_BTHP: jax.Array,
+    log_decay_BTH: jax.Array,
+    k_BTGN: jax.Array,
+    q_BTGN: jax.Array,
+    first_BT: jax.Array,
+    state_BHPN: jax.Array,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """`ssd` in plain jnp."""
 
     def step(state_BHPN, inputs):
         return _chunk(state_BHPN, *inputs)
