@@ -223,7 +223,8 @@ def row_of_token(rows: Rows, T: int) -> jax.Array:
 
 
 def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(where each row's groups begin [R], the token of each slot of each group [U, W], whether it is one [U, W])."""
+    """(where each row's groups begin [R], the token of each slot of each group [U, W] or for all its slots [U, 1],
+    whether it is one [U, W])."""
     R = len(rows.count_R)
     U = max(1, min(T, T // group + 2 * R, R * groups_of(longest, group)))
     first_R = rows.start_R // group
@@ -235,6 +236,8 @@ def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax
     position_UW = ((first_R[row_U] + group_U - begins_R[row_U]) * group)[:, None] + jnp.arange(group)
     since_UW = position_UW - rows.start_R[row_U][:, None]
     real_UW = (since_UW >= 0) & (since_UW < rows.count_R[row_U][:, None]) & (group_U < ends_R[-1])[:, None]
+    if longest == 1:  # a group has one new token, whatever slot asks: [U, 1], so that none is fetched W times
+        since_UW = jnp.zeros_like(since_UW[:, :1])
     token_UW = jnp.clip(rows.first_R[row_U][:, None] + since_UW, 0, T - 1)
     return begins_R.astype(jnp.int32), token_UW, real_UW
 

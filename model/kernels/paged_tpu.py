@@ -75,10 +75,25 @@ def attend(
         + [jax.ShapeDtypeStruct(pages[name].shape, pages[name].dtype) for name in names if write],
         input_output_aliases={first_page + k: 1 + k for k in range(len(names)) if write},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(plan, scalars, q, fresh, pages),
         interpret=plan.interpret,
         name="paged_attention",
     )(*scalars, q, constants, [fresh[name] for name in names if write], [pages[name] for name in names])
     return found, pages | dict(zip(names, written))
+
+
+def _cost(plan: Plan, scalars: Scalars, q: tuple, fresh: dict, pages: dict) -> pl.CostEstimate:
+    """If every row filled its pages: what the compiler plans other work around."""
+    (I, J, M, _), (R,) = q[0].shape, scalars.row_start.shape
+    slots = plan.pages_a_row * plan.page_size
+    reach = min(plan.sight.reach() or slots, slots)
+    scores = max(I, R) * J * M * reach
+    width = sum(x.shape[-1] for x in q) + plan.part(plan.values).width // plan.heads
+    of_page = sum(pages[part.name].nbytes for part in plan.parts) // plan.num_pages
+    old = R * -(-reach // plan.page_size) * of_page
+    moved = old + 2 * sum(x.nbytes for x in fresh.values()) + 2 * sum(x.nbytes for x in q)
+    flops = 2 * scores * width * plan.together
+    return pl.CostEstimate(flops=flops, transcendentals=scores, bytes_accessed=moved)
 
 
 def _scratch(plan: Plan, J: int, widths: list[int], E: int, dtype, dtypes: dict) -> list:
