@@ -17,6 +17,10 @@ import jax.numpy as jnp
 
 from model.blocks.block import Run
 from model.config import STACKS, ModelConfig
+from model.kernels import backend
+from model.kernels.pages import SCALE, check_cache_dtype, is_quantized
+
+_KERNEL_PAGE = 128  # slots, of a dense cache for TPUs
 
 
 @flax.struct.dataclass
@@ -42,7 +46,8 @@ def init_pages(
     """The empty state of every block.
 
     Args:
-      dtype: of keys and values; default: that of the computation.
+      dtype: of keys and values; default: that of the computation. "int8" and "float8_e4m3fn": each head of each token
+        has a scale beside it; see model.kernels.pages. What is no page is in the dtype of the computation then.
       num_rows: of recurrent state, for the mixers that have one, and of what is remembered of an encoder.
       encoder_length: the most tokens that an encoder reads for a row; default: `cfg.max_length`.
 
@@ -54,10 +59,15 @@ def init_pages(
             "this model is an encoder: its tokens see those after them, so there is no cache and no text to continue. "
             "Use apply on whole texts, or model.embed."
         )
-    of_cache = jnp.dtype(dtype or cfg.dtype)
+    check_cache_dtype(dtype or cfg.dtype)
+    of_pages = jnp.dtype(dtype or cfg.dtype)
+    of_cache = jnp.dtype(cfg.dtype) if is_quantized(of_pages) else of_pages  # of all that is no page
     layers = {}
     for name, block, numbers in _runs(cfg):
-        state = block.mixer.init_cache(num_pages, page_size, num_rows, of_cache)
+        sizes = num_pages, page_size, num_rows
+        state = block.mixer.init_cache(*sizes, of_cache)
+        if of_pages != of_cache:
+            state = _with_pages(block.mixer.cache_axes(), state, block.mixer.init_cache(*sizes, of_pages))
         if block.cross is not None:
             state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, of_cache)
         if cfg.scan:
@@ -75,24 +85,44 @@ def init_cache(
     dtype: str | None = None,
     encoder_length: int | None = None,
 ) -> Cache:
-    """An empty dense cache for `batch_size` rows of at most `max_length` tokens; see `init_pages`."""
+    """An empty dense cache for `batch_size` rows of at most `max_length` tokens; see `init_pages`.
+
+    A row is one page, or where the kernel for TPUs reads it, pages that it reads one by one.
+    """
+    page_size = max_length if backend.current().name == "plain" else _KERNEL_PAGE
+    num_pages = batch_size * -(-max_length // page_size)
     return Cache(
-        layers=init_pages(cfg, batch_size, max_length, dtype, batch_size, encoder_length),
-        page_table=jnp.arange(batch_size, dtype=jnp.int32)[:, None],
+        layers=init_pages(cfg, num_pages, page_size, dtype, batch_size, encoder_length),
+        page_table=jnp.arange(num_pages, dtype=jnp.int32).reshape(batch_size, -1),
         length=jnp.zeros((batch_size,), jnp.int32),
     )
 
 
-def cache_axes(cfg: ModelConfig) -> dict[str, Any]:
-    """Logical axis names of `Cache.layers`, a tuple at each leaf."""
+def _with_pages(axes: dict[str, tuple], state: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:
+    """The state, its pages and their scales from the quantised one."""
+    is_page = lambda key: key.endswith(SCALE) or "slots" in axes[key]
+    return {key: value if is_page(key) else state[key] for key, value in quantized.items()}
+
+
+def cache_axes(cfg: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
+    """Logical axis names of `Cache.layers`, a tuple at each leaf; `dtype`: see `init_pages`."""
     lead = ("layers",) if cfg.scan else ()
     found = {}
     for name, block, _ in _runs(cfg):
         of_block = block.mixer.cache_axes() | (block.cross.cache_axes() if block.cross else {})
+        if is_quantized(dtype or cfg.dtype):
+            of_block |= _scale_axes(block.mixer)
         found[name] = {key: lead + axes for key, axes in of_block.items()}
     if cfg.byte_latent is not None:
         found["bytes"] = cfg.byte_latent.cache_axes()
     return found
+
+
+def _scale_axes(mixer: Any) -> dict[str, tuple]:
+    axes = mixer.cache_axes()
+    state = jax.eval_shape(lambda: mixer.init_cache(1, 1, 1, jnp.dtype("int8")))
+    heads = {key: axes[key.removesuffix(SCALE)][2] for key in state if key.endswith(SCALE)}
+    return {key: ("pages", name, "slots") for key, name in heads.items()}
 
 
 def _runs(cfg: ModelConfig) -> list[Run]:

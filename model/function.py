@@ -291,6 +291,7 @@ class Transformer(nn.Module):
 
 def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None, adapter) -> TokenInfo:
     B, T = tokens.shape
+    cached = None if cache is None or positions is not None or cfg.byte_latent is not None else cache.length
     if positions is None:
         start = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
@@ -302,7 +303,9 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
         return TokenInfo(positions, segment_ids, rows=rows, adapter=adapter)
     skipped = None if segment_ids is None else segment_ids == 0
     page, slot = write_places(cache.page_table, page_size, positions, skipped)
-    return TokenInfo(positions, segment_ids, cache.page_table, page, slot, rows=rows, adapter=adapter)
+    return TokenInfo(
+        positions, segment_ids, cache.page_table, page, slot, rows=rows, adapter=adapter, cached=cached
+    )
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from model import ModelConfig
+from model.kernels.pages import check_cache_dtype
 
 _FIRST_CHUNK = 32  # tokens of the smallest prefill chunk
 _FIRST_CONTEXT = 256  # tokens of the narrowest page table
@@ -31,7 +32,9 @@ class EngineConfig:
     row_buckets: tuple[int, ...] | None = None  # default: 1, 4, 16, ... max_rows
     chunk_buckets: tuple[int, ...] | None = None  # tokens; default: 32, 256, ... prefill_chunk
     context_buckets: tuple[int, ...] | None = None  # tokens; default: 256, 1024, ... max_length
-    cache_dtype: str | None = None  # of keys and values; default: that of the computation
+    # of keys and values; default: that of the computation. "int8", "float8_e4m3fn": quantised, each head of each token
+    # with a scale of its own
+    cache_dtype: str | None = None
     copy_params: bool = False  # keep own copies, for a trainer that donates its parameters
     seed: int = 0  # of requests that bring no seed of their own
 
@@ -46,6 +49,7 @@ class EngineConfig:
             _check_positive(name, getattr(self, name))
         length = cfg.max_length if self.max_length is None else self.max_length
         _check_positive("max_length", length)
+        check_cache_dtype(self.cache_dtype or cfg.dtype)
         if length < 2:
             raise ValueError(
                 f"max_length={length} leaves no room for a prompt and an answer; give at least 2."

@@ -9,19 +9,22 @@ an error, so that a server never stops to compile.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from model import Cache, ModelConfig, ShardingRules, apply, cache_axes, init_pages
+from model.kernels import backend
 from serve.engine_config import EngineSizes
 from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS
 from serve.sampling import RowSampling, Sampled, sample
@@ -53,7 +56,8 @@ class Programs:
         self._cfg, self._config, self._vocab_size = cfg, config, vocab_size
         self.param_shardings = jax.tree.map(lambda x: x.sharding, params)
         leaves, treedef = jax.tree.flatten(params)
-        self._inputs, pages = _placement(cfg, leaves[0].sharding)
+        self._backend, self._sharding = backend.current(), leaves[0].sharding
+        self._inputs, pages = _placement(cfg, self._sharding, config.cache_dtype)
         self._new_pages = functools.partial(_new_pages, cfg, config, pages)
         self._params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
@@ -68,7 +72,7 @@ class Programs:
             config.decode_steps,
             vocab_size,
         )
-        self._key = (cfg, treedef, signature, sizes)
+        self._key = (cfg, treedef, signature, sizes, self._backend)
         self._mine: dict[tuple, Any] = {}
         self._sealed = False
 
@@ -140,6 +144,14 @@ class Programs:
         return self._mine[shape]
 
     def _compile(self, kind: str, R: int, C: int, P: int) -> Any:
+        """For the back end of the engine, in whatever thread, and on its mesh where kernels ask for it."""
+        on_mesh = contextlib.nullcontext()
+        if self._backend.name == "tpu" and isinstance(self._sharding, NamedSharding):
+            on_mesh = jax.set_mesh(cast(Mesh, self._sharding.mesh))
+        with on_mesh, backend.use(*dataclasses.astuple(self._backend)):
+            return self._compile_here(kind, R, C, P)
+
+    def _compile_here(self, kind: str, R: int, C: int, P: int) -> Any:
         def array(dtype, *shape):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._inputs)
 
@@ -148,7 +160,8 @@ class Programs:
         )
         shardings = jax.tree.map(lambda x: x.sharding, pages)
         if kind == "clean":
-            jitted = jax.jit(functools.partial(_clean, self._cfg), donate_argnums=0, out_shardings=shardings)
+            clean = functools.partial(_clean, cache_axes(self._cfg, self._config.cache_dtype))
+            jitted = jax.jit(clean, donate_argnums=0, out_shardings=shardings)
             return jitted.lower(pages, array(np.int32, P)).compile()
         floats, ints = array(np.float32, R), array(np.int32, R)
         sampling = RowSampling(floats, ints, floats, floats, array(np.uint32, R, 2), ints)
@@ -207,30 +220,43 @@ def _decode(cfg, vocab_size, max_steps, params, pages, rows: Rows, token_R, budg
     return pages, count_R, all_sampled
 
 
-def _clean(cfg, pages, index_P):
+def _clean(all_axes, pages, index_P):
     def clean(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         if "pages" not in axes:
             return x  # a recurrent state begins anew with each request
         return x.at[(slice(None),) * axes.index("pages") + (index_P,)].set(0, mode="drop")
 
-    return jax.tree.map(clean, pages, cache_axes(cfg))
+    return jax.tree.map(clean, pages, all_axes)
 
 
-def _placement(cfg: ModelConfig, sharding: Sharding) -> tuple[Sharding, Any]:
+def _placement(cfg: ModelConfig, sharding: Sharding, dtype: str) -> tuple[Sharding, Any]:
     """Where inputs and pages go: to the device of the parameters, or on their mesh with the pages split over "tensor"
     where the key/value heads divide."""
+    shapes = jax.eval_shape(lambda: init_pages(cfg, 1, 1, dtype))
     if not isinstance(sharding, NamedSharding):
-        return sharding, jax.tree.map(lambda _: sharding, jax.eval_shape(lambda: init_pages(cfg, 1, 1)))
+        return sharding, jax.tree.map(lambda _: sharding, shapes)
     mesh, rules = sharding.mesh, ShardingRules()
     ways = dict(mesh.shape).get("tensor", 1)
+    divides = all(heads % ways == 0 for block in cfg.blocks for heads in _kv_heads(block))
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(array, axes):
         heads = axes.index("act_kv_heads") if "act_kv_heads" in axes else None
-        splits = ways > 1 and heads is not None and array.shape[heads] % ways == 0
+        splits = ways > 1 and divides and heads is not None and array.shape[heads] % ways == 0
         return NamedSharding(mesh, rules.spec(axes)) if splits else whole
 
-    return whole, jax.tree.map(place, jax.eval_shape(lambda: init_pages(cfg, 1, 1)), cache_axes(cfg))
+    return whole, jax.tree.map(place, shapes, cache_axes(cfg, dtype))
+
+
+def _kv_heads(part: Any) -> Iterator[int]:
+    """The numbers of key/value heads of a block, wherever in it they are."""
+    if isinstance(part, tuple):
+        for member in part:
+            yield from _kv_heads(member)
+    if dataclasses.is_dataclass(part):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            yield from (value,) if field.name == "num_kv_heads" else _kv_heads(value)
 
 
 def _new_pages(cfg: ModelConfig, config: EngineSizes, shardings: Any) -> Any:

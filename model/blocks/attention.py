@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import Any, Literal, cast
 
 import flax.linen as nn
@@ -22,9 +23,14 @@ from model.blocks.common import Context, More, TokenInfo, param
 from model.blocks.linear import linear, linear_out
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
+from model.kernels import backend, pages
 from model.kernels.attention import Scores, Sight, attention, self_attention_weights
+from model.kernels.paged_attention import Kept
+from model.kernels.paged_sharded import attend_on_mesh
 from model.kernels.self_attention import self_attention
-from model.sharding import constrain
+from model.sharding import ShardingRules, constrain
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Attention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"k", "v"} of [N, Z, K, C]; none where another layer's are taken."""
+        """Empty pages: {"k", "v"} of [N, Z, K * C]; none where another layer's are taken."""
         if self.keys_values == "take":
             return {}
         return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
@@ -149,9 +155,12 @@ class AttentionModule(nn.Module):
             stretches = info.positions, info.segment_ids, spec.sight()
             out_BTHC = self_attention(q_BTHC, k_BTKC, v_BTKC, *stretches, scores, self.ctx.rules)
         else:
-            if spec.keys_values != "take":
-                cache = keys_values = write_pages(cache, keys_values, info)
-            out_BTHC = _attend_pages(q_BTHC, keys_values, info, spec.sight(), scores)
+            kept, rest = Kept(spec.num_kv_heads), (info, spec.sight(), scores, self.ctx.rules)
+            if spec.keys_values == "take":
+                out_BTHC, _ = attend_pages(q_BTHC, None, keys_values, kept, *rest)
+            else:
+                out_BTHC, cache = attend_pages(q_BTHC, keys_values, cache, kept, *rest)
+                keys_values = cache
         if spec.keys_values == "give":
             shared |= {GIVEN + name: value for name, value in keys_values.items()}
         if spec.gate:
@@ -172,7 +181,11 @@ class AttentionModule(nn.Module):
                 raise ValueError(
                     'keys_values="take", but no attention before this gives its keys and values.'
                 )
-            return {name: info.shared[GIVEN + name] for name in ("k", "v")}
+            return {
+                name.removeprefix(GIVEN): value
+                for name, value in info.shared.items()
+                if name.startswith(GIVEN)
+            }
         k_BTKC = project_heads(self, "k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
         v_BTKC = project_heads(self, "v", x_BTD, spec.num_kv_heads, "kv_heads")
         return {"k": self._placed("k", k_BTKC, "kv_heads", info), "v": self._clip(v_BTKC)}
@@ -251,32 +264,26 @@ def sow_weights(
 
 
 GIVEN = "given_"  # before the names of keys and values that a layer gives to those after it
-PAGES = ("pages", "slots", "act_kv_heads", None)
+PAGES = ("pages", "slots", "act_kv_heads")
 KEY_VALUE_AXES: dict[str, tuple[str | None, ...]] = {"k": PAGES, "v": PAGES}
 
 
 def key_value_pages(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
-    """Empty pages of keys and values, [N, Z, K, C] each."""
-    shape = (num_pages, page_size, num_kv_heads, head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    """Empty pages of keys and values, [N, Z, K * C] each; see model.kernels.pages."""
+    size = num_pages, page_size, num_kv_heads, head_dim, dtype
+    return pages.empty_pages("k", *size) | pages.empty_pages("v", *size)
 
 
 def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:
     """Put each token's [B, T, ...] values into its page and slot; a page out of range takes nothing."""
-    where = (info.write_page, info.write_slot)
-    return {
-        name: pages.at[where].set(new[name].astype(pages.dtype), mode="drop") for name, pages in cache.items()
-    }
+    return pages.write(cache, new, cast(jax.Array, info.write_page), cast(jax.Array, info.write_slot))
 
 
-def read_pages(pages: jax.Array, info: TokenInfo) -> jax.Array:
-    """[N, Z, ...] pages to [B, S, ...]: slot s of a row holds position s."""
-    page_table_BP = cast(jax.Array, info.page_table)  # set whenever there is a cache
-    B, P = page_table_BP.shape
-    rows = jnp.take(pages, page_table_BP, axis=0, mode="clip")
-    return rows.reshape(B, P * pages.shape[1], *pages.shape[2:])
+def read_pages(cache: dict, name: str, info: TokenInfo, heads: int, dtype: jnp.dtype) -> jax.Array:
+    """[B, S, K, C]: slot s of a row holds position s."""
+    return pages.read(cache, name, cast(jax.Array, info.page_table), heads, dtype)
 
 
 def sees_slots(info: TokenInfo, sight: Sight, num_slots: int) -> jax.Array:
@@ -285,9 +292,44 @@ def sees_slots(info: TokenInfo, sight: Sight, num_slots: int) -> jax.Array:
     return mask_BTS if info.slots_filled is None else mask_BTS & info.slots_filled[:, None]
 
 
-def _attend_pages(q_BTHC: jax.Array, cache: dict, info: TokenInfo, sight: Sight, scores: Scores) -> jax.Array:
-    k_BSKC = read_pages(cache["k"], info).astype(q_BTHC.dtype)
-    v_BSKC = read_pages(cache["v"], info).astype(q_BTHC.dtype)
-    query_BT1, key_S = info.positions[:, :, None], jnp.arange(k_BSKC.shape[1])
+def attend_pages(
+    q_BTHC: jax.Array,
+    new: dict[str, jax.Array] | None,
+    cache: dict,
+    kept: Kept,
+    info: TokenInfo,
+    sight: Sight,
+    scores: Scores,
+    rules: ShardingRules | None,
+) -> tuple[jax.Array, dict]:
+    """(what tokens find in their rows, [B, T, H, E], the cache with them): by the kernel on TPUs, by gathering rows
+    elsewhere, and where the kernel can't: scores with a bias, and tokens that don't follow on those in the cache.
+
+    Args:
+      new: what `kept` names, of these tokens; None: the cache holds them already.
+    """
+    if backend.current().name == "tpu":
+        if scores.bias is None and info.cached is not None and info.page_table is not None:
+            T = q_BTHC.shape[1]
+            count_B = jnp.full_like(info.cached, T)
+            if info.segment_ids is not None:
+                count_B = jnp.sum(info.segment_ids != 0, axis=1, dtype=jnp.int32)
+            return attend_on_mesh(
+                q_BTHC, new, cache, info.page_table, info.cached, count_B, kept, sight, scores, rules
+            )
+        _say_that_rows_are_gathered()
+    if new is not None:
+        cache = write_pages(cache, new, info)
+    parts = {name: read_pages(cache, name, info, kept.heads, q_BTHC.dtype) for name in kept.names}
+    k_BSKC = kept.key_of(parts)
+    distance_BTS = jnp.arange(k_BSKC.shape[1]) - info.positions[:, :, None]
     mask_BTS = sees_slots(info, sight, k_BSKC.shape[1])
-    return attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores, key_S - query_BT1)
+    return attention(q_BTHC, k_BSKC, parts[kept.values], mask_BTS, scores, distance_BTS), cache
+
+
+@functools.cache
+def _say_that_rows_are_gathered() -> None:
+    _log.info(
+        "Some attention to a cache gathers whole rows: the kernel has no biases of the scores, and its tokens follow "
+        "on those in the cache."
+    )

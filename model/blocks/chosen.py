@@ -9,14 +9,14 @@ blocks made of them is added where they came from.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages
 from model.blocks.block import Block, BlockModule
 from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, param
+from model.kernels.pages import gather
 
 FILLED = "filled"  # among a state: which slots of the pages hold a token that was chosen
 
@@ -46,7 +46,12 @@ class Chosen(NamedTuple):
             page_BM = jnp.where(self.real_BM, self.take(info.write_page), NO_PAGE)
             pages = {"write_page": page_BM, "write_slot": self.take(info.write_slot)}
         return dataclasses.replace(
-            info, positions=self.take(info.positions), segment_ids=segments_BM, shared={}, **pages
+            info,
+            positions=self.take(info.positions),
+            segment_ids=segments_BM,
+            shared={},
+            cached=None,
+            **pages,
         )
 
 
@@ -135,4 +140,5 @@ def _fill(filled_NZ: jax.Array, info: TokenInfo, of_chosen: TokenInfo) -> tuple[
     """
     filled_NZ = filled_NZ.at[info.write_page, info.write_slot].set(False, mode="drop")
     filled_NZ = filled_NZ.at[of_chosen.write_page, of_chosen.write_slot].set(True, mode="drop")
-    return filled_NZ, dataclasses.replace(of_chosen, slots_filled=read_pages(filled_NZ, info))
+    filled_BS = gather(filled_NZ, cast(jax.Array, info.page_table))
+    return filled_NZ, dataclasses.replace(of_chosen, slots_filled=filled_BS)

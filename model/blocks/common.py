@@ -115,6 +115,9 @@ class TokenInfo:
     adapter: jax.Array | None = None  # [B] int32, see `Context`
     # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
     slots_filled: jax.Array | None = None
+    # [B] int32, tokens of the row in the cache before these, which go on from there one by one, before any padding;
+    # None: they may stand anywhere
+    cached: jax.Array | None = None
 
 
 NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages

@@ -69,7 +69,7 @@ class DifferentialAttention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"k", "v"} of [num_pages, page_size, K, C]."""
+        """Empty pages: {"k", "v"} of [num_pages, page_size, K * C]."""
         return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
@@ -99,7 +99,9 @@ class DifferentialAttentionModule(nn.Module):
             )
         else:
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
-            k_BSKC, v_BSKC = (read_pages(cache[name], info).astype(q_BTHC.dtype) for name in ("k", "v"))
+            k_BSKC, v_BSKC = (
+                read_pages(cache, name, info, spec.num_kv_heads, q_BTHC.dtype) for name in ("k", "v")
+            )
             mask_BTS = sees_slots(info, Sight(), k_BSKC.shape[1])
             out_BTHE = attention(q_BTHC, k_BSKC, _shared_values(v_BSKC), mask_BTS, Scores())
         first_BTPE, second_BTPE = jnp.split(out_BTHE, 2, axis=2)

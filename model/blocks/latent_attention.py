@@ -14,14 +14,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import read_pages, sees_slots, sow_weights, write_pages
+from model.blocks.attention import attend_pages, sow_weights
 from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
-from model.kernels.attention import Scores, Sight, attention
+from model.kernels.attention import Scores, Sight
+from model.kernels.paged_attention import Kept
+from model.kernels.pages import empty_pages, is_quantized
 from model.kernels.self_attention import self_attention
 from model.sharding import constrain
+
+KEPT = Kept(1, ("latent", "k_rope"), "latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +66,13 @@ class LatentAttention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"latent", "k_rope"}, [num_pages, page_size, kv_rank] and [num_pages, page_size, rope_dim]."""
-        return {
-            "latent": jnp.zeros((num_pages, page_size, self.kv_rank), dtype),
-            "k_rope": jnp.zeros((num_pages, page_size, self.rope_dim), dtype),
-        }
+        """Empty pages: {"latent", "k_rope"}, [num_pages, page_size, kv_rank] and [num_pages, page_size, rope_dim].
+
+        Of quantised ones the rotated key stays in bfloat16, as in DeepSeek's FlashMLA: it is small, and not normalised.
+        """
+        of_rope = jnp.dtype("bfloat16") if is_quantized(dtype) else dtype
+        latent = empty_pages("latent", num_pages, page_size, 1, self.kv_rank, dtype)
+        return latent | empty_pages("k_rope", num_pages, page_size, 1, self.rope_dim, of_rope)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
         return {"latent": ("pages", "slots", None), "k_rope": ("pages", "slots", None)}
@@ -97,8 +103,8 @@ class LatentAttentionModule(nn.Module):
         if cache is None:
             out_BTHE = self._attend(q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info)
         else:
-            cache = write_pages(cache, {"latent": latent_BTL, "k_rope": k_BTR}, info)
-            out_BTHE = self._attend_pages(q_BTHN, q_BTHR, cache, kv_b, info)
+            new = {"latent": latent_BTL, "k_rope": k_BTR}
+            out_BTHE, cache = self._attend_pages(q_BTHN, q_BTHR, new, cache, kv_b, info)
         return linear_out(self, out_BTHE, ("heads", "head_dim"), spec.bias), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
@@ -131,18 +137,14 @@ class LatentAttentionModule(nn.Module):
         stretches = info.positions, info.segment_ids, Sight()
         return self_attention(q_BTHC, k_BTHC, v_BTHE, *stretches, self._scores(), self.ctx.rules)
 
-    def _attend_pages(self, q_BTHN, q_BTHR, cache: dict, kv_b: LinearMap, info: TokenInfo) -> jax.Array:
+    def _attend_pages(self, q_BTHN, q_BTHR, new: dict, cache: dict, kv_b: LinearMap, info: TokenInfo):
         """The same numbers without making keys and values: q . (W z) = (W^T q) . z, so heads look at latents."""
-        spec, dtype = self.spec, q_BTHN.dtype
-        latent_BSL = read_pages(cache["latent"], info).astype(dtype)
-        k_BSR = read_pages(cache["k_rope"], info).astype(dtype)
+        spec = self.spec
         keys, values = kv_b.part(slice(0, spec.nope_dim)), kv_b.part(slice(spec.nope_dim, None))
-        q_BTHL = keys.einsum("BTHN,LHN->BTHL", q_BTHN)
-        q_BTHX = jnp.concatenate([q_BTHL, q_BTHR], -1)
-        k_BSX = jnp.concatenate([latent_BSL, k_BSR], -1)
-        mask_BTS = sees_slots(info, Sight(), k_BSX.shape[1])
-        out_BTHL = attention(q_BTHX, k_BSX[:, :, None], latent_BSL[:, :, None], mask_BTS, self._scores())
-        return values.einsum("BTHL,LHE->BTHE", out_BTHL)
+        q_BTHX = jnp.concatenate([keys.einsum("BTHN,LHN->BTHL", q_BTHN), q_BTHR], -1)
+        rest = info, Sight(), self._scores(), self.ctx.rules
+        out_BTHL, cache = attend_pages(q_BTHX, new, cache, KEPT, *rest)
+        return values.einsum("BTHL,LHE->BTHE", out_BTHL), cache
 
     def _scores(self) -> Scores:
         spec = self.spec

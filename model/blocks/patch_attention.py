@@ -95,7 +95,7 @@ class PatchPoolModule(nn.Module):
         patch_BS = patches.patch_BT
         if cache is not None:
             cache = write_pages({name: cache[name] for name in "kv"}, bytes_, info) | {"pooled": pooled_BD}
-            bytes_ = {name: read_pages(cache[name], info).astype(h_BTD.dtype) for name in "kv"}
+            bytes_ = {name: read_pages(cache, name, info, spec.num_kv_heads, h_BTD.dtype) for name in "kv"}
             patch_BS = _patch_of_slots(patches, walk, bytes_["k"].shape[1])
         q_BPD = q_BPND.reshape(B, P * N, D)
         q_BPHC = project_heads(self, "q", spec.norm.module(ctx, "q_norm")(q_BPD), spec.num_heads, "heads")

@@ -1,0 +1,77 @@
+"""Paged attention on a mesh: the compiler can't cut a kernel, so each device is given its heads by hand.
+
+Heads are split as pages are, over the mesh axes of `act_kv_heads`; heads of queries that share one key, as in latent
+attention, over those of `act_heads`, and then each device keeps all pages and writes the same into its own.
+"""
+
+# B batch, T tokens, H query heads, K key/value heads, C channels of a key, E channels of a value
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from model.kernels.attention import Scores, Sight
+from model.kernels.paged_attention import Kept, attend_in_rows
+from model.kernels.pages import SCALE
+from model.sharding import ShardingRules
+
+
+def attend_on_mesh(
+    q_BTHC: jax.Array,
+    new: dict[str, jax.Array] | None,
+    cache: dict[str, jax.Array],
+    page_table_BP: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+    kept: Kept,
+    sight: Sight,
+    scores: Scores,
+    rules: ShardingRules | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`attend_in_rows` on the mesh set with `jax.set_mesh`; without one, on one device.
+
+    Rows are whole on every device: any of them may be in any page.
+
+    Args:
+      rules: None: the table's defaults, by which the engine places its pages.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
+    table_and_rows = page_table_BP, start_B, count_B
+    if not ours:
+        return attend_in_rows(q_BTHC, new, cache, *table_and_rows, kept, sight, scores)
+    rules = rules or ShardingRules()
+    heads, kv_heads = (
+        tuple(axis for axis in axes if axis in ours and mesh.shape[axis] > 1)
+        for axes in (rules.act_heads, rules.act_kv_heads)
+    )
+    ways = math.prod(mesh.shape[axis] for axis in heads)
+    if kept.heads == 1:
+        kv_heads = ()
+    if q_BTHC.shape[2] % ways or kv_heads not in ((), heads) or (kept.heads > 1 and kept.heads % ways):
+        heads = kv_heads = ()  # whole on every device
+    elif kept.heads > 1 and not kv_heads:
+        heads = ()
+    kept = dataclasses.replace(kept, heads=kept.heads // math.prod(mesh.shape[axis] for axis in kv_heads))
+
+    def part(q_BTHC, new, cache, sinks_H, page_table_BP, start_B, count_B):
+        rows, of_part = (page_table_BP, start_B, count_B), dataclasses.replace(scores, sinks_H=sinks_H)
+        return attend_in_rows(q_BTHC, new, cache, *rows, kept, sight, of_part)
+
+    of_queries, whole = PartitionSpec(None, None, heads, None), PartitionSpec()
+    of_new = jax.tree.map(lambda x: PartitionSpec(None, None, kv_heads), new)
+    of_cache = {
+        name: PartitionSpec(None, kv_heads) if name.endswith(SCALE) else PartitionSpec(None, None, kv_heads)
+        for name in cache
+    }
+    return jax.shard_map(
+        part,
+        in_specs=(of_queries, of_new, of_cache, PartitionSpec(heads), whole, whole, whole),
+        out_specs=(of_queries, of_cache),
+        axis_names=ours,
+        check_vma=False,
+    )(q_BTHC, new, cache, scores.sinks_H, *table_and_rows)

@@ -1,0 +1,99 @@
+"""Pages of keys and values: how they lie in memory, and how tokens are put there and found again in plain jnp.
+
+A page holds Z slots, and a slot the channels of all heads side by side, [N, Z, K * C]. So a head's keys are columns of
+a matrix that a TPU multiplies by as it is: no head is picked out of a tile, and heads of 64 channels, or one head left
+on a device, fill a vector's 128 lanes all the same.
+
+Quantised pages hold integers or small floats, and one scale for each token and head in pages beside them, [N, K, Z]
+float32, as in KVQuant's per-token values (Hooper et al. 2024, arXiv:2401.18079): a token is quantised when it is
+written, and never again.
+"""
+
+# B rows, T tokens, N pages, Z slots a page, P pages a row, S = P * Z slots a row, K heads, C channels of a head
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of what a quantised number can be
+SCALE = "_scale"  # after the name of quantised pages: their scales
+CACHE_DTYPES = ("float32", "bfloat16", "float16", *LARGEST)
+
+
+def is_quantized(dtype) -> bool:
+    return jnp.dtype(dtype).name in LARGEST
+
+
+def check_cache_dtype(dtype) -> None:
+    """ValueError: keys and values can't be kept in it."""
+    try:
+        known = jnp.dtype(dtype).name in CACHE_DTYPES
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"cache_dtype={dtype!r}: keys and values are kept in one of {CACHE_DTYPES}.")
+
+
+def empty_pages(
+    name: str, num_pages: int, page_size: int, heads: int, width: int, dtype: jnp.dtype
+) -> dict[str, jax.Array]:
+    """{name: pages}, and their scales where they are quantised."""
+    pages = {name: jnp.zeros((num_pages, page_size, heads * width), dtype)}
+    if is_quantized(dtype):
+        pages[name + SCALE] = jnp.zeros((num_pages, heads, page_size), jnp.float32)
+    return pages
+
+
+def quantize(x_BTKC: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """(numbers of this dtype [..., K, C], scales [..., K] float32): a head's largest becomes the largest number."""
+    largest = LARGEST[jnp.dtype(dtype).name]
+    x_BTKC = x_BTKC.astype(jnp.float32)
+    top_BTK = jnp.abs(x_BTKC).max(-1)
+    scaled_BTKC = x_BTKC * (largest / jnp.where(top_BTK > 0, top_BTK, 1.0))[..., None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        scaled_BTKC = jnp.round(scaled_BTKC)
+    return jnp.clip(scaled_BTKC, -largest, largest).astype(dtype), top_BTK / largest
+
+
+def as_stored(cache: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """New tokens [B, T, K, C] (one head: [B, T, C]) as the pages of `cache` keep them: {"k": [B, T, K * C]}, with
+    scales {"k_scale": [B, T, K]} where there are any."""
+    stored = {}
+    for name, x in new.items():
+        if name + SCALE in cache:
+            heads = cache[name + SCALE].shape[1]
+            x, scales = quantize(x.reshape(*x.shape[:2], heads, -1), cache[name].dtype)
+            stored[name + SCALE] = scales
+        stored[name] = x.reshape(*x.shape[:2], -1).astype(cache[name].dtype)
+    return stored
+
+
+def write(
+    cache: dict[str, jax.Array], new: dict[str, jax.Array], page_BT: jax.Array, slot_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """`cache` with each new token in its page and slot; a page out of range takes nothing."""
+    written = {}
+    for name, x in as_stored(cache, new).items():
+        at = (page_BT, slice(None), slot_BT) if name.endswith(SCALE) else (page_BT, slot_BT)
+        written[name] = cache[name].at[at].set(x, mode="drop")
+    return cache | written
+
+
+def gather(pages: jax.Array, page_table_BP: jax.Array) -> jax.Array:
+    """[N, Z, ...] pages to [B, S, ...]: slot s of a row holds position s."""
+    B, P = page_table_BP.shape
+    rows = jnp.take(pages, page_table_BP, axis=0, mode="clip")
+    return rows.reshape(B, P * pages.shape[1], *pages.shape[2:])
+
+
+def read(
+    cache: dict[str, jax.Array], name: str, page_table_BP: jax.Array, heads: int, dtype: jnp.dtype
+) -> jax.Array:
+    """[B, S, K, C] in `dtype`: what the slots of each row hold."""
+    rows_BSX = gather(cache[name], page_table_BP)
+    rows_BSKC = rows_BSX.reshape(*rows_BSX.shape[:2], heads, -1)
+    if name + SCALE not in cache:
+        return rows_BSKC.astype(dtype)
+    scales_BSK = gather(cache[name + SCALE].swapaxes(1, 2), page_table_BP)
+    return (rows_BSKC.astype(jnp.float32) * scales_BSK[..., None]).astype(dtype)
