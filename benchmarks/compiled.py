@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import math
 import os
 import re
@@ -24,12 +23,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from benchmarks.compiled_cases import CASES, Case
 from model import ModelConfig
 from model.blocks.remat import POLICIES
 from model.families import FAMILIES
 from model.function import param_shapes
 from model.kernels import backend
-from train.config import MeshSpec, OptimizerSpec, TrainConfig
+from train.config import OptimizerSpec, TrainConfig
 from train.mesh import make_mesh, param_shardings, state_shardings
 from train.objectives import language_modelling
 from train.optimizer import adamw
@@ -49,75 +49,6 @@ HBM = {
     "v6e": 31.25 * 2**30,
 }  # bytes that a program may have, as libtpu says it when one does not fit
 LARGE = 2**22  # numbers: of arrays that are worth a look
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-
-
-def llama(width: int, ffn: int, layers: int, heads: int) -> dict:
-    sizes = {"hidden_size": width, "intermediate_size": ffn}
-    return LLAMA | sizes | {"num_hidden_layers": layers, "num_attention_heads": heads}
-
-
-MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    config: dict  # as in a config.json of Hugging Face
-    topology: str
-    mesh: MeshSpec
-    rows: int  # of a step, over all devices
-    length: int = 8192
-
-    @property
-    def chip(self) -> str:
-        return self.topology.split(":")[0]
-
-
-CASES = {
-    "llama-8b": Case(llama(4096, 14336, 32, 32), "v5p:4x4x4", MeshSpec(data=1, fsdp=64), 64),
-    "llama-8b-v6e": Case(llama(4096, 14336, 32, 32), "v6e:8x8", MeshSpec(data=1, fsdp=64), 64),
-    "llama-8b-128k": Case(
-        llama(4096, 14336, 32, 32), "v5p:4x4x4", MeshSpec(data=1, fsdp=8, context=8), 8, 131072
-    ),
-    "llama-70b": Case(llama(8192, 28672, 80, 64), "v5p:4x8x8", MeshSpec(data=1, fsdp=64, tensor=4), 128),
-    "llama-405b": Case(
-        llama(16384, 53248, 126, 128), "v5p:8x8x16", MeshSpec(data=1, fsdp=128, tensor=8), 256
-    ),
-    "mixtral-8x7b": Case(MIXTRAL, "v5p:4x4x4", MeshSpec(data=1, fsdp=64), 64),
-}
 
 
 def main() -> None:
