@@ -118,6 +118,7 @@ class Case:
 
 CASES = {
     "llama-8b": Case(llama(4096, 14336, 32, 32), "v5p:4x4x4", MeshSpec(data=1, fsdp=64), 64),
+    "llama-8b-4-chips": Case(llama(4096, 14336, 32, 32), "v5p:2x2x1", MeshSpec(data=1, fsdp=4), 4),
     "llama-8b-v6e": Case(llama(4096, 14336, 32, 32), "v6e:8x8", MeshSpec(data=1, fsdp=64), 64),
     "llama-8b-128k": Case(
         llama(4096, 14336, 32, 32), "v5p:4x4x4", MeshSpec(data=1, fsdp=8, context=8), 8, 131072
@@ -128,7 +129,7 @@ CASES = {
     ),
     "llama-70b-v6e": Case(llama(8192, 28672, 80, 64), "v6e:16x16", MeshSpec(data=1, fsdp=64, tensor=4), 64),
     "mixtral-8x7b": Case(MIXTRAL, "v5p:4x4x4", MeshSpec(data=1, fsdp=64), 64),
-    "deepseek-v3": Case(DEEPSEEK_V3, "v5p:8x8x8", MeshSpec(data=1, fsdp=128, tensor=4), 128),
+    "deepseek-v3": Case(DEEPSEEK_V3, "v5p:8x8x8", MeshSpec(data=1, fsdp=64, tensor=8), 64),
     "falcon-h1-1.5b": Case(FALCON_H1, "v5p:2x2x2", MeshSpec(data=1, fsdp=8), 32),
     "falcon-h1-1.5b-v6e": Case(FALCON_H1, "v6e:4x4", MeshSpec(data=1, fsdp=16), 16),
 }
