@@ -210,14 +210,13 @@ def fill(row: Row, compiled, text: str) -> None:
     row.vmem = scoped_vmem("\n".join(kernels) if kernels else text)
     row.code, row.temporary = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
     row.xla_flops, row.xla_bytes = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
-    row.xla_seconds = cost.get("optimal_seconds", math.nan)
+    seconds = cost.get("optimal_seconds", math.nan)
+    row.xla_seconds = seconds if seconds >= 0 else math.nan  # of megablox it is below 0
     told = sum('"cost_estimate"' in call for call in kernels)
     row.told = f"{told} of {len(kernels)}" if kernels else ""
 
 
-KERNEL = (
-    r'custom_call_target="tpu_custom_call".*?(?=\n\s*(?:ROOT )?%[\w.\-]+ |\nENTRY)'  # may be of several lines
-)
+KERNEL = r'custom_call_target="tpu_custom_call".*?(?=\n\s*(?:ROOT )?%[\w.\-]+ |\nENTRY|\Z)'  # may be of several lines
 
 
 def scoped_vmem(text: str) -> int:
