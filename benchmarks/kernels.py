@@ -211,7 +211,7 @@ def fill(row: Row, compiled, text: str) -> None:
     row.code, row.temporary = memory.generated_code_size_in_bytes, memory.temp_size_in_bytes
     row.xla_flops, row.xla_bytes = cost.get("flops", math.nan), cost.get("bytes accessed", math.nan)
     seconds = cost.get("optimal_seconds", math.nan)
-    row.xla_seconds = seconds if seconds >= 0 else math.nan  # of megablox it is below 0
+    row.xla_seconds = seconds if seconds >= 0 else math.nan  # of some kernels it is below 0
     told = sum('"cost_estimate"' in call for call in kernels)
     row.told = f"{told} of {len(kernels)}" if kernels else ""
 
