@@ -299,7 +299,7 @@ def test_shapes_that_do_not_fit_are_named(shapes, message):
 
 
 def test_unknown_back_ends_chips_and_blocks_are_named():
-    with pytest.raises(ValueError, match="no back end 'gpu'"), backend.use("gpu"):
+    with pytest.raises(ValueError, match="no back end 'npu'"), backend.use("npu"):
         pass
     with pytest.raises(ValueError, match="v5e"), backend.use("tpu", "v9"):
         pass
