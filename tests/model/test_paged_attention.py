@@ -290,8 +290,6 @@ def test_every_chip_has_a_program_that_copies_no_cache(chip, name, B, T):
     assert "paged_attention" in program.as_text()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes  # what comes in is what goes out
-    if name == "latent, int8" and T == 1:
-        pytest.xfail("pages of 64 channels beside a latent (67 MB here) are laid out anew around the kernel")
     if T == 1:
         assert memory.temp_size_in_bytes < cache_bytes / 3
 
