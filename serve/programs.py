@@ -21,10 +21,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from model import Cache, ModelConfig, ShardingRules, apply, cache_axes, init_pages
 from model.kernels import backend
+from model.kernels.pages import row_by_row
+from model.layout import relayout
 from serve.engine_config import EngineSizes
 from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS
 from serve.sampling import RowSampling, Sampled, sample
@@ -53,16 +56,12 @@ class Programs:
     """The programs of one engine, and the cache pages that they pass on."""
 
     def __init__(self, cfg: ModelConfig, params: Any, config: EngineSizes, vocab_size: int):
-        self._cfg, self._config, self._vocab_size = cfg, config, vocab_size
+        self._config = config
         self.param_shardings = jax.tree.map(lambda x: x.sharding, params)
-        leaves, treedef = jax.tree.flatten(params)
-        self._backend, self._sharding = backend.current(), leaves[0].sharding
-        self._inputs, pages = _placement(cfg, self._sharding, config.cache_dtype)
-        self._new_pages = functools.partial(_new_pages, cfg, config, pages)
-        self._params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-        )
+        self._steps = Steps(cfg, params, config, vocab_size)
+        self._new_pages = jax.jit(self._steps.new_pages, out_shardings=self._steps.places)
         self.pages = self._new_pages()
+        leaves, treedef = jax.tree.flatten(params)
         signature = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
         sizes = (
             config.num_pages,
@@ -72,7 +71,7 @@ class Programs:
             config.decode_steps,
             vocab_size,
         )
-        self._key = (cfg, treedef, signature, sizes, self._backend)
+        self._key = (cfg, treedef, signature, sizes, self._steps.backend)
         self._mine: dict[tuple, Any] = {}
         self._sealed = False
 
@@ -139,46 +138,73 @@ class Programs:
                 )
             key = (*self._key, shape)
             if key not in _COMPILED:
-                _COMPILED[key] = self._compile(*shape)
+                _COMPILED[key] = self._steps.lower(*shape).compile()
             self._mine[shape] = _COMPILED[key]
         return self._mine[shape]
 
-    def _compile(self, kind: str, R: int, C: int, P: int) -> Any:
+
+class Steps:
+    """What an engine compiles: its steps, traced for a shape. Needs no array, so it also serves machines that are not
+    here."""
+
+    def __init__(self, cfg: ModelConfig, params: Any, config: EngineSizes, vocab_size: int):
+        """`params`: arrays, or their shapes with shardings."""
+        self._cfg, self._config, self._vocab_size = cfg, config, vocab_size
+        self.backend = backend.current()
+        # A kernel is given whole arrays: the pages of a layer among stacked ones would be copied for it.
+        self._of_pages = cfg.replace(scan=cfg.scan and self.backend.name == "plain")
+        self._sharding = jax.tree.leaves(params)[0].sharding
+        self._inputs, self.places = _placement(self._of_pages, self._sharding, config.cache_dtype)
+        self._params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+        self.pages = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(self.new_pages),
+            self.places,
+        )
+
+    def new_pages(self) -> Any:
+        """Empty ones, and states of rows."""
+        # One more than is handed out: it stays zero, and page tables point to it where a row has no page.
+        # One row of recurrent state more as well, for what pads a batch.
+        config = self._config
+        sizes = config.num_pages + 1, config.page_size, config.cache_dtype, config.max_rows + 1
+        return init_pages(self._of_pages, *sizes)
+
+    def lower(self, kind: str, R: int, C: int, P: int) -> jax.stages.Lowered:
         """For the back end of the engine, in whatever thread, and on its mesh where kernels ask for it."""
         on_mesh = contextlib.nullcontext()
-        if self._backend.name == "tpu" and isinstance(self._sharding, NamedSharding):
+        if self.backend.name == "tpu" and isinstance(self._sharding, NamedSharding):
             on_mesh = jax.set_mesh(cast(Mesh, self._sharding.mesh))
-        with on_mesh, backend.use(*dataclasses.astuple(self._backend)):
-            return self._compile_here(kind, R, C, P)
+        with on_mesh, backend.use(*dataclasses.astuple(self.backend)):
+            return self._lower_here(kind, R, C, P)
 
-    def _compile_here(self, kind: str, R: int, C: int, P: int) -> Any:
+    def _lower_here(self, kind: str, R: int, C: int, P: int) -> jax.stages.Lowered:
         def array(dtype, *shape):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._inputs)
 
-        pages = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.pages
-        )
-        shardings = jax.tree.map(lambda x: x.sharding, pages)
         if kind == "clean":
-            clean = functools.partial(_clean, cache_axes(self._cfg, self._config.cache_dtype))
-            jitted = jax.jit(clean, donate_argnums=0, out_shardings=shardings)
-            return jitted.lower(pages, array(np.int32, P)).compile()
+            clean = functools.partial(_clean, cache_axes(self._of_pages, self._config.cache_dtype))
+            jitted = jax.jit(clean, donate_argnums=0, out_shardings=self.places)
+            return jitted.lower(self.pages, array(np.int32, P))
         floats, ints = array(np.float32, R), array(np.int32, R)
         sampling = RowSampling(floats, ints, floats, floats, array(np.uint32, R, 2), ints)
         rows = Rows(array(np.int32, R, P), ints, ints, array(np.int32, R, MAX_STOP_TOKENS), sampling)
         if kind == "prefill":
             function, more = _prefill, (array(np.int32, R, C), ints)
-            out_shardings = (shardings, self._inputs)
-            static = (self._cfg, self._vocab_size)
+            out_shardings, static = (self.places, self._inputs), ()
         else:
             function, more = _decode, (ints, ints, array(np.int32))
-            out_shardings = (shardings, self._inputs, self._inputs)
-            static = (self._cfg, self._vocab_size, self._config.decode_steps)
-        jitted = jax.jit(functools.partial(function, *static), donate_argnums=1, out_shardings=out_shardings)
-        return jitted.lower(self._params, pages, rows, *more).compile()
+            out_shardings = (self.places, self._inputs, self._inputs)
+            static = (self._config.decode_steps,)
+        step = functools.partial(function, self._cfg, self._of_pages.scan, self._vocab_size, *static)
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
+        return jitted.lower(self._params, self.pages, rows, *more)
 
 
-def _prefill(cfg, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
+def _prefill(cfg, scan, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
+    cfg, params = relayout(cfg, params, scan=scan)
     real_RC = (jnp.arange(tokens_RC.shape[1]) < count_R[:, None]).astype(jnp.int32)
     cache = Cache(pages, rows.page_table, rows.length, rows.number)
     last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
@@ -188,7 +214,8 @@ def _prefill(cfg, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
     return out.cache.layers, jax.tree.map(lambda x: x[:, None], sampled)
 
 
-def _decode(cfg, vocab_size, max_steps, params, pages, rows: Rows, token_R, budget_R, steps):
+def _decode(cfg, scan, vocab_size, max_steps, params, pages, rows: Rows, token_R, budget_R, steps):
+    cfg, params = relayout(cfg, params, scan=scan)
     R = len(token_R)
     count = min(MAX_LOGPROBS, cfg.vocab_size)
     floats, ints = jnp.zeros((R, max_steps)), jnp.zeros((R, max_steps), jnp.int32)
@@ -231,19 +258,19 @@ def _clean(all_axes, pages, index_P):
 
 def _placement(cfg: ModelConfig, sharding: Sharding, dtype: str) -> tuple[Sharding, Any]:
     """Where inputs and pages go: to the device of the parameters, or on their mesh with the pages split over "tensor"
-    where the key/value heads divide."""
+    where the key/value heads divide. Of pages also how they lie there."""
     shapes = jax.eval_shape(lambda: init_pages(cfg, 1, 1, dtype))
     if not isinstance(sharding, NamedSharding):
-        return sharding, jax.tree.map(lambda _: sharding, shapes)
+        return sharding, jax.tree.map(lambda x: row_by_row(x, sharding), shapes)
     mesh, rules = sharding.mesh, ShardingRules()
     ways = dict(mesh.shape).get("tensor", 1)
     divides = all(heads % ways == 0 for block in cfg.blocks for heads in _kv_heads(block))
     whole = NamedSharding(mesh, PartitionSpec())
 
-    def place(array, axes):
+    def place(array, axes) -> Format:
         heads = axes.index("act_kv_heads") if "act_kv_heads" in axes else None
         splits = ways > 1 and divides and heads is not None and array.shape[heads] % ways == 0
-        return NamedSharding(mesh, rules.spec(axes)) if splits else whole
+        return row_by_row(array, NamedSharding(mesh, rules.spec(axes)) if splits else whole)
 
     return whole, jax.tree.map(place, shapes, cache_axes(cfg, dtype))
 
@@ -257,11 +284,3 @@ def _kv_heads(part: Any) -> Iterator[int]:
         for field in dataclasses.fields(part):
             value = getattr(part, field.name)
             yield from (value,) if field.name == "num_kv_heads" else _kv_heads(value)
-
-
-def _new_pages(cfg: ModelConfig, config: EngineSizes, shardings: Any) -> Any:
-    # One more than is handed out: it stays zero, and page tables point to it where a row has no page.
-    # One row of recurrent state more as well, for what pads a batch.
-    rows = config.max_rows + 1
-    pages = init_pages(cfg, config.num_pages + 1, config.page_size, config.cache_dtype, rows)
-    return jax.device_put(pages, shardings)

@@ -56,6 +56,8 @@ def attend(
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     of_q = tuple(pl.BlockSpec((None, J, M, width), item) for width in widths)
     write = bool(fresh)
+    # A compiler with fast memory to spare would move all pages of scales there and back.
+    stay = lambda x: x if plan.interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
     first_page = len(scalars) + len(q) + len(jax.tree.leaves(constants)) + len(fresh)
     found, *written = pl.pallas_call(
         functools.partial(_kernel, plan, write),
@@ -78,7 +80,7 @@ def attend(
         cost_estimate=_cost(plan, scalars, q, fresh, pages),
         interpret=plan.interpret,
         name="paged_attention",
-    )(*scalars, q, constants, [fresh[name] for name in names if write], [pages[name] for name in names])
+    )(*scalars, q, constants, [fresh[name] for name in names if write], [stay(pages[name]) for name in names])
     return found, pages | dict(zip(names, written))
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Sharding
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}  # of what a quantised number can be
 SCALE = "_scale"  # after the name of quantised pages: their scales
@@ -43,6 +45,15 @@ def empty_pages(
     if is_quantized(dtype):
         pages[name + SCALE] = jnp.zeros((num_pages, heads, page_size), jnp.float32)
     return pages
+
+
+def row_by_row(pages: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding) -> Format:
+    """How pages lie where a program is given them and gives them back: the last axis without gaps.
+
+    A compiler for TPUs that may choose turns pages whose slots do not fill whole vectors (64 channels of a rotated key,
+    or 3 heads of 64), and then copies all of them before and after the kernel that reads them row by row.
+    """
+    return Format(Layout(tuple(range(pages.ndim))), sharding)
 
 
 def quantize(x_BTKC: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:

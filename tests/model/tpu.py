@@ -6,6 +6,7 @@
 import functools
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -45,3 +46,13 @@ def compile_for(chip: str, function, *arguments: jax.ShapeDtypeStruct):
     """The program of `function` for one such chip."""
     on_chip = one_chip(chip)
     return jax.jit(function, in_shardings=on_chip, out_shardings=on_chip).lower(*arguments).compile()
+
+
+def assert_not_moved(program: str, arrays) -> None:
+    """The text of this program makes nothing of these arrays' shapes but what lies where they lay."""
+    shapes = {",".join(map(str, x.shape)) for x in arrays}
+    assert shapes
+    for line in program.splitlines():
+        made = re.match(r"\s*(?:ROOT )?%[\w.-]+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if made and made[1] in shapes:
+            assert made[2] in ("parameter", "get-tuple-element", "bitcast"), line

@@ -9,10 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from model import MESH_AXES, ShardingRules, apply, decoder, init, init_cache, logical_axes
+from model import apply, decoder, init, init_cache
 from model.kernels import backend
-from model.sharding import named_sharding
+from model.layout import relayout
 from serve import Engine, Request, SamplingParams
+from serve.engine_config import EngineConfig
+from serve.programs import Steps
+
+from ..model.tpu import assert_not_moved, needs_libtpu, one_chip
 
 QUANTIZED = {"int8": 0.1, "float8_e4m3fn": 0.5}  # how far a log-probability may be off
 PERIOD, WORDS = 6, np.arange(20, 36)
@@ -81,23 +85,26 @@ def test_generation_from_quantised_pages_is_that_from_whole_ones(learnt, tokeniz
 
 @pytest.mark.parametrize("dtype", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in QUANTIZED)])
 def test_the_kernel_says_what_gathered_rows_say(learnt, tokenizer, dtype):
+    """Also of a model whose layers are stacked."""
     wanted = tokens_of(learnt, tokenizer, cache_dtype=dtype)
     with backend.use("tpu", interpret=True):
-        assert tokens_of(learnt, tokenizer, cache_dtype=dtype) == wanted
+        assert tokens_of(relayout(*learnt, scan=True), tokenizer, cache_dtype=dtype) == wanted
 
 
+@needs_libtpu
 @pytest.mark.slow
-def test_the_kernel_says_the_same_on_a_mesh(learnt, tokenizer):
-    cfg, params = learnt
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 1, 1, 1, 2), MESH_AXES)
-    shardings = jax.tree.map(
-        lambda axes: named_sharding(mesh, ShardingRules(), axes),
-        logical_axes(cfg),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    wanted = tokens_of(learnt, tokenizer, cache_dtype="int8")
-    with backend.use("tpu", interpret=True):
-        assert tokens_of(learnt, tokenizer, jax.device_put(params, shardings), cache_dtype="int8") == wanted
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_program_for_a_tpu_copies_no_pages(dtype):
+    """Of stacked layers, and of heads whose channels don't fill a TPU's vectors."""
+    cfg = decoder(4096, 576, 2, 9, 3, 64, 1024, dtype="bfloat16", scan=True)
+    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_chip("v5e")), params)
+    config = EngineConfig(max_rows=16, num_pages=4096, page_size=128, max_length=1024, cache_dtype=dtype)
+    with backend.use("tpu", "v5e"):
+        steps = Steps(cfg, params, config.resolve(cfg), cfg.vocab_size)
+        text = steps.lower("decode", 16, 1, 8).compile().as_text()
+    assert "paged_attention" in text
+    assert_not_moved(text, jax.tree.leaves(steps.pages))
 
 
 def test_a_dtype_that_pages_cannot_have_is_named(learnt, tokenizer):
