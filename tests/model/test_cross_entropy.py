@@ -22,7 +22,7 @@ from model.vocabulary_head import VocabularyHead
 from .conftest import compiled_fast as jit
 from .conftest import random_params, random_tokens, tiny
 from .test_flash_attention import mesh_of
-from .tpu import CHIPS, compile_for, needs_libtpu
+from .tpu import CHIPS, compile_for, needs_libtpu, sweep
 
 SMALL = {"tiles": Tiles(128, 128, 128), "stripe_bytes": 1}  # the smallest that there are
 FORMS = {"plain": {"name": "plain"}, "kernels": {"name": "tpu", "interpret": True}}
@@ -264,11 +264,10 @@ def test_logits_are_never_in_memory():
 
 
 SMALLEST = "v4"  # of the fast memories
-SLOW = pytest.mark.slow
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", [SMALLEST, *(pytest.param(c, marks=SLOW) for c in CHIPS if c != SMALLEST)])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_every_chip_has_a_program(chip):
     with backend.use("tpu", chip):
         program = compiled_step(functools.partial(compile_for, chip), jnp.bfloat16, cross_entropy)
@@ -289,9 +288,8 @@ KINDS = {
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_has_a_program_for_each_kind(chip, kind):
+@pytest.mark.parametrize("chip, kind", sweep(KINDS, SMALLEST))
+def test_chips_have_a_program_for_each_kind(chip, kind):
     with backend.use("tpu", chip):
         for dtype in (jnp.bfloat16, jnp.float32):
             compiled_step(functools.partial(compile_for, chip), dtype, cross_entropy, **KINDS[kind])

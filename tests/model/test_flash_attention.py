@@ -17,7 +17,7 @@ from model.kernels.self_attention import self_attention
 from model.sharding import MESH_AXES, ShardingRules, named_sharding
 
 from .conftest import compiled_fast as jit
-from .tpu import CHIPS, compile_for, needs_libtpu
+from .tpu import CHIPS, compile_for, needs_libtpu, sweep
 
 SMALL = Blocks(128, 128)  # the smallest that a TPU has
 
@@ -328,11 +328,10 @@ def compiled_step(chip, widths, dtype=jnp.bfloat16, T=8192, **options):
 
 
 SMALLEST = "v4"  # of the fast memories
-SLOW = pytest.mark.slow
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", [SMALLEST, *(pytest.param(c, marks=SLOW) for c in CHIPS if c != SMALLEST)])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_every_chip_has_a_program(chip):
     program = compiled_step(chip, (128, 128), sight=Sight(window=4096), softcap=50.0)
     for kernel in ("flash_forward", "flash_query_gradients", "flash_key_value_gradients"):
@@ -343,9 +342,8 @@ def test_every_chip_has_a_program(chip):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_has_a_program_for_each_kind(chip, widths):
+@pytest.mark.parametrize("chip, widths", sweep(WIDTHS, SMALLEST))
+def test_chips_have_a_program_for_each_kind(chip, widths):
     compiled_step(chip, WIDTHS[widths])
     compiled_step(chip, WIDTHS[widths], sight=Sight(chunk=2048))
     compiled_step(chip, WIDTHS[widths], sight=Sight(causal=False), dtype=jnp.float32, T=1000)

@@ -16,7 +16,7 @@ from model.kernels.grouped_quantized import quantize_matrices, quantized_grouped
 from model.kernels.grouped_visits import Blocks, parts_of_visit, rows_of_visit, visits_of
 
 from .conftest import compiled_fast as jit
-from .tpu import CHIPS, compile_for, needs_libtpu
+from .tpu import CHIPS, compile_for, needs_libtpu, sweep
 
 SMALL = Plan(Blocks(256, 128, 128), interpret=True)
 
@@ -182,12 +182,11 @@ def test_what_does_not_fit_is_named():
 # E, I, O, and the rows of 8192 tokens
 MIXTRAL, DEEPSEEK_V3, GPT_OSS = (8, 4096, 14336, 16384), (256, 7168, 2048, 65536), (128, 2880, 2880, 32768)
 SMALLEST = "v4"  # of the fast memories
-SLOW = pytest.mark.slow
 shaped = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", [SMALLEST, *(pytest.param(c, marks=SLOW) for c in CHIPS if c != SMALLEST)])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_every_chip_has_a_program_that_copies_nothing(chip):
     E, I, O, M = MIXTRAL
 
@@ -207,10 +206,12 @@ def test_every_chip_has_a_program_that_copies_nothing(chip):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("E, I, O, M", [DEEPSEEK_V3, GPT_OSS, (8, 14336, 4096, 1000)], ids=str)
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_has_a_program_for_each_size(chip, E, I, O, M, dtype):
+@pytest.mark.parametrize(
+    "chip, size", sweep([DEEPSEEK_V3, GPT_OSS, (8, 14336, 4096, 1000)], SMALLEST), ids=str
+)
+def test_chips_have_a_program_for_each_size(chip, size, dtype):
     """One by one: what DeepSeek-V3 reads and writes in all is more than some of them hold."""
+    E, I, O, M = size
     if dtype == jnp.float32:
         E //= 4
     plan, wide, sizes = Plan(BLOCKS[chip]), functools.partial(shaped, dtype), shaped(jnp.int32, E)

@@ -12,7 +12,7 @@ from model.kernels.chunk_tiles import Sizes
 from model.sharding import MESH_AXES, ShardingRules
 
 from .conftest import compiled_fast as jit
-from .tpu import CHIPS, compile_for, needs_libtpu
+from .tpu import CHIPS, compile_for, needs_libtpu, sweep
 
 SMALL = Sizes(256, 128)
 
@@ -227,12 +227,12 @@ def compiled_step(chip, model, T=8192, dtype=jnp.bfloat16):
 
 
 SMALLEST = "v4"  # of the fast memories
-SLOW = pytest.mark.slow
+MAIN = ("Mamba-2 1.3B", "Qwen3-Next 80B")
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", [SMALLEST, *(pytest.param(c, marks=SLOW) for c in CHIPS if c != SMALLEST)])
-@pytest.mark.parametrize("model", ["Mamba-2 1.3B", "Qwen3-Next 80B"])
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("model", MAIN)
 def test_every_chip_has_a_program(chip, model):
     program, kind = compiled_step(chip, model).as_text(), MODELS[model][0].split()[0]
     assert f"{kind}_forward" in program and f"{kind}_backward" in program
@@ -240,15 +240,14 @@ def test_every_chip_has_a_program(chip, model):
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [m for m in MODELS if m not in ("Mamba-2 1.3B", "Qwen3-Next 80B")])
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_has_a_program_for_each_model(chip, model):
+@pytest.mark.parametrize("chip, model", sweep([m for m in MODELS if m not in MAIN], SMALLEST))
+def test_chips_have_a_program_for_each_model(chip, model):
     compiled_step(chip, model)
 
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["Mamba-2 1.3B", "Qwen3-Next 80B"])
+@pytest.mark.parametrize("model", MAIN)
 def test_every_chip_has_a_program_for_float32(model):
     compiled_step(SMALLEST, model, T=1000, dtype=jnp.float32)
 

@@ -5,9 +5,11 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -46,6 +48,16 @@ def compile_for(chip: str, function, *arguments: jax.ShapeDtypeStruct):
     """The program of `function` for one such chip."""
     on_chip = one_chip(chip)
     return jax.jit(function, in_shardings=on_chip, out_shardings=on_chip).lower(*arguments).compile()
+
+
+def sweep(cases: Iterable, smallest: str) -> list[tuple]:
+    """(chip, case): each case for the chip that has the least room, and for one of the others in turn.
+
+    What differs between chips is the size of blocks, what differs between cases the kernel; all pairs would say little
+    more and take hours.
+    """
+    others = itertools.cycle(chip for chip in CHIPS if chip != smallest)
+    return [(chip, case) for case in cases for chip in (smallest, next(others))]
 
 
 def assert_not_moved(program: str, arrays) -> None:
