@@ -8,10 +8,12 @@ A chunk is as long as a vector has lanes, so that what happens within it are squ
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 LANES = 128
 CHUNK = LANES
@@ -27,6 +29,13 @@ class Sizes:
     def __post_init__(self):
         if self.tokens % CHUNK or self.width % LANES or min(self.tokens, self.width) < 1:
             raise ValueError(f"{self}: blocks are multiples of the {LANES} lanes of a vector.")
+
+
+def cost(multiplied: int, tokens: int, inputs: Sequence[jax.Array], outputs: Sequence) -> pl.CostEstimate:
+    """What the compiler plans other work around: so many multiplications, and tokens of all rows and heads, each with
+    decays to those of its chunk."""
+    moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *outputs) if x is not None)
+    return pl.CostEstimate(flops=2 * multiplied, bytes_accessed=moved, transcendentals=tokens * (CHUNK + 3))
 
 
 class Sight(NamedTuple):

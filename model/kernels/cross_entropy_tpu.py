@@ -50,6 +50,7 @@ def forward(plan: Plan, hidden_ND, head_VD, bias_V, targets_N, choices) -> Score
             *(pltpu.VMEM(x.shape, x.dtype) for x in jax.tree.leaves(start)),
         ],
         compiler_params=_COMPILER,
+        cost_estimate=_cost(grid, hidden_ND, head_VD, 0),
         interpret=plan.interpret,
         name="cross_entropy_forward",
     )(choices[None], hidden_ND, head_VD, _as_row(bias_V), targets_N[None])
@@ -73,6 +74,7 @@ def stripe_gradients(plan: Plan, hidden_ND, head_SD, bias_S, targets_N, pull: Pu
             *[pltpu.VMEM((Q, 1), jnp.float32)] * len(jax.tree.leaves(rows)),
         ],
         compiler_params=_COMPILER,
+        cost_estimate=_cost(grid, hidden_ND, head_SD, N * V * hidden_ND.dtype.itemsize),
         interpret=plan.interpret,
         name="cross_entropy_gradients",
     )(hidden_ND, head_SD, _as_row(bias_S), targets_N[None], rows)
@@ -164,6 +166,15 @@ def _channels(D: int, most: int) -> int:
     if D <= most:
         return D
     return next((C for C in range(most, most // 2 - 1, -LANES) if D % C == 0), most)
+
+
+def _cost(grid: tuple[int, int, int], hidden_ND, head_VD, written: int) -> pl.CostEstimate:
+    """Hidden states are read for each tile of the vocabulary, the head for each tile of tokens."""
+    (N, D), V = hidden_ND.shape, len(head_VD)
+    read = (
+        grid[1] * hidden_ND.size * hidden_ND.dtype.itemsize + grid[0] * head_VD.size * head_VD.dtype.itemsize
+    )
+    return pl.CostEstimate(flops=2 * N * V * D, bytes_accessed=read + written, transcendentals=N * V)
 
 
 def _specs(Q: int, S: int, C: int, bias: jax.Array | None) -> list[pl.BlockSpec | None]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.chunk_tiles import CHUNK, all_sum, at_last, column_sum, in_lane, product, row_sum
+from model.kernels.chunk_tiles import CHUNK, all_sum, at_last, column_sum, cost, in_lane, product, row_sum
 from model.kernels.delta_forward import DIMENSIONS, Plan, added, exact, new_values, of_chunk
 
 
@@ -39,7 +39,14 @@ def gradients(
     I = q_BTE.shape[1] // plan.tokens
     back = lambda t: I - 1 - t
     keys, values, row, documents, inverses = plan.specs(back)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    inputs = q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, documents_B1T
+    inputs += entering_BHIKV, inverses_BTX, do_BTF, dlast_BHKV
+    outputs = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for x in (q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, dlast_BHKV)
+    ]
+    tokens = B * H * q_BTE.shape[1]
+    multiplied = 5 * CHUNK * (plan.keys + plan.values) + 8 * plan.keys * plan.values  # for one
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=(B, H, I),
@@ -56,7 +63,7 @@ def gradients(
             plan.state_spec(),
         ],
         out_specs=[keys, keys, values, row, row, plan.state_spec()],
-        out_shape=[like(x) for x in (q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, dlast_BHKV)],
+        out_shape=outputs,
         scratch_shapes=[
             pltpu.VMEM((plan.keys, plan.values), jnp.float32),
             pltpu.VMEM((plan.tokens // CHUNK, plan.keys, plan.values), jnp.float32),
@@ -64,12 +71,10 @@ def gradients(
             pltpu.VMEM((plan.tokens, plan.values), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
+        cost_estimate=cost(tokens * multiplied, tokens, inputs, outputs),
         interpret=plan.interpret,
         name="delta_backward",
-    )(
-        *(q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, documents_B1T),
-        *(entering_BHIKV, inverses_BTX, do_BTF, dlast_BHKV),
-    )
+    )(*inputs)
 
 
 def _kernel(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.chunk_tiles import CHUNK, Decays, Sight, decays, product, sight, upright
+from model.kernels.chunk_tiles import CHUNK, Decays, Sight, cost, decays, product, sight, upright
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,15 @@ def forward(plan: Plan, q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, documents_B
     I = T // plan.tokens
     keys, values, row, documents, inverses = plan.specs(lambda t: t)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    inputs = q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, documents_B1T, state_BHKV
+    outputs = [
+        float32(B, T, F),
+        float32(*state_BHKV.shape),
+        float32(B, H, I, plan.keys, plan.values) if saves else None,
+        float32(B, T, H * CHUNK) if saves else None,
+    ]
+    # for a token of a head: two products of keys, those of the inverse, of what is written and found, and of the state
+    multiplied = CHUNK * (2 * plan.keys + 12 * CHUNK + 2 * plan.values) + 3 * plan.keys * plan.values
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=(B, H, I),
@@ -66,20 +75,16 @@ def forward(plan: Plan, q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, documents_B
             plan.entering_spec(lambda t: t) if saves else None,
             inverses if saves else None,
         ],
-        out_shape=[
-            float32(B, T, F),
-            float32(*state_BHKV.shape),
-            float32(B, H, I, plan.keys, plan.values) if saves else None,
-            float32(B, T, H * CHUNK) if saves else None,
-        ],
+        out_shape=outputs,
         scratch_shapes=[
             pltpu.VMEM((plan.keys, plan.values), jnp.float32),
             None if saves else pltpu.VMEM((plan.tokens, CHUNK), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
+        cost_estimate=cost(B * T * H * multiplied, B * T * H, inputs, outputs),
         interpret=plan.interpret,
         name="delta_forward",
-    )(q_BTE, k_BTE, v_BTF, totals_BH1T, beta_BH1T, documents_B1T, state_BHKV)
+    )(*inputs)
 
 
 def _kernel(

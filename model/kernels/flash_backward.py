@@ -78,6 +78,7 @@ def query_gradients(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
+        cost_estimate=plan.cost(B * H, 2 * C + E, ((C + E, k_BKSC.dtype, Q),), (q_BHTC, q_BHTC, dout_BHTE)),
         interpret=plan.interpret,
         name="flash_query_gradients",
     )(*bounds, q_BHTC, k_BKSC, v_BKSE, ids, dout_BHTE, lse_BH1T, delta_BH1T)
@@ -170,6 +171,10 @@ def key_value_gradients(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BKSC, v_BKSE)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary")
+        ),
+        cost_estimate=plan.cost(
+            *(B * K * plan.group, 2 * (C + E), ((C + E, q_BHTC.dtype, N),)),
+            (k_BKSC, v_BKSE, k_BKSC, v_BKSE),
         ),
         interpret=plan.interpret,
         name="flash_key_value_gradients",

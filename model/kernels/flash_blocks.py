@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
 
 LANES = 128
 NO_KEY = -1e30  # the log-sum-exp of a query that sees no key: finite, so that differences of two are no NaN
@@ -62,6 +64,27 @@ class Plan:
     def query_steps(self) -> int:
         """At most so many blocks of queries need one block of keys."""
         return self._steps(self.blocks.keys, self.blocks.queries, self.query_blocks)
+
+    def pairs(self) -> int:
+        """Queries and keys that meet, at most, where the queries are a row's last tokens."""
+        query = np.arange(self.num_queries) + (self.num_keys - self.num_queries if self.causal else 0)
+        reach = self.reach or self.num_keys + self.num_queries
+        last = np.minimum(query if self.causal else query + reach - 1, self.num_keys - 1)
+        return int(np.maximum(0, last - np.maximum(0, query - reach + 1) + 1).sum())
+
+    def cost(self, rows: int, channels: int, streamed: tuple, once: tuple) -> pl.CostEstimate:
+        """What the compiler plans other work around.
+
+        Args:
+          rows: of pairs: rows of the batch times query heads.
+          channels: that are multiplied for a pair.
+          streamed: (what is read anew for each block of the other side, how many rows that has) each.
+          once: arrays that are read or written once.
+        """
+        pairs = rows * self.pairs()
+        moved = sum(pairs // block * width * dtype.itemsize for width, dtype, block in streamed)
+        moved += sum(x.size * x.dtype.itemsize for x in once)
+        return pl.CostEstimate(flops=2 * pairs * channels, bytes_accessed=moved, transcendentals=pairs)
 
     def _steps(self, here: int, there: int, all_blocks: int) -> int:
         if self.reach is None:

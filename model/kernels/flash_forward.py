@@ -51,6 +51,7 @@ def forward(plan: Plan, bounds: Bounds, q_BHTC, k_BKSC, v_BKSE, ids) -> tuple[ja
         return b, 0, key_block(plan, Bounds(*bounds), b, i, step)[0]
 
     id_specs = (pl.BlockSpec((None, 1, Q), query_ids), pl.BlockSpec((None, 1, N), key_ids))
+    out = jax.ShapeDtypeStruct((B, H, T, E), q_BHTC.dtype)
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -73,13 +74,11 @@ def forward(plan: Plan, bounds: Bounds, q_BHTC, k_BKSC, v_BKSE, ids) -> tuple[ja
                 None if ids is None else pltpu.VMEM((Q, LANES), jnp.int32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B, H, T, E), q_BHTC.dtype),
-            jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32),
-        ],
+        out_shape=[out, jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
+        cost_estimate=plan.cost(B * H, C + E, ((C + E, k_BKSC.dtype, Q),), (q_BHTC, out)),
         interpret=plan.interpret,
         name="flash_forward",
     )(*bounds, q_BHTC, k_BKSC, v_BKSE, ids)

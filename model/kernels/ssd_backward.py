@@ -23,6 +23,7 @@ from model.kernels.chunk_tiles import (
     all_sum,
     at_last,
     column_sum,
+    cost,
     decays,
     in_lane,
     in_row,
@@ -44,6 +45,15 @@ def gradients(
     values, totals, keys, documents = plan.specs(N, back)
     key_parts = pl.BlockSpec((None, None, plan.tokens, N), lambda b, w, t, j: (b, w, back(t), 0))
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    multiplied = 3 * W * J * CHUNK * N + F * (2 * CHUNK + 5 * N)  # for a token
+    inputs = v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, entering_BINF, dy_BTF, dlast_BNF
+    outputs = [
+        jax.ShapeDtypeStruct(v_BTF.shape, v_BTF.dtype),
+        float32(*totals_BMRT.shape),
+        float32(B, W, T, N),
+        float32(B, W, T, N),
+        float32(B, N, F),
+    ]
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=grid,
@@ -58,21 +68,16 @@ def gradients(
             plan.state_spec(N, 0, J - 1),
         ],
         out_specs=[values, totals, key_parts, key_parts, plan.state_spec(N, I - 1, 0)],
-        out_shape=[
-            jax.ShapeDtypeStruct(v_BTF.shape, v_BTF.dtype),
-            float32(*totals_BMRT.shape),
-            float32(B, W, T, N),
-            float32(B, W, T, N),
-            float32(B, N, F),
-        ],
+        out_shape=outputs,
         scratch_shapes=[
             pltpu.VMEM((J, N, plan.channels), jnp.float32),
             pltpu.VMEM((plan.tokens // CHUNK, N, plan.channels), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
+        cost_estimate=cost(B * T * multiplied, B * T * F // plan.width, inputs, outputs),
         interpret=plan.interpret,
         name="ssd_backward",
-    )(v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, entering_BINF, dy_BTF, dlast_BNF)
+    )(*inputs)
 
 
 def _kernel(

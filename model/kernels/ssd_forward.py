@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.chunk_tiles import CHUNK, decays, product, sight
+from model.kernels.chunk_tiles import CHUNK, cost, decays, product, sight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,13 @@ def forward(plan: Plan, v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, state_B
     grid = plan.grid(B, T)
     I, J = grid[2:]
     values, totals, keys, documents = plan.specs(N, lambda t: t)
+    multiplied = grid[1] * J * CHUNK * N + F * (CHUNK + 2 * N)  # for a token
+    inputs = v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, state_BNF
+    outputs = [
+        jax.ShapeDtypeStruct((B, T, F), jnp.float32),
+        jax.ShapeDtypeStruct((B, N, F), jnp.float32),
+        jax.ShapeDtypeStruct((B, I, N, F), jnp.float32) if saves else None,
+    ]
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=grid,
@@ -88,16 +95,13 @@ def forward(plan: Plan, v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, state_B
             plan.state_spec(N, I - 1, 0),
             plan.entering_spec(N, lambda t: t) if saves else None,
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, T, F), jnp.float32),
-            jax.ShapeDtypeStruct((B, N, F), jnp.float32),
-            jax.ShapeDtypeStruct((B, I, N, F), jnp.float32) if saves else None,
-        ],
+        out_shape=outputs,
         scratch_shapes=[pltpu.VMEM((J, N, plan.channels), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
+        cost_estimate=cost(B * T * multiplied, B * T * F // plan.width, inputs, outputs),
         interpret=plan.interpret,
         name="ssd_forward",
-    )(v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, state_BNF)
+    )(*inputs)
 
 
 def _kernel(
