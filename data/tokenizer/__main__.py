@@ -21,8 +21,8 @@ import time
 import typing
 from pathlib import Path
 
+from configs.commands import Commands
 from configs.files import atomic_write
-from configs.typed import ConfigError
 from data.load import load_tokenizer
 from data.tokenizer.convert import FORMATS, convert
 from data.tokenizer.interface import to_json
@@ -30,30 +30,13 @@ from data.tokenizer.training import PatternName, TokenizerKind, train_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
-    try:
-        return options.run(options)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted; nothing was written.", file=sys.stderr)
-        return 130
+    return _commands().run(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data.tokenizer", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="train|compare|show|convert")
+def _commands() -> Commands:
+    commands = Commands("python -m data.tokenizer", __doc__)
 
-    def command(name: str, run: typing.Callable, about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        added.set_defaults(run=run)
-        return added
-
-    train = command("train", _train, "Trains a tokenizer on texts and writes a Hugging Face folder.")
+    train = commands.add("train", _train, "Trains a tokenizer on texts and writes a Hugging Face folder.")
     train.add_argument("texts", nargs="+", help="files, folders or text datasets")
     train.add_argument("--out", required=True, help="the folder to write")
     train.add_argument(
@@ -78,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--text_field", default="text", help="of JSONL and Parquet")
 
-    compare = command(
+    compare = commands.add(
         "compare", _compare, "Tokenizers over the same texts: a table, compare.json and compare.png."
     )
     compare.add_argument("tokenizers", nargs="+", help="paths, or NAME=PATH")
@@ -92,17 +75,17 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="runs/tokenizers", help="the folder of compare.json and compare.png"
     )
 
-    show = command("show", _show, "A tokenizer's facts, and a text cut into its pieces.")
+    show = commands.add("show", _show, "A tokenizer's facts, and a text cut into its pieces.")
     show.add_argument("tokenizer")
     show.add_argument(
         "--text", default="def f(x):\n    return x + 1234  # It's na\u00efve, \u4e2d\u6587 \U0001f600"
     )
 
-    to = command("convert", _convert, "Writes a tokenizer in another format; its ids stay the same.")
+    to = commands.add("convert", _convert, "Writes a tokenizer in another format; its ids stay the same.")
     to.add_argument("tokenizer")
     to.add_argument("destination", help="a folder (huggingface) or a file")
     to.add_argument("--format", choices=list(FORMATS), required=True)
-    return parser
+    return commands
 
 
 def _train(options: argparse.Namespace) -> int:
