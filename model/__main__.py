@@ -41,7 +41,8 @@ def _commands() -> Commands:
         "trace",
         _trace,
         "Draws what happens inside for one text: one HTML page.",
-        "It has the likeliest next token after each block, what each head looks at, and how much each expert has to do.",
+        "It has the likeliest next token after each block, what each head looks at, and how much each expert has to "
+        "do.",
     )
     trace.add_argument("path", help=PATH_HELP)
     trace.add_argument("text")

@@ -112,7 +112,7 @@ def _kernel(
         here = pl.ds(pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
         _, decay, beta_Q1 = of_chunk(totals_1T, beta_1T, documents_1T, here)
         new_QV = new_values(k_TK[here], v_TV[here], states_CKV[at], decay)
-        written_QV = exact(inverses_TQ[here], beta_Q1 * new_QV, (1, 0))
+        written_QV = exact(inverses_TQ[here], beta_Q1 * new_QV, (1, 0), k_TK.dtype)
         new_TV[here], written_TV[here] = new_QV, written_QV
 
         @pl.when(at + 1 < chunks)
@@ -146,14 +146,14 @@ def _kernel(
         # what is written: into the chunk's own tokens and into the state after it
         dwritten_QV = multiply(scores_QQ, do_QV, (0, 0)) + multiply(k_QK, d_KV, (1, 0)) * out_Q1
         dout_QK = multiply(written_QV, d_KV, (1, 1)) * out_Q1
-        dright_QV = exact(inverses_TQ[here], dwritten_QV, (0, 0))
+        dright_QV = exact(inverses_TQ[here], dwritten_QV, (0, 0), k_TK.dtype)
         dv_QV = beta_Q1 * dright_QV
         dv_TV[here] = dv_QV.astype(dv_TV.dtype)
 
         # the triangular system and what the state before the chunk knows
         within_QQ = jnp.where(sees.earlier_QQ, between_QQ, 0)
         overlap_QQ = multiply(k_QK, k_QK, (1, 1)) * within_QQ
-        doverlap_QQ = -exact(dright_QV, written_QV, (1, 1))
+        doverlap_QQ = -exact(dright_QV, written_QV, (1, 1), k_TK.dtype)
         dproducts_QQ = doverlap_QQ * beta_Q1 * within_QQ
         dknown_QK = -multiply(dv_QV, state_KV, (1, 1)) * into_Q1
         dk_QK = multiply(dscores_QQ, q_QK, (0, 0)) + dout_QK + dknown_QK
