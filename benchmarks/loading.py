@@ -92,6 +92,7 @@ import json, sys, threading, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from model import MESH_AXES, load, load_config, logical_axes
+from model.convert import convert
 from model.sharding import ShardingRules, named_sharding
 
 def private():
@@ -115,7 +116,6 @@ thread = threading.Thread(target=watch); thread.start()
 if how == "mesh":
     params = load(path, shardings=shardings)[1]
 else:
-    from model.convert import convert
     convert(path, sys.argv[3], format={"native": "native"}.get(how))
 done = True; thread.join()
 print(json.dumps((peak - before) * 1024))

@@ -34,12 +34,12 @@ class Sizes:
     cores: int = 1
 
 
-# A copy of 2 MiB takes longer than its start on every chip, and two of them with their queries leave half of the 16 MiB
-# that a kernel is given on the smallest. On v4 and v5p one device is two cores, and what the compiler keeps beside the
-# blocks leaves room for half of that (0.4 us of v5p's 2.8 TB/s).
+# A copy of 1 MiB takes longer than its start on every chip (0.4 us of v5p's 2.8 TB/s). Two such blocks with
+# their queries and what the compiler keeps beside them fit the 16 MiB that a kernel is given on v4, v5e and
+# v5p, where two of 2 MiB do not; v6e and tpu7x give it more. On v4 and v5p one device is two cores.
 SIZES = {
     "v4": Sizes(2**20, cores=2),
-    "v5e": Sizes(2**21),
+    "v5e": Sizes(2**20),
     "v5p": Sizes(2**20, cores=2),
     "v6e": Sizes(2**21),
     "tpu7x": Sizes(2**21),

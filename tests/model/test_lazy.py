@@ -118,7 +118,7 @@ def test_peak_memory_is_the_parameters_and_one_tensor(experts, tmp_path):
     total, largest = write_made_up(tmp_path / "model", 64 if experts else 16, experts)
     allowed = 20e6  # threads and buffers
     assert peak_memory(tmp_path / "model", "mesh", tmp_path) < total + largest + allowed
-    assert peak_memory(tmp_path / "model", "convert", tmp_path / "copy") < largest + allowed
+    assert peak_memory(tmp_path / "model", "convert", tmp_path / "copy") < largest + allowed / 2
     if experts:  # a native checkpoint is written in chunks, each beside its compressed form
         in_chunks = largest + allowed + 2 * CHUNK_BYTES
         assert peak_memory(tmp_path / "model", "native", tmp_path / "native") < in_chunks < total
