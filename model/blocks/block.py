@@ -8,6 +8,7 @@ Also `run_stack`, which runs blocks one after the other, equal neighbours in one
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, Literal
 
@@ -131,11 +132,10 @@ def run_part(
 
 
 def _run(ctx: Context, name: str, block: Block, count: int):
-    module = rematerialised(BlockModule, ctx.remat, ctx.scan)
     if not ctx.scan:
-        return module(block, ctx, name=name)
+        return _traced_once(ctx.remat)(block, ctx, name=name)
     scanned = nn.scan(
-        module,
+        rematerialised(BlockModule, ctx.remat, scan=True),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax takes a tuple too
@@ -143,6 +143,12 @@ def _run(ctx: Context, name: str, block: Block, count: int):
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(block, ctx, name=name)
+
+
+@functools.cache
+def _traced_once(remat: str) -> type[nn.Module]:
+    """Equal blocks are traced and lowered once, however many there are; a compiler sees each in its place."""
+    return nn.jit(rematerialised(BlockModule, remat, scan=False))
 
 
 class BlockModule(nn.Module):

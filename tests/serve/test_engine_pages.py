@@ -24,8 +24,8 @@ PERIOD, WORDS = 6, np.arange(20, 36)
 
 @functools.cache
 def repeats(count, seed=0):
-    """[count, 4 * PERIOD] tokens, whose first PERIOD come again and again."""
-    return np.tile(np.random.default_rng(seed).choice(WORDS, (count, PERIOD)), (1, 4)).astype(np.int32)
+    """[count, 7 * PERIOD] tokens, whose first PERIOD come again and again: as many as the engine is to say at most."""
+    return np.tile(np.random.default_rng(seed).choice(WORDS, (count, PERIOD)), (1, 7)).astype(np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_generation_from_quantised_pages_is_that_from_whole_ones(learnt, tokeniz
     cfg, params = learnt
     tokens = repeats(8, 2)
     logprobs = [
-        jax.nn.log_softmax(apply(cfg, params, tokens, cache=init_cache(cfg, 8, 24, name)).logits)[:, PERIOD:]
+        jax.nn.log_softmax(apply(cfg, params, tokens, cache=init_cache(cfg, 8, 48, name)).logits)[:, PERIOD:]
         for name in (None, dtype)
     ]
     at_targets = [
