@@ -36,11 +36,16 @@ class Commands:
     def run(self, argv: Sequence[str] | None = None) -> int:
         """The exit code, for `sys.exit`. What a user has to mend is one paragraph on stderr and exit code 2."""
         options = self._parser.parse_args(argv)
-        try:
-            return options.run(options)
-        except (ConfigError, ValueError, FileNotFoundError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("\nInterrupted; nothing was written.", file=sys.stderr)
-            return 130
+        return exit_code(lambda: options.run(options), "Interrupted; nothing was written.")
+
+
+def exit_code(work: Callable[[], int], interrupted: str) -> int:
+    """What `work` returns; 2 after an error that a user has to mend, 130 after an interrupt."""
+    try:
+        return work()
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130

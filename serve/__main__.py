@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
+from configs.commands import exit_code
 from configs.paths import installed_file
 
 DESCRIPTION = """\
@@ -35,14 +36,7 @@ _BURST_SECONDS = 0.1  # between two pieces of a streamed answer
 def main(argv: list[str] | None = None) -> int:
     options = _options().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
-    try:
-        return _serve(options)
-    except (ConfigError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _serve(options), "Stopped.")
 
 
 def _options() -> argparse.ArgumentParser:

@@ -9,9 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from model import apply, decoder, init, init_cache
+from model import MESH_AXES, ShardingRules, apply, decoder, init, init_cache, logical_axes
 from model.kernels import backend
 from model.layout import relayout
+from model.sharding import named_sharding
 from serve import Engine, Request, SamplingParams
 from serve.engine_config import EngineConfig
 from serve.programs import Steps
@@ -89,6 +90,20 @@ def test_the_kernel_says_what_gathered_rows_say(learnt, tokenizer, dtype):
     wanted = tokens_of(learnt, tokenizer, cache_dtype=dtype)
     with backend.use("tpu", interpret=True):
         assert tokens_of(relayout(*learnt, scan=True), tokenizer, cache_dtype=dtype) == wanted
+
+
+@pytest.mark.slow
+def test_the_kernel_says_the_same_on_a_mesh(learnt, tokenizer):
+    cfg, params = learnt
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 1, 1, 1, 2), MESH_AXES)
+    shardings = jax.tree.map(
+        lambda axes: named_sharding(mesh, ShardingRules(), axes),
+        logical_axes(cfg),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    wanted = tokens_of(learnt, tokenizer, cache_dtype="int8")
+    with backend.use("tpu", interpret=True):
+        assert tokens_of(learnt, tokenizer, jax.device_put(params, shardings), cache_dtype="int8") == wanted
 
 
 @needs_libtpu
