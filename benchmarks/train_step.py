@@ -4,18 +4,27 @@
 
 25 million parameters (the mixture: 78 million, of which 8 x 2 experts), float32, AdamW, clipping by the global norm, as
 `python -m train` runs it. The peer is transformers' own model, eager and under torch.compile. Each round runs ours and
-then each peer; the figures are medians over the rounds. The rate of a plain matrix product is measured beside them.
+then each peer, a step that is not timed and one that is: after another process's turn the first has to get its memory
+from the system again. The figures are medians over the rounds. All get memory in huge pages, where Linux gives them on
+request. The rate of a plain matrix product is measured beside them, forward and with both of its gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+
+import jax
+import jax.numpy as jnp
+
+from model.compilation import training_options
 
 VOCAB = 4096
 TORCH = ("torch==2.13.0", "transformers==5.23.0")
@@ -31,16 +40,20 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    (work if options.worker else compare)(options)
+    WORKERS[options.worker](options) if options.worker else compare(options)
 
 
 def compare(options: argparse.Namespace) -> None:
     from benchmarks.venvs import python_of
 
     shape = [f"--model={options.model}", f"--rows={options.rows}", f"--length={options.length}"]
-    workers = {"Crucible": Worker([sys.executable, "-m", "benchmarks.train_step", "--worker", *shape])}
+    ours = [sys.executable, "-m", "benchmarks.train_step", *shape]
+    with tempfile.TemporaryDirectory() as cache:
+        workers = {"Crucible": Worker([*ours, "--worker=steps"], cache)}
+        cached = Worker([*ours, "--worker=compile"], cache).first["compile_seconds"]
+    product = Worker([*ours, "--worker=product"]).first
     for name in options.peers:
         python = str(python_of("torch", *TORCH))
         workers[name] = Worker([python, "benchmarks/peers/torch_step.py", *shape, *PEERS[name]])
@@ -49,22 +62,28 @@ def compare(options: argparse.Namespace) -> None:
             worker.step()
             print(f"round {round + 1}: {name} {worker.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
     report(options, workers)
+    report_compiler(workers["Crucible"], cached, product)
 
 
 class Worker:
     """A process that takes steps when it is told to."""
 
-    def __init__(self, command: list[str]):
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: list[str], cache: str = ""):
+        settings = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        if cache:
+            settings["JAX_COMPILATION_CACHE_DIR"] = cache
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings
+        )
         self.first = self._answer()
         self.seconds: list[float] = []
 
     def step(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write("1\n")
+        self._process.stdin.write("2\n")
         self._process.stdin.flush()
         self.last = self._answer()
-        self.seconds += self.last["seconds"]
+        self.seconds.append(self.last["seconds"][-1])
 
     def _answer(self) -> dict:
         assert self._process.stdout is not None
@@ -77,7 +96,6 @@ class Worker:
 def report(options: argparse.Namespace, workers: dict[str, Worker]) -> None:
     tokens = options.rows * options.length
     ours = statistics.median(workers["Crucible"].seconds)
-    extra = workers["Crucible"].first
     print(f"{options.model}, {options.rows} rows of {options.length} tokens, {options.rounds} rounds")
     print(
         f"{'':<18} {'s/step':>7} {'tokens/s':>9} {'ours is':>8} {'peak MB':>8} {'first step s':>12} parameters"
@@ -89,25 +107,19 @@ def report(options: argparse.Namespace, workers: dict[str, Worker]) -> None:
             f"{worker.last['peak_bytes'] / 1e6:>8.0f} {worker.first['seconds']:>12.1f} "
             f"{worker.first['parameters'] / 1e6:.1f} M"
         )
-    rate, product = extra["flops"] / ours / 1e9, extra["product_gflops"]
-    print(f"ours: {rate:.0f} GFLOP/s, {rate / product:.2f} of a plain matrix product's {product:.0f}")
-    print(f"compiled in {extra['compile_seconds']:.1f} s; from the cache in {extra['cached_seconds']:.1f} s")
 
 
-def work(options: argparse.Namespace) -> None:
-    """Takes a step for each that is asked for on standard input; answers in JSON."""
-    import tempfile
+def report_compiler(ours: Worker, cached: float, product: dict[str, float]) -> None:
+    rate = ours.first["flops"] / statistics.median(ours.seconds) / 1e9
+    print(f"ours: {rate:.0f} GFLOP/s; of a plain matrix product's")
+    for name, gflops in product.items():
+        print(f"  {gflops:.0f} {name}: {rate / gflops:.2f}")
+    print(f"compiled in {ours.first['compile_seconds']:.1f} s; from the cache in {cached:.1f} s")
 
-    import jax
 
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        step, state, batch, flops = make_step(options)
-        compile_seconds, compiled = timed(lambda: step.lower(state, batch).compile())
-        jax.clear_caches()
-        cached_seconds, _ = timed(lambda: step.lower(state, batch).compile())
-    product = product_gflops()
+def take_steps(options: argparse.Namespace) -> None:
+    """As many as asked for on standard input; answers in JSON."""
+    state, batch, flops, compiled, compile_seconds = compile_step(options)
     seconds, (state, loss) = timed(lambda: run(compiled, state, batch))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(
@@ -116,8 +128,6 @@ def work(options: argparse.Namespace) -> None:
         parameters=parameters,
         flops=flops,
         compile_seconds=compile_seconds,
-        cached_seconds=cached_seconds,
-        product_gflops=product,
     )
     for line in sys.stdin:
         taken = []
@@ -127,13 +137,40 @@ def work(options: argparse.Namespace) -> None:
         say(seconds=taken, loss=loss)
 
 
+def compile_step(options: argparse.Namespace):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    step, state, batch, flops = make_step(options)
+    seconds, compiled = timed(lambda: step.lower(state, batch).compile())
+    return state, batch, flops, compiled, seconds
+
+
+def compile_again(options: argparse.Namespace) -> None:
+    say(compile_seconds=compile_step(options)[-1])
+
+
+def take_products(options: argparse.Namespace) -> None:
+    """Rates of float32 products as the feed-forward networks have them, compiled as the step is: the best of ten."""
+    N, D, F = 4096, 512, 1408
+    x_ND, w_DF, d_NF = jnp.ones((N, D)), jnp.ones((D, F)), jnp.ones((N, F))
+    forms = {
+        "alone": lambda x_ND, w_DF, d_NF: x_ND @ w_DF,
+        "with both of its gradients": lambda x_ND, w_DF, d_NF: (x_ND @ w_DF, d_NF @ w_DF.T, x_ND.T @ d_NF),
+    }
+    rates = {}
+    for name, form in forms.items():
+        product = jax.jit(form, compiler_options=training_options())
+        results = jax.block_until_ready(product(x_ND, w_DF, d_NF))
+        best = min(timed(lambda: jax.block_until_ready(product(x_ND, w_DF, d_NF)))[0] for _ in range(10))  # noqa: B023
+        rates[name] = len(jax.tree.leaves(results)) * 2 * N * D * F / best / 1e9
+    print(json.dumps(rates), flush=True)
+
+
+WORKERS = {"steps": take_steps, "compile": compile_again, "product": take_products}
+
+
 def make_step(options: argparse.Namespace):
     """(the jitted step, its state, a batch, flops of a step)."""
-    import jax
-    import jax.numpy as jnp
-
     from model import init
-    from model.compilation import training_options
     from model.flops import train_flops_per_token
     from train.config import OptimizerSpec
     from train.objectives import language_modelling
@@ -175,20 +212,6 @@ def make_config(options: argparse.Namespace):
 def run(compiled, state, batch):
     state, metrics = compiled(state, batch)
     return state, float(metrics["loss"].mean())
-
-
-def product_gflops() -> float:
-    """Of float32 products as the feed-forward networks have them, compiled as the step is: the best of ten."""
-    import jax
-    import jax.numpy as jnp
-
-    from model.compilation import training_options
-
-    a, b = jnp.ones((4096, 512)), jnp.ones((512, 1408))
-    product = jax.jit(jnp.matmul, compiler_options=training_options())
-    product(a, b).block_until_ready()
-    best = min(timed(lambda: product(a, b).block_until_ready())[0] for _ in range(10))
-    return 2 * 4096 * 512 * 1408 / best / 1e9
 
 
 def timed(function):

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from model.kernels import backend
 from model.kernels.cross_entropy_sharded import cross_entropy_on_mesh, wants_tiles
 from model.logprobs import Ask, TokenScores, scores_of_logits
 from model.sharding import ShardingRules, constrain
@@ -45,7 +47,14 @@ class VocabularyHead:
         return hidden_BTD if self.transform is None else self.transform(hidden_BTD)
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, self.head_VD, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if (
+            backend.for_cpu()
+        ):  # of two matrices, so XLA makes the gradient of the logits once for both its products
+            flat = product("ND,VD->NV", hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), self.head_VD)
+            logits_BTV = flat.reshape(*hidden_BTD.shape[:2], -1)
+        else:
+            logits_BTV = product("BTD,VD->BTV", hidden_BTD, self.head_VD)
         if self.bias_V is not None:
             logits_BTV += self.bias_V
         logits_BTV *= self.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -12,6 +13,7 @@ import optax
 from model import ShardingRules, WeightedSum
 from model.adapters import join, split_trained
 from model.function import Params
+from model.kernels import order
 from model.sharding import constrain
 from train.objectives import Batch, Objective
 
@@ -50,17 +52,25 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        new = (optax.apply_updates(trained, updates), opt_state)
-        trained, opt_state = jax.tree.map(
-            lambda n, o: jnp.where(finite, n, o), new, (trained, state.opt_state)
-        )
+        trained, opt_state = _updated(optimizer, finite, grads, trained, state.opt_state)
         bad = 1 - finite.astype(jnp.int32)
         state = TrainState(state.step + 1, join(trained, rest), opt_state, state.skipped + bad)
         extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
         return state, metrics | extra
 
     return train_step
+
+
+def _updated(optimizer: optax.GradientTransformation, wanted: jax.Array, grads, params, opt_state):
+    """(parameters, state of the optimizer), new where it is wanted."""
+    keep = functools.partial(jax.tree.map, functools.partial(jnp.where, wanted))
+
+    def new_params(opt_state):
+        updates, _ = optimizer.update(grads, opt_state, params)
+        return keep(optax.apply_updates(params, updates), params)
+
+    new, (opt_state,) = order.first(new_params, opt_state)
+    return new, keep(optimizer.update(grads, opt_state, params)[1], opt_state)
 
 
 def accumulate(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import linear, linear_out
+from model.kernels.order import anew
 from model.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -93,7 +94,7 @@ class GatedMLPModule(nn.Module):
         gate_BTF = linear(self, "gate", x_BTD, (spec.width,), ("mlp",), spec.bias)
         up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), spec.bias)
         activate = lambda gate, up: ACTIVATIONS[spec.activation](gate * spec.gate_scale) * up
-        h_BTF = jax.checkpoint(activate)(gate_BTF, up_BTF)  # cheap to compute again, costly to keep
+        h_BTF = anew(activate)(gate_BTF, up_BTF)
         return _down(self, h_BTF) * spec.down_scale, {}
 
 

@@ -15,10 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from model.blocks.common import Context, param
-from model.kernels import backend
+from model.kernels import order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +173,7 @@ class Rope:
 
 def _cos_and_sin(angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
     """Computed once: XLA on CPU would take up cosines in the loop over heads and compute them for each anew."""
-    compute = lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x))
-    if not backend.for_cpu():
-        return compute(angles)
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(compute)(angles)
+    return order.once(lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x)))(angles)
 
 
 @dataclasses.dataclass(frozen=True)

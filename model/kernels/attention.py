@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from model.kernels import order
 from model.kernels.names import ATTENTION
 
 MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
@@ -103,10 +104,8 @@ def in_query_blocks(
     queries is given only the keys that some of it can see."""
     inputs = *_heads_first(q_BTHC, k_BTKC, v_BTKE), positions_BT, segment_ids_BT
     if scores.bias is not None:  # which may have parameters of its own
-        return _tokens_first(_in_blocks(sight, scores, *inputs)[0])
-    return _tokens_first(
-        _in_blocks_by_hand(sight, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
-    )
+        return _in_blocks(sight, scores, *inputs)[0]
+    return _in_blocks_by_hand(sight, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
 
 
 def _blocks(T: int, sight: Sight) -> Iterator[tuple[slice, slice]]:
@@ -120,22 +119,27 @@ def _blocks(T: int, sight: Sight) -> Iterator[tuple[slice, slice]]:
 
 
 def _in_blocks(sight: Sight, scores: Scores, q_BKGTC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT):
-    """(what queries find [B, K, G, T, E], their scores' maximum and the sum of weights, both [B, K, G, T, 1])."""
+    """(what queries find [B, T, H, E], their scores' maximum and the sum of weights, both [B, K, G, T, 1])."""
     parts = []
     for at_T, at_S in _blocks(q_BKGTC.shape[3], sight):
         queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
         mask_BTS = _self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
         distance_BTS = (keys[None] - queries[:, None])[None]
         block = q_BKGTC[:, :, :, at_T], k_BKSC[:, :, at_S], v_BKSE[:, :, at_S]
-        parts.append(_attend(*block, mask_BTS, scores, distance_BTS))
-    return tuple(x[0] if len(x) == 1 else jnp.concatenate(x, axis=3) for x in zip(*parts, strict=True))
+        out_BKGTE, *normalisers = _attend(*block, mask_BTS, scores, distance_BTS)
+        parts.append((_tokens_first(out_BKGTE), *normalisers))
+    if len(parts) == 1:
+        return parts[0]
+    outs, tops, totals = zip(*parts, strict=True)
+    out_BTHE = order.once(functools.partial(jnp.concatenate, axis=1))(outs)  # in one form for both passes
+    return out_BTHE, jnp.concatenate(tops, axis=3), jnp.concatenate(totals, axis=3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_blocks_by_hand(sight: Sight, scores: Scores, sinks_H, *inputs) -> jax.Array:
-    """`_in_blocks`, whose backward pass computes the weights anew instead of keeping them; it has no forward-mode
-    derivative."""
-    return _in_blocks(sight, dataclasses.replace(scores, sinks_H=sinks_H), *inputs)[0]
+    """What queries find in `_in_blocks`, [B, T, H, E]. The backward pass computes the weights anew instead of keeping
+    them; it has no forward-mode derivative."""
+    return _forward(sight, scores, sinks_H, *inputs)[0]
 
 
 def _forward(sight, scores, sinks_H, *inputs):
@@ -144,14 +148,18 @@ def _forward(sight, scores, sinks_H, *inputs):
     return found[0], (sinks_H, inputs, found)
 
 
-def _backward(sight: Sight, scores: Scores, saved, d_out_BKGTE: jax.Array):
-    """Scores with keys before queries: so no weight is transposed, and none is the forward pass's own, which a compiler
-    would then keep in memory."""
-    sinks_H, (q_BKGTC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), (out_BKGTE, top_BKGT1, total_BKGT1) = (
+def _backward(sight: Sight, scores: Scores, saved, d_out_BTHE: jax.Array):
+    """Scores with keys before queries, so no weight is transposed."""
+    sinks_H, (q_BKGTC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), (out_BTHE, top_BKGT1, total_BKGT1) = (
         saved
     )
-    d_out_BKGTE = d_out_BKGTE.astype(jnp.float32) / total_BKGT1
-    delta_BKGT1 = jnp.sum(d_out_BKGTE * out_BKGTE, axis=-1, keepdims=True)
+    heads_first = functools.partial(_queries_heads_first, K=k_BKSC.shape[1])
+    d_out_BTHE = d_out_BTHE.astype(jnp.float32)
+    delta_BKGT1 = heads_first(jnp.sum(d_out_BTHE * out_BTHE, axis=-1, keepdims=True)) / total_BKGT1
+    d_out_BKGTE = heads_first(d_out_BTHE) / total_BKGT1
+    # so that no weights are computed ahead, nor kept from the forward pass
+    q_BKGTC = order.not_before(delta_BKGT1, q_BKGTC)
+    k_BKSC, v_BKSE = (order.not_before(delta_BKGT1[:, :, 0], x) for x in (k_BKSC, v_BKSE))
     dq, dk_BKSC, dv_BKSE = [], jnp.zeros(k_BKSC.shape, jnp.float32), jnp.zeros(v_BKSE.shape, jnp.float32)
     for at_T, at_S in _blocks(q_BKGTC.shape[3], sight):
         mask_BTS = _self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
@@ -296,10 +304,13 @@ def _weights(
 
 
 def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    q_BKGTC = q_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    q_BKGTC = _queries_heads_first(q_BTHC, k_BSKC.shape[2])
     return q_BKGTC, k_BSKC.transpose(0, 2, 1, 3), v_BSKE.transpose(0, 2, 1, 3)
+
+
+def _queries_heads_first(x_BTHC: jax.Array, K: int) -> jax.Array:
+    B, T, H, C = x_BTHC.shape
+    return x_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
 
 
 def _tokens_first(out_BKGTE: jax.Array) -> jax.Array:

@@ -1,0 +1,60 @@
+"""When things are computed, where that saves memory; said so that XLA for CPUs, which drops barriers, heeds it too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from model.kernels import backend
+
+
+def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function` of floating arrays of one shape, of which the backward pass keeps the inputs alone.
+
+    For what is cheap to compute and large to keep, as an activation. It has no forward-mode derivative.
+    """
+    kept = jax.custom_vjp(function)
+    kept.defvjp(
+        lambda *inputs: (function(*inputs), inputs),
+        lambda inputs, d: jax.vjp(function, *(not_before(d, x) for x in inputs))[1](d),
+    )
+    return kept
+
+
+def not_before(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, of which nothing is computed before `gradient` is known; both floating.
+
+    A compiler would otherwise see that the backward pass computes what the forward pass did and keep that, or compute
+    it far ahead of its use. On CPU `x` is NaN where `gradient` is.
+
+    Args:
+      gradient: of a shape that broadcasts to that of `x`.
+    """
+    if backend.for_cpu():
+        return jnp.where(jnp.isnan(gradient), jnp.nan, x)
+    return jax.lax.optimization_barrier((gradient, x))[1]
+
+
+def once(function: Callable) -> Callable:
+    """`function`, whose result lies in memory once; XLA for CPUs would compute and keep it in each form read."""
+    if not backend.for_cpu():
+        return function
+
+    def inside(*args):
+        with set_xla_metadata(inlineable=None):
+            return function(*args)
+
+    return set_xla_metadata(inlineable="false")(jax.jit(inside))
+
+
+def first(function: Callable, *args: Any) -> tuple[Any, tuple]:
+    """(function(*args), args), where on CPU what becomes of these args comes after the result.
+
+    Where a state is updated in place, all that reads it as it was has then done so. XLA for CPUs copies such a state
+    beforehand instead, unless data flow forbids it; other compilers find the order by themselves.
+    """
+    return once(lambda *args: (function(*args), args))(*args)
