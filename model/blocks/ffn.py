@@ -7,14 +7,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo
-from model.blocks.linear import linear, linear_out
-from model.kernels.order import anew
+from model.blocks.linear import add_bias, linear, map_out
 from model.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -93,9 +93,9 @@ class GatedMLPModule(nn.Module):
         spec = self.spec
         gate_BTF = linear(self, "gate", x_BTD, (spec.width,), ("mlp",), spec.bias)
         up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), spec.bias)
-        activate = lambda gate, up: ACTIVATIONS[spec.activation](gate * spec.gate_scale) * up
-        h_BTF = anew(activate)(gate_BTF, up_BTF)
-        return _down(self, h_BTF) * spec.down_scale, {}
+        activation = ACTIVATIONS[spec.activation]
+        open_features = lambda gate_and_up: activation(gate_and_up[0] * spec.gate_scale) * gate_and_up[1]
+        return _down(self, open_features, (gate_BTF, up_BTF)) * spec.down_scale, {}
 
 
 class MLPModule(nn.Module):
@@ -105,12 +105,15 @@ class MLPModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, dict]:
         up_BTF = linear(self, "up", x_BTD, (self.spec.width,), ("mlp",), self.spec.bias)
-        return _down(self, ACTIVATIONS[self.spec.activation](up_BTF)), {}
+        return _down(self, ACTIVATIONS[self.spec.activation], up_BTF), {}
 
 
-def _down(module: GatedMLPModule | MLPModule, h_BTF: jax.Array) -> jax.Array:
-    h_BTF = constrain(h_BTF, module.ctx.rules, "batch", "length", "act_mlp")
-    return linear_out(module, h_BTF, ("mlp",), module.spec.bias, name="down")
+def _down(module: GatedMLPModule | MLPModule, activate: Callable, x: Any) -> jax.Array:
+    """Of the features [B, T, F] that `activate` makes of x."""
+    spec, rules = module.spec, module.ctx.rules
+    features = lambda x: constrain(activate(x), rules, "batch", "length", "act_mlp")
+    y_BTD = map_out(module, (spec.width,), ("mlp",), "down").of(features, x)
+    return add_bias(module, "down", y_BTD, ("embed",)) if spec.bias else y_BTD
 
 
 def check_activation(name: str) -> None:

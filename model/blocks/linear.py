@@ -18,7 +18,7 @@ import numpy as np
 from model.blocks import lora
 from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.lora import LoRA, LowRank
-from model.kernels import backend
+from model.kernels import backend, order
 
 Axes = tuple[str | None, ...]
 
@@ -38,6 +38,13 @@ class LinearMap(NamedTuple):
         if self.adapter is None and backend.for_cpu():
             return self._flat(x)
         return self.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x)
+
+    def of(self, function: Callable, x: Any) -> jax.Array:
+        """The map of `function(x)`, neither of which the backward pass finds kept, but x; see `order.anew`."""
+        if self.adapter is None and backend.for_cpu():
+            product = lambda x, weight: LinearMap(weight, self.inputs)(function(x))
+            return order.anew(product)(x, self.weight)
+        return self(order.anew(function)(x))
 
     def _flat(self, x: jax.Array) -> jax.Array:
         """As a product of two matrices, whose factors XLA on CPU does not copy to turn them; a mesh that splits tokens
@@ -95,9 +102,15 @@ def linear(
 
 def linear_out(module: Any, y: jax.Array, in_axes: Axes, bias: bool = False, name: str = "o") -> jax.Array:
     """All axes after tokens to the model's width, small at first: the deeper the model, the smaller."""
+    y = map_out(module, y.shape[2:], in_axes, name)(y)
+    return add_bias(module, name, y, ("embed",)) if bias else y
+
+
+def map_out(module: Any, in_shape: tuple[int, ...], in_axes: Axes, name: str = "o") -> LinearMap:
+    """As `linear_out` has it."""
     ctx: Context = module.ctx
-    init = fan_in_normal(math.prod(y.shape[2:]), scale=(2 * ctx.num_blocks) ** -0.5)
-    return linear(module, name, y, (ctx.width,), ("embed",), bias, in_axes, init)
+    init = fan_in_normal(math.prod(in_shape), scale=(2 * ctx.num_blocks) ** -0.5)
+    return linear_map(module, name, in_shape, (ctx.width,), (*in_axes, "embed"), init)
 
 
 def linear_map(

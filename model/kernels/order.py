@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,23 @@ from model.kernels import backend
 
 
 def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function` of floating arrays of one shape, of which the backward pass keeps the inputs alone.
+    """`function`, of which the backward pass keeps only what it is given: (x, *constants) to [*rows, any width].
 
-    For what is cheap to compute and large to keep, as an activation. It has no forward-mode derivative.
+    For what is cheap to compute and large to keep, as an activation; also where a product with a constant follows,
+    which would keep its factor. It has no forward-mode derivative.
+
+    Args:
+      function: of a tree x of floating arrays [*rows, any width], which the backward pass does not read before the
+        gradient is known, and of others.
     """
+
+    def backward(given, d):
+        x, *constants = given
+        x = jax.tree.map(functools.partial(not_before, d[..., :1]), x)
+        return jax.vjp(function, x, *constants)[1](d)
+
     kept = jax.custom_vjp(function)
-    kept.defvjp(
-        lambda *inputs: (function(*inputs), inputs),
-        lambda inputs, d: jax.vjp(function, *(not_before(d, x) for x in inputs))[1](d),
-    )
+    kept.defvjp(lambda *given: (function(*given), given), backward)
     return kept
 
 

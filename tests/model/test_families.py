@@ -95,7 +95,7 @@ def test_logits_equal_those_of_transformers(name):
         pairs.append((out.future[k - 1][:, :-k][there], theirs[:, :-k][there]))
     for ours, theirs in pairs:
         assert np.abs(theirs).max() > 1
-        assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()  # both are float32 sums of one order or another
+        assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()  # float32 sums in two orders
     assert pairs
 
 
