@@ -1,6 +1,7 @@
 """Train steps of large models, compiled for TPU slices on a machine that has none: does it fit, and how does it run.
 
     python -m benchmarks.compiled [--only=llama-8b ...] [--remat=none|products|offload|full] [--save=FOLDER]
+                                  [--option xla_tpu_scoped_vmem_limit_kib=65536]
 
 For each model and slice: bytes of a device's memory that the program needs and that are left, the kernels in it, its
 collectives, those that run beside other work and those that do not, float32 products and copies of large arrays.
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--remat", choices=POLICIES, default="full")
     parser.add_argument("--layers", type=int, help="of the model, fewer than it has: for a quick look")
     parser.add_argument("--save", type=Path, help="a folder for the compiled programs' text")
+    parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="of XLA, to try one")
     options = parser.parse_args()
     os.environ |= ENVIRONMENT
     jax.config.update("jax_platforms", "cpu")
@@ -66,7 +68,7 @@ def main() -> None:
         case = CASES[name]
         start = time.monotonic()
         cfg = model_of(case, options)
-        compiled = compile_step(cfg, case)
+        compiled = compile_step(cfg, case, dict(option.split("=", 1) for option in options.option))
         text = compiled.as_text()
         if options.save:
             options.save.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ def model_of(case: Case, options: argparse.Namespace) -> ModelConfig:
     return cfg.replace(dtype="bfloat16", param_dtype="float32", scan=True, remat=options.remat)
 
 
-def compile_step(cfg: ModelConfig, case: Case):
+def compile_step(cfg: ModelConfig, case: Case, options: dict[str, str]):
     """The train step of `python -m train` on the case's slice."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh, rules = make_mesh(case.mesh, list(devices)), TrainConfig().sharding
@@ -96,7 +98,7 @@ def compile_step(cfg: ModelConfig, case: Case):
         of = lambda dtype: jax.ShapeDtypeStruct((case.rows, case.length), dtype, sharding=rows)
         ints = {key: of(jnp.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile()
+        return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile(options)
 
 
 def report(name: str, case: Case, cfg: ModelConfig, memory, text: str, seconds: float) -> None:

@@ -25,6 +25,7 @@ from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
 from model.kernels.grouped_sharded import Split, grouped_on_mesh, split_of, spread_on_mesh
+from model.kernels.order import anew
 from model.sharding import ShardingRules, constrain
 
 
@@ -73,10 +74,11 @@ class Experts(nn.Module):
         spec, width, depth = self.spec, self.ctx.width, self.ctx.num_blocks
         up = self._linear(layout, "up", x, (width, spec.width), ("embed", "mlp"))
         if isinstance(spec, MLP):
-            h = ACTIVATIONS[spec.activation](up)
+            h = anew(ACTIVATIONS[spec.activation])(up)
         else:
             gate = self._linear(layout, "gate", x, (width, spec.width), ("embed", "mlp"))
-            h = _clamped(spec, gate, up) if isinstance(spec, ClampedSwiGLU) else _gated(spec, gate, up)
+            activate = functools.partial(_clamped if isinstance(spec, ClampedSwiGLU) else _gated, spec)
+            h = anew(lambda gate_and_up: activate(*gate_and_up))((gate, up))
         y = self._linear(layout, "down", h, (spec.width, width), ("mlp", "embed"), (2 * depth) ** -0.5)
         return y * spec.down_scale if isinstance(spec, GatedMLP) else y
 

@@ -9,14 +9,13 @@ after the other, each with the one matrix it needs, as in MegaBlocks (Gale et al
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from model.kernels import backend
+from model.kernels import backend, order
 
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so each group wastes half a block
 MEGABLOX_TILE = 512  # rows, inputs and outputs
@@ -56,12 +55,13 @@ def reference(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Arra
 def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Blocks of rows of one group, one block after the other."""
     slot_M, group_N, R = _layout(sizes_E, x_MI.shape[0])
+    x_NRI = _to_blocks(x_MI, slot_M, len(group_N), R)
 
-    def multiply(block):
-        x_RI, group = block
-        return x_RI @ w_EIO[group]
+    def step(n, y_NRO):
+        return y_NRO.at[n].set(x_NRI[n] @ w_EIO[group_N[n]])
 
-    y_NRO = jax.lax.map(multiply, (_to_blocks(x_MI, slot_M, len(group_N), R), group_N))
+    empty = order.zeros_after(x_MI, (*x_NRI.shape[:2], w_EIO.shape[2]), jnp.result_type(x_MI, w_EIO))
+    y_NRO = jax.lax.fori_loop(0, len(group_N), step, empty)
     return _within(sizes_E, y_NRO.reshape(-1, w_EIO.shape[2])[slot_M])
 
 
@@ -73,15 +73,16 @@ def _backward(saved, dy_MO: jax.Array):
     x_MI, w_EIO, sizes_E = saved
     dy_MO = _within(sizes_E, dy_MO)
     slot_M, group_N, R = _layout(sizes_E, x_MI.shape[0])
-    to_blocks = functools.partial(_to_blocks, slot_M=slot_M, blocks=len(group_N), R=R)
+    x_NRI, dy_NRO = (_to_blocks(rows, slot_M, len(group_N), R) for rows in (x_MI, dy_MO))
 
-    def step(dw_EIO, block):
-        x_RI, dy_RO, group = block
-        product = jnp.einsum("RI,RO->IO", x_RI, dy_RO, preferred_element_type=jnp.float32)
-        return dw_EIO.at[group].add(product), dy_RO @ w_EIO[group].T
+    def step(n, gradients):
+        (dx_NRI, dw_EIO), group = gradients, group_N[n]
+        product = jnp.einsum("RI,RO->IO", x_NRI[n], dy_NRO[n], preferred_element_type=jnp.float32)
+        return dx_NRI.at[n].set(dy_NRO[n] @ w_EIO[group].T), dw_EIO.at[group].add(product)
 
-    zeros = jnp.zeros(w_EIO.shape, jnp.float32)
-    dw_EIO, dx_NRI = jax.lax.scan(step, zeros, (to_blocks(x_MI), to_blocks(dy_MO), group_N))
+    empty = order.zeros_after(dy_MO, x_NRI.shape, jnp.result_type(dy_MO, w_EIO))
+    zeros = order.zeros_after(dy_MO, w_EIO.shape, jnp.float32)
+    dx_NRI, dw_EIO = jax.lax.fori_loop(0, len(group_N), step, (empty, zeros))
     return dx_NRI.reshape(-1, x_MI.shape[1])[slot_M], dw_EIO.astype(w_EIO.dtype), None
 
 
@@ -112,8 +113,8 @@ def _layout(sizes_E: jax.Array, M: int) -> tuple[jax.Array, jax.Array, int]:
 
 def _to_blocks(x_MI: jax.Array, slot_M: jax.Array, blocks: int, R: int) -> jax.Array:
     """[N, R, I] with zeros between the groups."""
-    empty = jnp.zeros((blocks * R, x_MI.shape[1]), x_MI.dtype)
-    return empty.at[slot_M].set(x_MI, unique_indices=True).reshape(blocks, R, -1)
+    row_NR = jnp.full((blocks * R,), len(x_MI)).at[slot_M].set(jnp.arange(len(x_MI)), unique_indices=True)
+    return x_MI.at[row_NR].get(mode="fill", fill_value=0).reshape(blocks, R, -1)
 
 
 def _by_kernel(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:

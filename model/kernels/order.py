@@ -48,6 +48,14 @@ def not_before(gradient: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier((gradient, x))[1]
 
 
+def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros for what is made of x [..., n] in place; without x XLA for CPUs makes all of a program's such arrays as it
+    begins. They are NaN where x begins with one."""
+    if not backend.for_cpu():
+        return jnp.zeros(shape, dtype)
+    return jnp.broadcast_to(not_before(x[(0,) * x.ndim], jnp.zeros((), dtype)), shape)
+
+
 def once(function: Callable) -> Callable:
     """`function`, whose result lies in memory once; XLA for CPUs would compute and keep it in each form read."""
     if not backend.for_cpu():
