@@ -49,25 +49,29 @@ def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, ask: Ask = As
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p(token) at each place, and the log-normaliser (logsumexp of the logits) for a z-loss; both [B, T].
 
-    The backward pass reads the logits once and writes their gradient once; there is no forward-mode derivative.
+    The backward pass keeps one array of the logits' shape; there is no forward-mode derivative.
     """
-    log_z_BT = jax.nn.logsumexp(logits_BTV.astype(jnp.float32), axis=-1)
-    chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
-    return chosen_BT - log_z_BT, log_z_BT
+    return _forward(logits_BTV, tokens_BT)[0]
 
 
 def _forward(logits_BTV: jax.Array, tokens_BT: jax.Array):
-    logprobs_BT, log_z_BT = token_logprobs(logits_BTV, tokens_BT)
-    return (logprobs_BT, log_z_BT), (logits_BTV, tokens_BT, log_z_BT)
+    chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    wide_BTV = logits_BTV.astype(jnp.float32)
+    top_BT1 = wide_BTV.max(axis=-1, keepdims=True)
+    top_BT1 = jnp.where(jnp.isfinite(top_BT1), top_BT1, 0)
+    weights_BTV = jnp.exp(wide_BTV - top_BT1)  # in the place of the logits, which nothing reads any more
+    total_BT1 = weights_BTV.sum(axis=-1, keepdims=True)
+    log_z_BT = (jnp.log(total_BT1) + top_BT1)[..., 0]
+    like_logits = jnp.zeros((), logits_BTV.dtype)
+    return (chosen_BT - log_z_BT, log_z_BT), (weights_BTV, total_BT1, tokens_BT, like_logits)
 
 
 def _backward(saved, gradients: tuple[jax.Array, jax.Array]):
-    logits_BTV, tokens_BT, log_z_BT = saved
+    weights_BTV, total_BT1, tokens_BT, like_logits = saved
     of_logprobs_BT1, of_log_z_BT1 = (g_BT[..., None] for g_BT in gradients)
-    shares_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - log_z_BT[..., None])
-    is_token_BTV = jnp.arange(logits_BTV.shape[-1]) == tokens_BT[..., None]
-    d_BTV = shares_BTV * (of_log_z_BT1 - of_logprobs_BT1) + jnp.where(is_token_BTV, of_logprobs_BT1, 0)
-    return d_BTV.astype(logits_BTV.dtype), None
+    is_token_BTV = jnp.arange(weights_BTV.shape[-1]) == tokens_BT[..., None]
+    d_BTV = weights_BTV * ((of_log_z_BT1 - of_logprobs_BT1) / total_BT1)
+    return (d_BTV + jnp.where(is_token_BTV, of_logprobs_BT1, 0)).astype(like_logits.dtype), None
 
 
 token_logprobs.defvjp(_forward, _backward)
