@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from benchmarks.compiled_cases import CASES, Case
 from model import ModelConfig
 from model.blocks.remat import POLICIES
+from model.compilation import training_options
 from model.families import FAMILIES
 from model.function import param_shapes
 from model.kernels import backend
@@ -68,7 +69,8 @@ def main() -> None:
         case = CASES[name]
         start = time.monotonic()
         cfg = model_of(case, options)
-        compiled = compile_step(cfg, case, dict(option.split("=", 1) for option in options.option))
+        tried = dict(option.split("=", 1) for option in options.option)
+        compiled = compile_step(cfg, case, training_options("tpu") | tried)
         text = compiled.as_text()
         if options.save:
             options.save.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ def model_of(case: Case, options: argparse.Namespace) -> ModelConfig:
     return cfg.replace(dtype="bfloat16", param_dtype="float32", scan=True, remat=options.remat)
 
 
-def compile_step(cfg: ModelConfig, case: Case, options: dict[str, str]):
+def compile_step(cfg: ModelConfig, case: Case, options: dict):
     """The train step of `python -m train` on the case's slice."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh, rules = make_mesh(case.mesh, list(devices)), TrainConfig().sharding
@@ -133,8 +135,8 @@ class Program:
     def findings(self) -> dict[str, collections.Counter]:
         return {
             "kernels": self._kernels(),
-            "collectives beside other work": self._collectives("-start"),
-            "collectives waited for": self._collectives(""),
+            "collectives beside other work": self._collectives(beside=True),
+            "collectives waited for": self._collectives(beside=False),
             "float32 products of large arrays": self._products(),
             "copies and transposes of large arrays": self._copies(),
         }
@@ -144,16 +146,26 @@ class Program:
         names = (re.search(r'op_name="[^"]*?/([\w.]+)(?:/pallas_call)?"', line) for line in lines)
         return collections.Counter(name[1] if name else "unnamed" for name in names)
 
-    def _collectives(self, end: str) -> collections.Counter:
-        """Of arrays with more than one number; an all-reduce of which each device keeps a part is a reduce-scatter."""
-        found, within = collections.Counter(), ""
-        named = re.compile(rf" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute){end}\(")
-        for line in self._lines:
+    def _collectives(self, beside: bool) -> collections.Counter:
+        """Of arrays with more than one number; an all-reduce of which each device keeps a part is a reduce-scatter.
+
+        Those beside other work are begun and ended by operations of their own, or stand in several, one for each part
+        of what runs beside them.
+        """
+        kinds, places, within = {}, collections.defaultdict(set), ""
+        named = re.compile(
+            r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+        )
+        for number, line in enumerate(self._lines):
             if line.endswith("{"):
                 within = line.split()[0].lstrip("%")
             elif (m := named.search(line)) and re.search(r"\[\d", line[: m.start()]):
-                found["reduce-scatter" if within.startswith("all-reduce-scatter") else m[1]] += 1
-        return found
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = channel[1] if channel else f"line {number}"
+                kinds[key] = "reduce-scatter" if within.startswith("all-reduce-scatter") else m[1]
+                fused = within.startswith("async_collective_fusion")
+                places[key].add("beside" if m[2] or fused else within)
+        return collections.Counter(kind for key, kind in kinds.items() if ("beside" in places[key]) is beside)
 
     def _products(self) -> collections.Counter:
         found = collections.Counter()

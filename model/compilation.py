@@ -18,11 +18,26 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def training_options() -> dict[str, str | int]:
-    """XLA's options for programs that train on this platform; for `jax.jit(compiler_options=...)`.
+def training_options(platform: str | None = None) -> dict[str, bool | int | str]:
+    """XLA's options for programs that train; for `jax.jit(compiler_options=...)`.
 
-    On CPU, matrix products go to Eigen instead of YNNPACK, which is slower there, and vectors are as wide as registers.
+    On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products. XLA says
+    both as all-reduces, also gathers, which it makes of them only as it emits code. On CPU, matrix products go to Eigen
+    instead of YNNPACK, which is slower there, and vectors are as wide as registers.
+
+    Args:
+      platform: None: that of the devices that are here.
     """
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512}
+    return _TRAINING.get(platform or jax.default_backend(), {})
+
+
+_TRAINING: dict[str, dict[str, bool | int | str]] = {
+    "tpu": {
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+        "xla_enable_async_all_reduce": True,
+    },
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512},
+}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model import MESH_AXES, ModelConfig, ShardingRules, logical_axes, param_shapes
@@ -15,6 +17,8 @@ from model.adapters import split_trained
 from model.function import Params
 from model.sharding import check_divisible, named_sharding
 from train.config import MeshSpec
+
+_log = logging.getLogger(__name__)
 
 
 def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
@@ -38,7 +42,13 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     if free:
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes[name] for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # as of 64 by 4 on a torus of 16 by 16
+        _log.info("mesh %s: an axis of the slice's torus is divided among axes of the mesh.", shown)
+        placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> Params:

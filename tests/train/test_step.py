@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 
 from model import MESH_AXES, ShardingRules, decoder, init
+from tests.model.tpu import needs_libtpu
 from train.config import MeshSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import dpo, language_modelling, with_reference
@@ -172,6 +174,14 @@ def test_dpo_is_its_formula_and_starts_at_log_two(params):
 def test_a_mesh_that_does_not_fit_is_an_error_with_its_mend(spec, said):
     with pytest.raises(ValueError, match=said):
         make_mesh(spec)
+
+
+@needs_libtpu
+def test_a_mesh_may_divide_an_axis_of_the_torus():
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v6e:16x16").devices
+    mesh = make_mesh(MeshSpec(data=1, fsdp=64, tensor=4), list(chips))
+    assert (mesh.shape["fsdp"], mesh.shape["tensor"]) == (64, 4) and mesh.axis_names == MESH_AXES
+    assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in chips)
 
 
 def test_an_axis_that_does_not_divide_is_named():

@@ -1,0 +1,41 @@
+"""What is read out of a compiled program, and that compilers know the options that programs are compiled with."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.compiled import Program
+from model.compilation import training_options
+from tests.model.tpu import CHIPS, needs_libtpu, one_chip
+
+PROGRAM = """
+%fused_computation.1 (p: bf16[64,128]) -> bf16[64,128] {
+  %all-reduce.1 = bf16[64,128]{1,0} all-reduce(%p), channel_id=7, to_apply=%add
+}
+%async_collective_fusion.2 (p: bf16[64,128]) -> bf16[64,128] {
+  %all-reduce.2 = bf16[64,128]{1,0} all-reduce(%p), channel_id=7, to_apply=%add
+}
+%all-reduce-scatter.3 (p: bf16[64,128]) -> bf16[8,128] {
+  %all-reduce.3 = bf16[64,128]{1,0} all-reduce(%p), channel_id=8, to_apply=%add
+}
+ENTRY %main (p: bf16[64,128]) -> bf16[64,128] {
+  %all-gather-start.4 = (bf16[8,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%p), channel_id=9
+  %all-gather-done.4 = bf16[64,128]{1,0} all-gather-done(%all-gather-start.4)
+  %all-reduce.5 = f32[] all-reduce(%loss), channel_id=10, to_apply=%add
+  %all-to-all.6 = bf16[64,128]{1,0} all-to-all(%p), channel_id=11
+}
+"""
+
+
+def test_collectives_are_told_by_what_runs_beside_them():
+    found = Program(PROGRAM).findings()
+    assert found["collectives beside other work"] == {"all-reduce": 1, "all-gather": 1}
+    assert found["collectives waited for"] == {"reduce-scatter": 1, "all-to-all": 1}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compilers_know_the_options(chip):
+    options = training_options("tpu")
+    function = jax.jit(jnp.tanh, compiler_options=options, in_shardings=one_chip(chip))
+    assert options and function.lower(jax.ShapeDtypeStruct((8, 128), jnp.float32)).compile()
