@@ -149,8 +149,8 @@ class Program:
     def _collectives(self, beside: bool) -> collections.Counter:
         """Of arrays with more than one number; an all-reduce of which each device keeps a part is a reduce-scatter.
 
-        Those beside other work are begun and ended by operations of their own, or stand in several, one for each part
-        of what runs beside them.
+        Those beside other work are begun and ended by operations of their own, or stand in several computations,
+        one for each part of what runs beside them.
         """
         kinds, places, within = {}, collections.defaultdict(set), ""
         named = re.compile(
@@ -163,9 +163,8 @@ class Program:
                 channel = re.search(r"channel_id=(\d+)", line)
                 key = channel[1] if channel else f"line {number}"
                 kinds[key] = "reduce-scatter" if within.startswith("all-reduce-scatter") else m[1]
-                fused = within.startswith("async_collective_fusion")
-                places[key].add("beside" if m[2] or fused else within)
-        return collections.Counter(kind for key, kind in kinds.items() if ("beside" in places[key]) is beside)
+                places[key] |= {within, "its end"} if m[2] else {within}
+        return collections.Counter(kind for key, kind in kinds.items() if (len(places[key]) > 1) is beside)
 
     def _products(self) -> collections.Counter:
         found = collections.Counter()

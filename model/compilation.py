@@ -38,6 +38,8 @@ _TRAINING: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
         "xla_enable_async_all_reduce": True,
+        # those that are combined into one are waited for, so only small ones are
+        "xla_jf_crs_combiner_threshold_in_bytes": 4 << 20,
     },
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512},
 }
