@@ -26,7 +26,7 @@ def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     def backward(given, d):
         x, *constants = given
-        x = jax.tree.map(functools.partial(not_before, d[..., :1]), x)
+        x = jax.tree.map(functools.partial(not_before, d), x)
         return jax.vjp(function, x, *constants)[1](d)
 
     kept = jax.custom_vjp(function)
@@ -38,13 +38,13 @@ def not_before(gradient: jax.Array, x: jax.Array) -> jax.Array:
     """`x`, of which nothing is computed before `gradient` is known; both floating.
 
     A compiler would otherwise see that the backward pass computes what the forward pass did and keep that, or compute
-    it far ahead of its use. On CPU `x` is NaN where `gradient` is.
+    it far ahead of its use. On CPU rows of `x` are NaN where those of `gradient` begin with NaN.
 
     Args:
-      gradient: of a shape that broadcasts to that of `x`.
+      gradient: [*rows, any width], whose rows broadcast to those of `x`; or one number.
     """
     if backend.for_cpu():
-        return jnp.where(jnp.isnan(gradient), jnp.nan, x)
+        return jnp.where(jnp.isnan(gradient[..., :1] if gradient.ndim else gradient), jnp.nan, x)
     return jax.lax.optimization_barrier((gradient, x))[1]
 
 
