@@ -21,8 +21,8 @@ def enable_compilation_cache() -> None:
 def training_options(platform: str | None = None) -> dict[str, bool | int | str]:
     """XLA's options for programs that train; for `jax.jit(compiler_options=...)`.
 
-    On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products. XLA says
-    both as all-reduces, also gathers, which it makes of them only as it emits code. On CPU, matrix products go to Eigen
+    On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products; on some
+    slices XLA says gathers as all-reduces, too, and makes gathers of them only as it emits code. On CPU, matrix products go to Eigen
     instead of YNNPACK, which is slower there, and vectors are as wide as registers.
 
     Args:
@@ -34,9 +34,13 @@ def training_options(platform: str | None = None) -> dict[str, bool | int | str]
 _TRAINING: dict[str, dict[str, bool | int | str]] = {
     "tpu": {
         "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
         "xla_enable_async_all_reduce": True,
         # those that are combined into one are waited for, so only small ones are
         "xla_jf_crs_combiner_threshold_in_bytes": 4 << 20,
