@@ -22,8 +22,8 @@ def training_options(platform: str | None = None) -> dict[str, bool | int | str]
     """XLA's options for programs that train; for `jax.jit(compiler_options=...)`.
 
     On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products; on some
-    slices XLA says gathers as all-reduces, too, and makes gathers of them only as it emits code. On CPU, matrix products go to Eigen
-    instead of YNNPACK, which is slower there, and vectors are as wide as registers.
+    slices XLA says gathers as all-reduces, too, and makes gathers of them only as it emits code. On CPU, matrix
+    products go to Eigen instead of YNNPACK, which is slower there, and vectors are as wide as registers.
 
     Args:
       platform: None: that of the devices that are here.
