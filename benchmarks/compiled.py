@@ -70,7 +70,7 @@ def main() -> None:
         start = time.monotonic()
         cfg = model_of(case, options)
         tried = dict(option.split("=", 1) for option in options.option)
-        compiled = compile_step(cfg, case, training_options("tpu") | tried)
+        compiled = compile_step(cfg, case, tried)
         text = compiled.as_text()
         if options.save:
             options.save.mkdir(parents=True, exist_ok=True)
@@ -84,8 +84,8 @@ def model_of(case: Case, options: argparse.Namespace) -> ModelConfig:
     return cfg.replace(dtype="bfloat16", param_dtype="float32", scan=True, remat=options.remat)
 
 
-def compile_step(cfg: ModelConfig, case: Case, options: dict):
-    """The train step of `python -m train` on the case's slice."""
+def compile_step(cfg: ModelConfig, case: Case, tried: dict[str, str] | None = None):
+    """The train step of `python -m train` on the case's slice; `tried` are options of XLA beside those it has."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh, rules = make_mesh(case.mesh, list(devices)), TrainConfig().sharding
     optimizer = adamw(OptimizerSpec(), 1000, cfg)
@@ -100,7 +100,9 @@ def compile_step(cfg: ModelConfig, case: Case, options: dict):
         of = lambda dtype: jax.ShapeDtypeStruct((case.rows, case.length), dtype, sharding=rows)
         ints = {key: of(jnp.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile(options)
+        return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile(
+            training_options("tpu") | (tried or {})
+        )
 
 
 def report(name: str, case: Case, cfg: ModelConfig, memory, text: str, seconds: float) -> None:
