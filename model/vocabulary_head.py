@@ -48,9 +48,8 @@ class VocabularyHead:
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if (
-            backend.for_cpu()
-        ):  # of two matrices, so XLA makes the gradient of the logits once for both its products
+        if backend.for_cpu():
+            # of two matrices, so XLA makes the gradient of the logits once for both its products
             flat = product("ND,VD->NV", hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), self.head_VD)
             logits_BTV = flat.reshape(*hidden_BTD.shape[:2], -1)
         else:

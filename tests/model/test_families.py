@@ -95,7 +95,9 @@ def test_logits_equal_those_of_transformers(name):
         pairs.append((out.future[k - 1][:, :-k][there], theirs[:, :-k][there]))
     for ours, theirs in pairs:
         assert np.abs(theirs).max() > 1
-        assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()  # float32 sums in two orders
+        errors = np.abs(ours - theirs)  # of float32 sums in two orders
+        assert np.quantile(errors, 0.99) < 1e-4 and errors.max() < 2e-5 * np.abs(theirs).max()
+        assert np.sqrt(np.mean(np.square(errors))) < 2e-5
     assert pairs
 
 
