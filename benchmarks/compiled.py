@@ -4,7 +4,8 @@
                                   [--option xla_tpu_scoped_vmem_limit_kib=65536]
 
 For each model and slice: bytes of a device's memory that the program needs and that are left, the kernels in it, its
-collectives, those that run beside other work and those that do not, float32 products and copies of large arrays.
+collectives, those that run beside other work and those that do not, float32 products, copies of large arrays, and the
+bytes that it moves to and from main memory (benchmarks.traffic) beside those that it must.
 Needs libtpu, which `make install` puts beside the environment.
 """
 
@@ -15,7 +16,6 @@ import collections
 import math
 import os
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -24,11 +24,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from benchmarks.chips import CHIPS, ENVIRONMENT
 from benchmarks.compiled_cases import CASES, Case
+from benchmarks.traffic import Traffic, traffic
 from model import ModelConfig
 from model.blocks.remat import POLICIES
 from model.compilation import training_options
 from model.families import FAMILIES
+from model.flops import train_flops_per_token
 from model.function import param_shapes
 from model.kernels import backend
 from train.config import OptimizerSpec, TrainConfig
@@ -37,15 +40,6 @@ from train.objectives import language_modelling
 from train.optimizer import adamw
 from train.step import make_train_step, new_state
 
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LIBRARY_PATH": str(
-        Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"
-    ),  # where `make install` puts it
-}
 HBM = {
     "v5p": 95.7e9,
     "v6e": 31.25 * 2**30,
@@ -76,6 +70,7 @@ def main() -> None:
             options.save.mkdir(parents=True, exist_ok=True)
             (options.save / f"{name}.hlo").write_text(text)
         report(name, case, cfg, compiled.memory_analysis(), text, time.monotonic() - start)
+        report_traffic(case, cfg, compiled.memory_analysis().argument_size_in_bytes, traffic(text))
 
 
 def model_of(case: Case, options: argparse.Namespace) -> ModelConfig:
@@ -122,7 +117,23 @@ def report(name: str, case: Case, cfg: ModelConfig, memory, text: str, seconds: 
     for title, counts in program.findings().items():
         found = ", ".join(f"{what} x {n}" for what, n in counts.most_common(8))
         print(f"  {title}: {found or 'none'}")
-    sys.stdout.flush()
+
+
+def report_traffic(case: Case, cfg: ModelConfig, state: int, found: Traffic) -> None:
+    """Beside what a step can't do without: what products, kernels and collectives read and write, each once, and the
+    optimizer's pass over the state."""
+    chip, devices = CHIPS[case.chip], math.prod(map(int, case.topology.split(":")[1].split("x")))
+    ideal = found.wanted + 2 * state
+    parts = ", ".join(f"{kind} {moved / 1e9:.0f}" for kind, moved in found.by_kind.items())
+    print(
+        f"  bytes moved: {found.moved / 1e9:.0f} GB a step, {found.moved / ideal:.2f} of the ideal ({parts})"
+    )
+    flops = case.rows * case.length * train_flops_per_token(cfg, case.length) / devices
+    print(
+        f"  at the chip's rates: {found.moved / chip.bandwidth:.2f} s for its bytes, "
+        f"{flops / chip.flops:.2f} s for the model's flops",
+        flush=True,
+    )
 
 
 class Program:

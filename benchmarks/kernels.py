@@ -34,35 +34,11 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.compiled import ENVIRONMENT
+from benchmarks.chips import CHIPS, ENVIRONMENT
 from benchmarks.kernel_cases import KERNELS, Case, Form
 from model.kernels import backend
 
 FORWARD, BOTH = "forward", "forward+backward"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Of one jax device."""
-
-    flops: float  # a second, bfloat16
-    bandwidth: float  # bytes a second, of main memory
-    vmem: int  # MiB of a core, of which v4 and v5p have two to a device
-
-    def roofline(self, flops: float, moved: float) -> tuple[float, str]:
-        """(seconds, what binds)."""
-        return max((flops / self.flops, "flops"), (moved / self.bandwidth, "bytes"))
-
-
-# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e and tpu7x; VMEM: TpuInfo of jax.experimental.pallas.tpu. A tpu7x is two
-# devices of one core each, so its 2307e12 flops and 7380e9 bytes a second are halved here.
-CHIPS = {
-    "v4": Chip(275e12, 1228e9, 16),
-    "v5e": Chip(197e12, 819e9, 128),
-    "v5p": Chip(459e12, 2765e9, 64),
-    "v6e": Chip(918e12, 1640e9, 128),
-    "tpu7x": Chip(2307e12 / 2, 7380e9 / 2, 64),
-}
 
 
 @dataclasses.dataclass

@@ -24,7 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from model.compilation import training_options
+from model.compilation import prepare_compiler, training_options
 
 VOCAB = 4096
 TORCH = ("torch==2.13.0", "transformers==5.23.0")
@@ -138,6 +138,7 @@ def take_steps(options: argparse.Namespace) -> None:
 
 
 def compile_step(options: argparse.Namespace):
+    prepare_compiler()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     step, state, batch, flops = make_step(options)
     seconds, compiled = timed(lambda: step.lower(state, batch).compile())

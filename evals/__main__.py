@@ -22,9 +22,9 @@ def main(config: EvalConfig, workdir: Path | None) -> int:
 
     from evals.evaluate import evaluate
     from evals.results import table
-    from model.compilation import enable_compilation_cache
+    from model.compilation import prepare_compiler
 
-    enable_compilation_cache()
+    prepare_compiler()
     workdir = workdir or default_workdir(config.model)
     results = evaluate(config, workdir)
     console = Console(width=None if sys.stdout.isatty() else 110)

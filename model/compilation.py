@@ -1,21 +1,44 @@
-"""How programs are compiled: a cache on disk, so that a second start does not compile again, and the CPU's options."""
+"""How programs are compiled: a cache on disk, so that a second start does not compile again, and each platform's
+options."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from pathlib import Path
 
 import jax
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/crucible/jax."""
+def prepare_compiler() -> None:
+    """For commands that compile large programs: keep them on disk, and no memory that the compiler has used."""
+    _keep_programs()
+    _give_memory_back()
+
+
+def _keep_programs() -> None:
+    """In $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/crucible/jax."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "crucible" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@functools.cache  # it listens once
+def _give_memory_back() -> None:
+    """After each program: XLA for CPUs leaves hundreds of MB to malloc in pieces that a step's arrays don't fit in."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is None:
+        return
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event.endswith("backend_compile_duration") and seconds > 1:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def training_options(platform: str | None = None) -> dict[str, bool | int | str]:

@@ -16,7 +16,7 @@ import data
 import model
 from data.packing import shuffled
 from data.tasks import generate
-from model.compilation import enable_compilation_cache, training_options
+from model.compilation import prepare_compiler, training_options
 from model.flops import peak_flops_per_device, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
@@ -54,7 +54,7 @@ def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str
         raise configs.ConfigError(
             "give config.init_from: the run folder or model that the policy starts from."
         )
-    enable_compilation_cache()
+    prepare_compiler()
     mesh = make_mesh(config.mesh, jax.devices()[: _devices_wanted(config)])
     with (
         jax.set_mesh(mesh),

@@ -112,9 +112,9 @@ def _load(path: Path, dtype: str | None) -> tuple[Any, Any, Any]:
 
     import data
     import model
-    from model.compilation import enable_compilation_cache
+    from model.compilation import prepare_compiler
 
-    enable_compilation_cache()
+    prepare_compiler()
     start = time.monotonic()
     cfg = model.load_config(path)
     if dtype is None:

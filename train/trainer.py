@@ -22,7 +22,7 @@ import model
 from data import Tokenizer
 from model import ModelConfig
 from model.adapters import add_adapters
-from model.compilation import enable_compilation_cache, training_options
+from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, peak_flops_per_device, train_flops_per_token
 from train import objectives
 from train.config import TrainConfig
@@ -65,7 +65,7 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
       TrainingDiverged: `config.max_bad_steps` steps in a row were not finite.
       ValueError: the mesh, the data or the model do not fit together; says how to mend it.
     """
-    enable_compilation_cache()
+    prepare_compiler()
     setup = prepare_run(config)
     with jax.set_mesh(setup.mesh):
         return _Run(setup, Path(workdir)).loop(stop_at or config.steps)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from model import Alibi, NTKScaling, Rope
 from model.families.common import Reader
 from model.families.rope import read_rope
+from model.kernels import backend
 
 from .conftest import GOLDENS
 
@@ -51,6 +53,26 @@ def test_pairs_of_neighbours_are_pairs_of_halves_in_another_order():
     positions, order = jnp.arange(5)[None] + 3, np.array([0, 2, 4, 6, 1, 3, 5, 7])
     neighbours = Rope(interleaved=True)(x, positions)
     np.testing.assert_allclose(neighbours[..., order], Rope()(x[..., order], positions), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rope", [Rope(), Rope(interleaved=True), Rope(fraction=0.5)])
+def test_the_form_for_tpus_turns_the_same(rope, dtype):
+    x, d = (jnp.asarray(np.random.default_rng(seed).normal(size=(2, 5, 3, 8)), dtype) for seed in (0, 1))
+    positions = jnp.asarray([[0, 1, 2, 0, 1], [7, 8, 9, 10, 900]])
+
+    def turn(x, d):
+        out, pull = jax.vjp(lambda x: rope(x, positions), x)
+        return out, pull(d)[0]
+
+    wanted = turn(x, d)
+    with backend.use("tpu", interpret=True):
+        found = turn(x, d)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=1e-2, atol=1e-6)
+        if dtype == jnp.float32:
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
 
 
 def test_slopes_of_alibi():
