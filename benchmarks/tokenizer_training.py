@@ -103,13 +103,13 @@ def report(options: argparse.Namespace, size: int, answers: dict[str, list[dict]
 
 
 def work(options: argparse.Namespace) -> None:
-    from data import train_tokenizer
+    from data import SpecialTokens, train_tokenizer
 
     with open(options.worker, encoding="utf-8") as file:
         texts = (json.loads(line) for line in file)
         start = time.perf_counter()
-        special = {"special_tokens": (), "bos": None, "eos": (), "pad": None, "chat_template": None}
-        tokenizer = train_tokenizer("bpe", texts, options.vocab_size, **special)
+        special = SpecialTokens((), bos=None, eos=(), pad=None, chat_template=None)
+        tokenizer = train_tokenizer("bpe", texts, options.vocab_size, special)
         seconds = time.perf_counter() - start
     own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     cpu = sum(used.ru_utime + used.ru_stime for used in (own, workers))

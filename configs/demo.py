@@ -21,7 +21,96 @@ SUMS = {
 INSTRUCTION = "Answer as <answer>...</answer>."
 
 
+def get_config():
+    return ConfigDict(
+        {
+            "cpu_devices": 2,
+            "replay": 0.05,
+            "corpus": {"curation": curation(), "tokenizer": tokenizer()},
+            "dialogues": dialogues(),
+            "pretrain": pretrain(),
+            "sft": sft(),
+            "dpo": dpo(),
+            "rl": rl(),
+            "evals": evals(),
+        }
+    )
+
+
+def curation():
+    return {
+        "sources": (
+            {"kind": "PythonStdlib", "code": False},
+            {"kind": "PythonStdlib", "docstrings": False, "topics": False, "max_bytes": 300_000},
+        ),
+        "stages": (
+            {"kind": "Normalise"},
+            {"kind": "GopherQuality"},
+            {"kind": "CodeQuality"},
+            {"kind": "ExactDedup"},
+            {"kind": "MinHashDedup"},
+        ),
+        "validation_fraction": 0.03,
+        "test_fraction": 0.05,
+    }
+
+
+def tokenizer():
+    return {
+        "kind": "bpe",
+        "vocab_size": 1024,
+        "digits": 1,
+        "tasks": (SUMS,),
+        "task_problems": 1000,
+        "instruction": INSTRUCTION,
+    }
+
+
+def dialogues():
+    return {
+        "tasks": (SUMS,),
+        "instruction": INSTRUCTION,
+        "dialogues": 8000,
+        "pairs": 1000,
+        "validation": 100,
+    }
+
+
+def pretrain():
+    spec = training(700, 8e-3, validate_every=100)
+    spec["model"] = {
+        "width": 128,
+        "layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "ffn_width": 384,
+        "max_length": 256,
+    }
+    spec["data"] = {"seq_len": 256, "batch_size": 8, "validation_batches": 8}
+    spec["samples"] = {
+        "every": 200,
+        "prompts": ("Return a copy of", "This module provides", "def __init__(self"),
+        "max_new_tokens": 40,
+        "temperature": 0.7,
+    }
+    return spec
+
+
+def sft():
+    return training(600, 4e-3, validate_every=100, samples=chat_samples())
+
+
+def dpo():
+    return training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples())
+
+
+def chat_samples():
+    return {"chat": True, "max_new_tokens": 12, "prompts": (f"Calculate 3 + 4.\n{INSTRUCTION}",)}
+
+
 def training(steps, peak_lr, **more):
+    """What pretraining, SFT and DPO have in common."""
     return {
         "steps": steps,
         "log_every": 20,
@@ -32,97 +121,22 @@ def training(steps, peak_lr, **more):
     }
 
 
-def get_config():
-    pretrain = training(700, 8e-3, validate_every=100)
-    pretrain["model"] = {
-        "width": 128,
-        "layers": 3,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 32,
-        "ffn_width": 384,
-        "max_length": 256,
+def rl():
+    return {
+        "tasks": (SUMS,),
+        "instruction": INSTRUCTION,
+        "problems": 4000,
+        "steps": 120,
+        "evaluate_every": 20,
+        "evaluate_problems": 100,
+        "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 10, "seq_len": 48},
+        "grpo": {"minibatches": 4},
+        "optimizer": {"peak_lr": 2.5e-4, "warmup_steps": 10, "schedule": "cosine", "weight_decay": 0.0},
+        "mesh": {"data": -1},
+        "checkpoint": {"every": 25, "keep": 1},
     }
-    pretrain["data"] = {"seq_len": 256, "batch_size": 8, "validation_batches": 8}
-    pretrain["samples"] = {
-        "every": 200,
-        "prompts": ("Return a copy of", "This module provides", "def __init__(self"),
-        "max_new_tokens": 40,
-        "temperature": 0.7,
-    }
-    chat_samples = {"chat": True, "max_new_tokens": 12}
-    question = f"Calculate 3 + 4.\n{INSTRUCTION}"
-    sft = training(600, 4e-3, validate_every=100, samples=chat_samples | {"prompts": (question,)})
-    dpo = training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples | {"prompts": (question,)})
-    return ConfigDict(
-        {
-            "cpu_devices": 2,
-            "replay": 0.05,
-            "corpus": {
-                "curation": {
-                    "sources": (
-                        {"kind": "PythonStdlib", "code": False},
-                        {"kind": "PythonStdlib", "docstrings": False, "topics": False, "max_bytes": 300_000},
-                    ),
-                    "stages": (
-                        {"kind": "Normalise"},
-                        {"kind": "GopherQuality"},
-                        {"kind": "CodeQuality"},
-                        {"kind": "ExactDedup"},
-                        {"kind": "MinHashDedup"},
-                    ),
-                    "validation_fraction": 0.03,
-                    "test_fraction": 0.05,
-                },
-                "tokenizer": {
-                    "kind": "bpe",
-                    "vocab_size": 1024,
-                    "digits": 1,
-                    "tasks": (SUMS,),
-                    "task_problems": 1000,
-                    "instruction": INSTRUCTION,
-                },
-            },
-            "dialogues": {
-                "tasks": (SUMS,),
-                "instruction": INSTRUCTION,
-                "dialogues": 8000,
-                "pairs": 1000,
-                "validation": 100,
-            },
-            "pretrain": pretrain,
-            "sft": sft,
-            "dpo": dpo,
-            "rl": {
-                "tasks": (SUMS,),
-                "instruction": INSTRUCTION,
-                "problems": 4000,
-                "steps": 120,
-                "evaluate_every": 20,
-                "evaluate_problems": 100,
-                "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 10, "seq_len": 48},
-                "grpo": {"minibatches": 4},
-                "optimizer": {
-                    "peak_lr": 2.5e-4,
-                    "warmup_steps": 10,
-                    "schedule": "cosine",
-                    "weight_decay": 0.0,
-                },
-                "mesh": {"data": -1},
-                "checkpoint": {"every": 25, "keep": 1},
-            },
-            "evals": {
-                "tasks": (
-                    {
-                        **SUMS,
-                        "label": "sums",
-                        "problems": 250,
-                        "instruction": INSTRUCTION,
-                        "max_new_tokens": 12,
-                    },
-                ),
-                "engine": {"max_rows": 64},
-                "samples": 8,
-            },
-        }
-    )
+
+
+def evals():
+    sums = {"label": "sums", "problems": 250, "instruction": INSTRUCTION, "max_new_tokens": 12}
+    return {"tasks": (SUMS | sums,), "engine": {"max_rows": 64}, "samples": 8}

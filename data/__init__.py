@@ -15,6 +15,8 @@ _HOME = {
     "StreamDecoder": "data.tokenizer",
     "load_tokenizer": "data.load",
     "train_tokenizer": "data.tokenizer.training",
+    "SpecialTokens": "data.tokenizer.training",
+    "TextLimits": "data.tokenizer.training",
     "ChatTemplateError": "data.templates",
     "DEFAULT_CHAT_TEMPLATE": "data.chat",
     "write_dataset": "data.shards",
@@ -54,8 +56,10 @@ __all__ = [
     "Phase",
     "Problem",
     "Reading",
+    "SpecialTokens",
     "StreamDecoder",
     "TaskSpec",
+    "TextLimits",
     "Tokenizer",
     "build_corpus",
     "curate",
@@ -85,6 +89,6 @@ if TYPE_CHECKING:
     from data.templates import ChatTemplateError
     from data.tokenize import tokenize_dataset, write_chat_dataset, write_preference_dataset
     from data.tokenizer import StreamDecoder, Tokenizer
-    from data.tokenizer.training import train_tokenizer
+    from data.tokenizer.training import SpecialTokens, TextLimits, train_tokenizer
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

@@ -21,7 +21,7 @@ from data.shards import Dataset, hash_of
 from data.tasks import INSTRUCTION, TaskSpec, dialogue, generate
 from data.tokenize import tokenize_dataset
 from data.tokenizer import Tokenizer, read_json
-from data.tokenizer.training import PatternName, TokenizerKind, train_tokenizer
+from data.tokenizer.training import PatternName, SpecialTokens, TextLimits, TokenizerKind, train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +112,10 @@ def _tokenizer(config: TokenizerConfig, text: Dataset, workdir: Path, log: Log |
                 config.kind,
                 texts,
                 config.vocab_size,
+                SpecialTokens(reserved=config.reserved),
                 pattern=config.pattern,
                 digits=config.digits,
-                reserved=config.reserved,
-                max_bytes=config.max_bytes,
+                limits=TextLimits(config.max_bytes),
             )
         except ValueError as error:
             raise ConfigError(f"config.tokenizer: {error}") from error

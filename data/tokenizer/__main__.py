@@ -26,7 +26,7 @@ from configs.files import atomic_write
 from data.load import load_tokenizer
 from data.tokenizer.convert import FORMATS, convert
 from data.tokenizer.interface import to_json
-from data.tokenizer.training import PatternName, TokenizerKind, train_tokenizer
+from data.tokenizer.training import PatternName, SpecialTokens, TextLimits, TokenizerKind, train_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,29 +92,17 @@ def _train(options: argparse.Namespace) -> int:
     from data.tokenizer.texts import read_texts, size_of
 
     texts = read_texts(options.texts, options.text_field)
-    roles = {}
-    if options.special_tokens:
-        end = options.special_tokens[0]
-        roles = {
-            "special_tokens": options.special_tokens,
-            "bos": end,
-            "eos": (end,),
-            "pad": None,
-            "chat_template": None,
-        }
     start = time.perf_counter()
     with _Progress(size_of(options.texts), options.max_bytes, options.vocab_size) as progress:
         tokenizer = train_tokenizer(
             options.kind,
             texts,
             options.vocab_size,
+            _special(options),
             pattern=options.pattern,
             digits=options.digits,
-            reserved=options.reserved,
-            max_bytes=options.max_bytes,
-            max_words=options.max_words,
+            limits=TextLimits(options.max_bytes, options.max_words),
             progress=progress.update,
-            **roles,
         )
     tokenizer.save(options.out)
     peaks = [
@@ -126,6 +114,13 @@ def _train(options: argparse.Namespace) -> int:
         f"{time.perf_counter() - start:.1f} s; peak memory {peak / 1e6:,.0f} MB"
     )
     return 0
+
+
+def _special(options: argparse.Namespace) -> SpecialTokens:
+    if not options.special_tokens:
+        return SpecialTokens(reserved=options.reserved)
+    names, end = options.special_tokens, options.special_tokens[0]
+    return SpecialTokens(names, options.reserved, bos=end, eos=(end,), pad=None, chat_template=None)
 
 
 class _Progress:

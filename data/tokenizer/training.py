@@ -26,21 +26,49 @@ Progress = Callable[[str, int], None]  # ("bytes", read so far) and then ("token
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Control tokens, first in the vocabulary, what they are for, and the template that writes them."""
+
+    names: Sequence[str] = DEFAULT_SPECIAL_TOKENS
+    reserved: int = 0  # so many more, <|reserved_0|> and on, for uses that are found later
+    bos: str | None = "<|endoftext|>"
+    eos: Sequence[str] = ("<|endoftext|>", "<|im_end|>")  # all stop; the first ends a document
+    pad: str | None = "<|pad|>"
+    chat_template: str | None = DEFAULT_CHAT_TEMPLATE
+
+    def vocabulary(self) -> list[str]:
+        """Raises ValueError for a token that is there twice, or a role whose token is not there."""
+        tokens = [*self.names, *(f"<|reserved_{i}|>" for i in range(self.reserved))]
+        if len(set(tokens)) != len(tokens):
+            raise ValueError(f"a special token is there twice: {tokens}")
+        roles = [name for name in (self.bos, *self.eos, self.pad) if name is not None]
+        if missing := [name for name in roles if name not in tokens]:
+            raise ValueError(f"bos, eos and pad must be special tokens; {missing} are not among {tokens}")
+        return tokens
+
+    def roles(self) -> dict[str, Any]:
+        """As the constructors of tokenizers name them."""
+        return {"bos": self.bos, "eos": list(self.eos), "pad": self.pad, "chat_template": self.chat_template}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLimits:
+    """How much of the texts is read, and how much of that is kept."""
+
+    max_bytes: int | None = None  # of UTF-8 to read; None: all
+    max_words: int = 1 << 23  # different words to keep; see `count_words`
+
+
 def train_tokenizer(
     kind: TokenizerKind,
     texts: Iterable[str],
     vocab_size: int,
-    special_tokens: Sequence[str] = DEFAULT_SPECIAL_TOKENS,
-    chat_template: str | None = DEFAULT_CHAT_TEMPLATE,
+    special: SpecialTokens = SpecialTokens(),
     *,
-    bos: str | None = "<|endoftext|>",
-    eos: Sequence[str] = ("<|endoftext|>", "<|im_end|>"),
-    pad: str | None = "<|pad|>",
     pattern: PatternName = "ours",
     digits: int | None = None,
-    reserved: int = 0,
-    max_bytes: int | None = None,
-    max_words: int = 1 << 23,
+    limits: TextLimits = TextLimits(),
     progress: Progress = lambda what, done: None,
 ) -> Tokenizer:
     """Trains a tokenizer; the same texts in the same order give the same tokenizer.
@@ -50,49 +78,37 @@ def train_tokenizer(
             fallback), "wordpiece" (BERT's, lower case, loses white space and accents), or "bytes" (learns nothing).
         vocab_size: ids in all, special tokens and the 256 bytes among them. A text too small for it is an error.
             Not looked at for "bytes", whose size is 256 and the special tokens.
-        special_tokens: control tokens, first in the vocabulary. `bos`, `eos` (all stop; the first ends a
-            document) and `pad` must be among them.
         pattern: how "bpe" cuts text into words: "ours", "gpt2", "cl100k", "o200k" or "llama3".
         digits: numbers are cut into groups of up to 1, 2 or 3 digits; None: as the pattern does ("ours": 2).
             SentencePiece has 1 or None, others None.
-        reserved: so many further special tokens, <|reserved_0|> and on, for uses that are found later.
-        max_bytes: stop reading texts after so many bytes of UTF-8.
-        max_words: different words to keep; see `count_words`.
 
     Raises ValueError naming what does not fit.
     """
     if kind not in _TRAINERS:
         raise ValueError(f"kind={kind!r}; known are {', '.join(_TRAINERS)}")
-    specials = [*special_tokens, *(f"<|reserved_{i}|>" for i in range(reserved))]
-    if len(set(specials)) != len(specials):
-        raise ValueError(f"a special token is there twice: {specials}")
-    roles = [name for name in (bos, *eos, pad) if name is not None]
-    if missing := [name for name in roles if name not in specials]:
-        raise ValueError(f"bos, eos and pad must be special tokens; {missing} are not among {specials}")
+    specials = special.vocabulary()
     smallest = len(specials) + {"bpe": 256, "wordpiece": 1, "bytes": 0}.get(kind, 257)
     if vocab_size < smallest and kind != "bytes":
         raise ValueError(
             f"vocab_size={vocab_size} is too small: bytes and special tokens alone are {smallest}"
         )
-    names = {"bos": bos, "eos": list(eos), "pad": pad, "chat_template": chat_template}
-    job = _Job(kind, texts, vocab_size, specials, pattern, digits, max_bytes, max_words, progress, names)
+    job = _Job(kind, texts, vocab_size, specials, special.roles(), pattern, digits, limits, progress)
     return _TRAINERS[kind](job)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """The arguments of `train_tokenizer`; `names` are those of the tokenizer's own constructor."""
+    """The arguments of `train_tokenizer`."""
 
     kind: TokenizerKind
     texts: Iterable[str]
     vocab_size: int
     specials: list[str]
+    roles: dict[str, Any]
     pattern: PatternName
     digits: int | None
-    max_bytes: int | None
-    max_words: int
+    limits: TextLimits
     progress: Progress
-    names: dict[str, Any]
 
     def count(
         self, pattern: str, border: str = SPACE_BEFORE_TEXT, texts: Iterable[str] | None = None
@@ -101,14 +117,16 @@ class _Job:
             self.texts if texts is None else texts,
             pattern,
             border,
-            self.max_bytes,
-            self.max_words,
+            self.limits.max_bytes,
+            self.limits.max_words,
             lambda done: self.progress("bytes", done),
         )
         if counts.bad:
             _log.warning("%d texts left out: they have lone surrogates, which is no Unicode.", counts.bad)
         if counts.rare:
-            _log.warning("%d rare words left out: more than max_words=%d.", counts.rare, self.max_words)
+            _log.warning(
+                "%d rare words left out: more than max_words=%d.", counts.rare, self.limits.max_words
+            )
         return counts
 
     def merges(self, symbols: np.ndarray, counts: WordCounts, lengths: list[int], spellings: list, join):
@@ -151,7 +169,7 @@ def _train_bpe(job: _Job) -> Tokenizer:
     pairs = [(spellings[left], spellings[right]) for left, right in merges]
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=style.ignore_merges))
     backend.pre_tokenizer, backend.decoder = style.build(), decoders.ByteLevel()
-    return HuggingFaceTokenizer(backend, special_tokens=job.specials, **job.names)
+    return HuggingFaceTokenizer(backend, special_tokens=job.specials, **job.roles)
 
 
 def _train_wordpiece(job: _Job) -> Tokenizer:
@@ -179,13 +197,13 @@ def _train_wordpiece(job: _Job) -> Tokenizer:
     lengths = [len(word) for word in counts.words]
     job.merges(np.asarray(symbols), counts, lengths, spellings, lambda a, b: a + b.removeprefix(PREFIX))
     backend = backend_of([*specials, *spellings], lowercase=True)
-    return HuggingFaceTokenizer(backend, special_tokens=job.specials, **job.names)
+    return HuggingFaceTokenizer(backend, special_tokens=job.specials, **job.roles)
 
 
 def _train_bytes(job: _Job) -> Tokenizer:
     from data.tokenizer.raw_bytes import ByteTokenizer
 
-    return ByteTokenizer(job.specials, **job.names)
+    return ByteTokenizer(job.specials, **job.roles)
 
 
 def _train_sentencepiece(job: _Job) -> Tokenizer:
@@ -229,7 +247,7 @@ def _train_sentencepiece(job: _Job) -> Tokenizer:
             f"SentencePiece could not train {job.vocab_size} pieces: {error}. Give more text or ask for a "
             "smaller vocabulary."
         ) from error
-    return SentencePieceTokenizer(model.getvalue(), **job.names)
+    return SentencePieceTokenizer(model.getvalue(), **job.roles)
 
 
 def _counted_lines(counts: WordCounts) -> Iterator[str]:

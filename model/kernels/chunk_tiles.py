@@ -38,6 +38,11 @@ def cost(multiplied: int, tokens: int, inputs: Sequence[jax.Array], outputs: Seq
     return pl.CostEstimate(flops=2 * multiplied, bytes_accessed=moved, transcendentals=tokens * (CHUNK + 3))
 
 
+def chunk_at(at):
+    """The tokens of a block's chunk, counted from 0, as an index."""
+    return pl.ds(at * CHUNK if isinstance(at, int) else pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
+
+
 class Sight(NamedTuple):
     """Of a chunk, from the number of documents that began in it up to each token."""
 

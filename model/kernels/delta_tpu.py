@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from model.kernels.chunk_tiles import CHUNK, LANES, Sizes, documents, narrowest, padded, totals, up
 from model.kernels.delta_backward import gradients
-from model.kernels.delta_forward import Plan, forward
+from model.kernels.delta_forward import Inputs, Plan, Results, Saved, forward
 
 # Sizes by chip. A block is of one head; its width bounds that of keys and values together. At 512 tokens a state a
 # block is a quarter of the values of 128 channels in float32, the systems of four chunks are inverted side by side,
@@ -57,17 +57,17 @@ def delta_rule(
         return x_BHT.reshape(B, H, 1, length)
 
     beta_BHT = padded(beta_BTH.astype(jnp.float32), 1, length).swapaxes(1, 2)
-    o_BTF, state_BHKV_wide = _delta(
-        plan,
-        wide(q_BTHK, plan.keys),
-        wide(k_BTHK, plan.keys),
-        wide(v_BTHV, plan.values),
-        rows(totals(padded(log_decay_BTH, 1, length))),
-        rows(beta_BHT),
-        documents(padded(first_BT, 1, length)),
-        padded(padded(state_BHKV.astype(jnp.float32), 2, plan.keys), 3, plan.values),
+    inputs = Inputs(
+        q=wide(q_BTHK, plan.keys),
+        k=wide(k_BTHK, plan.keys),
+        v=wide(v_BTHV, plan.values),
+        totals=rows(totals(padded(log_decay_BTH, 1, length))),
+        beta=rows(beta_BHT),
+        documents=documents(padded(first_BT, 1, length)),
     )
-    return o_BTF[:, :T].reshape(B, T, H, plan.values)[..., :V], state_BHKV_wide[:, :, :K, :V]
+    state = padded(padded(state_BHKV.astype(jnp.float32), 2, plan.keys), 3, plan.values)
+    o_BTF, last_BHKV = _delta(plan, inputs, state)
+    return o_BTF[:, :T].reshape(B, T, H, plan.values)[..., :V], last_BHKV[:, :, :K, :V]
 
 
 def make_plan(K: int, V: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
@@ -77,22 +77,20 @@ def make_plan(K: int, V: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
     return Plan(K, V, min(max(fitting, CHUNK), up(T, CHUNK)), interpret)
 
 
-def _run(plan: Plan, *inputs):
-    o_BTF, last_BHKV, *_ = forward(plan, *inputs, saves=False)
-    return o_BTF, last_BHKV
+def _run(plan: Plan, inputs: Inputs, state: jax.Array) -> Results:
+    return forward(plan, inputs, state, saves=False)[0]
 
 
 _delta = jax.custom_vjp(_run, nondiff_argnums=(0,))
 
 
-def _forward(plan: Plan, *inputs):
-    o_BTF, last_BHKV, *of_blocks = forward(plan, *inputs, saves=True)
-    return (o_BTF, last_BHKV), (*inputs[:-1], *of_blocks)
+def _forward(plan: Plan, inputs: Inputs, state: jax.Array):
+    results, saved = forward(plan, inputs, state, saves=True)
+    return results, (inputs, saved)
 
 
-def _backward(plan: Plan, saved, results):
-    *floats, dstate_BHKV = gradients(plan, *saved, *results)
-    return *floats, None, dstate_BHKV
+def _backward(plan: Plan, residuals: tuple[Inputs, Saved], dresults: Results):
+    return gradients(plan, *residuals, dresults)
 
 
 _delta.defvjp(_forward, _backward)

@@ -2,7 +2,7 @@
 
 The forward pass left the state before each block; those before its chunks, and all within a chunk, are computed again.
 A decay's gradient is what passes over its token: sums over tokens after it minus sums over tokens before it, of the
-same float32 numbers, so that what cancels does so exactly.
+same float32 numbers, so that what cancels does so exactly. Letters are those of ssd_forward.
 """
 
 # B batch, T tokens of a block, Q tokens of a chunk, R heads of a block, J blocks of heads of a walk, W walks
@@ -11,6 +11,8 @@ same float32 numbers, so that what cancels does so exactly.
 from __future__ import annotations
 
 import functools
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,153 +26,174 @@ from model.kernels.chunk_tiles import (
     at_last,
     column_sum,
     cost,
-    decays,
     in_lane,
     in_row,
-    product,
     row_sum,
-    sight,
 )
-from model.kernels.ssd_forward import DIMENSIONS, Plan, added
+from model.kernels.ssd_forward import DIMENSIONS, Chunk, Inputs, Plan, Results, after
 
 
-def gradients(
-    plan: Plan, v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, entering_BINF, dy_BTF, dlast_BNF
-) -> tuple[jax.Array, ...]:
-    """Of values, totals, keys and queries (both a walk's part of them, [B, W, T, N] float32), and the first state."""
-    (B, T, F), N = v_BTF.shape, dlast_BNF.shape[1]
+def gradients(plan: Plan, inputs: Inputs, entering: jax.Array, dresults: Results) -> tuple[Inputs, jax.Array]:
+    """Of the inputs, of keys and queries a walk's part of them, and of the first states."""
+    (B, T, F), N = inputs.v.shape, dresults.last.shape[1]
     grid = plan.grid(B, T)
     W, I, J = grid[1:]
     back = lambda t: I - 1 - t
-    values, totals, keys, documents = plan.specs(N, back)
-    key_parts = pl.BlockSpec((None, None, plan.tokens, N), lambda b, w, t, j: (b, w, back(t), 0))
+    specs = plan.specs(N, back)
+    part_spec = pl.BlockSpec((None, None, plan.tokens, N), lambda b, w, t, j: (b, w, back(t), 0))
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    part, of_values = float32(B, W, T, N), jax.ShapeDtypeStruct((B, T, F), inputs.v.dtype)
+    outputs = Inputs(of_values, float32(*inputs.totals.shape), part, part, None), float32(B, N, F)
+    arrays = (*inputs, entering, *dresults), (*outputs[0], outputs[1])
     multiplied = 3 * W * J * CHUNK * N + F * (2 * CHUNK + 5 * N)  # for a token
-    inputs = v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, entering_BINF, dy_BTF, dlast_BNF
-    outputs = [
-        jax.ShapeDtypeStruct(v_BTF.shape, v_BTF.dtype),
-        float32(*totals_BMRT.shape),
-        float32(B, W, T, N),
-        float32(B, W, T, N),
-        float32(B, N, F),
-    ]
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=grid,
-        in_specs=[
-            values,
-            totals,
-            keys,
-            keys,
-            documents,
-            plan.entering_spec(N, back),
-            values,
-            plan.state_spec(N, 0, J - 1),
+        in_specs=[specs, plan.entering_spec(N, back), Results(specs.v, plan.state_spec(N, 0, J - 1))],
+        out_specs=[
+            Inputs(specs.v, specs.totals, part_spec, part_spec, None),
+            plan.state_spec(N, I - 1, 0),
         ],
-        out_specs=[values, totals, key_parts, key_parts, plan.state_spec(N, I - 1, 0)],
         out_shape=outputs,
         scratch_shapes=[
-            pltpu.VMEM((J, N, plan.channels), jnp.float32),
-            pltpu.VMEM((plan.tokens // CHUNK, N, plan.channels), jnp.float32),
+            _Scratch(
+                pltpu.VMEM((J, N, plan.channels), jnp.float32),
+                pltpu.VMEM((plan.tokens // CHUNK, N, plan.channels), jnp.float32),
+            )
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
-        cost_estimate=cost(B * T * multiplied, B * T * F // plan.width, inputs, outputs),
+        cost_estimate=cost(B * T * multiplied, B * T * F // plan.width, *arrays),
         interpret=plan.interpret,
         name="ssd_backward",
-    )(*inputs)
+    )(inputs, entering, dresults)
+
+
+class _Scratch(NamedTuple):
+    dstates_JNF: Any  # of each block of heads, dS' of the chunk that is next
+    states_CNF: Any  # of one block of heads, S of each chunk
 
 
 def _kernel(
-    plan: Plan,
-    v_TF,
-    totals_RT,
-    k_TN,
-    q_TN,
-    documents_1T,
-    entering_NF,
-    dy_TF,
-    dlast_NF,
-    dv_TF,
-    dtotals_RT,
-    dk_TN,
-    dq_TN,
-    dstart_NF,
-    dstates_JNF,
-    states_CNF,
+    plan: Plan, inputs: Inputs, entering_NF, dresults: Results, dinputs: Inputs, dstart_NF, scratch: _Scratch
 ):
     t, j, chunks = pl.program_id(2), pl.program_id(3), plan.tokens // CHUNK
-    dstate_NF, multiply = dstates_JNF.at[j], functools.partial(product, dtype=k_TN.dtype)
+    dstate_NF = scratch.dstates_JNF.at[j]
+    block = _Block(plan, inputs, dresults.y, dinputs, scratch.states_CNF, dstate_NF)
 
     @pl.when(t == 0)
     def start():
-        dstate_NF[...] = dlast_NF[...]
+        dstate_NF[...] = dresults.last[...]
 
     @pl.when(j == 0)
     def start_sums():
-        dk_TN[...] = jnp.zeros_like(dk_TN)
-        dq_TN[...] = jnp.zeros_like(dq_TN)
+        dinputs.k[...] = jnp.zeros_like(dinputs.k)
+        dinputs.q[...] = jnp.zeros_like(dinputs.q)
 
-    def of_chunk(at):
-        here = pl.ds(pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
-        sees = sight(documents_1T[:, here])
-        return here, sees, decays(totals_RT[:, here], sees)
-
-    states_CNF[0] = entering_NF[...]
-
-    def again(at, _):
-        here, _, decay = of_chunk(at)
-        for h in range(plan.heads):
-            head = plan.head(h)
-            new_NP = added(k_TN[here], v_TF[here, head], decay.out_QL[:, h : h + 1])
-            states_CNF[at + 1, :, head] = states_CNF[at, :, head] * decay.kept(h) + new_NP
-        return 0
-
-    jax.lax.fori_loop(0, chunks - 1, again, 0)
-
-    def chunk(step, _):
-        at = chunks - 1 - step
-        here, sees, decay = of_chunk(at)
-        k_QN, q_QN = k_TN[here], q_TN[here]
-        k32_QN, q32_QN = k_QN.astype(jnp.float32), q_QN.astype(jnp.float32)
-        scores_QQ = multiply(q_QN, k_QN, (1, 1))
-        dscores_QQ = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        dk_QN, dq_QN = jnp.zeros(k_QN.shape, jnp.float32), jnp.zeros(q_QN.shape, jnp.float32)
-        rises_QL, falls_RQ = (
-            jnp.zeros((CHUNK, LANES), jnp.float32),
-            jnp.zeros((plan.heads, CHUNK), jnp.float32),
-        )
-        for h in range(plan.heads):
-            head = plan.head(h)
-            v_QP, dy_QP, dstate_NP = v_TF[here, head], dy_TF[here, head], dstate_NF[:, head]
-            state_NP, into_Q1, out_Q1 = (
-                states_CNF[at, :, head],
-                decay.into_QL[:, h : h + 1],
-                decay.out_QL[:, h : h + 1],
-            )
-            between_QQ = decay.between(h, sees.pairs_QQ)
-            weights_QQ = scores_QQ * between_QQ
-            dweights_QQ = multiply(dy_QP, v_QP, (1, 1))
-            dscores_QQ += dweights_QQ * between_QQ
-            dv_QP = multiply(weights_QQ, dy_QP, (0, 0)) + multiply(k_QN, dstate_NP, (1, 0)) * out_Q1
-            dv_TF[here, head] = dv_QP.astype(dv_TF.dtype)
-            dinto_QN = multiply(dy_QP, state_NP, (1, 1)) * into_Q1
-            dout_QN = multiply(v_QP, dstate_NP, (1, 1)) * out_Q1
-            dq_QN, dk_QN = dq_QN + dinto_QN, dk_QN + dout_QN
-
-            over_QQ = jnp.where(sees.earlier_QQ, weights_QQ * dweights_QQ, 0)
-            gone_Q1 = row_sum(dout_QN * k32_QN)
-            kept_11 = all_sum(dstate_NP * state_NP) * decay.kept(h)
-            rise_Q1 = row_sum(over_QQ) + row_sum(dinto_QN * q32_QN) - gone_Q1
-            rises_QL += in_lane(h, rise_Q1 + at_last(column_sum(gone_Q1) + kept_11))
-            falls_RQ += in_row(h, plan.heads, column_sum(over_QQ))
-            dstate_NF[:, head] = dstate_NP * decay.kept(h) + multiply(q_QN, dy_QP * into_Q1, (0, 0))
-        dtotals_RT[:, here] = rises_QL.T[: plan.heads] - falls_RQ
-        dq_TN[here] += dq_QN + multiply(dscores_QQ, k_QN, (1, 0))
-        dk_TN[here] += dk_QN + multiply(dscores_QQ, q_QN, (0, 0))
-        return 0
-
-    jax.lax.fori_loop(0, chunks, chunk, 0)
+    block.states_CNF[0] = entering_NF[...]
+    jax.lax.fori_loop(0, chunks - 1, lambda at, _: _run_again(block, at), None)
+    jax.lax.fori_loop(0, chunks, lambda done, _: _pull(block, chunks - 1 - done), None)
 
     @pl.when(t == pl.num_programs(2) - 1)
     def finish():
         dstart_NF[...] = dstate_NF[...]
+
+
+class _Block(NamedTuple):
+    """Refs to a block of tokens and of heads."""
+
+    plan: Plan
+    inputs: Inputs
+    dy_TF: Any
+    dinputs: Inputs
+    states_CNF: Any  # S of each chunk
+    dstate_NF: Any  # dS' of the chunk that is next
+
+
+def _run_again(block: _Block, at) -> None:
+    """The state after chunk `at`, which is before the next."""
+    chunk = block.inputs.chunk(at)
+    for h in range(block.plan.heads):
+        head = block.plan.head(h)
+        before_NP = block.states_CNF[at, :, head]
+        block.states_CNF[at + 1, :, head] = after(chunk, h, block.inputs.v[chunk.here, head], before_NP)
+
+
+def _pull(block: _Block, at) -> None:
+    """The gradients of chunk `at`: of its inputs, and dS in place of dS'."""
+    plan, dinputs, chunk = block.plan, block.dinputs, block.inputs.chunk(at)
+    here, shared = chunk.here, _shared(chunk)
+    sums = _no_sums(plan.heads, chunk)
+    for h in range(plan.heads):
+        head = plan.head(h)
+        states = block.states_CNF[at, :, head], block.dstate_NF[:, head]
+        x = _Head(h, block.inputs.v[here, head], block.dy_TF[here, head], *states)
+        dv_QP, block.dstate_NF[:, head], of_head = _head_gradients(shared, x)
+        dinputs.v[here, head] = dv_QP.astype(dinputs.v.dtype)
+        sums = jax.tree.map(operator.add, sums, of_head)
+    dinputs.totals[:, here] = sums.rises_QL.T[: plan.heads] - sums.falls_RQ
+    dinputs.q[here] += sums.dq_QN + chunk.product(sums.dscores_QQ, chunk.k_QN, (1, 0))
+    dinputs.k[here] += sums.dk_QN + chunk.product(sums.dscores_QQ, chunk.q_QN, (0, 0))
+
+
+class _Shared(NamedTuple):
+    """By the heads of a chunk."""
+
+    chunk: Chunk
+    k_QN: jax.Array  # float32
+    q_QN: jax.Array  # float32
+    scores_QQ: jax.Array
+
+
+def _shared(chunk: Chunk) -> _Shared:
+    return _Shared(chunk, chunk.k_QN.astype(jnp.float32), chunk.q_QN.astype(jnp.float32), chunk.scores())
+
+
+class _Sums(NamedTuple):
+    """Over heads; of totals what each head adds is in a lane or a row of its own."""
+
+    dscores_QQ: jax.Array
+    dk_QN: jax.Array  # through S'
+    dq_QN: jax.Array  # through S
+    rises_QL: jax.Array  # of totals, upright
+    falls_RQ: jax.Array  # of totals, to subtract
+
+
+def _no_sums(heads: int, chunk: Chunk) -> _Sums:
+    shapes = (CHUNK, CHUNK), chunk.k_QN.shape, chunk.q_QN.shape, (CHUNK, LANES), (heads, CHUNK)
+    return _Sums(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+
+class _Head(NamedTuple):
+    """What the gradients of one head of a chunk come from."""
+
+    h: int
+    v_QP: jax.Array
+    dy_QP: jax.Array
+    before_NP: jax.Array  # S
+    dafter_NP: jax.Array  # dS'
+
+
+def _head_gradients(shared: _Shared, x: _Head) -> tuple[jax.Array, jax.Array, _Sums]:
+    """(dv = P^T dy + out k dS', dS = kept dS' + q^T (into dy), what it adds to sums over heads)."""
+    chunk, decay, product = shared.chunk, shared.chunk.decay, shared.chunk.product
+    into_Q1, out_Q1 = decay.into_QL[:, x.h : x.h + 1], decay.out_QL[:, x.h : x.h + 1]
+    between_QQ = decay.between(x.h, chunk.sees.pairs_QQ)
+    weights_QQ, dweights_QQ = shared.scores_QQ * between_QQ, product(x.dy_QP, x.v_QP, (1, 1))
+    dv_QP = product(weights_QQ, x.dy_QP, (0, 0)) + product(chunk.k_QN, x.dafter_NP, (1, 0)) * out_Q1
+    dq_QN = product(x.dy_QP, x.before_NP, (1, 1)) * into_Q1
+    dk_QN = product(x.v_QP, x.dafter_NP, (1, 1)) * out_Q1
+    over_QQ = jnp.where(chunk.sees.earlier_QQ, weights_QQ * dweights_QQ, 0)
+    rise_Q1 = _rise(shared, x, over_QQ, dk_QN, dq_QN)
+    fall_RQ = in_row(x.h, decay.totals_RQ.shape[0], column_sum(over_QQ))
+    dbefore_NP = x.dafter_NP * decay.kept(x.h) + product(chunk.q_QN, x.dy_QP * into_Q1, (0, 0))
+    sums = _Sums(dweights_QQ * between_QQ, dk_QN, dq_QN, in_lane(x.h, rise_Q1), fall_RQ)
+    return dv_QP, dbefore_NP, sums
+
+
+def _rise(shared: _Shared, x: _Head, over_QQ, dk_QN, dq_QN) -> jax.Array:
+    """[Q, 1], of totals: of pairs of tokens (`over_QQ`) at the later one, from S to tokens, from tokens to S', and from
+    S to S'."""
+    gone_Q1 = row_sum(dk_QN * shared.k_QN)
+    kept_11 = all_sum(x.dafter_NP * x.before_NP) * shared.chunk.decay.kept(x.h)
+    rise_Q1 = row_sum(over_QQ) + row_sum(dq_QN * shared.q_QN) - gone_Q1
+    return rise_Q1 + at_last(column_sum(gone_Q1) + kept_11)

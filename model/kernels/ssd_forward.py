@@ -1,6 +1,11 @@
 """The forward kernel of state-space duality: a block of heads goes from chunk to chunk with its states.
 
-Within a chunk tokens meet as in attention, with a decay for each pair; what came before is one state a head.
+Within a chunk tokens meet as in attention, with a decay for each pair; what came before is one state a head. With S and
+S' a head's states before and after a chunk, decays from S to its tokens (into), from them to S' (out), from S to S'
+(kept) and from token to token (D):
+
+    y = into q S + P v, P = D q k^T
+    S' = kept S + k^T (out v)
 """
 
 # B batch, T tokens of a block, Q tokens of a chunk, R heads of a block, J blocks of heads of a walk, W walks
@@ -10,13 +15,55 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.chunk_tiles import CHUNK, cost, decays, product, sight
+from model.kernels.chunk_tiles import CHUNK, Decays, Sight, chunk_at, cost, decays, product, sight
+
+
+class Inputs(NamedTuple):
+    """What both kernels read beside states, or its gradients: arrays of all tokens, in a kernel refs to its blocks."""
+
+    v: Any  # [B, T, H P], in a kernel [T, F]
+    totals: Any  # float32 [B, M, R, T], in a kernel [R, T]: of log decays from the chunk's first token on
+    k: Any  # [B, T, G N], in a kernel [T, N]; a walk's part of gradients float32 [B, W, T, N]
+    q: Any  # likewise
+    documents: Any  # int32 [B, 1, T], in a kernel [1, T]; of gradients None
+
+    def chunk(self, at) -> Chunk:
+        """In a kernel: the chunk `at` of its block."""
+        here = chunk_at(at)
+        sees = sight(self.documents[:, here])
+        return Chunk(here, sees, decays(self.totals[:, here], sees), self.k[here], self.q[here])
+
+
+class Results(NamedTuple):
+    """Of the forward kernel, or gradients of them, float32."""
+
+    y: Any  # [B, T, H P], in a kernel [T, F]
+    last: Any  # [B, N, H P], in a kernel [N, F]: the states after the last token
+
+
+class Chunk(NamedTuple):
+    """What the heads of a block share."""
+
+    here: Any  # its tokens in the block
+    sees: Sight
+    decay: Decays
+    k_QN: jax.Array
+    q_QN: jax.Array
+
+    def product(self, a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+        """With factors as wide as the inputs."""
+        return product(a, b, contract, self.k_QN.dtype)
+
+    def scores(self) -> jax.Array:
+        """q k^T"""
+        return self.product(self.q_QN, self.k_QN, (1, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +90,16 @@ class Plan:
         """The channels of a block's head h."""
         return slice(h * self.width, (h + 1) * self.width)
 
-    def specs(self, N: int, at) -> tuple[pl.BlockSpec, ...]:
-        """Of values, totals, keys (and queries) and documents, where step t of a walk has the block of tokens at(t)."""
+    def specs(self, N: int, at) -> Inputs:
+        """Where step t of a walk has the block of tokens at(t)."""
         R, T = self.heads, self.tokens
-        return (
-            pl.BlockSpec((None, T, self.channels), lambda b, w, t, j: (b, at(t), w * self.blocks + j)),
-            pl.BlockSpec((None, None, R, T), lambda b, w, t, j: (b, w * self.blocks + j, 0, at(t))),
-            pl.BlockSpec((None, T, N), lambda b, w, t, j: (b, at(t), jax.lax.div(w, self.walks))),
-            pl.BlockSpec((None, 1, T), lambda b, w, t, j: (b, 0, at(t))),
+        keys = pl.BlockSpec((None, T, N), lambda b, w, t, j: (b, at(t), jax.lax.div(w, self.walks)))
+        return Inputs(
+            v=pl.BlockSpec((None, T, self.channels), lambda b, w, t, j: (b, at(t), w * self.blocks + j)),
+            totals=pl.BlockSpec((None, None, R, T), lambda b, w, t, j: (b, w * self.blocks + j, 0, at(t))),
+            k=keys,
+            q=keys,
+            documents=pl.BlockSpec((None, 1, T), lambda b, w, t, j: (b, 0, at(t))),
         )
 
     def state_spec(self, N: int, step: int, resting: int) -> pl.BlockSpec:
@@ -73,50 +122,37 @@ class Plan:
 DIMENSIONS = ("parallel", "parallel", "arbitrary", "arbitrary")
 
 
-def forward(plan: Plan, v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, state_BNF, saves: bool):
-    """(y [B, T, F], the last states [B, N, F], if `saves` those before each block of tokens [B, I, N, F]), float32."""
-    (B, T, F), N = v_BTF.shape, state_BNF.shape[1]
+def forward(plan: Plan, inputs: Inputs, state: jax.Array, saves: bool) -> tuple[Results, jax.Array | None]:
+    """(results from the states [B, N, H P] before the first token, if `saves` those before each block of tokens
+    [B, I, N, H P]), float32."""
+    (B, T, F), N = inputs.v.shape, state.shape[1]
     grid = plan.grid(B, T)
     I, J = grid[2:]
-    values, totals, keys, documents = plan.specs(N, lambda t: t)
+    specs = plan.specs(N, lambda t: t)
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    results = Results(float32(B, T, F), float32(B, N, F))
+    entering = float32(B, I, N, F) if saves else None
     multiplied = grid[1] * J * CHUNK * N + F * (CHUNK + 2 * N)  # for a token
-    inputs = v_BTF, totals_BMRT, k_BTE, q_BTE, documents_B1T, state_BNF
-    outputs = [
-        jax.ShapeDtypeStruct((B, T, F), jnp.float32),
-        jax.ShapeDtypeStruct((B, N, F), jnp.float32),
-        jax.ShapeDtypeStruct((B, I, N, F), jnp.float32) if saves else None,
-    ]
     return pl.pallas_call(
         functools.partial(_kernel, plan),
         grid=grid,
-        in_specs=[values, totals, keys, keys, documents, plan.state_spec(N, 0, J - 1)],
+        in_specs=[specs, plan.state_spec(N, 0, J - 1)],
         out_specs=[
-            values,
-            plan.state_spec(N, I - 1, 0),
+            Results(specs.v, plan.state_spec(N, I - 1, 0)),
             plan.entering_spec(N, lambda t: t) if saves else None,
         ],
-        out_shape=outputs,
+        out_shape=[results, entering],
         scratch_shapes=[pltpu.VMEM((J, N, plan.channels), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
-        cost_estimate=cost(B * T * multiplied, B * T * F // plan.width, inputs, outputs),
+        cost_estimate=cost(
+            B * T * multiplied, B * T * F // plan.width, (*inputs, state), (*results, entering)
+        ),
         interpret=plan.interpret,
         name="ssd_forward",
-    )(*inputs)
+    )(inputs, state)
 
 
-def _kernel(
-    plan: Plan,
-    v_TF,
-    totals_RT,
-    k_TN,
-    q_TN,
-    documents_1T,
-    start_NF,
-    y_TF,
-    last_NF,
-    entering_NF,
-    states_JNF,
-):
+def _kernel(plan: Plan, inputs: Inputs, start_NF, results: Results, entering_NF, states_JNF):
     t, state_NF = pl.program_id(2), states_JNF.at[pl.program_id(3)]
 
     @pl.when(t == 0)
@@ -126,27 +162,32 @@ def _kernel(
     if entering_NF is not None:
         entering_NF[...] = state_NF[...]
 
-    def chunk(at, _):
-        here = pl.ds(pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
-        k_QN, q_QN, sees = k_TN[here], q_TN[here], sight(documents_1T[:, here])
-        decay, multiply = decays(totals_RT[:, here], sees), functools.partial(product, dtype=k_TN.dtype)
-        scores_QQ = multiply(q_QN, k_QN, (1, 1))
+    def step(at, _):
+        chunk = inputs.chunk(at)
+        scores_QQ = chunk.scores()
         for h in range(plan.heads):
             head = plan.head(h)
-            v_QP, state_NP = v_TF[here, head], state_NF[:, head]
-            within_QP = multiply(scores_QQ * decay.between(h, sees.pairs_QQ), v_QP, (1, 0))
-            before_QP = multiply(q_QN, state_NP, (1, 0))
-            y_TF[here, head] = within_QP + before_QP * decay.into_QL[:, h : h + 1]
-            state_NF[:, head] = state_NP * decay.kept(h) + added(k_QN, v_QP, decay.out_QL[:, h : h + 1])
-        return _
+            v_QP, before_NP = inputs.v[chunk.here, head], state_NF[:, head]
+            results.y[chunk.here, head] = _found(chunk, h, scores_QQ, v_QP, before_NP)
+            state_NF[:, head] = after(chunk, h, v_QP, before_NP)
+        return 0
 
-    jax.lax.fori_loop(0, plan.tokens // CHUNK, chunk, 0)
+    jax.lax.fori_loop(0, plan.tokens // CHUNK, step, 0)
 
     @pl.when(t == pl.num_programs(2) - 1)
     def finish():
-        last_NF[...] = state_NF[...]
+        results.last[...] = state_NF[...]
 
 
-def added(k_QN: jax.Array, v_QP: jax.Array, out_Q1: jax.Array) -> jax.Array:
-    """[N, P]: what a chunk adds to the state."""
-    return product(k_QN, v_QP.astype(jnp.float32) * out_Q1, (0, 0), k_QN.dtype)
+def _found(chunk: Chunk, h: int, scores_QQ: jax.Array, v_QP: jax.Array, state_NP: jax.Array) -> jax.Array:
+    """y = into q S + P v of the block's head h, P = D q k^T."""
+    weights_QQ = scores_QQ * chunk.decay.between(h, chunk.sees.pairs_QQ)
+    within_QP = chunk.product(weights_QQ, v_QP, (1, 0))
+    before_QP = chunk.product(chunk.q_QN, state_NP, (1, 0))
+    return within_QP + before_QP * chunk.decay.into_QL[:, h : h + 1]
+
+
+def after(chunk: Chunk, h: int, v_QP: jax.Array, state_NP: jax.Array) -> jax.Array:
+    """S' = kept S + k^T (out v) of the block's head h."""
+    out_QP = v_QP.astype(jnp.float32) * chunk.decay.out_QL[:, h : h + 1]
+    return state_NP * chunk.decay.kept(h) + chunk.product(chunk.k_QN, out_QP, (0, 0))

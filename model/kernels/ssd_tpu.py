@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from model.kernels.chunk_tiles import CHUNK, LANES, Sizes, documents, narrowest, padded, totals, up
 from model.kernels.ssd_backward import gradients
-from model.kernels.ssd_forward import Plan, forward
+from model.kernels.ssd_forward import Inputs, Plan, Results, forward
 
 # Sizes by chip. Keys of 128 channels make a state a block a quarter of float32 values at 512 tokens; blocks of values
 # and of their gradients, each twice so that one is fetched meanwhile, and the states of a group fit the 16 MiB that a
@@ -57,9 +57,14 @@ def ssd(
     totals_BHT = totals(padded(log_decay_BTH, 1, length)).reshape(B, -1, plan.heads, length)
     state_BHPN = padded(padded(state_BHPN.astype(jnp.float32), 2, plan.width), 3, N)
     state_BNF = state_BHPN.transpose(0, 3, 1, 2).reshape(B, N, -1)
-    documents_B1T = documents(padded(first_BT, 1, length))
-    arrays = wide(v_BTHP, plan.width), totals_BHT, wide(k_BTGN, N), wide(q_BTGN, N)
-    y_BTF, state_BNF = _ssd(plan, *arrays, documents_B1T, state_BNF)
+    inputs = Inputs(
+        v=wide(v_BTHP, plan.width),
+        totals=totals_BHT,
+        k=wide(k_BTGN, N),
+        q=wide(q_BTGN, N),
+        documents=documents(padded(first_BT, 1, length)),
+    )
+    y_BTF, state_BNF = _ssd(plan, inputs, state_BNF)
     y_BTHP = y_BTF[:, :T].reshape(B, T, H, plan.width)[..., :P]
     state_BHPN = state_BNF.reshape(B, N, H, plan.width).transpose(0, 2, 3, 1)
     return y_BTHP, state_BHPN[:, :, :P, : k_BTGN.shape[3]]
@@ -90,29 +95,28 @@ def make_plan(H: int, P: int, G: int, N: int, T: int, sizes: Sizes, interpret: b
     )
 
 
-def _run(plan: Plan, *inputs):
-    y_BTF, last_BNF, _ = forward(plan, *inputs, saves=False)
-    return y_BTF, last_BNF
+def _run(plan: Plan, inputs: Inputs, state: jax.Array) -> Results:
+    return forward(plan, inputs, state, saves=False)[0]
 
 
 _ssd = jax.custom_vjp(_run, nondiff_argnums=(0,))
 
 
-def _forward(plan: Plan, *inputs):
-    y_BTF, last_BNF, entering_BINF = forward(plan, *inputs, saves=True)
-    return (y_BTF, last_BNF), (*inputs[:-1], entering_BINF)
+def _forward(plan: Plan, inputs: Inputs, state: jax.Array):
+    results, entering = forward(plan, inputs, state, saves=True)
+    return results, (inputs, entering)
 
 
-def _backward(plan: Plan, saved, results):
-    _, _, k_BTE, q_BTE, _, _ = saved
-    dv_BTF, dtotals_BMRT, dk_BWTN, dq_BWTN, dstate_BNF = gradients(plan, *saved, *results)
+def _backward(plan: Plan, residuals: tuple[Inputs, jax.Array], dresults: Results):
+    inputs, entering = residuals
+    dinputs, dstate = gradients(plan, inputs, entering, dresults)
 
     def summed(d_BWTN, x_BTE):
         B, _, T, N = d_BWTN.shape
         d_BGTN = d_BWTN.reshape(B, plan.groups, plan.walks, T, N).sum(axis=2)
         return d_BGTN.swapaxes(1, 2).reshape(x_BTE.shape).astype(x_BTE.dtype)
 
-    return dv_BTF, dtotals_BMRT, summed(dk_BWTN, k_BTE), summed(dq_BWTN, q_BTE), None, dstate_BNF
+    return dinputs._replace(k=summed(dinputs.k, inputs.k), q=summed(dinputs.q, inputs.q)), dstate
 
 
 _ssd.defvjp(_forward, _backward)

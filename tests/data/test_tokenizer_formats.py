@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.paths import installed_file
-from data import load_tokenizer, train_tokenizer
+from data import SpecialTokens, load_tokenizer, train_tokenizer
 from data.tokenizer.convert import FORMATS, convert
 from data.tokenizer.pretokenizers import PATTERNS
 from data.tokenizer.tiktoken_files import PUBLISHED, load_tiktoken
@@ -42,7 +42,7 @@ CAN_SAY = {
 @pytest.fixture(scope="module")
 def trained(texts):
     return {
-        name: train_tokenizer(kind, texts, 700, pattern=style, digits=digits, reserved=2)
+        name: train_tokenizer(kind, texts, 700, SpecialTokens(reserved=2), pattern=style, digits=digits)
         for name, (kind, style, digits) in KINDS.items()
     }
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import load_tokenizer, train_tokenizer
+from data import SpecialTokens, load_tokenizer, train_tokenizer
 from data.tokenizer.byte_pairs import learn_merges
 from data.tokenizer.pretokenizers import PATTERNS, pattern
 from data.tokenizer.word_counts import SPACE_WITHIN_TEXT, count_words
@@ -200,7 +200,7 @@ def test_the_same_texts_give_the_same_files_in_any_process(tmp_path, texts):
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 def test_special_and_reserved_tokens_are_there_and_text_cannot_forge_them(kind, texts, tmp_path):
-    tokenizer = train_tokenizer(kind, texts, 700, reserved=3)
+    tokenizer = train_tokenizer(kind, texts, 700, SpecialTokens(reserved=3))
     assert list(tokenizer.special_tokens)[-3:] == [f"<|reserved_{i}|>" for i in range(3)]
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
@@ -285,7 +285,7 @@ def test_mistakes_are_met_with_what_is_wanted(texts):
     for options, reason in [
         ({"pattern": "gpt5"}, "known are ours, gpt2"),
         ({"digits": 4}, "1, 2 or 3"),
-        ({"special_tokens": ("<|endoftext|>",) * 2}, "twice"),
+        ({"special": SpecialTokens(("<|endoftext|>",) * 2)}, "twice"),
     ]:
         with pytest.raises(ValueError, match=reason):
             train_tokenizer("bpe", texts, 600, **options)
