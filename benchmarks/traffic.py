@@ -176,7 +176,7 @@ class _Program:
             )
         return ends[0]
 
-    @functools.cache  # noqa: B019: a program lives as long as its report
+    @functools.cache  # noqa: B019
     def _inside(self, computation: str) -> frozenset[str]:
         """Kinds of the operations of a fused computation, and of those that it fuses."""
         kinds = set()

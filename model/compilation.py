@@ -34,8 +34,8 @@ def _give_memory_back() -> None:
     if trim is None:
         return
 
-    def listen(event: str, seconds: float, **_) -> None:
-        if event.endswith("backend_compile_duration") and seconds > 1:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration") and duration_secs > 1:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

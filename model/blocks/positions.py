@@ -172,7 +172,7 @@ class Rope:
         return jnp.pad(both(cos), still, constant_values=1.0), jnp.pad(both(sin), still)
 
     def partners(self, head_dim: int) -> np.ndarray:
-        """[C, C] float32: what a channel's pair gives it to be multiplied by the sine, minus the second to the first."""
+        """[C, C] float32: to the second of a pair of channels the first, to the first minus the second."""
         R, partners_CC = self.rotated(head_dim), np.zeros((head_dim, head_dim), np.float32)
         first = np.arange(0, R, 2) if self.interleaved else np.arange(R // 2)
         second = first + 1 if self.interleaved else first + R // 2

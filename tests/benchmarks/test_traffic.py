@@ -7,6 +7,7 @@ import pytest
 from benchmarks.traffic import traffic
 from tests.model.tpu import needs_libtpu, one_chip
 
+STATE = "(s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)})"
 PROGRAM = """
 %turned (p: bf16[64,128]) -> bf16[128,64] {
   %p = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
@@ -23,17 +24,17 @@ PROGRAM = """
   %z = f32[1,8,128]{2,1,0:T(8,128)} pad(%y, %n), padding=0_0x0_64
   ROOT %u = f32[4,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%r, %z, %n, %n, %n)
 }
-%body (s: (s32[], bf16[4,64,128], f32[4,8,128], f32[8,128])) -> (s32[], bf16[4,64,128], f32[4,8,128], f32[8,128]) {
-  %s = (s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) parameter(0)
+%body (s: STATE) -> STATE {
+  %s = STATE parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
   %ws = bf16[4,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%s), index=1
   %rs = f32[4,8,128]{2,1,0:T(8,128)} get-tuple-element(%s), index=2
   %xs = f32[8,128]{1,0:T(8,128)S(1)} get-tuple-element(%s), index=3
   %l = f32[4,8,128]{2,1,0:T(8,128)} fusion(%ws, %i, %rs, %xs), kind=kOutput, calls=%layer
-  ROOT %o = (s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) tuple(%i, %ws, %l, %xs)
+  ROOT %o = STATE tuple(%i, %ws, %l, %xs)
 }
-%cond (s: (s32[], bf16[4,64,128], f32[4,8,128], f32[8,128])) -> pred[] {
-  %c.s = (s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) parameter(0)
+%cond (s: STATE) -> pred[] {
+  %c.s = STATE parameter(0)
   %c.i = s32[]{:T(128)} get-tuple-element(%c.s), index=0
   %c.n = s32[]{:T(128)} constant(4)
   ROOT %c.lt = pred[]{:T(512)} compare(%c.i, %c.n), direction=LT
@@ -46,12 +47,12 @@ ENTRY %main (a: bf16[4,64,128], d: f32[8,128], g: bf16[64,128]) -> bf16[128,64] 
   %d.done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%d.start)
   %zero = s32[]{:T(128)} constant(0)
   %room = f32[4,8,128]{2,1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
-  %state = (s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) tuple(%zero, %a, %room, %d.done)
-  %loop = (s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)}) while(%state), condition=%cond, body=%body
+  %state = STATE tuple(%zero, %a, %room, %d.done)
+  %loop = STATE while(%state), condition=%cond, body=%body
   %sum = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%g), channel_id=1, to_apply=%add
   ROOT %out = bf16[128,64]{1,0:T(8,128)(2,1)} fusion(%sum), kind=kLoop, calls=%turned
 }
-"""
+""".replace("STATE", STATE)
 
 
 def test_bytes_of_loops_slices_and_fast_memory():
