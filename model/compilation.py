@@ -61,12 +61,14 @@ _TRAINING: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
         "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-        "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
         "xla_enable_async_all_reduce": True,
         # those that are combined into one are waited for, so only small ones are
         "xla_jf_crs_combiner_threshold_in_bytes": 4 << 20,
+        # a product is not cut into a loop over the parts of a small gathered matrix, whose results it would add up in
+        # main memory
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20,
     },
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512},
 }

@@ -24,6 +24,7 @@ from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
+from model.kernels.dispatch import Places, from_rows, sorted_by, to_rows
 from model.kernels.grouped_sharded import Split, grouped_on_mesh, split_of, spread_on_mesh
 from model.kernels.order import anew
 from model.sharding import ShardingRules, constrain
@@ -138,8 +139,8 @@ def dropless(
     )
     add_up = functools.partial(_added_up, split, experts.num_experts, weigh_input)
     y_MD = experts(sorted_.x_MD, layout)
-    return split.run(add_up, (rows, rows, rows, tokens), tokens)(
-        y_MD, sorted_.expert_M, sorted_.order_M, weights_BTK
+    return split.run(add_up, (rows, rows, tokens, tokens), tokens)(
+        y_MD, sorted_.places, chosen_BTK, weights_BTK
     )
 
 
@@ -148,7 +149,7 @@ class Rows(NamedTuple):
 
     x_MD: jax.Array
     expert_M: jax.Array  # counted from the device's first; last come those of other devices' experts
-    order_M: jax.Array  # which pair each is
+    places: Places
     sizes_E: jax.Array  # of the device's experts
     adapter_M1: jax.Array | None
 
@@ -157,29 +158,34 @@ def _sorted_rows(
     split: Split, num_experts: int, weigh_input: bool, x_BTD, chosen_BTK, weights_BTK, adapter_B
 ) -> Rows:
     B, T, D = x_BTD.shape
-    K = chosen_BTK.shape[-1]
-    first, count = split.experts_here(num_experts)
-    expert_M = chosen_BTK.reshape(-1) - first
-    expert_M = jnp.where((expert_M >= 0) & (expert_M < count), expert_M, count)
-    order_M = jnp.argsort(expert_M)
-    x_MD = x_BTD.reshape(B * T, D)[order_M // K]
+    count = split.experts_here(num_experts)[1]
+    own_BTK, is_own_BTK = _own(split, num_experts, chosen_BTK)
+    expert_M = jnp.where(is_own_BTK, own_BTK, count).reshape(-1)
+    places = sorted_by(expert_M)
+    x_MD = to_rows(x_BTD.reshape(B * T, D), places)
     if weigh_input:
-        x_MD = (x_MD * weights_BTK.reshape(-1)[order_M, None]).astype(x_BTD.dtype)
-    adapter_M1 = None if adapter_B is None else jnp.repeat(adapter_B, T * K)[order_M, None]
+        x_MD = (x_MD * weights_BTK.reshape(-1)[places.pair_M, None]).astype(x_BTD.dtype)
+    adapter_M = None if adapter_B is None else jnp.repeat(adapter_B, expert_M.size // B)[places.pair_M]
     sizes_E = jnp.bincount(expert_M, length=count + 1)[:count]
-    return Rows(x_MD, expert_M[order_M], order_M, sizes_E, adapter_M1)
+    adapter_M1 = None if adapter_M is None else adapter_M[:, None]
+    return Rows(x_MD, expert_M[places.pair_M], places, sizes_E, adapter_M1)
 
 
-def _added_up(
-    split: Split, num_experts: int, weigh_input: bool, y_MD, expert_M, order_M, weights_BTK
-) -> jax.Array:
+def _added_up(split: Split, num_experts: int, weigh_input: bool, y_MD, places, chosen_BTK, weights_BTK):
     """[B, T, D] float32: what each token's experts gave."""
-    y_MD = y_MD.astype(jnp.float32)
+    B, T, K = chosen_BTK.shape
+    weights_BTK = jnp.ones_like(weights_BTK) if weigh_input else weights_BTK
     if split.experts:
-        y_MD = jnp.where(expert_M[:, None] < split.experts_here(num_experts)[1], y_MD, 0)
-    y_BTKD = y_MD[jnp.argsort(order_M)].reshape(*weights_BTK.shape, -1)
-    y_BTD = y_BTKD.sum(2) if weigh_input else jnp.einsum("BTKD,BTK->BTD", y_BTKD, weights_BTK)
+        weights_BTK = jnp.where(_own(split, num_experts, chosen_BTK)[1], weights_BTK, 0)
+    y_BTD = from_rows(y_MD, weights_BTK.reshape(B * T, K), places).reshape(B, T, -1)
     return jax.lax.psum(y_BTD, split.experts) if split.experts else y_BTD
+
+
+def _own(split: Split, num_experts: int, chosen_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(experts counted from the device's first, which of them it has)."""
+    first, count = split.experts_here(num_experts)
+    own_BTK = chosen_BTK - first
+    return own_BTK, (own_BTK >= 0) & (own_BTK < count)
 
 
 def through_slots(

@@ -19,7 +19,9 @@ def resident() -> int:
     return int(found[1]) * 1024
 
 
-@pytest.mark.skipif(not hasattr(libc, "malloc_trim"), reason="malloc gives pages back by request in glibc only")
+@pytest.mark.skipif(
+    not hasattr(libc, "malloc_trim"), reason="malloc gives pages back by request in glibc only"
+)
 def test_freed_pieces_leave_the_process_after_a_program_is_compiled():
     prepare_compiler()
     libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
