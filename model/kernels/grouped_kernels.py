@@ -41,10 +41,14 @@ class Plan:
 
     blocks: Blocks = Blocks()
     interpret: bool = False
+    transposed: bool = False  # the matrices are [E, O, I] and are read as they lie
+
+    def turned(self) -> Plan:
+        return dataclasses.replace(self, transposed=not self.transposed)
 
 
-def plan_for(chosen: Backend) -> Plan:
-    return Plan(BLOCKS[chosen.chip] if chosen.chip else Blocks(), chosen.interpret)
+def plan_for(chosen: Backend, transposed: bool = False) -> Plan:
+    return Plan(BLOCKS[chosen.chip] if chosen.chip else Blocks(), chosen.interpret, transposed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,8 +63,9 @@ def _forward(plan: Plan, x_MI, w_EIO, sizes_E):
 
 def _backward(plan: Plan, saved, dy_MO):
     x_MI, w_EIO, sizes_E = saved
-    dx_MI = products(plan, dy_MO, w_EIO, sizes_E, transposed=True)
-    return dx_MI, matrix_gradients(plan, x_MI, dy_MO, sizes_E), None
+    dx_MI = products(plan.turned(), dy_MO, w_EIO, sizes_E)
+    factors = (dy_MO, x_MI) if plan.transposed else (x_MI, dy_MO)
+    return dx_MI, matrix_gradients(plan, *factors, sizes_E), None
 
 
 grouped_product.defvjp(_forward, _backward)
@@ -81,15 +86,14 @@ def products(
     w_EIO: jax.Array,
     sizes_E: jax.Array,
     scales_EO: jax.Array | None = None,
-    transposed: bool = False,
 ) -> jax.Array:
     """Each row times its group's matrix, [M, O] in the dtype of `x`, added up in float32.
 
     Args:
-      w_EIO: of the dtype of `x`, or of fewer bits: then it is widened in fast memory.
+      w_EIO: of the dtype of `x`, or of fewer bits: then it is widened in fast memory; [E, O, I] if `plan.transposed`.
       scales_EO: what a column of a matrix is to be multiplied with.
-      transposed: the matrices are [E, O, I] and are read as they lie.
     """
+    transposed = plan.transposed
     (M, I), O = x_MI.shape, w_EIO.shape[1 if transposed else 2]
     blocks = plan.blocks.fitted(M, I, O, x_MI.dtype.itemsize)
     R, X, Y = blocks.rows, blocks.inputs, blocks.outputs

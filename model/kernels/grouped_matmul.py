@@ -21,14 +21,20 @@ MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so 
 MEGABLOX_TILE = 512  # rows, inputs and outputs
 
 
-def grouped_matmul(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(
+    x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, transposed: bool = False
+) -> jax.Array:
     """[M, O]: the first sizes_E[0] rows of `x` times w_EIO[0], the next sizes_E[1] rows times w_EIO[1], and so on.
 
     Args:
       sizes_E: int32, adding up to M at most; rows beyond them become zeros.
+      transposed: matrices are given as [E, O, I], which the kernel reads as they lie.
     """
     chosen = backend.current()
-    return FORMS[form_for(chosen, backend.kernels().grouped)].run(x_MI, w_EIO, sizes_E, chosen)
+    form = form_for(chosen, backend.kernels().grouped)
+    if form == "kernel":
+        return _by_kernel(x_MI, w_EIO, sizes_E, chosen, transposed)
+    return FORMS[form].run(x_MI, w_EIO.swapaxes(1, 2) if transposed else w_EIO, sizes_E, chosen)
 
 
 def form_for(chosen: backend.Backend, named: str = "auto") -> str:
@@ -117,12 +123,14 @@ def _to_blocks(x_MI: jax.Array, slot_M: jax.Array, blocks: int, R: int) -> jax.A
     return x_MI.at[row_NR].get(mode="fill", fill_value=0).reshape(blocks, R, -1)
 
 
-def _by_kernel(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:
+def _by_kernel(
+    x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend, transposed: bool = False
+) -> jax.Array:
     # here, since Pallas takes long to import and is wanted on TPUs alone
     from model.kernels.grouped_kernels import grouped_product, plan_for
 
     dtype = jnp.result_type(x_MI, w_EIO)
-    return grouped_product(plan_for(chosen), x_MI.astype(dtype), w_EIO.astype(dtype), sizes_E)
+    return grouped_product(plan_for(chosen, transposed), x_MI.astype(dtype), w_EIO.astype(dtype), sizes_E)
 
 
 def _megablox(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend) -> jax.Array:

@@ -47,6 +47,12 @@ class Split:
         taken = {*self.batch, *self.length, *self.experts}
         return tuple(a for a in getattr(self.rules, name or "", ()) if a in self.mesh and a not in taken)
 
+    def gathers(self, name: str | None) -> bool:
+        """Whether each device gathers an axis of the matrices before it multiplies."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        axes = (axis for axis in getattr(self.rules, name or "", ()) if axis in self.mesh)
+        return any(sizes[axis] > 1 and axis not in self.width(name) for axis in axes)
+
     def experts_here(self, num_experts: int) -> tuple[jax.Array | int, int]:
         """(the first, how many)."""
         count = num_experts // math.prod(jax.lax.axis_size(axis) for axis in self.experts)
@@ -100,9 +106,12 @@ def grouped_on_mesh(
       names: logical ones of the axes I and O of `w`.
     """
     inputs, outputs = (split.width(name) for name in names)
+    # Gathered along its last axis, a matrix would come in pieces of a few channels, to be laid out anew.
+    transposed = split.gathers(names[1]) and not split.gathers(names[0])
 
     def part(x_MI, w_EIO, sizes_E):
-        y_MO = grouped_matmul(x_MI, w_EIO, sizes_E)
+        w_EIO = w_EIO.swapaxes(1, 2) if transposed else w_EIO
+        y_MO = grouped_matmul(x_MI, w_EIO, sizes_E, transposed)
         return jax.lax.psum(y_MO, inputs) if inputs else y_MO
 
     in_specs = PartitionSpec(*split.rows, inputs), PartitionSpec(split.experts, inputs, outputs), split.rows

@@ -1,5 +1,6 @@
 """The kernels of grouped products, interpreted, against a loop over groups; then compiled for every TPU we name."""
 
+import dataclasses
 import functools
 
 import jax
@@ -73,6 +74,13 @@ def test_values_and_gradients_are_those_of_a_loop_over_groups(case):
     assert_close(ours, loop(*inputs, direction), 1e-6)
     total = sum(CASES[case][0])
     assert not ours[0][total:].any() and not ours[1][total:].any()
+
+
+def test_matrices_that_lie_transposed_give_the_same():
+    inputs, direction = draws(*CASES["rows beyond, several blocks, none even"])
+    form = functools.partial(grouped_product, dataclasses.replace(SMALL, transposed=True))
+    turned = lambda x, w, sizes: form(x, w.swapaxes(1, 2), sizes)
+    assert_close(pulled(turned)(*inputs, direction), loop(*inputs, direction), 1e-6)
 
 
 def test_bfloat16_is_as_near_as_its_rounding_and_is_added_up_in_float32():

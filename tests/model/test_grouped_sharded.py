@@ -92,10 +92,14 @@ def test_a_mesh_is_used_as_far_as_it_divides():
             split = split_of(RULES, 4, 6)
             assert (split.batch, split.length, split.experts) == (("data", "fsdp"), ("context",), ("expert",))
             assert split.width("mlp") == ("tensor",) and split.width("embed") == ()
+            assert split.gathers("embed") is False  # over one device
             decoding = split_of(RULES, 3, 1)
             assert (decoding.batch, decoding.length, decoding.experts) == ((), (), ("expert",))
             assert decoding.width("embed") == ("fsdp",)
             assert split_of(ShardingRules(batch=("expert",)), 4, 6).experts == ()
+    with jax.set_mesh(mesh_of(jax.devices(), fsdp=4, tensor=2)), backend.use("tpu"):
+        split = split_of(RULES, 4, 6)
+        assert split.gathers("embed") and not split.gathers("mlp") and not split.gathers(None)
 
 
 @needs_libtpu
