@@ -91,12 +91,31 @@ class Plan:
         return self.block_pages * self.page_size
 
     @property
+    def matrix_heads(self) -> int:
+        """Query heads of one matrix of queries: its rows of one token."""
+        return self.together * self.group
+
+    @property
     def rows(self) -> int:
-        """M, of a matrix of queries: heads first, then tokens."""
-        return self.together * self.group * self.tokens
+        """M, of a matrix of queries: token by token, and of a token head by head."""
+        return self.matrix_heads * self.tokens
+
+    @property
+    def few(self) -> int:
+        """Tokens whose rows fit one vector. Of an item that has no more of them, only those rows are computed."""
+        return min(self.tokens, max(1, 2 * SUBLANES // self.matrix_heads))
+
+    @property
+    def matrices(self) -> int:
+        """J, of an item."""
+        return self.heads // self.together
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
+
+    def width_of(self, name: str) -> int:
+        """Channels of one head."""
+        return self.part(name).width // self.heads
 
     def fresh_groups(self, part: Part) -> int:
         """At most so many groups of a block are new."""
@@ -173,7 +192,8 @@ class Scalars(NamedTuple):
 
     num_items: jax.Array  # [1]
     item_row: jax.Array  # [I]
-    item_first: jax.Array  # [I] position of the first token
+    item_token: jax.Array  # [I] the first token, among all
+    item_first: jax.Array  # [I] its position
     item_count: jax.Array  # [I] tokens
     row_start: jax.Array  # [R] position of the first new token; what is before it is in pages
     row_group: jax.Array  # [R] where the row's groups begin among `fresh`
@@ -189,8 +209,8 @@ class Rows(NamedTuple):
     start_R: jax.Array  # the first one's position
 
 
-def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> tuple[Scalars, jax.Array, jax.Array]:
-    """(scalars without groups, the token at each place of each item [I, Q], and where each token's item has it [T])."""
+def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> Scalars:
+    """Without groups and table."""
     Q, R = plan.tokens, len(rows.count_R)
     I = min(T, T // Q + R, R * -(-longest // Q))
     I += -I % plan.cores
@@ -200,14 +220,11 @@ def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> tuple[Scalars, jax
     begins_R = ends_R - -(-rows.count_R // Q)
     done_I = (item_I - begins_R[row_I]) * Q
     count_I = jnp.clip(rows.count_R[row_I] - done_I, 0, Q)
-    token_IQ = jnp.clip((rows.first_R[row_I] + done_I)[:, None] + jnp.arange(Q), 0, T - 1)
-    row_T = row_of_token(rows, T)
-    since_T = jnp.arange(T) - rows.first_R[row_T]
-    place_T = jnp.clip(begins_R[row_T] * Q + since_T, 0, I * Q - 1)
     zeros_R = jnp.zeros((R,), jnp.int32)
     scalars = (
         ends_R[-1:],
         row_I,
+        rows.first_R[row_I] + done_I,
         rows.start_R[row_I] + done_I,
         count_I,
         rows.start_R,
@@ -215,7 +232,7 @@ def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> tuple[Scalars, jax
         zeros_R,
         zeros_R,
     )
-    return Scalars(*(x.astype(jnp.int32) for x in scalars)), token_IQ, place_T
+    return Scalars(*(x.astype(jnp.int32) for x in scalars))
 
 
 def row_of_token(rows: Rows, T: int) -> jax.Array:
@@ -250,9 +267,10 @@ def fresh_of(part: Part, new_TX: jax.Array, token_UW: jax.Array, real_UW: jax.Ar
 
 
 @functools.cache
-def head_of_rows(together: int, rows: int) -> np.ndarray:
+def head_of_rows(together: int, group: int, tokens: int) -> np.ndarray:
     """[M, n] 1 where a row of the matrix of queries looks at this head."""
-    return np.kron(np.eye(together, dtype=np.float32), np.ones((rows // together, 1), np.float32))
+    of_token = np.repeat(np.eye(together, dtype=np.float32), group, axis=0)
+    return np.tile(of_token, (tokens, 1))
 
 
 @functools.cache
