@@ -51,8 +51,8 @@ def by_kernel(
         scalars = scalars._replace(row_start=rows.start_R + rows.count_R)
     fresh, new = {}, stored or {}
     for part in plan.parts if stored else ():
-        base_R, token_UW, real_UW = groups(rows, q_THC.shape[0], longest, part.group)
-        fresh[part.name] = fresh_of(part, new[part.name], token_UW, real_UW)
+        base_R, token_UW = groups(rows, q_THC.shape[0], longest, part.group)
+        fresh[part.name] = fresh_of(part, new[part.name], token_UW)
         scalars = scalars._replace(**{"row_page" if part.scales else "row_group": base_R})
     sinks_JML = None
     if scores.sinks_H is not None:

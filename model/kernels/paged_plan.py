@@ -121,6 +121,10 @@ class Plan:
         """At most so many groups of a block are new."""
         return min(self.block // part.group, groups_of(self.max_new or 1, part.group))
 
+    def fresh_shape(self, part: Part) -> tuple[int, int]:
+        """Of a group of new slots; where a row has but one, of this one."""
+        return (1, part.width) if self.max_new == 1 else part.shape(part.group)
+
 
 def groups_of(tokens: int, group: int) -> int:
     """At most so many groups do consecutive slots touch."""
@@ -240,9 +244,11 @@ def row_of_token(rows: Rows, T: int) -> jax.Array:
     return jnp.maximum(jnp.searchsorted(rows.first_R, jnp.arange(T), side="right") - 1, 0)
 
 
-def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(where each row's groups begin [R], the token of each slot of each group [U, W] or for all its slots [U, 1],
-    whether it is one [U, W])."""
+def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax.Array | None]:
+    """(where each row's groups begin [R], the token of each slot of each group [U, W], any for slots that have none).
+    None: a row has at most one new token, which is its group."""
+    if longest == 1:
+        return rows.first_R.astype(jnp.int32), None
     R = len(rows.count_R)
     U = max(1, min(T, T // group + 2 * R, R * groups_of(longest, group)))
     first_R = rows.start_R // group
@@ -253,16 +259,15 @@ def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax
     begins_R = ends_R - count_R
     position_UW = ((first_R[row_U] + group_U - begins_R[row_U]) * group)[:, None] + jnp.arange(group)
     since_UW = position_UW - rows.start_R[row_U][:, None]
-    real_UW = (since_UW >= 0) & (since_UW < rows.count_R[row_U][:, None]) & (group_U < ends_R[-1])[:, None]
-    if longest == 1:  # a group has one new token, whatever slot asks: [U, 1], so that none is fetched W times
-        since_UW = jnp.zeros_like(since_UW[:, :1])
     token_UW = jnp.clip(rows.first_R[row_U][:, None] + since_UW, 0, T - 1)
-    return begins_R.astype(jnp.int32), token_UW, real_UW
+    return begins_R.astype(jnp.int32), token_UW
 
 
-def fresh_of(part: Part, new_TX: jax.Array, token_UW: jax.Array, real_UW: jax.Array) -> jax.Array:
-    """New tokens as groups of slots, [U, W, X] or [U, K, W]; zero where there is none."""
-    fresh_UWX = jnp.where(real_UW[..., None], new_TX[token_UW], jnp.zeros((), new_TX.dtype))
+def fresh_of(part: Part, new_TX: jax.Array, token_UW: jax.Array | None) -> jax.Array:
+    """New tokens as groups of slots, see `Plan.fresh_shape`."""
+    if token_UW is None:
+        return new_TX[:, None]
+    fresh_UWX = new_TX[token_UW]
     return fresh_UWX.swapaxes(1, 2) if part.scales else fresh_UWX
 
 

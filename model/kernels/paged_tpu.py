@@ -40,40 +40,40 @@ def attend(
     Args:
       fresh: new tokens of each part of pages, in groups; {}: nothing is written, and the pages are given back.
     """
-    (T, H, _), names = q_THC.shape, [part.name for part in plan.parts]
+    (T, H, _), names, write = q_THC.shape, [part.name for part in plan.parts], bool(fresh)
     constants = [*_constants(plan, q_THC.dtype), sinks_JML]
-    whole = lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    write = bool(fresh)
     nothing_THE = jnp.zeros((T, H, plan.width_of(plan.values)), q_THC.dtype)  # tokens of no row keep it
-    # A compiler with fast memory to spare would move all pages of scales there and back.
+    # A compiler with fast memory to spare would move all pages of scales there and back. It takes such a call for all
+    # of a program only if the results are in another order: so pages come first.
     stay = lambda x: x if plan.interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
-    updated = [*(pages[name] for name in names if write), nothing_THE]
-    aliased = len(scalars) + 1 + len(jax.tree.leaves(constants)) + len(fresh) + len(names) + 1 - len(updated)
+    in_memory = [
+        q_THC,
+        [fresh[name] for name in names if write],
+        [stay(pages[name]) for name in names],
+        nothing_THE,
+    ]
+    updated = jax.tree.leaves(in_memory)[-1 - len(names) * write :]
+    first = len(scalars) + len(jax.tree.leaves((constants, in_memory))) - len(updated)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     *written, found_THE = pl.pallas_call(
         functools.partial(_kernel, plan, write),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(plan.cores, len(scalars.item_row) // plan.cores),
             in_specs=[
-                anywhere,
-                jax.tree.map(whole, constants),
-                [anywhere for _ in fresh],
-                [anywhere for _ in (*names, nothing_THE)],
+                jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim), constants),
+                jax.tree.map(lambda _: anywhere, in_memory),
             ],
             out_specs=[anywhere for _ in updated],
             scratch_shapes=_scratch(plan, q_THC, {name: pages[name].dtype for name in names}),
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in updated],
-        input_output_aliases={aliased + k: k for k in range(len(updated))},
+        input_output_aliases={first + k: k for k in range(len(updated))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=_cost(plan, scalars, q_THC, fresh, pages),
         interpret=plan.interpret,
         name="paged_attention",
-    )(
-        *(*scalars, q_THC, constants, [fresh[name] for name in names if write]),
-        [*(stay(pages[name]) for name in names), nothing_THE],
-    )
+    )(*scalars, constants, in_memory)
     return found_THE, pages | dict(zip(names, written))
 
 
@@ -112,7 +112,7 @@ def _scratch(plan: Plan, q_THC: jax.Array, dtypes: dict) -> list:
         return pltpu.VMEM((2, *each), dtypes[part.name])
 
     def news(part: Part):
-        return pltpu.VMEM((2, plan.fresh_groups(part), *part.shape(part.group)), dtypes[part.name])
+        return pltpu.VMEM((2, plan.fresh_groups(part), *plan.fresh_shape(part)), dtypes[part.name])
 
     return [
         [blocks(part) for part in parts],
@@ -135,11 +135,11 @@ class _Memory:
 
     plan: Plan
     scalars: Scalars
-    q_THC: Any
     own_Mn: Any
     spread_keys: Any
     spread_values: Any
     sinks_JML: Any
+    q_THC: Any
     fresh: dict
     pages: dict
     found_THE: Any
@@ -154,18 +154,18 @@ class _Memory:
     turn: Any  # which of the two blocks the next item's first is copied to
     arrived: Any
     sent: Any
-    asked: Any
-    answered: Any
+    asked: Any  # queries
+    answered: Any  # what they find
 
 
 def _kernel(plan: Plan, write: bool, *refs):
     scalars, refs = Scalars(*refs[: len(Scalars._fields)]), refs[len(Scalars._fields) :]
-    q_THC, constants, fresh, (*pages, _), *refs = refs
+    constants, (q_THC, fresh, pages, _), *refs = refs
     written, (found_THE, *scratch) = (refs[: len(pages)], refs[len(pages) :]) if write else (pages, refs)
     named = lambda xs: {part.name: x for part, x in zip(plan.parts, xs)}
     blocks, news, *rest = scratch
     of_parts = named(fresh), named(written), found_THE, named(blocks), named(news)
-    given: list[Any] = [plan, scalars, q_THC, *constants, *of_parts, *rest]
+    given: list[Any] = [plan, scalars, *constants, q_THC, *of_parts, *rest]
     memory = _Memory(*given)
     step = pl.program_id(1)
     w = step * plan.cores + pl.program_id(0)
@@ -344,7 +344,7 @@ def _group_in_block(memory: _Memory, part: Part, turn, g):
 
 
 def _take_in(memory: _Memory, w, j, turn) -> None:
-    """New slots among the old ones of block j."""
+    """New slots among the old ones of block j; those after the row's last hold any other token."""
     plan, start = memory.plan, memory.scalars.row_start[_span(memory, w)[0]]
     for part in plan.parts:
         begin, end = _new_groups(memory, part, w, j)
@@ -353,9 +353,19 @@ def _take_in(memory: _Memory, w, j, turn) -> None:
         def group(g, _, part=part, begin=begin, slot=slot):
             at = _group_in_block(memory, part, turn, g - j * (plan.block // part.group))
             is_old = slot < start - g * part.group
-            at[...] = _choose(is_old, at[...], memory.news[part.name][turn, g - begin])
+            new = memory.news[part.name][turn, g - begin]
+            if part.scales and plan.max_new == 1:
+                new = _column(new)
+            at[...] = _choose(is_old, at[...], new)
 
         jax.lax.fori_loop(begin, end, group, None)
+
+
+def _column(x_1K):
+    """[K, 1]."""
+    K = x_1K.shape[1]
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (K, K), axis) for axis in (0, 1))
+    return jnp.where(row == column, x_1K, 0.0).sum(axis=1, keepdims=True)
 
 
 def _choose(which, yes, no):

@@ -324,10 +324,12 @@ def check_program(chip, name, B, T):
 def test_flat_tokens_of_prompts_and_single_ones_have_a_program(chip):
     kept, shape = Kept(8), lambda *sizes, kind=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, kind)
     cache = jax.eval_shape(lambda: empty(kept, {"k": 128, "v": 128}, 1025, 16, "bfloat16"))
-    new, R = {name: shape(1024, 8, 128) for name in "kv"}, 64
+    q, new, R = shape(1024, 32, 128), {name: shape(1024, 8, 128) for name in "kv"}, 64
     numbers = shape(R, 64, kind=jnp.int32), shape(R + 1, kind=jnp.int32), shape(R, kind=jnp.int32)
     with backend.use("tpu", chip):
         step = lambda *a: paged_attention(*a, kept)
-        assert (
-            "paged_attention" in compile_for(chip, step, shape(1024, 32, 128), new, cache, *numbers).as_text()
-        )
+        program = compile_for(chip, step, q, new, cache, *numbers)
+    assert "paged_attention" in program.as_text()
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 2 * q.size * q.dtype.itemsize
+    )  # none is laid out anew
