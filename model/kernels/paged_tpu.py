@@ -43,8 +43,8 @@ def attend(
     (T, H, _), names, write = q_THC.shape, [part.name for part in plan.parts], bool(fresh)
     constants = [*_constants(plan, q_THC.dtype), sinks_JML]
     nothing_THE = jnp.zeros((T, H, plan.width_of(plan.values)), q_THC.dtype)  # tokens of no row keep it
-    # A compiler with fast memory to spare would move all pages of scales there and back. It takes such a call for all
-    # of a program only if the results are in another order: so pages come first.
+    # A compiler with fast memory to spare would move all pages of scales there and back. With arrays that stay it
+    # refuses a program whose results are this call's in their order, so what is found comes last here and first there.
     stay = lambda x: x if plan.interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
     in_memory = [
         q_THC,
