@@ -3,7 +3,7 @@
 Tokens are cut into items: up to Q tokens of one row. An item reads its row in blocks of pages, from the first that some
 of its tokens see to the last. What the row has in its pages from before comes from there; what is new comes from
 `fresh`, new tokens cut as the slots of pages are, in groups that are written as a whole. So no item waits for what
-another writes.
+another writes. An item of few tokens, as of a row that decodes beside prompts, has few rows computed.
 """
 
 # R rows, T tokens, P pages a row, N pages, Z slots a page, W slots of a group, U groups, I items, Q tokens of an item
