@@ -1,6 +1,6 @@
 """Paged attention by its kernel: what it is given, and what is made of what it gives."""
 
-# T tokens of all rows, I items, Q tokens of an item, J matrices of queries an item, M rows of one
+# T tokens of all rows, J matrices of queries an item, M rows of one
 # H query heads, C channels of a key, E channels of a value, L lanes (128)
 
 from __future__ import annotations
@@ -46,36 +46,20 @@ def by_kernel(
       longest: no row has more new tokens.
     """
     plan = _plan(q_THC, stored, cache, page_table_RP, kept, sight, scores, longest, chosen)
-    T, H, C = q_THC.shape
-    scalars, token_IQ, place_T = items_of(plan, rows, T, longest)
-    scalars = scalars._replace(table=page_table_RP.reshape(-1))
+    scalars = items_of(plan, rows, q_THC.shape[0], longest)._replace(table=page_table_RP.reshape(-1))
     if stored is None:  # what the pages hold is all old
         scalars = scalars._replace(row_start=rows.start_R + rows.count_R)
     fresh, new = {}, stored or {}
     for part in plan.parts if stored else ():
-        base_R, token_UW, real_UW = groups(rows, T, longest, part.group)
-        fresh[part.name] = fresh_of(part, new[part.name], token_UW, real_UW)
+        base_R, token_UW = groups(rows, q_THC.shape[0], longest, part.group)
+        fresh[part.name] = fresh_of(part, new[part.name], token_UW)
         scalars = scalars._replace(**{"row_page" if part.scales else "row_group": base_R})
-    J, n = kept.heads // plan.together, plan.together
-    q_IJMC = q_THC[token_IQ].reshape(len(token_IQ), plan.tokens, J, n * plan.group, C)
-    q_IJMC = q_IJMC.transpose(0, 2, 3, 1, 4).reshape(len(token_IQ), J, plan.rows, C)
-    widths = [plan.part(name).width // kept.heads for name in kept.keys]
-    cuts = [sum(widths[:i]) for i in range(len(widths) + 1)]
-    q = tuple(q_IJMC[..., a:b] for a, b in zip(cuts, cuts[1:]))
     sinks_JML = None
     if scores.sinks_H is not None:
-        sinks_JM = jnp.repeat(
-            scores.sinks_H.astype(jnp.float32).reshape(J, n * plan.group), plan.tokens, axis=1
-        )
-        sinks_JML = jnp.broadcast_to(sinks_JM[..., None], (J, plan.rows, LANES))
-    found_IJME, cache = attend(plan, scalars, q, sinks_JML, fresh, cache)
-    found_IJHQE = found_IJME.reshape(len(token_IQ), J, n * plan.group, plan.tokens, -1)
-    found_THE = found_IJHQE.transpose(0, 3, 1, 2, 4).reshape(-1, H, found_IJME.shape[-1])[place_T]
-    real_T = jnp.any(
-        (jnp.arange(T) >= rows.first_R[:, None]) & (jnp.arange(T) < (rows.first_R + rows.count_R)[:, None]),
-        axis=0,
-    )
-    return jnp.where(real_T[:, None, None], found_THE, 0), cache
+        sinks_JG = scores.sinks_H.astype(jnp.float32).reshape(-1, plan.matrix_heads)
+        sinks_JM = jnp.tile(sinks_JG, (1, plan.tokens))
+        sinks_JML = jnp.broadcast_to(sinks_JM[..., None], (*sinks_JM.shape, LANES))
+    return attend(plan, scalars, q_THC, sinks_JML, fresh, cache)
 
 
 def _plan(

@@ -3,7 +3,7 @@
 Tokens are cut into items: up to Q tokens of one row. An item reads its row in blocks of pages, from the first that some
 of its tokens see to the last. What the row has in its pages from before comes from there; what is new comes from
 `fresh`, new tokens cut as the slots of pages are, in groups that are written as a whole. So no item waits for what
-another writes.
+another writes. An item of few tokens, as of a row that decodes beside prompts, has few rows computed.
 """
 
 # R rows, T tokens, P pages a row, N pages, Z slots a page, W slots of a group, U groups, I items, Q tokens of an item
@@ -91,16 +91,39 @@ class Plan:
         return self.block_pages * self.page_size
 
     @property
+    def matrix_heads(self) -> int:
+        """Query heads of one matrix of queries: its rows of one token."""
+        return self.together * self.group
+
+    @property
     def rows(self) -> int:
-        """M, of a matrix of queries: heads first, then tokens."""
-        return self.together * self.group * self.tokens
+        """M, of a matrix of queries: token by token, and of a token head by head."""
+        return self.matrix_heads * self.tokens
+
+    @property
+    def few(self) -> int:
+        """Tokens whose rows fit one vector. Of an item that has no more of them, only those rows are computed."""
+        return min(self.tokens, max(1, 2 * SUBLANES // self.matrix_heads))
+
+    @property
+    def matrices(self) -> int:
+        """J, of an item."""
+        return self.heads // self.together
 
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
 
+    def width_of(self, name: str) -> int:
+        """Channels of one head."""
+        return self.part(name).width // self.heads
+
     def fresh_groups(self, part: Part) -> int:
         """At most so many groups of a block are new."""
         return min(self.block // part.group, groups_of(self.max_new or 1, part.group))
+
+    def fresh_shape(self, part: Part) -> tuple[int, int]:
+        """Of a group of new slots; where a row has but one, of this one."""
+        return (1, part.width) if self.max_new == 1 else part.shape(part.group)
 
 
 def groups_of(tokens: int, group: int) -> int:
@@ -173,7 +196,8 @@ class Scalars(NamedTuple):
 
     num_items: jax.Array  # [1]
     item_row: jax.Array  # [I]
-    item_first: jax.Array  # [I] position of the first token
+    item_token: jax.Array  # [I] the first token, among all
+    item_first: jax.Array  # [I] its position
     item_count: jax.Array  # [I] tokens
     row_start: jax.Array  # [R] position of the first new token; what is before it is in pages
     row_group: jax.Array  # [R] where the row's groups begin among `fresh`
@@ -189,8 +213,8 @@ class Rows(NamedTuple):
     start_R: jax.Array  # the first one's position
 
 
-def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> tuple[Scalars, jax.Array, jax.Array]:
-    """(scalars without groups, the token at each place of each item [I, Q], and where each token's item has it [T])."""
+def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> Scalars:
+    """Without groups and table."""
     Q, R = plan.tokens, len(rows.count_R)
     I = min(T, T // Q + R, R * -(-longest // Q))
     I += -I % plan.cores
@@ -200,14 +224,11 @@ def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> tuple[Scalars, jax
     begins_R = ends_R - -(-rows.count_R // Q)
     done_I = (item_I - begins_R[row_I]) * Q
     count_I = jnp.clip(rows.count_R[row_I] - done_I, 0, Q)
-    token_IQ = jnp.clip((rows.first_R[row_I] + done_I)[:, None] + jnp.arange(Q), 0, T - 1)
-    row_T = row_of_token(rows, T)
-    since_T = jnp.arange(T) - rows.first_R[row_T]
-    place_T = jnp.clip(begins_R[row_T] * Q + since_T, 0, I * Q - 1)
     zeros_R = jnp.zeros((R,), jnp.int32)
     scalars = (
         ends_R[-1:],
         row_I,
+        rows.first_R[row_I] + done_I,
         rows.start_R[row_I] + done_I,
         count_I,
         rows.start_R,
@@ -215,7 +236,7 @@ def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> tuple[Scalars, jax
         zeros_R,
         zeros_R,
     )
-    return Scalars(*(x.astype(jnp.int32) for x in scalars)), token_IQ, place_T
+    return Scalars(*(x.astype(jnp.int32) for x in scalars))
 
 
 def row_of_token(rows: Rows, T: int) -> jax.Array:
@@ -223,9 +244,11 @@ def row_of_token(rows: Rows, T: int) -> jax.Array:
     return jnp.maximum(jnp.searchsorted(rows.first_R, jnp.arange(T), side="right") - 1, 0)
 
 
-def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(where each row's groups begin [R], the token of each slot of each group [U, W] or for all its slots [U, 1],
-    whether it is one [U, W])."""
+def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax.Array | None]:
+    """(where each row's groups begin [R], the token of each slot of each group [U, W], any for slots that have none).
+    None: a row has at most one new token, which is its group."""
+    if longest == 1:
+        return rows.first_R.astype(jnp.int32), None
     R = len(rows.count_R)
     U = max(1, min(T, T // group + 2 * R, R * groups_of(longest, group)))
     first_R = rows.start_R // group
@@ -236,23 +259,23 @@ def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax
     begins_R = ends_R - count_R
     position_UW = ((first_R[row_U] + group_U - begins_R[row_U]) * group)[:, None] + jnp.arange(group)
     since_UW = position_UW - rows.start_R[row_U][:, None]
-    real_UW = (since_UW >= 0) & (since_UW < rows.count_R[row_U][:, None]) & (group_U < ends_R[-1])[:, None]
-    if longest == 1:  # a group has one new token, whatever slot asks: [U, 1], so that none is fetched W times
-        since_UW = jnp.zeros_like(since_UW[:, :1])
     token_UW = jnp.clip(rows.first_R[row_U][:, None] + since_UW, 0, T - 1)
-    return begins_R.astype(jnp.int32), token_UW, real_UW
+    return begins_R.astype(jnp.int32), token_UW
 
 
-def fresh_of(part: Part, new_TX: jax.Array, token_UW: jax.Array, real_UW: jax.Array) -> jax.Array:
-    """New tokens as groups of slots, [U, W, X] or [U, K, W]; zero where there is none."""
-    fresh_UWX = jnp.where(real_UW[..., None], new_TX[token_UW], jnp.zeros((), new_TX.dtype))
+def fresh_of(part: Part, new_TX: jax.Array, token_UW: jax.Array | None) -> jax.Array:
+    """New tokens as groups of slots, see `Plan.fresh_shape`."""
+    if token_UW is None:
+        return new_TX[:, None]
+    fresh_UWX = new_TX[token_UW]
     return fresh_UWX.swapaxes(1, 2) if part.scales else fresh_UWX
 
 
 @functools.cache
-def head_of_rows(together: int, rows: int) -> np.ndarray:
+def head_of_rows(together: int, group: int, tokens: int) -> np.ndarray:
     """[M, n] 1 where a row of the matrix of queries looks at this head."""
-    return np.kron(np.eye(together, dtype=np.float32), np.ones((rows // together, 1), np.float32))
+    of_token = np.repeat(np.eye(together, dtype=np.float32), group, axis=0)
+    return np.tile(of_token, (tokens, 1))
 
 
 @functools.cache

@@ -34,11 +34,11 @@ def empty(kept, widths, num_pages, page_size, dtype):
     return cache
 
 
-def drawn(kept, heads, widths, dtype, cache_dtype, rows=ROWS, seed=0):
-    """What `paged_attention` is given, pages handed out in no order, with three tokens of no row."""
+def drawn(kept, heads, widths, dtype, cache_dtype, rows=ROWS, seed=0, spare=3):
+    """What `paged_attention` is given, pages handed out in no order, with `spare` tokens of no row at the end."""
     rng = np.random.default_rng(seed)
     counts, lengths = np.array(rows, np.int32).T
-    R, T = len(rows), counts.sum() + 3
+    R, T = len(rows), counts.sum() + spare
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), dtype)
@@ -120,6 +120,22 @@ def test_values_and_pages_are_those_of_gathered_rows(case):
     if sight.window is None:
         ours, theirs = (rows_of(x, kept, table, lengths) for x in (found_cache, wanted_cache))
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("heads, width", [(2, 128), (4, 64)], ids=["one head a matrix", "two"])
+def test_an_item_ends_where_its_row_does(heads, width):
+    """Items of 64 tokens: one that is full, one that goes on for a token or two, few and single tokens of the next rows
+    right behind, and a last one that stops with the tokens themselves."""
+    kept, rows = Kept(heads), ((130, 131), (65, 70), (1, 20), (3, 3), (64, 100), (1, 1), (67, 67))
+    widths = {"k": width, "v": width}
+    q, new, cache, *rest = drawn(kept, 16, widths, "float32", "float32", rows, spare=0)
+    step = jit(lambda *a: paged_attention(*a, kept))
+    wanted, wanted_cache = step(q, new, cache, *rest)
+    with backend.use("tpu", interpret=True):
+        found, found_cache = jit(lambda *a: paged_attention(*a, kept))(q, new, cache, *rest)
+    np.testing.assert_allclose(found, wanted, atol=3e-5)
+    ours, theirs = (rows_of(x, kept, rest[0], rest[2]) for x in (found_cache, wanted_cache))
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_prompts_in_parts_and_single_tokens_are_one_text():
@@ -308,10 +324,12 @@ def check_program(chip, name, B, T):
 def test_flat_tokens_of_prompts_and_single_ones_have_a_program(chip):
     kept, shape = Kept(8), lambda *sizes, kind=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, kind)
     cache = jax.eval_shape(lambda: empty(kept, {"k": 128, "v": 128}, 1025, 16, "bfloat16"))
-    new, R = {name: shape(1024, 8, 128) for name in "kv"}, 64
+    q, new, R = shape(1024, 32, 128), {name: shape(1024, 8, 128) for name in "kv"}, 64
     numbers = shape(R, 64, kind=jnp.int32), shape(R + 1, kind=jnp.int32), shape(R, kind=jnp.int32)
     with backend.use("tpu", chip):
         step = lambda *a: paged_attention(*a, kept)
-        assert (
-            "paged_attention" in compile_for(chip, step, shape(1024, 32, 128), new, cache, *numbers).as_text()
-        )
+        program = compile_for(chip, step, q, new, cache, *numbers)
+    assert "paged_attention" in program.as_text()
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 2 * q.size * q.dtype.itemsize
+    )  # none is laid out anew
