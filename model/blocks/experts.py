@@ -25,7 +25,7 @@ from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
 from model.kernels.dispatch import Places, from_rows, sorted_by, to_rows
-from model.kernels.grouped_sharded import Split, grouped_on_mesh, split_of, spread_on_mesh
+from model.kernels.grouped_sharded import Split, grouped_on_mesh, once_on_mesh, split_of, spread_on_mesh
 from model.kernels.order import anew
 from model.sharding import ShardingRules, constrain
 
@@ -36,6 +36,7 @@ class Layout(NamedTuple):
     # of rows and weights [E, in, out], whose last two axes have these logical names
     multiply: Callable[[jax.Array, jax.Array, tuple[str | None, str | None]], jax.Array]
     spread: Callable[[jax.Array, str], jax.Array]  # [E, out], so named, to what can be added to the rows
+    once: Callable[[jax.Array], jax.Array]  # what is added to rows that may be parts of a sum: in one part
     adapter: jax.Array | None  # int32, that of each row, as wide as 1; None: all have the first
 
 
@@ -93,7 +94,8 @@ class Experts(nn.Module):
         if self.spec.bias:
             bias_axes = ("experts", "mlp" if axes[-1] == "mlp" else "norm")
             bias = param(self, self.ctx, f"{name}_bias", (E, sizes[1]), bias_axes, nn.initializers.zeros)
-            y += layout.spread(bias, bias_axes[1])
+            bias_of_rows = layout.spread(bias, bias_axes[1])
+            y += layout.once(bias_of_rows) if axes[1] == "mlp" else bias_of_rows
         return y
 
     def _adapted(self, layout: Layout, names: tuple[str, str], x, y, a_ENIR, b_ENRO, gain_ENO) -> jax.Array:
@@ -135,13 +137,16 @@ def dropless(
     layout = Layout(
         lambda x, weights_EIO, names: grouped_on_mesh(split, x, weights_EIO, sorted_.sizes_E, names),
         lambda vectors_EO, name: spread_on_mesh(split, vectors_EO, sorted_.expert_M, name),
+        functools.partial(once_on_mesh, split),
         sorted_.adapter_M1,
     )
     add_up = functools.partial(_added_up, split, experts.num_experts, weigh_input)
     y_MD = experts(sorted_.x_MD, layout)
-    return split.run(add_up, (rows, rows, tokens, tokens), tokens)(
+    parts = PartitionSpec(split.parts, *tokens)
+    found_PBTD = split.run(add_up, (rows, rows, tokens, tokens), parts)(
         y_MD, sorted_.places, chosen_BTK, weights_BTK
     )
+    return found_PBTD.sum(0).astype(jnp.float32)
 
 
 class Rows(NamedTuple):
@@ -172,13 +177,13 @@ def _sorted_rows(
 
 
 def _added_up(split: Split, num_experts: int, weigh_input: bool, y_MD, places, chosen_BTK, weights_BTK):
-    """[B, T, D] float32: what each token's experts gave."""
+    """[1, B, T, D]: what the experts here gave each token; in the dtype of `y` where others give parts of it, too."""
     B, T, K = chosen_BTK.shape
     weights_BTK = jnp.ones_like(weights_BTK) if weigh_input else weights_BTK
     if split.experts:
         weights_BTK = jnp.where(_own(split, num_experts, chosen_BTK)[1], weights_BTK, 0)
-    y_BTD = from_rows(y_MD, weights_BTK.reshape(B * T, K), places).reshape(B, T, -1)
-    return jax.lax.psum(y_BTD, split.experts) if split.experts else y_BTD
+    y_BTD = from_rows(y_MD, weights_BTK.reshape(B * T, K), places).reshape(1, B, T, -1)
+    return y_BTD.astype(y_MD.dtype) if split.parts else y_BTD
 
 
 def _own(split: Split, num_experts: int, chosen_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -207,6 +212,7 @@ def through_slots(
     layout = Layout(
         lambda x_EBSI, weights_EIO, names: jnp.einsum("EBSI,EIO->EBSO", x_EBSI, weights_EIO),
         lambda vectors_EO, name: vectors_EO[:, None, None],
+        lambda y: y,
         None if adapter_B is None else adapter_B[:, None, None],
     )
     slots_BTES = slots_BTES.astype(jnp.float32)

@@ -1,8 +1,9 @@
 """Grouped products on a mesh: the compiler can't cut a kernel, so each device is given its part by hand.
 
-Each device has its own tokens and sorts them itself. Where the mesh splits experts, the devices that share tokens each
-multiply the rows of their own experts, and what they found is added up; where it splits the width of an expert, so are
-the parts of a product. Nothing goes from device to device but matrices gathered over `fsdp`, and these sums.
+Each device has its own tokens and sorts them itself. Where the mesh splits experts, or the width of each, the devices
+that share tokens have their own rows of them, too, multiply these with their own experts or channels, and what they
+found for each token is added up at the end. Nothing goes from device to device but matrices gathered over `fsdp`, and
+these sums, forward of what tokens get, backward of their gradients.
 """
 
 # B batch, T tokens, M rows (pairs of a token and an expert), I inputs, O outputs, E experts
@@ -40,7 +41,12 @@ class Split:
     @property
     def rows(self) -> PartitionSpec:
         """Of arrays [M, ...], and of the sizes [E] of each device's groups."""
-        return PartitionSpec((*self.batch, *self.length, *self.experts))
+        return PartitionSpec((*self.batch, *self.length, *self.parts))
+
+    @property
+    def parts(self) -> Axes:
+        """Axes of the devices that share tokens, each of which finds a part of what these get."""
+        return (*self.experts, *self.width("mlp"))
 
     def width(self, name: str | None) -> Axes:
         """The axes that split an axis of the matrices; those that split tokens or experts are taken already."""
@@ -103,19 +109,21 @@ def grouped_on_mesh(
     """`grouped_matmul` of each device's rows and experts.
 
     Args:
-      names: logical ones of the axes I and O of `w`.
+      names: logical ones of the axes I and O of `w`. Of the width of an expert each device has the channels of its
+        own rows; so what comes of inputs "mlp" are parts of sums.
     """
     inputs, outputs = (split.width(name) for name in names)
+    x_inputs, y_outputs = (split.width(name) if name != "mlp" else () for name in names)
     # Gathered along its last axis, a matrix would come in pieces of a few channels, to be laid out anew.
     transposed = split.gathers(names[1]) and not split.gathers(names[0])
 
     def part(x_MI, w_EIO, sizes_E):
         w_EIO = w_EIO.swapaxes(1, 2) if transposed else w_EIO
         y_MO = grouped_matmul(x_MI, w_EIO, sizes_E, transposed)
-        return jax.lax.psum(y_MO, inputs) if inputs else y_MO
+        return jax.lax.psum(y_MO, x_inputs) if x_inputs else y_MO
 
-    in_specs = PartitionSpec(*split.rows, inputs), PartitionSpec(split.experts, inputs, outputs), split.rows
-    return split.run(part, in_specs, PartitionSpec(*split.rows, outputs))(x_MI, w_EIO, sizes_E)
+    in_specs = PartitionSpec(*split.rows, x_inputs), PartitionSpec(split.experts, inputs, outputs), split.rows
+    return split.run(part, in_specs, PartitionSpec(*split.rows, y_outputs))(x_MI, w_EIO, sizes_E)
 
 
 def spread_on_mesh(split: Split, vectors_EO: jax.Array, expert_M: jax.Array, name: str) -> jax.Array:
@@ -127,4 +135,14 @@ def spread_on_mesh(split: Split, vectors_EO: jax.Array, expert_M: jax.Array, nam
     outputs = split.width(name)
     pick = lambda vectors_EO, expert_M: vectors_EO[jnp.minimum(expert_M, len(vectors_EO) - 1)]
     in_specs = PartitionSpec(split.experts, outputs), split.rows
-    return split.run(pick, in_specs, PartitionSpec(*split.rows, outputs))(vectors_EO, expert_M)
+    y_outputs = outputs if name != "mlp" else ()
+    return split.run(pick, in_specs, PartitionSpec(*split.rows, y_outputs))(vectors_EO, expert_M)
+
+
+def once_on_mesh(split: Split, y_MO: jax.Array) -> jax.Array:
+    """What is to be added to parts of a sum: all of it in the first part, zeros in the others."""
+    widths = split.width("mlp")
+    if not widths:
+        return y_MO
+    own = lambda y_MO: jnp.where(jax.lax.axis_index(widths) == 0, y_MO, 0)
+    return split.run(own, split.rows, split.rows)(y_MO)
