@@ -7,7 +7,13 @@ import pytest
 from benchmarks.traffic import traffic
 from tests.model.tpu import needs_libtpu, one_chip
 
-STATE = "(s32[]{:T(128)}, bf16[4,64,128]{2,1,0:T(8,128)(2,1)}, f32[4,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)})"
+PARTS = (
+    "s32[]{:T(128)}",
+    "bf16[4,64,128]{2,1,0:T(8,128)(2,1)}",
+    "f32[4,8,128]{2,1,0:T(8,128)}",
+    "f32[8,128]{1,0:T(8,128)S(1)}",
+)
+STATE = f"({', '.join(PARTS)})"
 PROGRAM = """
 %turned (p: bf16[64,128]) -> bf16[128,64] {
   %p = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
