@@ -13,7 +13,6 @@ back to the same places, of an item only the tokens that it has.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -23,6 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.flash_blocks import LANES, LEAST, MASKED, across, product
+from model.kernels.paged_copies import (
+    Memory,
+    choose,
+    each_answer,
+    each_copy,
+    each_query,
+    each_write,
+    item_blocks,
+    span,
+    take_in,
+)
 from model.kernels.paged_plan import Part, Plan, Scalars, head_of_rows, spread
 from model.kernels.pages import SCALE
 
@@ -78,7 +88,7 @@ def attend(
 
 
 def _constants(plan: Plan, dtype) -> list[Any]:
-    """In the order of `_Memory`'s fields."""
+    """In the order of `Memory`'s fields."""
     n, E = plan.together, plan.width_of(plan.values)
     if n == 1:
         return [None, None, None]
@@ -103,7 +113,7 @@ def _cost(plan: Plan, scalars: Scalars, q_THC: jax.Array, fresh: dict, pages: di
 
 
 def _scratch(plan: Plan, q_THC: jax.Array, dtypes: dict) -> list:
-    """In the order of `_Memory`'s last fields."""
+    """In the order of `Memory`'s last fields."""
     (_, H, C), dtype, E = q_THC.shape, q_THC.dtype, plan.width_of(plan.values)
     J, n, M, parts = plan.matrices, plan.together, plan.rows, plan.parts
 
@@ -129,35 +139,6 @@ def _scratch(plan: Plan, q_THC: jax.Array, dtypes: dict) -> list:
     ]
 
 
-@dataclasses.dataclass
-class _Memory:
-    """What a kernel is given."""
-
-    plan: Plan
-    scalars: Scalars
-    own_Mn: Any
-    spread_keys: Any
-    spread_values: Any
-    sinks_JML: Any
-    q_THC: Any
-    fresh: dict
-    pages: dict
-    found_THE: Any
-    blocks: dict  # [2, ...] of each part
-    news: dict  # [2, groups, ...]
-    q_QHC: Any  # the item's queries as they come, and
-    found_QHE: Any  # what they find as it goes
-    queries: list  # of each part of a key [J, M, n * C]; of heads that are together, each in its own head's channels
-    top_JML: Any
-    total_JML: Any
-    sum_JME: Any
-    turn: Any  # which of the two blocks the next item's first is copied to
-    arrived: Any
-    sent: Any
-    asked: Any  # queries
-    answered: Any  # what they find
-
-
 def _kernel(plan: Plan, write: bool, *refs):
     scalars, refs = Scalars(*refs[: len(Scalars._fields)]), refs[len(Scalars._fields) :]
     constants, (q_THC, fresh, pages, _), *refs = refs
@@ -166,7 +147,7 @@ def _kernel(plan: Plan, write: bool, *refs):
     blocks, news, *rest = scratch
     of_parts = named(fresh), named(written), found_THE, named(blocks), named(news)
     given: list[Any] = [plan, scalars, *constants, q_THC, *of_parts, *rest]
-    memory = _Memory(*given)
+    memory = Memory(*given)
     step = pl.program_id(1)
     w = step * plan.cores + pl.program_id(0)
 
@@ -175,56 +156,56 @@ def _kernel(plan: Plan, write: bool, *refs):
         _run_item(memory, w, step)
 
 
-def _run_item(memory: _Memory, w, step) -> None:
+def _run_item(memory: Memory, w, step) -> None:
     plan, num_items = memory.plan, memory.scalars.num_items[0]
-    first, last = _item_blocks(memory, w)
+    first, last = item_blocks(memory, w)
 
     @pl.when(step == 0)
     def begin():
         memory.turn[0] = 0
-        _each_query(memory, w, lambda copy: copy.start())
-        _each_copy(memory, w, first, 0, lambda copy: copy.start())
+        each_query(memory, w, lambda copy: copy.start())
+        each_copy(memory, w, first, 0, lambda copy: copy.start())
 
-    _each_query(memory, w, lambda copy: copy.wait())
+    each_query(memory, w, lambda copy: copy.wait())
     _of_few_or_all(memory, w, functools.partial(_start, memory))
 
     @pl.when(w + plan.cores < num_items)
     def ask_next():
-        _each_query(memory, w + plan.cores, lambda copy: copy.start())
+        each_query(memory, w + plan.cores, lambda copy: copy.start())
 
     def block(j, turn):
         more = j + 1 < last
         following = jnp.where(more, w, jnp.minimum(w + plan.cores, num_items - 1))
-        block_of_it = jnp.where(more, j + 1, _item_blocks(memory, following)[0])
+        block_of_it = jnp.where(more, j + 1, item_blocks(memory, following)[0])
 
         @pl.when(more | (w + plan.cores < num_items))
         def fetch_next():
-            _each_copy(memory, following, block_of_it, 1 - turn, lambda copy: copy.start())
+            each_copy(memory, following, block_of_it, 1 - turn, lambda copy: copy.start())
 
-        _each_copy(memory, w, j, turn, lambda copy: copy.wait())
+        each_copy(memory, w, j, turn, lambda copy: copy.wait())
         if memory.fresh:
-            _take_in(memory, w, j, turn)
-            _each_write(memory, w, j, turn, lambda copy: copy.start())
+            take_in(memory, w, j, turn)
+            each_write(memory, w, j, turn, lambda copy: copy.start())
         _of_few_or_all(memory, w, functools.partial(_meet, memory, w, j, turn))
         if memory.fresh:
-            _each_write(memory, w, j, turn, lambda copy: copy.wait())
+            each_write(memory, w, j, turn, lambda copy: copy.wait())
         return 1 - turn
 
     memory.turn[0] = jax.lax.fori_loop(first, last, block, memory.turn[0])
 
     @pl.when(step > 0)
     def clear():
-        _each_answer(memory, w - plan.cores, lambda copy: copy.wait())
+        each_answer(memory, w - plan.cores, lambda copy: copy.wait())
 
     _of_few_or_all(memory, w, functools.partial(_finish, memory))
-    _each_answer(memory, w, lambda copy: copy.start())
+    each_answer(memory, w, lambda copy: copy.start())
 
     @pl.when(w + plan.cores >= num_items)
     def end():
-        _each_answer(memory, w, lambda copy: copy.wait())
+        each_answer(memory, w, lambda copy: copy.wait())
 
 
-def _of_few_or_all(memory: _Memory, w, do) -> None:
+def _of_few_or_all(memory: Memory, w, do) -> None:
     """`do(tokens)`, of all places of an item or, where it has no more tokens than those, of the first few."""
     few, tokens = memory.plan.few, memory.plan.tokens
     if few == tokens:
@@ -234,175 +215,7 @@ def _of_few_or_all(memory: _Memory, w, do) -> None:
     pl.when(~is_few)(lambda: do(tokens))
 
 
-# Queries and what they find
-
-
-def _each_query(memory: _Memory, w, do) -> None:
-    """The copies of the item's queries."""
-
-    def piece(token, at, size):
-        source, target = memory.q_THC.at[pl.ds(token, size)], memory.q_QHC.at[pl.ds(at, size)]
-        do(pltpu.make_async_copy(source, target, memory.asked.at[0]))
-
-    _each_piece(memory, w, piece)
-
-
-def _each_answer(memory: _Memory, w, do) -> None:
-    """The copies of what they find."""
-
-    def piece(token, at, size):
-        source, target = memory.found_QHE.at[pl.ds(at, size)], memory.found_THE.at[pl.ds(token, size)]
-        do(pltpu.make_async_copy(source, target, memory.answered.at[0]))
-
-    _each_piece(memory, w, piece)
-
-
-def _each_piece(memory: _Memory, w, do) -> None:
-    """`do(token among all, place in the item, size)` for the item's tokens cut into powers of two, the largest first:
-    copies have sizes that are known, and what lies after the item is neither read nor written."""
-    token, count = memory.scalars.item_token[w], memory.scalars.item_count[w]
-    most = min(memory.plan.tokens, memory.q_THC.shape[0])
-    for size in (1 << n for n in reversed(range(most.bit_length()))):
-        at = count - jax.lax.rem(count, jnp.int32(2 * size))
-        pl.when((count & size) > 0)(functools.partial(do, token + at, at, size))
-
-
-# What is read
-
-
-def _span(memory: _Memory, w):
-    """(the row, the first position that some token of the item sees, its first token's, that after its last)."""
-    scalars, sight = memory.scalars, memory.plan.sight
-    first = scalars.item_first[w]
-    low = jnp.int32(0)
-    if sight.window is not None:
-        low = jnp.maximum(low, first - sight.window + 1)
-    if sight.chunk is not None:
-        low = jnp.maximum(low, first - jax.lax.rem(first, jnp.int32(sight.chunk)))
-    return scalars.item_row[w], low, first, first + scalars.item_count[w]
-
-
-def _item_blocks(memory: _Memory, w):
-    """(the first block of the row that the item reads, that after the last)."""
-    _, low, _, stop = _span(memory, w)
-    return _div(low, memory.plan.block), _up(stop, memory.plan.block)
-
-
-def _each_copy(memory: _Memory, w, j, turn, do) -> None:
-    """The copies of what item w reads of block j: old pages, and groups of new slots."""
-    plan, scalars = memory.plan, memory.scalars
-    row, low, _, _ = _span(memory, w)
-    start = scalars.row_start[row]
-    begin = jnp.maximum(j * plan.block_pages, _div(low, plan.page_size))
-    end = jnp.minimum((j + 1) * plan.block_pages, _up(start, plan.page_size))
-
-    def page(p, _):
-        number = _page_number(memory, row, p)
-        for part in plan.parts:
-            at = _page_in_block(memory, part, turn, p - j * plan.block_pages)
-            do(pltpu.make_async_copy(memory.pages[part.name].at[number], at, memory.arrived.at[turn]))
-
-    jax.lax.fori_loop(begin, end, page, None)
-    for part in plan.parts if memory.fresh else ():
-        begin, end = _new_groups(memory, part, w, j)
-        base = (scalars.row_page if part.scales else scalars.row_group)[row] - _div(start, part.group)
-
-        def group(g, _, part=part, base=base, begin=begin):
-            source = memory.fresh[part.name].at[base + g]
-            do(
-                pltpu.make_async_copy(
-                    source, memory.news[part.name].at[turn, g - begin], memory.arrived.at[turn]
-                )
-            )
-
-        jax.lax.fori_loop(begin, end, group, None)
-
-
-def _new_groups(memory: _Memory, part: Part, w, j):
-    """(the first group of block j that holds new tokens up to the item's last, that after the last)."""
-    per_block, (row, _, _, stop) = memory.plan.block // part.group, _span(memory, w)
-    begin = jnp.maximum(j * per_block, _div(memory.scalars.row_start[row], part.group))
-    return begin, jnp.minimum((j + 1) * per_block, _up(stop, part.group))
-
-
-def _page_number(memory: _Memory, row, p):
-    entry = memory.scalars.table[row * memory.plan.pages_a_row + jnp.minimum(p, memory.plan.pages_a_row - 1)]
-    return jnp.clip(entry, 0, memory.plan.num_pages - 1)
-
-
-def _page_in_block(memory: _Memory, part: Part, turn, p):
-    block, Z = memory.blocks[part.name], memory.plan.page_size
-    return block.at[turn, p] if part.scales else block.at[turn, pl.ds(pl.multiple_of(p * Z, Z), Z)]
-
-
-def _group_in_block(memory: _Memory, part: Part, turn, g):
-    block, W = memory.blocks[part.name], part.group
-    return block.at[turn, g] if part.scales else block.at[turn, pl.ds(pl.multiple_of(g * W, W), W)]
-
-
-# What is written
-
-
-def _take_in(memory: _Memory, w, j, turn) -> None:
-    """New slots among the old ones of block j; those after the row's last hold any other token."""
-    plan, start = memory.plan, memory.scalars.row_start[_span(memory, w)[0]]
-    for part in plan.parts:
-        begin, end = _new_groups(memory, part, w, j)
-        slot = jax.lax.broadcasted_iota(jnp.int32, part.shape(part.group), 1 if part.scales else 0)
-
-        def group(g, _, part=part, begin=begin, slot=slot):
-            at = _group_in_block(memory, part, turn, g - j * (plan.block // part.group))
-            is_old = slot < start - g * part.group
-            new = memory.news[part.name][turn, g - begin]
-            if part.scales and plan.max_new == 1:
-                new = _column(new)
-            at[...] = _choose(is_old, at[...], new)
-
-        jax.lax.fori_loop(begin, end, group, None)
-
-
-def _column(x_1K):
-    """[K, 1]."""
-    K = x_1K.shape[1]
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, (K, K), axis) for axis in (0, 1))
-    return jnp.where(row == column, x_1K, 0.0).sum(axis=1, keepdims=True)
-
-
-def _choose(which, yes, no):
-    """`where` of numbers of any width, in 32 bits, which each chip can do."""
-    if yes.dtype.itemsize == 4:
-        return jnp.where(which, yes, no)
-    return jnp.where(which, yes.astype(jnp.float32), no.astype(jnp.float32)).astype(yes.dtype)
-
-
-def _each_write(memory: _Memory, w, j, turn, do) -> None:
-    """The copies to pages of the groups of block j whose first new token is the item's."""
-    plan = memory.plan
-    row, _, first, stop = _span(memory, w)
-    for part in plan.parts:
-        per_block, per_page = plan.block // part.group, plan.page_size // part.group
-        is_first = first == memory.scalars.row_start[row]
-        begin = jnp.where(is_first, _div(first, part.group), _up(first, part.group))
-        begin = jnp.maximum(begin, j * per_block)
-        end = jnp.minimum((j + 1) * per_block, _up(stop, part.group))
-        end = jnp.minimum(end, plan.pages_a_row * per_page)
-
-        def group(g, _, part=part, per_block=per_block, per_page=per_page):
-            p = _div(g, per_page)
-            number = _page_number(memory, row, p)
-            page = memory.pages[part.name].at[number]
-            if not part.scales:
-                page = page.at[pl.ds(pl.multiple_of((g - p * per_page) * part.group, part.group), part.group)]
-            source = _group_in_block(memory, part, turn, g - j * per_block)
-            do(pltpu.make_async_copy(source, page, memory.sent.at[0]))
-
-        jax.lax.fori_loop(begin, end, group, None)
-
-
-# What is computed
-
-
-def _start(memory: _Memory, tokens: int) -> None:
+def _start(memory: Memory, tokens: int) -> None:
     """Sums are empty, and queries are matrices."""
     plan, of_rows = memory.plan, (slice(None), slice(tokens * memory.plan.matrix_heads))
     for state, none in (memory.top_JML, LEAST), (memory.total_JML, 0.0), (memory.sum_JME, 0.0):
@@ -422,14 +235,14 @@ def _start(memory: _Memory, tokens: int) -> None:
         begin += width
 
 
-def _matrix(memory: _Memory, k: int, tokens: int, channels: slice):
+def _matrix(memory: Memory, k: int, tokens: int, channels: slice):
     """[M, C] the k-th matrix of the first tokens' queries, turned in 32 bits, which each chip can do."""
     G = memory.plan.matrix_heads
     q_QGC = memory.q_QHC[:tokens, k * G : (k + 1) * G, channels]
     return q_QGC.astype(jnp.float32).reshape(tokens * G, -1).astype(q_QGC.dtype)
 
 
-def _own(memory: _Memory, width: int, rows: int):
+def _own(memory: Memory, width: int, rows: int):
     """[M, n * width] 1 in the channels of the head that a row looks at."""
     own_Mn = memory.own_Mn[:rows]
     n = own_Mn.shape[1]
@@ -445,9 +258,9 @@ def _exact(a, b):
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _meet(memory: _Memory, w, j, turn, tokens: int) -> None:
+def _meet(memory: Memory, w, j, turn, tokens: int) -> None:
     """The queries of the item's first tokens meet block j."""
-    _, low, first, stop = _span(memory, w)
+    _, low, first, stop = span(memory, w)
     plan, sight, begin = memory.plan, memory.plan.sight, j * memory.plan.block
     rows = slice(tokens * plan.matrix_heads)
     last = first + tokens - 1  # of the places, taken or not
@@ -476,7 +289,9 @@ def _meet(memory: _Memory, w, j, turn, tokens: int) -> None:
 def _sees(plan: Plan, begin, first, stop, rows: int):
     """[M, S] bool."""
     key = begin + jax.lax.broadcasted_iota(jnp.int32, (rows, plan.block), 1)
-    query = first + _div(jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), plan.matrix_heads)
+    query = first + jax.lax.div(
+        jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), jnp.int32(plan.matrix_heads)
+    )
     seen = (key <= query) & (key < stop)
     if plan.sight.window is not None:
         seen &= query - key < plan.sight.window
@@ -487,7 +302,7 @@ def _sees(plan: Plan, begin, first, stop, rows: int):
     return seen
 
 
-def _scores(memory: _Memory, k: int, turn, rows: slice):
+def _scores(memory: Memory, k: int, turn, rows: slice):
     """[M, S] of the k-th matrix of queries, before any mask."""
     plan, products = memory.plan, []
     for name, q in zip(plan.keys, memory.queries, strict=True):
@@ -499,7 +314,7 @@ def _scores(memory: _Memory, k: int, turn, rows: slice):
     return scores if plan.softcap is None else plan.softcap * jnp.tanh(scores / plan.softcap)
 
 
-def _add(memory: _Memory, k: int, turn, scores_MS, copied) -> None:
+def _add(memory: Memory, k: int, turn, scores_MS, copied) -> None:
     plan, rows = memory.plan, slice(len(scores_MS))
     before_ML, S, E = memory.top_JML[k, rows], plan.block, memory.sum_JME.shape[-1]
     top_ML = jnp.maximum(before_ML, scores_MS.max(axis=1, keepdims=True))
@@ -511,19 +326,19 @@ def _add(memory: _Memory, k: int, turn, scores_MS, copied) -> None:
     dtype = memory.q_QHC.dtype
     v_SE = _channels(memory, plan.values, k, turn, E, dtype)
     if copied is not None:
-        v_SE = _choose(copied[0], v_SE, jnp.zeros_like(v_SE))
+        v_SE = choose(copied[0], v_SE, jnp.zeros_like(v_SE))
     if plan.values + SCALE in memory.blocks:
         weights_MS *= _scale_of_rows(memory, plan.values, k, turn, copied, rows)
     found_ME = product(weights_MS.astype(dtype), v_SE, (1, 0))
     memory.sum_JME[k, rows] = memory.sum_JME[k, rows] * across(shrink_ML, E) + found_ME
 
 
-def _channels(memory: _Memory, name: str, k: int, turn, width: int, dtype):
+def _channels(memory: Memory, name: str, k: int, turn, width: int, dtype):
     """[S, n * C] of block j, of the heads of the k-th matrix of queries."""
     return memory.blocks[name][turn, :, k * width : (k + 1) * width].astype(dtype)
 
 
-def _scale_of_rows(memory: _Memory, name: str, k: int, turn, copied, rows: slice):
+def _scale_of_rows(memory: Memory, name: str, k: int, turn, copied, rows: slice):
     """[M, S], or [1, S] for one head: each slot's scale for the head that a row looks at."""
     n, pages = memory.plan.together, memory.blocks[name + SCALE]
     scales = [pages[turn, p, k * n : (k + 1) * n] for p in range(memory.plan.block_pages)]
@@ -533,7 +348,7 @@ def _scale_of_rows(memory: _Memory, name: str, k: int, turn, copied, rows: slice
     return scales_nS if n == 1 else _exact(memory.own_Mn[rows], scales_nS)
 
 
-def _finish(memory: _Memory, tokens: int) -> None:
+def _finish(memory: Memory, tokens: int) -> None:
     plan, E, rows = memory.plan, memory.sum_JME.shape[-1], tokens * memory.plan.matrix_heads
     G, dtype = plan.matrix_heads, memory.found_QHE.dtype
     for k in range(plan.matrices):
@@ -545,7 +360,7 @@ def _finish(memory: _Memory, tokens: int) -> None:
         memory.found_QHE[:tokens, k * G : (k + 1) * G] = found_QGE.astype(dtype)
 
 
-def _own_channels(memory: _Memory, found_ME):
+def _own_channels(memory: Memory, found_ME):
     """Of the values of heads that are together, those of the head that a row looks at."""
     width, dtype = memory.found_QHE.shape[-1], memory.found_QHE.dtype
     mine_ME = jnp.where(_own(memory, width, len(found_ME)) > 0, found_ME, 0.0)
@@ -556,11 +371,3 @@ def _own_channels(memory: _Memory, found_ME):
         precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def _div(n, by: int):
-    return jax.lax.div(n, jnp.int32(by))
-
-
-def _up(n, by: int):
-    return _div(n + by - 1, by)
