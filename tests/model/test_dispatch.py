@@ -1,13 +1,20 @@
 """Rows of experts there and back, beside the plain gathers and scatters that autodiff makes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.blocks.common import Context, TokenInfo
+from model.blocks.ffn import GatedMLP
+from model.blocks.moe import MoE
+from model.kernels import backend
 from model.kernels.dispatch import from_rows, sorted_by, to_rows
 
 from .conftest import compiled_fast as jit
+from .tpu import compile_for, needs_libtpu
 
 N, K, D = 12, 3, 5
 
@@ -49,3 +56,26 @@ def test_no_gradient_is_a_scatter_of_rows():
     loss = lambda x, w: ours(x, w, expert_M, jnp.ones((N * K, 1))).sum()
     program = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones((N, D)), jnp.ones((N, K))).as_text()
     assert "stablehlo.gather" in program and "stablehlo.scatter" not in program
+
+
+@needs_libtpu
+def test_a_tpu_makes_no_float32_array_of_all_rows():
+    bfloat16 = jnp.dtype("bfloat16")
+    module = MoE(8, 2, GatedMLP(512)).module(Context(512, 2, bfloat16, bfloat16), "ffn")
+    positions = jnp.zeros((1, 4096), jnp.int32)
+    x = jax.ShapeDtypeStruct((1, 4096, 512), bfloat16)
+
+    def step(params, x, d):
+        forward = lambda params, x: module.apply({"params": params}, x, TokenInfo(positions, None))[0]
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(d)
+
+    with backend.use("tpu", "v5p"):
+        boxes = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, TokenInfo(positions, None)), x)
+        params = jax.tree.map(
+            lambda box: box.value, boxes["params"], is_leaf=lambda leaf: hasattr(leaf, "names")
+        )
+        program = compile_for("v5p", step, params, x, x).as_text()
+    assert "grouped_products" in program
+    made = re.findall(r"%[\w.-]+ = (\w+)\[8192,512\]\S* (\w+)\(", program[program.index("ENTRY") :])
+    assert {dtype for dtype, _ in made} == {"bf16"}
