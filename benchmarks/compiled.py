@@ -1,7 +1,7 @@
 """Train steps of large models, compiled for TPU slices on a machine that has none: does it fit, and how does it run.
 
     python -m benchmarks.compiled [--only=llama-8b ...] [--remat=none|products|offload|full] [--save=FOLDER]
-                                  [--option xla_tpu_scoped_vmem_limit_kib=65536]
+                                  [--split-residual] [--option xla_tpu_scoped_vmem_limit_kib=65536]
 
 For each model and slice: bytes of a device's memory that the program needs and that are left, the kernels in it, its
 collectives, those that run beside other work and those that do not, float32 products, copies of large arrays, and the
@@ -27,14 +27,14 @@ from jax.sharding import NamedSharding
 from benchmarks.chips import CHIPS, ENVIRONMENT
 from benchmarks.compiled_cases import CASES, Case
 from benchmarks.traffic import Traffic, traffic
-from model import ModelConfig
+from model import ModelConfig, ShardingRules
 from model.blocks.remat import POLICIES
 from model.compilation import training_options
 from model.families import FAMILIES
 from model.flops import train_flops_per_token
 from model.function import param_shapes
 from model.kernels import backend
-from train.config import OptimizerSpec, TrainConfig
+from train.config import OptimizerSpec
 from train.mesh import make_mesh, param_shardings, state_shardings
 from train.objectives import language_modelling
 from train.optimizer import adamw
@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--remat", choices=POLICIES, default="full")
     parser.add_argument("--layers", type=int, help="of the model, fewer than it has: for a quick look")
+    parser.add_argument(
+        "--split-residual", action="store_true", help="over `tensor`, too: sharding.act_embed=('tensor',)"
+    )
     parser.add_argument("--save", type=Path, help="a folder for the compiled programs' text")
     parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="of XLA, to try one")
     options = parser.parse_args()
@@ -64,7 +67,8 @@ def main() -> None:
         start = time.monotonic()
         cfg = model_of(case, options)
         tried = dict(option.split("=", 1) for option in options.option)
-        compiled = compile_step(cfg, case, tried)
+        rules = ShardingRules(act_embed=("tensor",)) if options.split_residual else ShardingRules()
+        compiled = compile_step(cfg, case, tried, rules)
         text = compiled.as_text()
         if options.save:
             options.save.mkdir(parents=True, exist_ok=True)
@@ -79,10 +83,12 @@ def model_of(case: Case, options: argparse.Namespace) -> ModelConfig:
     return cfg.replace(dtype="bfloat16", param_dtype="float32", scan=True, remat=options.remat)
 
 
-def compile_step(cfg: ModelConfig, case: Case, tried: dict[str, str] | None = None):
+def compile_step(
+    cfg: ModelConfig, case: Case, tried: dict[str, str] | None = None, rules: ShardingRules = ShardingRules()
+):
     """The train step of `python -m train` on the case's slice; `tried` are options of XLA beside those it has."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
-    mesh, rules = make_mesh(case.mesh, list(devices)), TrainConfig().sharding
+    mesh = make_mesh(case.mesh, list(devices))
     optimizer = adamw(OptimizerSpec(), 1000, cfg)
     state = jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes(cfg))
     shardings = state_shardings(state, param_shardings(cfg, mesh, rules), mesh)

@@ -68,17 +68,27 @@ def test_microbatches_change_neither_loss_nor_gradient(params, reference, microb
     assert_same(jax.tree.map(lambda g: g / loss.weight, grads), reference[0])
 
 
+SPLIT_RESIDUAL = dataclasses.replace(RULES, act_embed=("tensor",))
+
+
 @pytest.mark.parametrize(
-    "axes", [{"data": 8}, {"fsdp": 8}, {"tensor": 2, "data": 1}, {"fsdp": 2, "tensor": 2}]
+    "axes, rules",
+    [
+        ({"data": 8}, RULES),
+        ({"fsdp": 8}, RULES),
+        ({"tensor": 2, "data": 1}, RULES),
+        ({"fsdp": 2, "tensor": 2}, RULES),
+        ({"fsdp": 2, "tensor": 2}, SPLIT_RESIDUAL),
+    ],
 )
-def test_eight_devices_give_the_gradient_of_one(params, reference, axes):
+def test_eight_devices_give_the_gradient_of_one(params, reference, axes, rules):
     count = int(np.prod(list(axes.values())))
     mesh = make_mesh(MeshSpec(**{"data": 1} | axes), jax.devices()[:count])
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, param_shardings(CFG, mesh, RULES))
-        batch = place_batch(packed_batch(), mesh, RULES)
-        objective = language_modelling(CFG, RULES)
-        grads, (loss, _) = jax.jit(lambda p, b: accumulate(objective, p, b, 2, RULES))(placed, batch)
+        placed = jax.device_put(params, param_shardings(CFG, mesh, rules))
+        batch = place_batch(packed_batch(), mesh, rules)
+        objective = language_modelling(CFG, rules)
+        grads, (loss, _) = jax.jit(lambda p, b: accumulate(objective, p, b, 2, rules))(placed, batch)
     assert float(loss.total) == pytest.approx(float(reference[1].total), rel=1e-5)
     assert_same(jax.tree.map(lambda g: g / loss.weight, jax.device_get(grads)), reference[0])
 
