@@ -223,7 +223,7 @@ def test_chips_have_a_program_for_each_size(chip, size, dtype):
     if dtype == jnp.float32:
         E //= 4
     plan, wide, sizes = Plan(BLOCKS[chip]), functools.partial(shaped, dtype), shaped(jnp.int32, E)
-    transposed = functools.partial(products, plan, transposed=True)
+    transposed = functools.partial(products, plan.turned())
     compile_for(chip, functools.partial(products, plan), wide(M, I), wide(E, I, O), sizes)
     compile_for(chip, transposed, wide(M, O), wide(E, I, O), sizes)
     compile_for(chip, functools.partial(matrix_gradients, plan), wide(M, I), wide(M, O), sizes)
