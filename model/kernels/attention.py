@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from model.kernels import order
+from model.kernels import backend, order
 from model.kernels.names import ATTENTION
 
 MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
@@ -124,6 +124,7 @@ def _in_blocks(sight: Sight, scores: Scores, q_BKGTC, k_BKSC, v_BKSE, positions_
     for at_T, at_S in _blocks(q_BKGTC.shape[3], sight):
         queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
         mask_BTS = _self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
+        mask_BTS = mask_BTS if scores.bias is not None else _to_add(mask_BTS)
         distance_BTS = (keys[None] - queries[:, None])[None]
         block = q_BKGTC[:, :, :, at_T], k_BKSC[:, :, at_S], v_BKSE[:, :, at_S]
         out_BKGTE, *normalisers = _attend(*block, mask_BTS, scores, distance_BTS)
@@ -199,7 +200,7 @@ def _block_gradients(
         raw_BKSGT if scores.softcap is None else scores.softcap * jnp.tanh(raw_BKSGT / scores.softcap)
     )
     mask_BKSGT = mask_BST[:, None, :, None]
-    weights_BKSGT = jnp.exp(jnp.where(mask_BKSGT, capped_BKSGT, _MASKED) - row(top_BKGT1))
+    weights_BKSGT = jnp.exp(_masked(capped_BKSGT, _to_add(mask_BKSGT)) - row(top_BKGT1))
     d_out_BKGTE = d_out_BKGTE.astype(v_BKSE.dtype)
     dv_BKSE = einsum("BKSGT,BKGTE->BKSE", weights_BKSGT.astype(v_BKSE.dtype), d_out_BKGTE)
     d_weights_BKSGT = einsum("BKSE,BKGTE->BKSGT", v_BKSE, d_out_BKGTE) - row(delta_BKGT1)
@@ -290,17 +291,35 @@ def _weights(
             raise ValueError("a bias of the scores needs the distances of queries and keys; none were given.")
         bias_BHTS = scores.bias(distance_BTS)
         scores_BKGTS += bias_BHTS.reshape(bias_BHTS.shape[0], K, G, *bias_BHTS.shape[2:])
-    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, _MASKED)
-    top_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
+    scores_BKGTS = _masked(scores_BKGTS, mask_BTS[:, None, None])
+    top_BKGT1 = _over_keys(jnp.maximum, scores_BKGTS)
     if scores.sinks_H is not None:
         sinks_KG11 = scores.sinks_H.astype(jnp.float32).reshape(K, G, 1, 1)
         top_BKGT1 = jnp.maximum(top_BKGT1, sinks_KG11)
     top_BKGT1 = jax.lax.stop_gradient(top_BKGT1)
     weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
-    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    total_BKGT1 = _over_keys(jnp.add, weights_BKGTS)
     if scores.sinks_H is not None:
         total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1)
     return weights_BKGTS, top_BKGT1, total_BKGT1
+
+
+def _masked(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """By a mask that is bool, or from `_to_add`."""
+    return jnp.where(mask, scores, _MASKED) if mask.dtype == bool else scores + mask
+
+
+def _to_add(mask: jax.Array) -> jax.Array:
+    """On a CPU 0 and `_MASKED`, which vectors add sooner than they choose; it hides no NaN, and lets gradients pass to
+    the scores of a query that sees no key."""
+    return jnp.where(mask, 0.0, _MASKED) if backend.for_cpu() else mask
+
+
+def _over_keys(combine: jnp.ufunc, x_S: jax.Array) -> jax.Array:
+    """[..., 1], `combine` over [..., S]: on a CPU by halves, as whole vectors; XLA would take windows of numbers."""
+    while backend.for_cpu() and x_S.shape[-1] > 32 and x_S.shape[-1] % 2 == 0:
+        x_S = combine(*jnp.split(x_S, 2, axis=-1))
+    return combine.reduce(x_S, axis=-1, keepdims=True)
 
 
 def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):
