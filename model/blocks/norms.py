@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context
+from model.kernels import order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,5 +65,6 @@ class NormModule(nn.Module):
 
     def _param(self, name: str, x: jax.Array, value: float) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.constant(value), self.axes)
-        shape = x.shape[-len(self.axes) :]
-        return jnp.asarray(self.param(name, init, shape, self.ctx.param_dtype), jnp.float32)
+        rows, shape = x.shape[: -len(self.axes)], x.shape[-len(self.axes) :]
+        parameter = jnp.asarray(self.param(name, init, shape, self.ctx.param_dtype), jnp.float32)
+        return order.for_rows(parameter, rows)

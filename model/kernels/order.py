@@ -75,3 +75,21 @@ def first(function: Callable, *args: Any) -> tuple[Any, tuple]:
     beforehand instead, unless data flow forbids it; other compilers find the order by themselves.
     """
     return once(lambda *args: (function(*args), args))(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def for_rows(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    """[*rows, *x.shape], `x` for each row; on a CPU its gradient is summed as whole vectors, by sixteenths of the rows:
+    XLA would take windows of them."""
+    return jnp.broadcast_to(x, (*rows, *x.shape))
+
+
+def _sum_of_rows(rows: tuple[int, ...], _, d: jax.Array) -> tuple[jax.Array]:
+    width = d.shape[len(rows) :]
+    d = d.reshape(-1, *width)
+    while backend.for_cpu() and len(d) > 32 and len(d) % 16 == 0:
+        d = functools.reduce(jnp.add, jnp.split(d, 16))
+    return (d.sum(0),)
+
+
+for_rows.defvjp(lambda x, rows: (for_rows(x, rows), None), _sum_of_rows)

@@ -82,7 +82,7 @@ def test_the_platform_gives_way_to_a_form_that_can_and_says_so(caplog):
     q, k, v, _ = arrays(C=20)
     with backend.use("gpu"), caplog.at_level("INFO"):
         out = self_attention(q, k, v, POSITIONS, SEGMENTS)
-    np.testing.assert_array_equal(out, in_query_blocks(q, k, v, POSITIONS, SEGMENTS))
+        np.testing.assert_array_equal(out, in_query_blocks(q, k, v, POSITIONS, SEGMENTS))
     assert "Attention runs in the form 'plain': 'cudnn' can't serve it" in caplog.text
 
 
