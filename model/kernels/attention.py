@@ -292,13 +292,13 @@ def _weights(
         bias_BHTS = scores.bias(distance_BTS)
         scores_BKGTS += bias_BHTS.reshape(bias_BHTS.shape[0], K, G, *bias_BHTS.shape[2:])
     scores_BKGTS = _masked(scores_BKGTS, mask_BTS[:, None, None])
-    top_BKGT1 = _over_keys(jnp.maximum, scores_BKGTS)
+    top_BKGT1 = _over_keys(jnp.maximum, jnp.max, scores_BKGTS)
     if scores.sinks_H is not None:
         sinks_KG11 = scores.sinks_H.astype(jnp.float32).reshape(K, G, 1, 1)
         top_BKGT1 = jnp.maximum(top_BKGT1, sinks_KG11)
     top_BKGT1 = jax.lax.stop_gradient(top_BKGT1)
     weights_BKGTS = jnp.exp(scores_BKGTS - top_BKGT1)
-    total_BKGT1 = _over_keys(jnp.add, weights_BKGTS)
+    total_BKGT1 = _over_keys(jnp.add, jnp.sum, weights_BKGTS)
     if scores.sinks_H is not None:
         total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1)
     return weights_BKGTS, top_BKGT1, total_BKGT1
@@ -315,11 +315,11 @@ def _to_add(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, 0.0, _MASKED) if backend.for_cpu() else mask
 
 
-def _over_keys(combine: jnp.ufunc, x_S: jax.Array) -> jax.Array:
-    """[..., 1], `combine` over [..., S]: on a CPU by halves, as whole vectors; XLA would take windows of numbers."""
+def _over_keys(combine: Callable, reduce: Callable, x_S: jax.Array) -> jax.Array:
+    """[..., 1], `reduce` over [..., S], which is `combine` of two: on a CPU by halves, as whole vectors; XLA would take windows of numbers."""
     while backend.for_cpu() and x_S.shape[-1] > 32 and x_S.shape[-1] % 2 == 0:
         x_S = combine(*jnp.split(x_S, 2, axis=-1))
-    return combine.reduce(x_S, axis=-1, keepdims=True)
+    return reduce(x_S, axis=-1, keepdims=True)
 
 
 def _heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):
