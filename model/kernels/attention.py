@@ -316,7 +316,8 @@ def _to_add(mask: jax.Array) -> jax.Array:
 
 
 def _over_keys(combine: Callable, reduce: Callable, x_S: jax.Array) -> jax.Array:
-    """[..., 1], `reduce` over [..., S], which is `combine` of two: on a CPU by halves, as whole vectors; XLA would take windows of numbers."""
+    """[..., 1], `reduce` over [..., S], which is `combine` of two: on a CPU by halves, as whole vectors; XLA would take
+    windows of numbers."""
     while backend.for_cpu() and x_S.shape[-1] > 32 and x_S.shape[-1] % 2 == 0:
         x_S = combine(*jnp.split(x_S, 2, axis=-1))
     return reduce(x_S, axis=-1, keepdims=True)
