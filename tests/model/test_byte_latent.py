@@ -395,7 +395,7 @@ def test_a_patcher_and_then_the_model_around_it_learn_bytes():
             max_patches=64,
         ),
     )
-    cfg, start = with_patcher(cfg, init(cfg, jax.random.key(1)), patcher_cfg, patcher, threshold=0.6)
+    cfg, start = with_patcher(cfg, init(cfg, jax.random.key(1)), patcher_cfg, patcher, threshold=0.7)
     params = trained(cfg, start, data, 70, 1e-2)
     taken = {name.removeprefix("patcher_"): params[name] for name in params if name.startswith("patcher_")}
     jax.tree.map(np.testing.assert_array_equal, taken, patcher)  # not even decayed
@@ -403,8 +403,7 @@ def test_a_patcher_and_then_the_model_around_it_learn_bytes():
     tokens, targets = rows_of(held_out)
     out = forward(cfg, params, tokens, cache=init_cache(cfg, *tokens.shape))
     patches = np.asarray(out.cache.layers["bytes"]["made"])
-    assert 128 / 5 < patches.mean() < 128 / 3  # three to five bytes in the mean
-    assert ((patches > 6) & (patches < 64)).all()  # no row fills its places
+    assert ((patches > 6) & (patches < 128 / 3)).all()  # more than three bytes in the mean
     nats = float(optax.softmax_cross_entropy_with_integer_labels(out.logits, targets).mean())
     assert nats < 0.28 < bigram_nats(data) / 5
 
