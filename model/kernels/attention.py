@@ -194,23 +194,28 @@ def _block_gradients(
     weights already."""
     k_BKSC, v_BKSE, mask_BST = keys
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # G and T as one dimension N in products: XLA would transpose queries in memory to merge them
+    merged = lambda x_BKGTC: x_BKGTC.reshape(*x_BKGTC.shape[:2], -1, x_BKGTC.shape[-1])
+    split = lambda x_N: x_N.reshape(*x_N.shape[:-1], *q_BKGTC.shape[2:4])
     row = lambda x_BKGT1: x_BKGT1[..., 0][:, :, None]
-    raw_BKSGT = einsum("BKSC,BKGTC->BKSGT", k_BKSC, q_BKGTC) * scores.scale_of(q_BKGTC.shape[-1])
+    q_BKNC, d_out_BKNE = merged(q_BKGTC), merged(d_out_BKGTE.astype(v_BKSE.dtype))
+    raw_BKSGT = split(einsum("BKSC,BKNC->BKSN", k_BKSC, q_BKNC)) * scores.scale_of(q_BKGTC.shape[-1])
     capped_BKSGT = (
         raw_BKSGT if scores.softcap is None else scores.softcap * jnp.tanh(raw_BKSGT / scores.softcap)
     )
     mask_BKSGT = mask_BST[:, None, :, None]
     weights_BKSGT = jnp.exp(_masked(capped_BKSGT, _to_add(mask_BKSGT)) - row(top_BKGT1))
-    d_out_BKGTE = d_out_BKGTE.astype(v_BKSE.dtype)
-    dv_BKSE = einsum("BKSGT,BKGTE->BKSE", weights_BKSGT.astype(v_BKSE.dtype), d_out_BKGTE)
-    d_weights_BKSGT = einsum("BKSE,BKGTE->BKSGT", v_BKSE, d_out_BKGTE) - row(delta_BKGT1)
+    weights_BKSN = weights_BKSGT.astype(v_BKSE.dtype).reshape(*weights_BKSGT.shape[:3], -1)
+    dv_BKSE = einsum("BKSN,BKNE->BKSE", weights_BKSN, d_out_BKNE)
+    d_weights_BKSGT = split(einsum("BKSE,BKNE->BKSN", v_BKSE, d_out_BKNE)) - row(delta_BKGT1)
     d_scores_BKSGT = jnp.where(mask_BKSGT, weights_BKSGT * d_weights_BKSGT, 0)
     if scores.softcap is not None:
         d_scores_BKSGT *= 1 - (capped_BKSGT / scores.softcap) ** 2
     d_scores_BKSGT = (d_scores_BKSGT * scores.scale_of(q_BKGTC.shape[-1])).astype(q_BKGTC.dtype)
-    dk_BKSC = einsum("BKSGT,BKGTC->BKSC", d_scores_BKSGT, q_BKGTC)
-    dq_BKCGT = einsum("BKSC,BKSGT->BKCGT", k_BKSC, d_scores_BKSGT)
-    return dq_BKCGT.transpose(0, 1, 3, 4, 2), dk_BKSC, dv_BKSE
+    d_scores_BKSN = d_scores_BKSGT.reshape(weights_BKSN.shape)
+    dk_BKSC = einsum("BKSN,BKNC->BKSC", d_scores_BKSN, q_BKNC)
+    dq_BKCN = einsum("BKSC,BKSN->BKCN", k_BKSC, d_scores_BKSN)
+    return split(dq_BKCN).transpose(0, 1, 3, 4, 2), dk_BKSC, dv_BKSE
 
 
 def stretch_ids(
