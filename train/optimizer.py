@@ -11,6 +11,7 @@ from model.adapters import split_trained
 from model.blocks.future import future_blocks
 from model.blocks.moe import MoE
 from model.config import STACKS
+from model.kernels import vectors
 from train.config import OptimizerSpec
 
 
@@ -34,13 +35,32 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
 def adamw(spec: OptimizerSpec, steps: int, cfg: ModelConfig) -> optax.GradientTransformation:
     """Clipping by the global norm, Adam, decay of matrices, the schedule."""
-    parts = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
+    parts = [clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
     parts += [
         optax.scale_by_adam(spec.b1, spec.b2, spec.eps),
         optax.add_decayed_weights(spec.weight_decay, decay_mask(cfg)),
         optax.scale_by_learning_rate(learning_rate(spec, steps)),
     ]
     return balance_experts(cfg, optax.chain(*parts))
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """As optax has it, of `global_norm`."""
+
+    def update(grads, state, params=None):
+        norm = global_norm(grads)
+        scale = jnp.where(
+            norm < max_norm, 1.0, max_norm / norm
+        )  # one number: gradients are not divided in memory
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree) -> jax.Array:
+    """The root of the sum of all squares, float32."""
+    squares = (vectors.sum_of_squares(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
 def balance_experts(

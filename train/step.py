@@ -16,6 +16,7 @@ from model.function import Params
 from model.kernels import order
 from model.sharding import constrain
 from train.objectives import Batch, Objective
+from train.optimizer import global_norm
 
 Metrics = dict[str, WeightedSum]
 
@@ -49,10 +50,12 @@ def make_train_step(
         trained, rest = split_trained(state.params)
         of_trained = lambda trained, batch: objective(join(trained, rest), batch)
         grads, (loss, metrics) = accumulate(of_trained, trained, batch, microbatches, rules)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(loss.weight, 1e-9), grads)
-        grad_norm = optax.global_norm(grads)
+        # where they are read, so that no second gradient lies in memory
+        share = 1 / jnp.maximum(loss.weight, 1e-9)
+        mean_grads = lambda: jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        grad_norm = global_norm(mean_grads())
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        trained, opt_state = _updated(optimizer, finite, grads, trained, state.opt_state)
+        trained, opt_state = _updated(optimizer, finite, mean_grads, trained, state.opt_state)
         bad = 1 - finite.astype(jnp.int32)
         state = TrainState(state.step + 1, join(trained, rest), opt_state, state.skipped + bad)
         extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
@@ -61,16 +64,18 @@ def make_train_step(
     return train_step
 
 
-def _updated(optimizer: optax.GradientTransformation, wanted: jax.Array, grads, params, opt_state):
+def _updated(
+    optimizer: optax.GradientTransformation, wanted: jax.Array, grads: Callable[[], Params], params, opt_state
+):
     """(parameters, state of the optimizer), new where it is wanted."""
     keep = functools.partial(jax.tree.map, functools.partial(jnp.where, wanted))
 
     def new_params(opt_state):
-        updates, _ = optimizer.update(grads, opt_state, params)
+        updates, _ = optimizer.update(grads(), opt_state, params)
         return keep(optax.apply_updates(params, updates), params)
 
     new, (opt_state,) = order.first(new_params, opt_state)
-    return new, keep(optimizer.update(grads, opt_state, params)[1], opt_state)
+    return new, keep(optimizer.update(grads(), opt_state, params)[1], opt_state)
 
 
 def accumulate(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, More, TokenInfo, param
-from model.blocks.linear import linear, linear_out
+from model.blocks.linear import Outputs, linear_out, linears
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels import backend, pages
@@ -147,7 +147,9 @@ class AttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, shared = self.spec, self._relative_bias(info)
-        q_BTHC, keys_values = self._queries(x_BTD, info), self._keys_values(x_BTD, info)
+        own = ("q",) if spec.keys_values == "take" else ("q", "k", "v")
+        projected = project_heads(self, x_BTD, *own)
+        q_BTHC, keys_values = self._queries(projected["q"], info), self._keys_values(projected, info)
         scores = self._scores(shared)
         if cache is None:
             k_BTKC, v_BTKC = keys_values["k"], keys_values["v"]
@@ -164,16 +166,14 @@ class AttentionModule(nn.Module):
         if spec.keys_values == "give":
             shared |= {GIVEN + name: value for name, value in keys_values.items()}
         if spec.gate:
-            gate_BTHC = project_heads(self, "gate", x_BTD, spec.num_heads, "heads")
-            out_BTHC = out_BTHC * nn.sigmoid(gate_BTHC)
+            out_BTHC = out_BTHC * nn.sigmoid(project_heads(self, x_BTD, "gate")["gate"])
         return combine_heads(self, out_BTHC), cache, More(shared=shared)
 
-    def _queries(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
-        spec = self.spec
-        q_BTHC = self._placed("q", project_heads(self, "q", x_BTD, spec.num_heads, "heads"), "heads", info)
-        return q_BTHC if spec.temperature is None else spec.temperature(q_BTHC, info.positions)
+    def _queries(self, q_BTHC: jax.Array, info: TokenInfo) -> jax.Array:
+        q_BTHC, temperature = self._placed("q", q_BTHC, "heads", info), self.spec.temperature
+        return q_BTHC if temperature is None else temperature(q_BTHC, info.positions)
 
-    def _keys_values(self, x_BTD: jax.Array, info: TokenInfo) -> dict[str, jax.Array]:
+    def _keys_values(self, projected: dict[str, jax.Array], info: TokenInfo) -> dict[str, jax.Array]:
         """{"k", "v"} of these tokens; where another layer's are taken, what that layer attends to."""
         spec = self.spec
         if spec.keys_values == "take":
@@ -186,9 +186,8 @@ class AttentionModule(nn.Module):
                 for name, value in info.shared.items()
                 if name.startswith(GIVEN)
             }
-        k_BTKC = project_heads(self, "k", x_BTD, spec.num_kv_heads, "kv_heads") * spec.key_scale
-        v_BTKC = project_heads(self, "v", x_BTD, spec.num_kv_heads, "kv_heads")
-        return {"k": self._placed("k", k_BTKC, "kv_heads", info), "v": self._clip(v_BTKC)}
+        k_BTKC = self._placed("k", projected["k"] * spec.key_scale, "kv_heads", info)
+        return {"k": k_BTKC, "v": self._clip(projected["v"])}
 
     def _placed(self, name: str, x_BTHC: jax.Array, axis: str, info: TokenInfo) -> jax.Array:
         """Queries or keys, cut, normalised and rotated."""
@@ -237,11 +236,18 @@ class AttentionModule(nn.Module):
         return Scores(spec.scale, spec.softcap, sinks_H, bias)
 
 
-def project_heads(module: Any, name: str, x_BTD: jax.Array, heads: int, axis: str) -> jax.Array:
-    """[B, T, D] to [B, T, heads, C], by the `head_dim` and `qkv_bias` of the module's spec."""
+def project_heads(module: Any, x_BTD: jax.Array, *names: str) -> dict[str, jax.Array]:
+    """[B, T, D] to {name: [B, T, H or K, C]} by the `head_dim` and `qkv_bias` of the module's spec: "k" and "v" are of
+    its key/value heads, others of its query heads."""
     spec, ctx = module.spec, module.ctx
-    y_BTHC = linear(module, name, x_BTD, (heads, spec.head_dim), (axis, "head_dim"), spec.qkv_bias)
-    return constrain(y_BTHC, ctx.rules, "batch", "length", f"act_{axis}", None)
+    axes = {name: "kv_heads" if name in ("k", "v") else "heads" for name in names}
+    heads = {"heads": spec.num_heads, "kv_heads": spec.num_kv_heads}
+    outs: Outputs = {name: ((heads[axis], spec.head_dim), (axis, "head_dim")) for name, axis in axes.items()}
+    projected = linears(module, x_BTD, outs, spec.qkv_bias)
+    return {
+        name: constrain(y_BTHC, ctx.rules, "batch", "length", f"act_{axes[name]}", None)
+        for name, y_BTHC in projected.items()
+    }
 
 
 def combine_heads(module: Any, out_BTHC: jax.Array) -> jax.Array:

@@ -64,14 +64,12 @@ class CrossAttentionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
-        spec, scores, new = self.spec, Scores(self.spec.scale), {}
-        q_BTHC = project_heads(self, "q", x_BTD, spec.num_heads, "heads")
+        scores, new = Scores(self.spec.scale), {}
+        q_BTHC = project_heads(self, x_BTD, "q")["q"]
         if info.encoder is not None:
-            new = {
-                "cross_k": project_heads(self, "k", info.encoder, spec.num_kv_heads, "kv_heads"),
-                "cross_v": project_heads(self, "v", info.encoder, spec.num_kv_heads, "kv_heads"),
-                "cross_real": _real(info.encoder, info.encoder_segment_ids),
-            }
+            keys_values = project_heads(self, info.encoder, "k", "v")
+            new = {f"cross_{name}": value for name, value in keys_values.items()}
+            new["cross_real"] = _real(info.encoder, info.encoder_segment_ids)
         seen, segments_BS = new, info.encoder_segment_ids
         if cache is not None:
             rows_B = cast(jax.Array, info.rows)  # set whenever there is a cache

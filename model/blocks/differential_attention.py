@@ -88,9 +88,9 @@ class DifferentialAttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
-        q_BTHC = spec.rope(project_heads(self, "q", x_BTD, spec.num_heads, "heads"), info.positions)
-        k_BTKC = spec.rope(project_heads(self, "k", x_BTD, spec.num_kv_heads, "kv_heads"), info.positions)
-        v_BTKC = project_heads(self, "v", x_BTD, spec.num_kv_heads, "kv_heads")
+        projected = project_heads(self, x_BTD, "q", "k", "v")
+        q_BTHC, k_BTKC = (spec.rope(projected[name], info.positions) for name in "qk")
+        v_BTKC = projected["v"]
         if cache is None:
             v_BTKE = _shared_values(v_BTKC)
             sow_weights(self, q_BTHC, k_BTKC, info)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import string
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from model.blocks.lora import LoRA, LowRank
 from model.kernels import backend, order
 
 Axes = tuple[str | None, ...]
+Outputs = dict[
+    str, tuple[tuple[int, ...], Axes]
+]  # a map's name to its shape and the logical names of its axes
 
 INPUTS, OUTPUTS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
 
@@ -100,6 +104,34 @@ def linear(
     return add_bias(module, name, y, axes) if bias else y
 
 
+def linears(module: Any, x: jax.Array, outs: Outputs, bias: bool = False) -> dict[str, jax.Array]:
+    """[B, T, D] to [B, T, *shape] by each parameter of `outs`, as `linear` has them.
+
+    On a CPU many tokens pass them in one product, since narrow ones are slow there.
+    """
+    maps, biases = {}, {}
+    for name, (shape, axes) in outs.items():
+        maps[name] = linear_map(module, name, x.shape[2:], shape, ("embed", *axes))
+        if bias:
+            biases[name] = bias_of(module, name, shape, axes)
+    ys = _together(maps, x)
+    return {name: y + biases[name] if bias else y for name, y in ys.items()}
+
+
+def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
+    B, T, D = x.shape
+    # the weights are copied side by side, which must not cost more than the product gains
+    if not backend.for_cpu() or B * T < D or any(each.adapter is not None for each in maps.values()):
+        return {name: each(x) for name, each in maps.items()}
+    weight = jnp.concatenate([each.weight.reshape(D, -1) for each in maps.values()], axis=1)
+    ends = list(itertools.accumulate(math.prod(each.weight.shape[1:]) for each in maps.values()))
+    parts = jnp.split(LinearMap(weight, 1)(x), ends[:-1], axis=-1)
+    return {
+        name: part.reshape(B, T, *each.weight.shape[1:])
+        for (name, each), part in zip(maps.items(), parts, strict=True)
+    }
+
+
 def linear_out(module: Any, y: jax.Array, in_axes: Axes, bias: bool = False, name: str = "o") -> jax.Array:
     """All axes after tokens to the model's width, small at first: the deeper the model, the smaller."""
     y = map_out(module, y.shape[2:], in_axes, name)(y)
@@ -133,11 +165,14 @@ def linear_map(
 
 
 def add_bias(module: Any, name: str, y: jax.Array, axes: Axes) -> jax.Array:
-    """y plus the parameter `name`_bias, of y's shape after its tokens; that of the model's width is not sharded."""
+    """y plus the parameter `name`_bias, of y's shape after its tokens."""
+    return y + bias_of(module, name, y.shape[y.ndim - len(axes) :], axes)
+
+
+def bias_of(module: Any, name: str, shape: tuple[int, ...], axes: Axes) -> jax.Array:
+    """Declares the parameter `name`_bias; that of the model's width is not sharded."""
     axes = tuple("norm" if axis == "embed" else axis for axis in axes)
-    return y + param(
-        module, module.ctx, f"{name}_bias", y.shape[y.ndim - len(axes) :], axes, nn.initializers.zeros
-    )
+    return param(module, module.ctx, f"{name}_bias", shape, axes, nn.initializers.zeros)
 
 
 def adapters_of(

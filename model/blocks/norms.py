@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context
-from model.kernels import order
+from model.kernels import vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,12 @@ class NormModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        spec, over = self.spec, tuple(range(-self.reduced, 0))
+        spec = self.spec
         zero_centered = isinstance(spec, RMSNorm) and spec.zero_centered
-        x32 = x.astype(jnp.float32)
         if isinstance(spec, LayerNorm):
-            x32 -= jnp.mean(x32, axis=over, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=over, keepdims=True) + spec.eps)
+            x32 = x.astype(jnp.float32)
+            x = x32 - jnp.mean(x32, axis=tuple(range(-self.reduced, 0)), keepdims=True)
+        x32 = by_rms(x, self.reduced, spec.eps)
         if spec.scale:
             scale = self._param("scale", x, 0.0 if zero_centered else 1.0)
             x32 = x32 * (1.0 + scale if zero_centered else scale)
@@ -67,4 +68,27 @@ class NormModule(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.constant(value), self.axes)
         rows, shape = x.shape[: -len(self.axes)], x.shape[-len(self.axes) :]
         parameter = jnp.asarray(self.param(name, init, shape, self.ctx.param_dtype), jnp.float32)
-        return order.for_rows(parameter, rows)
+        return vectors.for_rows(parameter, rows)
+
+
+def _forward(x: jax.Array, axes: int, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(vectors.row_dot(x32, x32, axes) / math.prod(x.shape[-axes:]) + eps)
+    return x32 * inverse, (x, inverse)
+
+
+def _backward(axes: int, eps: float, saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array]:
+    x, inverse = saved
+    x32 = x.astype(jnp.float32)
+    along = vectors.row_dot(d, x32, axes) * (inverse**2 / math.prod(x.shape[-axes:]))
+    return (((d - x32 * along) * inverse).astype(x.dtype),)
+
+
+_by_hand = jax.custom_vjp(lambda x, axes, eps: _forward(x, axes, eps)[0], nondiff_argnums=(1, 2))
+_by_hand.defvjp(_forward, _backward)
+
+
+def by_rms(x: jax.Array, axes: int, eps: float) -> jax.Array:
+    """x / rms(x) over so many of its last `axes`, float32. Of it the backward pass keeps x and one number a row; there
+    is no forward-mode derivative."""
+    return _by_hand(x, axes, eps)

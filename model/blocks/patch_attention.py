@@ -91,14 +91,14 @@ class PatchPoolModule(nn.Module):
         pooled_BPD, pooled_BD = _pool(h_BTD, patches, walk)
         q_BPND = linear(self, "pooled", pooled_BPD, (N, D), (None, None))
         read_BTD = spec.norm.module(ctx, "k_norm")(h_BTD)
-        bytes_ = {name: project_heads(self, name, read_BTD, spec.num_kv_heads, "kv_heads") for name in "kv"}
+        bytes_ = project_heads(self, read_BTD, "k", "v")
         patch_BS = patches.patch_BT
         if cache is not None:
             cache = write_pages({name: cache[name] for name in "kv"}, bytes_, info) | {"pooled": pooled_BD}
             bytes_ = {name: read_pages(cache, name, info, spec.num_kv_heads, h_BTD.dtype) for name in "kv"}
             patch_BS = _patch_of_slots(patches, walk, bytes_["k"].shape[1])
         q_BPD = q_BPND.reshape(B, P * N, D)
-        q_BPHC = project_heads(self, "q", spec.norm.module(ctx, "q_norm")(q_BPD), spec.num_heads, "heads")
+        q_BPHC = project_heads(self, spec.norm.module(ctx, "q_norm")(q_BPD), "q")["q"]
         found_BPNHC = attend_own_bytes(
             q_BPHC.reshape(B, P, N, *q_BPHC.shape[2:]), bytes_["k"], bytes_["v"], patch_BS
         )
@@ -211,13 +211,11 @@ class PatchAttentionModule(nn.Module):
         spec, (B, T, D) = self.spec, x_BTD.shape
         vectors_BPND, read_BT = info.shared["patches"], info.shared["patch_read"]
         (_, P, N, _), K, C = vectors_BPND.shape, spec.num_kv_heads, spec.head_dim
-        q_BTHC = project_heads(self, "q", x_BTD, spec.num_heads, "heads")
+        q_BTHC = project_heads(self, x_BTD, "q")["q"]
         read_BPD = spec.norm.module(self.ctx, "k_norm")(vectors_BPND).reshape(B, P * N, D)
         k_BTNKC, v_BTNKC = (
-            jax.vmap(lambda x, i: jnp.take(x, i, axis=0))(
-                project_heads(self, name, read_BPD, K, "kv_heads").reshape(B, P, N, K, C), read_BT
-            )
-            for name in "kv"
+            jax.vmap(lambda x, i: jnp.take(x, i, axis=0))(x_BPKC.reshape(B, P, N, K, C), read_BT)
+            for x_BPKC in project_heads(self, read_BPD, "k", "v").values()
         )
         q_BTKGC = q_BTHC.reshape(B, T, K, spec.num_heads // K, C)
         scores_BTKGN = jnp.einsum("BTKGC,BTNKC->BTKGN", q_BTKGC, k_BTNKC, preferred_element_type=jnp.float32)

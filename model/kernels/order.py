@@ -25,9 +25,17 @@ def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """
 
     def backward(given, d):
-        x, *constants = given
-        x = jax.tree.map(functools.partial(not_before, d), x)
-        return jax.vjp(function, x, *constants)[1](d)
+        def gradients(column: int = 0):
+            x, *constants = given
+            x = jax.tree.map(functools.partial(not_before, d[..., column:]), x)
+            return jax.vjp(function, x, *constants)[1](d)
+
+        if not backend.for_cpu():
+            return gradients()
+        # each by itself: XLA would make one pass more to keep what they share, which is sooner computed than read
+        leaves, tree = jax.tree.flatten(given)
+        columns = [min(i, d.shape[-1] - 1) for i in range(len(leaves))]
+        return tree.unflatten([jax.tree.leaves(gradients(column))[i] for i, column in enumerate(columns)])
 
     kept = jax.custom_vjp(function)
     kept.defvjp(lambda *given: (function(*given), given), backward)
@@ -75,21 +83,3 @@ def first(function: Callable, *args: Any) -> tuple[Any, tuple]:
     beforehand instead, unless data flow forbids it; other compilers find the order by themselves.
     """
     return once(lambda *args: (function(*args), args))(*args)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def for_rows(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    """[*rows, *x.shape], `x` for each row; on a CPU its gradient is summed as whole vectors, by sixteenths of the rows:
-    XLA would take windows of them."""
-    return jnp.broadcast_to(x, (*rows, *x.shape))
-
-
-def _sum_of_rows(rows: tuple[int, ...], _, d: jax.Array) -> tuple[jax.Array]:
-    width = d.shape[len(rows) :]
-    d = d.reshape(-1, *width)
-    while backend.for_cpu() and len(d) > 32 and len(d) % 16 == 0:
-        d = functools.reduce(jnp.add, jnp.split(d, 16))
-    return (d.sum(0),)
-
-
-for_rows.defvjp(lambda x, rows: (for_rows(x, rows), None), _sum_of_rows)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import attention_peers, backend
-from model.kernels.attention import Scores, Sight, in_query_blocks, stretch_ids
+from model.kernels.attention import Scores, Sight, stretch_ids
+from model.kernels.attention_blocks import in_query_blocks
 from model.sharding import ShardingRules
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.kernels import backend
-from model.kernels.attention import Scores, Sight, in_query_blocks
+from model.kernels.attention import Scores, Sight
+from model.kernels.attention_blocks import in_query_blocks
 from model.kernels.flash_attention import BLOCKS, flash_attention
 from model.kernels.flash_blocks import NO_KEY, Blocks, Plan, block_bounds
 from model.kernels.self_attention import self_attention

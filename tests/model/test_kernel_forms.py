@@ -7,7 +7,8 @@ import pytest
 
 from model import apply, init
 from model.kernels import backend
-from model.kernels.attention import Scores, Sight, in_query_blocks
+from model.kernels.attention import Scores, Sight
+from model.kernels.attention_blocks import in_query_blocks
 from model.kernels.backend import Kernels
 from model.kernels.grouped_matmul import grouped_matmul, reference
 from model.kernels.self_attention import FORMS, self_attention

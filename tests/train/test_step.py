@@ -14,7 +14,7 @@ from tests.model.tpu import needs_libtpu
 from train.config import MeshSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import dpo, language_modelling, with_reference
-from train.optimizer import adamw, decay_mask, learning_rate
+from train.optimizer import adamw, clip_by_global_norm, decay_mask, learning_rate
 from train.step import accumulate, make_train_step, new_state
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48, qk_norm=True)
@@ -203,3 +203,13 @@ def test_an_axis_that_does_not_divide_is_named():
     rules = dataclasses.replace(RULES, kv_heads=(), heads=(), act_kv_heads=(), act_heads=())
     assert set(mesh.shape) == set(MESH_AXES)
     param_shardings(CFG, mesh, rules)
+
+
+@pytest.mark.parametrize("scale", [0.01, 10.0], ids=["short", "too long"])
+def test_clipping_equals_that_of_optax(params, scale):
+    grads = jax.tree.map(lambda p: scale * p, params)
+    (clipped, _), (wanted, _) = (
+        make(1.5).update(grads, optax.EmptyState())
+        for make in (clip_by_global_norm, optax.clip_by_global_norm)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, wanted)

@@ -1,0 +1,72 @@
+"""Sums and maxima that a CPU takes as whole vectors, where XLA would take windows of numbers; elsewhere XLA's own."""
+
+# N, W what is summed
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels import backend
+
+_FEW = 32  # numbers that are left to XLA
+
+
+def row_max(of: Callable[..., jax.Array], *arrays_W: jax.Array) -> jax.Array:
+    """Of `of(*arrays)`, each [..., W]: [..., 1]; `of` is elementwise."""
+    return _folded(jnp.maximum, of, *arrays_W).max(axis=-1, keepdims=True)
+
+
+def row_sum(x_W: jax.Array) -> jax.Array:
+    """[..., W] to [..., 1]."""
+    return _folded(jnp.add, lambda x: x, x_W).sum(axis=-1, keepdims=True)
+
+
+def row_dot(x_W: jax.Array, y_W: jax.Array, axes: int = 1) -> jax.Array:
+    """[..., W] twice to the sums of their products [..., 1], over so many of the last `axes`."""
+    return _folded(jnp.add, jnp.multiply, x_W, y_W).sum(axis=tuple(range(-axes, 0)), keepdims=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def for_rows(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+    """[*rows, *x.shape], `x` for each row."""
+    return jnp.broadcast_to(x, (*rows, *x.shape))
+
+
+for_rows.defvjp(
+    lambda x, rows: (for_rows(x, rows), None),
+    lambda rows, _, d: (_sum_of_rows(d.reshape(-1, *d.shape[len(rows) :])),),
+)
+
+
+def sum_of_squares(x: jax.Array) -> jax.Array:
+    """Of all numbers."""
+    if not backend.for_cpu() or x.ndim < 2:
+        return jnp.sum(x * x)
+    x_NW = x.reshape(-1, x.shape[-1])
+    parts = jnp.split(x_NW, 16) if len(x_NW) % 16 == 0 else [x_NW]
+    return _sum_of_rows(functools.reduce(jnp.add, (part * part for part in parts))).sum()
+
+
+def _folded(combine: Callable, of: Callable, *arrays_W: jax.Array) -> jax.Array:
+    """On a CPU as wide as a few vectors; what `of` makes lies nowhere in memory."""
+    x_W = functools.reduce(combine, (of(*parts) for parts in zip(*map(_parts, arrays_W), strict=True)))
+    while len(parts := _parts(x_W)) > 1:
+        x_W = functools.reduce(combine, parts)
+    return x_W
+
+
+def _parts(x_W: jax.Array) -> list[jax.Array]:
+    width = x_W.shape[-1]
+    count = min(16, width // _FEW)
+    return jnp.split(x_W, count, axis=-1) if backend.for_cpu() and count > 1 and width % count == 0 else [x_W]
+
+
+def _sum_of_rows(x_N: jax.Array) -> jax.Array:
+    """[N, ...] to [...]; on a CPU by sixteenths of the rows."""
+    while backend.for_cpu() and len(x_N) > _FEW and len(x_N) % 16 == 0:
+        x_N = functools.reduce(jnp.add, jnp.split(x_N, 16))
+    return x_N.sum(0)
