@@ -98,7 +98,10 @@ def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     laid_out = functools.partial(queries_heads_first, K=k_BKSC.shape[1])
     d_out_BTHE = d_out_BTHE.astype(jnp.float32)
     delta_BTH1 = vectors.row_dot(d_out_BTHE, out_BTHE)
-    k_BKSC = order.not_before(laid_out(delta_BTH1)[:, :, 0], k_BKSC)  # so that no weights are computed ahead
+    first_BKT1 = laid_out(delta_BTH1)[:, :, 0]
+    k_BKSC, v_BKSE = (
+        order.not_before(first_BKT1, x) for x in (k_BKSC, v_BKSE)
+    )  # so no weights are computed ahead
     dqs_BTHC, d_sinks_KG = [], jnp.zeros(())
     dk_BKSC, dv_BKSE = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSC, v_BKSE))
     blocks = _blocks(d_out_BTHE.shape[1], sight)
