@@ -12,6 +12,8 @@ import math
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from configs.typed import ConfigError
+
 MESH_AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 
 Axes = tuple[str, ...]
@@ -79,7 +81,7 @@ def check_divisible(shapes, axes, rules: ShardingRules, mesh: Mesh) -> None:
       axes: the same tree with a tuple of logical names at each leaf (see `model.logical_axes`).
 
     Raises:
-      ValueError: names the parameter, its axis, the mesh axes and the sizes that would do.
+      ConfigError: names the parameter, its axis, the mesh axes and the sizes that would do.
     """
 
     def check(path, names, leaf):
@@ -88,7 +90,7 @@ def check_divisible(shapes, axes, rules: ShardingRules, mesh: Mesh) -> None:
             ways = math.prod(mesh.shape[a] for a in mesh_axes)
             if size % ways:
                 fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0 and n <= 4 * ways)
-                raise ValueError(
+                raise ConfigError(
                     f"mesh axes {'*'.join(mesh_axes)} = {ways} do not divide the axis {name!r} ({size}) of parameter "
                     f"{jax.tree_util.keystr(path)}. Use one of {fitting}, or keep the axis whole with "
                     f"sharding.{name}=()."

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from configs import ConfigError
 from model import MESH_AXES, ModelConfig, ShardingRules, logical_axes, param_shapes
 from model.adapters import split_trained
 from model.function import Params
@@ -25,7 +26,7 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     """The mesh over all devices, axes data, fsdp, stage, context, expert, tensor.
 
     Raises:
-      ValueError: the axes' product is not the number of devices.
+      ConfigError: the axes' product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(spec)
@@ -33,9 +34,9 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     shown = ", ".join(f"{name}={sizes[name]}" for name in MESH_AXES)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh {shown}: sizes are at least 1, and at most one axis may be -1.")
+        raise ConfigError(f"mesh {shown}: sizes are at least 1, and at most one axis may be -1.")
     if len(devices) % fixed or (not free and fixed != len(devices)):
-        raise ValueError(
+        raise ConfigError(
             f"mesh {shown} asks for {'a multiple of ' if free else ''}{fixed} devices, and there are {len(devices)}. "
             "Set config.mesh.data=-1 to use what is left."
         )

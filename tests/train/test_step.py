@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.experimental import topologies
 
+from configs import ConfigError
 from model import MESH_AXES, ShardingRules, decoder, init
 from tests.model.tpu import needs_libtpu
 from train.config import MeshSpec, OptimizerSpec
@@ -182,7 +183,7 @@ def test_dpo_is_its_formula_and_starts_at_log_two(params):
     ],
 )
 def test_a_mesh_that_does_not_fit_is_an_error_with_its_mend(spec, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ConfigError, match=said):
         make_mesh(spec)
 
 
@@ -197,7 +198,7 @@ def test_a_mesh_may_divide_an_axis_of_the_torus():
 def test_an_axis_that_does_not_divide_is_named():
     mesh = make_mesh(MeshSpec(data=1, tensor=8))
     with pytest.raises(
-        ValueError, match=r"tensor = 8 do not divide the axis 'kv_heads' \(2\).*sharding.kv_heads=\(\)"
+        ConfigError, match=r"tensor = 8 do not divide the axis 'kv_heads' \(2\).*sharding.kv_heads=\(\)"
     ):
         param_shardings(CFG, mesh, RULES)
     rules = dataclasses.replace(RULES, kv_heads=(), heads=(), act_kv_heads=(), act_heads=())
