@@ -60,6 +60,7 @@ class Kernels:
 
     attention: str = "auto"  # of model.kernels.self_attention.FORMS
     grouped: str = "auto"  # products of experts: of model.kernels.grouped_matmul.FORMS
+    paged: str = "auto"  # attention to pages: of model.kernels.paged_attention.FORMS
 
 
 _context = jax.make_user_context(default_value=None)

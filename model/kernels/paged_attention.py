@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from model.kernels import backend, pages
 from model.kernels.attention import Scores, Sight, attention
+from model.kernels.paged_peers import ragged, ragged_refusal
 from model.kernels.paged_plan import Rows, row_of_token
 
 
@@ -98,12 +100,12 @@ def _no_gradient(kept: Kept, sight: Sight, scores: Scores, longest: int):
         new = None if new is None else pages.as_stored(cache, {k: x[None] for k, x in new.items()})
         new = None if new is None else {name: x[0] for name, x in new.items()}
         inputs = q_THC, new, cache, page_table_RP, rows, kept, sight, of_scores
-        chosen = backend.current()
-        if chosen.name == "plain":
-            return in_plain(*inputs)
-        from model.kernels.paged_call import by_kernel  # here, since Pallas takes long to import
+        form, chosen = form_for(*inputs), backend.current()
+        if form == "kernel":
+            from model.kernels.paged_call import by_kernel  # here, since Pallas takes long to import
 
-        return by_kernel(*inputs, longest, chosen)
+            return by_kernel(*inputs, longest, chosen)
+        return in_plain(*inputs) if form == "plain" else _by_ragged(*inputs)
 
     @run.defjvp
     def refuse(primals, tangents):
@@ -113,6 +115,47 @@ def _no_gradient(kept: Kept, sight: Sight, scores: Scores, longest: int):
         )
 
     return run
+
+
+def form_for(
+    q_THC: jax.Array,
+    stored: dict[str, jax.Array] | None,
+    cache: dict[str, jax.Array],
+    page_table_RP: jax.Array,
+    rows: Rows,
+    kept: Kept,
+    sight: Sight,
+    scores: Scores,
+) -> str:
+    """The form of `FORMS` that the config or the platform chooses; ValueError where it can't serve this."""
+    named, chosen = backend.kernels().paged, backend.current()
+    if named == "auto":
+        return "plain" if chosen.name == "plain" else "kernel"
+    reasons = {form: f"kernels here are for {chosen.name}" for form in FORMS if form != "plain"}
+    if chosen.name == "tpu":
+        refusal = "JAX can't interpret it" if chosen.interpret else None
+        reasons = {"ragged": ragged_refusal(q_THC, cache, kept.names, sight, scores) or refusal}
+    can = [form for form in FORMS if reasons.get(form) is None]
+    if named not in FORMS:
+        raise ValueError(f"kernels.paged={named!r} is not one of auto, {', '.join(FORMS)}.")
+    if named not in can:
+        raise ValueError(
+            f"kernels.paged={named!r} can't serve this: {reasons[named]}. These can: {', '.join(can)}."
+        )
+    return named
+
+
+FORMS = ("plain", "kernel", "ragged")  # gathered rows; ours; JAX's, which copies all pages
+
+
+def _by_ragged(
+    q_THC, stored, cache, page_table_RP, rows, kept, sight, scores
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    at = _places(rows, q_THC.shape[0])
+    if stored is not None:
+        cache = _write(stored, cache, page_table_RP, at)
+    found_THE = ragged(q_THC, cache, page_table_RP, rows, kept.heads, sight, scores)
+    return jnp.where(at.real_T[:, None, None], found_THE, 0), cache
 
 
 def in_plain(
@@ -126,32 +169,43 @@ def in_plain(
     scores: Scores,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The whole of each token's row is gathered. `stored`: see `pages.as_stored`."""
-    T = q_THC.shape[0]
-    row_T = row_of_token(rows, T)
-    since_T = jnp.arange(T) - rows.first_R[row_T]
-    real_T = (since_T >= 0) & (since_T < rows.count_R[row_T])
-    position_T = rows.start_R[row_T] + since_T
+    at = _places(rows, q_THC.shape[0])
     if stored is not None:
-        cache = _write(stored, cache, page_table_RP, row_T, position_T, real_T)
+        cache = _write(stored, cache, page_table_RP, at)
     read = functools.partial(
         pages.read, cache, page_table_BP=page_table_RP, heads=kept.heads, dtype=q_THC.dtype
     )
     parts = {name: read(name) for name in kept.names}
     k_RSKC = kept.key_of(parts)
-    mask_TS = sight.sees(position_T[:, None], jnp.arange(k_RSKC.shape[1])) & real_T[:, None]
-    found = attention(q_THC[:, None], k_RSKC[row_T], parts[kept.values][row_T], mask_TS[:, None], scores)
-    return jnp.where(real_T[:, None, None], found[:, 0], 0), cache
+    mask_TS = sight.sees(at.position_T[:, None], jnp.arange(k_RSKC.shape[1])) & at.real_T[:, None]
+    of_tokens = k_RSKC[at.row_T], parts[kept.values][at.row_T]
+    found = attention(q_THC[:, None], *of_tokens, mask_TS[:, None], scores)
+    return jnp.where(at.real_T[:, None, None], found[:, 0], 0), cache
 
 
-def _write(stored, cache, page_table_RP, row_T, position_T, real_T) -> dict[str, jax.Array]:
+class _Places(NamedTuple):
+    """Of each token."""
+
+    row_T: jax.Array
+    position_T: jax.Array
+    real_T: jax.Array  # whether it is of a row
+
+
+def _places(rows: Rows, T: int) -> _Places:
+    row_T = row_of_token(rows, T)
+    since_T = jnp.arange(T) - rows.first_R[row_T]
+    return _Places(row_T, rows.start_R[row_T] + since_T, (since_T >= 0) & (since_T < rows.count_R[row_T]))
+
+
+def _write(stored, cache, page_table_RP, at: _Places) -> dict[str, jax.Array]:
     Z, P = (
         next(x.shape[1] for name, x in cache.items() if not name.endswith(pages.SCALE)),
         page_table_RP.shape[1],
     )
-    page_T = page_table_RP[row_T, jnp.clip(position_T // Z, 0, P - 1)]
-    page_T = jnp.where(real_T & (position_T < P * Z), page_T, 2**30)
-    slot_T, written = position_T % Z, {}
+    page_T = page_table_RP[at.row_T, jnp.clip(at.position_T // Z, 0, P - 1)]
+    page_T = jnp.where(at.real_T & (at.position_T < P * Z), page_T, 2**30)
+    slot_T, written = at.position_T % Z, {}
     for name, x in stored.items():
-        at = (page_T, slice(None), slot_T) if name.endswith(pages.SCALE) else (page_T, slot_T)
-        written[name] = cache[name].at[at].set(x, mode="drop")
+        there = (page_T, slice(None), slot_T) if name.endswith(pages.SCALE) else (page_T, slot_T)
+        written[name] = cache[name].at[there].set(x, mode="drop")
     return cache | written

@@ -169,20 +169,74 @@ def test_pages_that_hold_the_tokens_already_are_only_read():
     jax.tree.map(np.testing.assert_array_equal, same, full)
 
 
-def test_jaxs_ragged_paged_attention_says_the_same():
-    from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import ref_ragged_paged_attention
+@pytest.mark.parametrize("in_rows", [False, True], ids=["flat", "in rows"])
+def test_jaxs_ragged_paged_attention_says_the_same(in_rows, monkeypatch):
+    """By the name that a config gives it; in the place of its kernel, which JAX can't interpret, its reference."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-    rows = ((1, 1), (40, 60), (1, 190))
-    q, new, cache, table, cu_q_lens, lengths = drawn(HEADS, 4, WIDTHS, "float32", "float32", rows=rows)
-    found, cache = jit(lambda *a: paged_attention(*a, HEADS, Sight(window=37), Scores(softcap=3.0)))(
-        q, new, cache, table, cu_q_lens, lengths
+    rows = ((1, 1), (0, 7), (40, 60), (1, 190), (0, 0), (16, 16))
+    q, new, cache, table, offsets, lengths = drawn(
+        HEADS, 4, {"k": 128, "v": 128}, "float32", "float32", rows=rows, spare=0
     )
-    k, v = (cache[name].reshape(-1, PAGE, 2, 8) for name in "kv")
-    both = jnp.stack([k, v], axis=3).reshape(-1, PAGE, 4, 8)  # theirs lie beside each other, head by head
-    options = {"sm_scale": 8**-0.5, "sliding_window": 37, "soft_cap": 3.0}
-    numbers = lengths, table, cu_q_lens, np.array([len(rows)])
-    theirs = jit(lambda q, both: ref_ragged_paged_attention(q, both, *numbers, **options))(q, both)
-    np.testing.assert_allclose(found[: len(theirs)], theirs, atol=2e-6)
+    sees, counts = (HEADS, Sight(window=37), Scores(softcap=3.0)), np.diff(offsets)
+    if in_rows:
+        places = np.minimum(offsets[:-1, None] + np.arange(40), len(q) - 1)
+        q, new = jax.tree.map(lambda x: x[places], (q, new))
+
+    def found():
+        if in_rows:
+            return attend_in_rows(
+                q, new, cache, table, jnp.asarray(lengths - counts), jnp.asarray(counts), *sees
+            )
+        return paged_attention(q, new, cache, table, offsets, lengths, *sees)
+
+    def reference(*arguments, num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes, **options):
+        out = kernel.ref_ragged_paged_attention(*arguments, **options)
+        return jnp.pad(out, [(0, len(arguments[0]) - len(out)), (0, 0), (0, 0)])
+
+    wanted, wanted_cache = found()
+    monkeypatch.setattr(kernel, "ragged_paged_attention", reference)
+    with backend.use("tpu"), backend.prefer(backend.Kernels(paged="ragged")):
+        theirs, their_cache = found()
+    np.testing.assert_allclose(theirs, wanted, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, their_cache, wanted_cache)
+
+
+@pytest.mark.parametrize(
+    "kept, widths, scores, platform, said",
+    [
+        (
+            HEADS,
+            WIDTHS,
+            Scores(),
+            "tpu",
+            "fill vectors of 128, and these have 8 channels. These can: plain, kernel",
+        ),
+        (LATENT, {"latent": 96, "k_rope": 32}, Scores(), "tpu", "these pages hold k_rope, latent"),
+        (HEADS, {"k": 128, "v": 128}, Scores(sinks_H=jnp.zeros(4)), "tpu", "it has no sinks"),
+        (HEADS, WIDTHS, Scores(), "plain", "kernels here are for plain. These can: plain"),
+    ],
+    ids=["narrow", "latent", "sinks", "no kernels"],
+)
+def test_a_form_that_cannot_serve_says_which_can(kept, widths, scores, platform, said):
+    inputs = drawn(kept, 4, widths, "float32", "float32", rows=((1, 3),))
+    with backend.use(platform), backend.prefer(backend.Kernels(paged="ragged")):
+        with pytest.raises(ValueError, match=f"kernels.paged='ragged' can't serve this: .*{said}"):
+            paged_attention(*inputs, kept, Sight(), scores)
+
+
+@needs_libtpu
+def test_jaxs_kernel_compiles_behind_our_arguments():
+    inputs = drawn(HEADS, 8, {"k": 128, "v": 128}, "bfloat16", "bfloat16", rows=((1, 3), (20, 40)))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    # the mesh tells the kernel the kind of the device
+    with (
+        backend.use("tpu", chip="v5p"),
+        backend.prefer(backend.Kernels(paged="ragged")),
+        jax.set_mesh(one_chip("v5p").mesh),
+    ):
+        program = compile_for("v5p", lambda *inputs: paged_attention(*inputs, HEADS)[0], *shapes)
+    assert "tpu_custom_call" in program.as_text()
 
 
 @pytest.mark.parametrize("dtype, bound", [("int8", 0.5 / 127), ("float8_e4m3fn", 2.0**-4)])
