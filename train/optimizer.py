@@ -49,9 +49,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
     def update(grads, state, params=None):
         norm = global_norm(grads)
-        scale = jnp.where(
-            norm < max_norm, 1.0, max_norm / norm
-        )  # one number: gradients are not divided in memory
+        # one number, so that no divided gradients lie in memory
+        scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

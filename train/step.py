@@ -52,7 +52,7 @@ def make_train_step(
         grads, (loss, metrics) = accumulate(of_trained, trained, batch, microbatches, rules)
         # where they are read, so that no second gradient lies in memory
         share = 1 / jnp.maximum(loss.weight, 1e-9)
-        mean_grads = lambda: jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+        mean_grads = lambda: jax.tree.map(lambda g: g * share, grads)
         grad_norm = global_norm(mean_grads())
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         trained, opt_state = _updated(optimizer, finite, mean_grads, trained, state.opt_state)

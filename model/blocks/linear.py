@@ -22,9 +22,8 @@ from model.blocks.lora import LoRA, LowRank
 from model.kernels import backend, order
 
 Axes = tuple[str | None, ...]
-Outputs = dict[
-    str, tuple[tuple[int, ...], Axes]
-]  # a map's name to its shape and the logical names of its axes
+# of maps by name: the outputs' shape and the logical names of its axes
+Outputs = dict[str, tuple[tuple[int, ...], Axes]]
 
 INPUTS, OUTPUTS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
 

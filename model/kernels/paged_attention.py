@@ -100,7 +100,7 @@ def _no_gradient(kept: Kept, sight: Sight, scores: Scores, longest: int):
         new = None if new is None else pages.as_stored(cache, {k: x[None] for k, x in new.items()})
         new = None if new is None else {name: x[0] for name, x in new.items()}
         inputs = q_THC, new, cache, page_table_RP, rows, kept, sight, of_scores
-        form, chosen = form_for(*inputs), backend.current()
+        form, chosen = form_for(q_THC, cache, kept, sight, of_scores), backend.current()
         if form == "kernel":
             from model.kernels.paged_call import by_kernel  # here, since Pallas takes long to import
 
@@ -117,16 +117,7 @@ def _no_gradient(kept: Kept, sight: Sight, scores: Scores, longest: int):
     return run
 
 
-def form_for(
-    q_THC: jax.Array,
-    stored: dict[str, jax.Array] | None,
-    cache: dict[str, jax.Array],
-    page_table_RP: jax.Array,
-    rows: Rows,
-    kept: Kept,
-    sight: Sight,
-    scores: Scores,
-) -> str:
+def form_for(q_THC: jax.Array, cache: dict[str, jax.Array], kept: Kept, sight: Sight, scores: Scores) -> str:
     """The form of `FORMS` that the config or the platform chooses; ValueError where it can't serve this."""
     named, chosen = backend.kernels().paged, backend.current()
     if named == "auto":
