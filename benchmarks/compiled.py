@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 
 from benchmarks.chips import CHIPS, ENVIRONMENT
 from benchmarks.compiled_cases import CASES, Case
-from benchmarks.traffic import Traffic, traffic
+from benchmarks.traffic import Traffic, is_idle_transpose, traffic
 from model import ModelConfig, ShardingRules
 from model.blocks.remat import POLICIES
 from model.compilation import training_options
@@ -198,7 +198,7 @@ class Program:
         found = collections.Counter()
         for line in self._lines:
             if m := re.match(r"^\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]+)\]\S* (copy|transpose)\(", line):
-                if math.prod(map(int, m[2].split(","))) >= LARGE:
+                if math.prod(map(int, m[2].split(","))) >= LARGE and not is_idle_transpose(line):
                     found[f"{m[3]} {m[1]}[{m[2]}]"] += 1
         return found
 

@@ -156,6 +156,9 @@ def linear_map(
     ctx: Context = module.ctx
     init = init or fan_in_normal(math.prod(in_shape))
     weight = param(module, ctx, name, (*in_shape, *out_shape), axes, init)
+    if len(in_shape) > 1:
+        # or XLA for TPUs, of a run's stacked weights, gathers [1, *in_shape, *out_shape] and copies it to drop the 1
+        weight = jax.lax.optimization_barrier(weight)
     adapters = adapters_of(module, name, weight, len(in_shape), axes)
     if adapters is None:
         return LinearMap(weight, len(in_shape))

@@ -23,6 +23,9 @@ ENTRY %main (p: bf16[64,128]) -> bf16[64,128] {
   %all-gather-done.4 = bf16[64,128]{1,0} all-gather-done(%all-gather-start.4)
   %all-reduce.5 = f32[] all-reduce(%loss), channel_id=10, to_apply=%add
   %all-to-all.6 = bf16[64,128]{1,0} all-to-all(%p), channel_id=11
+  %rows.7 = bf16[65536,128]{1,0} gather(%p, %places), offset_dims={1}, collapsed_slice_dims={0}
+  %transpose.8 = bf16[65536,128]{1,0} transpose(%rows.7), dimensions={0,1}
+  %transpose.9 = bf16[128,65536]{1,0} transpose(%transpose.8), dimensions={1,0}
 }
 """
 
@@ -31,6 +34,12 @@ def test_collectives_are_told_by_what_runs_beside_them():
     found = Program(PROGRAM).findings()
     assert found["collectives beside other work"] == {"all-reduce": 1, "all-gather": 1}
     assert found["collectives waited for"] == {"reduce-scatter": 1, "all-to-all": 1}
+
+
+def test_a_transpose_that_leaves_the_axes_as_they_are_is_no_copy():
+    assert Program(PROGRAM).findings()["copies and transposes of large arrays"] == {
+        "transpose bf16[128,65536]": 1
+    }
 
 
 @needs_libtpu

@@ -90,6 +90,25 @@ def test_bytes_of_a_compiled_scan():
     assert found.by_kind["copies"] <= 2 * (turns + 1) * 2 * rows * width  # at most of what the loop carries
 
 
+def test_a_gather_that_ends_with_an_idle_transpose_is_no_copy():
+    rows = "bf16[64,128]{1,0:T(8,128)(2,1)}"
+    program = f"""
+%taken (p: bf16[4096,128], n: s32[64]) -> bf16[64,128] {{
+  %p = bf16[4096,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %n = s32[64]{{0:T(128)}} parameter(1)
+  %g = {rows} gather(%p, %n), offset_dims={{1}}, collapsed_slice_dims={{0}}, slice_sizes={{1,128}}
+  ROOT %t = {rows} transpose(%g), dimensions={{0,1}}
+}}
+ENTRY %main (a: bf16[4096,128], b: s32[64]) -> bf16[64,128] {{
+  %a = bf16[4096,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %b = s32[64]{{0:T(128)}} parameter(1)
+  ROOT %out = {rows} fusion(%a, %b), kind=kCustom, calls=%taken
+}}
+"""
+    found, row = traffic(program), 128 * 2
+    assert found.moved == found.by_kind["others"] == 64 * row + 64 * row + 128 * 4
+
+
 def test_a_loop_whose_turns_are_not_told_is_an_error():
     with pytest.raises(ValueError, match="Loop loop ends by 0 constants"):
         traffic(PROGRAM.replace("%c.n = s32[]{:T(128)} constant(4)", "%c.n = s32[]{:T(128)} add(%c.i, %c.i)"))
