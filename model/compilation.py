@@ -29,13 +29,14 @@ def _keep_programs() -> None:
 
 @functools.cache  # it listens once
 def _give_memory_back() -> None:
-    """After each program: XLA for CPUs leaves hundreds of MB to malloc in pieces that a step's arrays don't fit in."""
+    """After each program, compiled or read from disk: XLA for CPUs leaves hundreds of MB to malloc, in pieces that a
+    step's arrays don't fit in."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is None:
         return
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event.endswith("backend_compile_duration") and duration_secs > 1:
+        if event.endswith("backend_compile_duration") and duration_secs > 0.2:
             trim(0)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -108,21 +108,20 @@ def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     laid_out = functools.partial(queries_heads_first, K=k_BKSC.shape[1])
     d_out_BTHE = d_out_BTHE.astype(jnp.float32)
     delta_BTH1 = vectors.row_dot(d_out_BTHE, out_BTHE)
-    first_BKT1 = laid_out(delta_BTH1)[:, :, 0]
-    k_BKSC, v_BKSE = (
-        order.not_before(first_BKT1, x) for x in (k_BKSC, v_BKSE)
-    )  # so no weights are computed ahead
+    known_BK11 = laid_out(delta_BTH1)[:, :, 0, :1]
     dqs_BTHC, d_sinks_KG = [], jnp.zeros(())
     dk_BKSC, dv_BKSE = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSC, v_BKSE))
     blocks = _blocks(d_out_BTHE.shape[1], sight)
     for (at_T, at_S), q_BKGTC, (top_BKGT1, total_BKGT1) in zip(blocks, qs_BKGTC, normalisers, strict=True):
         mask_BST = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight).swapaxes(1, 2)
         d_out_BKGTE, delta_BKGT1 = (laid_out(x[:, at_T]) / total_BKGT1 for x in (d_out_BTHE, delta_BTH1))
-        keys = k_BKSC[:, :, at_S], v_BKSE[:, :, at_S], mask_BST
+        # no weights are computed ahead, nor those of two blocks at a time
+        k_part, v_part = (order.not_before(known_BK11, x[:, :, at_S]) for x in (k_BKSC, v_BKSE))
         dq_BTHC, dk_part, dv_part = _block_gradients(
-            scores, keys, q_BKGTC, d_out_BKGTE, top_BKGT1, delta_BKGT1
+            scores, (k_part, v_part, mask_BST), q_BKGTC, d_out_BKGTE, top_BKGT1, delta_BKGT1
         )
         dqs_BTHC.append(dq_BTHC)
+        known_BK11 = laid_out(dq_BTHC[:, :1, :, :1])[:, :, 0]
         dk_BKSC, dv_BKSE = dk_BKSC.at[:, :, at_S].add(dk_part), dv_BKSE.at[:, :, at_S].add(dv_part)
         if sinks_H is not None:
             sinks_KG1 = sinks_H.astype(jnp.float32).reshape(*q_BKGTC.shape[1:3], 1)
