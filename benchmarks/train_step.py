@@ -6,7 +6,7 @@
 `python -m train` runs it. The peer is transformers' own model, eager and under torch.compile. Each round runs ours and
 then each peer, a step that is not timed and one that is: after another process's turn the first has to get its memory
 from the system again. The figures are medians over the rounds. All get memory in huge pages, where Linux gives them on
-request. The rate of a plain matrix product is measured beside them, forward and with both of its gradients.
+request. A plain matrix product has its turn in each round, too, forward and with both of its gradients.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         workers = {"Crucible": Worker([*ours, "--worker=steps"], cache)}
         cached = Worker([*ours, "--worker=compile"], cache).first["compile_seconds"]
-    product = Worker([*ours, "--worker=product"]).first
+    product = Worker([*ours, "--worker=product"])
     for name in options.peers:
         python = str(python_of("torch", *TORCH))
         workers[name] = Worker([python, "benchmarks/peers/torch_step.py", *shape, *PEERS[name]])
@@ -61,6 +61,7 @@ def compare(options: argparse.Namespace) -> None:
         for name, worker in workers.items():
             worker.step()
             print(f"round {round + 1}: {name} {worker.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
+        product.step()
     report(options, workers)
     report_compiler(workers["Crucible"], cached, product)
 
@@ -76,14 +77,17 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | settings
         )
         self.first = self._answer()
-        self.seconds: list[float] = []
+        self.answers: list[dict] = []
+
+    @property
+    def seconds(self) -> list[float]:
+        return [answer["seconds"][-1] for answer in self.answers]
 
     def step(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write("2\n")
         self._process.stdin.flush()
-        self.last = self._answer()
-        self.seconds.append(self.last["seconds"][-1])
+        self.answers.append(self._answer())
 
     def _answer(self) -> dict:
         assert self._process.stdout is not None
@@ -104,15 +108,16 @@ def report(options: argparse.Namespace, workers: dict[str, Worker]) -> None:
         seconds = statistics.median(worker.seconds)
         print(
             f"{name:<18} {seconds:>7.2f} {tokens / seconds:>9.0f} {seconds / ours:>7.2f}x "
-            f"{worker.last['peak_bytes'] / 1e6:>8.0f} {worker.first['seconds']:>12.1f} "
+            f"{worker.answers[-1]['peak_bytes'] / 1e6:>8.0f} {worker.first['seconds']:>12.1f} "
             f"{worker.first['parameters'] / 1e6:.1f} M"
         )
 
 
-def report_compiler(ours: Worker, cached: float, product: dict[str, float]) -> None:
+def report_compiler(ours: Worker, cached: float, product: Worker) -> None:
     rate = ours.first["flops"] / statistics.median(ours.seconds) / 1e9
     print(f"ours: {rate:.0f} GFLOP/s; of a plain matrix product's")
-    for name, gflops in product.items():
+    for name in product.first["rates"]:
+        gflops = statistics.median(answer["rates"][name] for answer in product.answers)
         print(f"  {gflops:.0f} {name}: {rate / gflops:.2f}")
     print(f"compiled in {ours.first['compile_seconds']:.1f} s; from the cache in {cached:.1f} s")
 
@@ -150,20 +155,26 @@ def compile_again(options: argparse.Namespace) -> None:
 
 
 def take_products(options: argparse.Namespace) -> None:
-    """Rates of float32 products as the feed-forward networks have them, compiled as the step is: the best of ten."""
+    """Rates of float32 products as the feed-forward networks have them, compiled as the step is: medians of ten, once
+    and for each line of standard input."""
     N, D, F = 4096, 512, 1408
     x_ND, w_DF, d_NF = jnp.ones((N, D)), jnp.ones((D, F)), jnp.ones((N, F))
     forms = {
         "alone": lambda x_ND, w_DF, d_NF: x_ND @ w_DF,
         "with both of its gradients": lambda x_ND, w_DF, d_NF: (x_ND @ w_DF, d_NF @ w_DF.T, x_ND.T @ d_NF),
     }
-    rates = {}
-    for name, form in forms.items():
-        product = jax.jit(form, compiler_options=training_options())
-        results = jax.block_until_ready(product(x_ND, w_DF, d_NF))
-        best = min(timed(lambda: jax.block_until_ready(product(x_ND, w_DF, d_NF)))[0] for _ in range(10))  # noqa: B023
-        rates[name] = len(jax.tree.leaves(results)) * 2 * N * D * F / best / 1e9
-    print(json.dumps(rates), flush=True)
+    jitted = {name: jax.jit(form, compiler_options=training_options()) for name, form in forms.items()}
+
+    def rate(product) -> float:
+        run = lambda: jax.block_until_ready(product(x_ND, w_DF, d_NF))
+        results = run()
+        seconds = statistics.median(timed(run)[0] for _ in range(10))
+        return len(jax.tree.leaves(results)) * 2 * N * D * F / seconds / 1e9
+
+    rates = lambda: {name: rate(product) for name, product in jitted.items()}
+    say(rates=rates())
+    for _ in sys.stdin:
+        say(rates=rates())
 
 
 WORKERS = {"steps": take_steps, "compile": compile_again, "product": take_products}
