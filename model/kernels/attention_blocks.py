@@ -80,9 +80,11 @@ def _forward(
     blocks = _blocks(q_BTHC.shape[1], sight)
     laid_out = order.once(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTKE)
     inputs = *laid_out, positions_BT, segment_ids_BT
-    qs_BKGTC, k_BKSC, v_BKSE, *_ = inputs
+    qs_BKNC, k_BKSC, v_BKSE, *_ = inputs
+    G = q_BTHC.shape[2] // k_BTKC.shape[2]
     outs, normalisers = [], []
-    for (at_T, at_S), q_BKGTC in zip(blocks, qs_BKGTC, strict=True):
+    for (at_T, at_S), q_BKNC in zip(blocks, qs_BKNC, strict=True):
+        q_BKGTC = q_BKNC.reshape(*q_BKNC.shape[:2], G, -1, q_BKNC.shape[-1])
         mask_BTS = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
         mask_BTS = mask_BTS if scores.bias is not None else to_add(mask_BTS)
         queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
@@ -97,14 +99,15 @@ def _forward(
 
 
 def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKE: jax.Array):
-    """Of each block the queries [B, K, G, T, C], keys and values [B, K, S, C or E]."""
-    of_blocks = tuple(queries_heads_first(q_BTHC[:, at_T], k_BTKC.shape[2]) for at_T, _ in blocks)
+    """Of each block the queries [B, K, N, C], as products take them; keys and values [B, K, S, C or E]."""
+    B, _, K, C = k_BTKC.shape
+    of_blocks = [queries_heads_first(q_BTHC[:, at_T], K).reshape(B, K, -1, C) for at_T, _ in blocks]
     return of_blocks, k_BTKC.swapaxes(1, 2), v_BTKE.swapaxes(1, 2)
 
 
 def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     """Scores with keys before queries, so no weight is transposed."""
-    sinks_H, (qs_BKGTC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
+    sinks_H, (qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
     laid_out = functools.partial(queries_heads_first, K=k_BKSC.shape[1])
     d_out_BTHE = d_out_BTHE.astype(jnp.float32)
     delta_BTH1 = vectors.row_dot(d_out_BTHE, out_BTHE)
@@ -112,21 +115,21 @@ def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     dqs_BTHC, d_sinks_KG = [], jnp.zeros(())
     dk_BKSC, dv_BKSE = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSC, v_BKSE))
     blocks = _blocks(d_out_BTHE.shape[1], sight)
-    for (at_T, at_S), q_BKGTC, (top_BKGT1, total_BKGT1) in zip(blocks, qs_BKGTC, normalisers, strict=True):
+    for (at_T, at_S), q_BKNC, (top_BKGT1, total_BKGT1) in zip(blocks, qs_BKNC, normalisers, strict=True):
         mask_BST = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight).swapaxes(1, 2)
         d_out_BKGTE, delta_BKGT1 = (laid_out(x[:, at_T]) / total_BKGT1 for x in (d_out_BTHE, delta_BTH1))
         # no weights are computed ahead, nor those of two blocks at a time
         k_part, v_part = (order.not_before(known_BK11, x[:, :, at_S]) for x in (k_BKSC, v_BKSE))
         dq_BTHC, dk_part, dv_part = _block_gradients(
-            scores, (k_part, v_part, mask_BST), q_BKGTC, d_out_BKGTE, top_BKGT1, delta_BKGT1
+            scores, (k_part, v_part, mask_BST), q_BKNC, d_out_BKGTE, top_BKGT1, delta_BKGT1
         )
         dqs_BTHC.append(dq_BTHC)
         known_BK11 = laid_out(dq_BTHC[:, :1, :, :1])[:, :, 0]
         dk_BKSC, dv_BKSE = dk_BKSC.at[:, :, at_S].add(dk_part), dv_BKSE.at[:, :, at_S].add(dv_part)
         if sinks_H is not None:
-            sinks_KG1 = sinks_H.astype(jnp.float32).reshape(*q_BKGTC.shape[1:3], 1)
+            sinks_KG1 = sinks_H.astype(jnp.float32).reshape(*top_BKGT1.shape[1:3], 1)
             d_sinks_KG -= jnp.sum(jnp.exp(sinks_KG1 - top_BKGT1[..., 0]) * delta_BKGT1[..., 0], axis=(0, 3))
-    d_q_BTHC = jnp.concatenate(dqs_BTHC, axis=1).astype(qs_BKGTC[0].dtype)
+    d_q_BTHC = jnp.concatenate(dqs_BTHC, axis=1).astype(qs_BKNC[0].dtype)
     d_k_BTKC, d_v_BTKE = (d.swapaxes(1, 2).astype(x.dtype) for d, x in ((dk_BKSC, k_BKSC), (dv_BKSE, v_BKSE)))
     d_sinks_H = None if sinks_H is None else d_sinks_KG.reshape(-1).astype(sinks_H.dtype)
     return d_sinks_H, d_q_BTHC, d_k_BTKC, d_v_BTKE, None, None
@@ -139,21 +142,20 @@ _by_hand.defvjp(_forward, _backward)
 def _block_gradients(
     scores: Scores,
     keys: tuple[jax.Array, jax.Array, jax.Array],
-    q_BKGTC: jax.Array,
+    q_BKNC: jax.Array,
     d_out_BKGTE: jax.Array,
     top_BKGT1: jax.Array,
     delta_BKGT1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of a block of queries [B, T, H, C] and of its (keys, values, mask), float32; `d_out` and `delta` are divided by
+    """Of a block's queries [B, T, H, C] and of its (keys, values, mask), float32; `d_out` and `delta` are divided by
     the sum of weights already. Each query sees at least itself, so what is masked has a weight of exactly 0."""
     k_BKSC, v_BKSE, mask_BST = keys
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # G and T as one dimension in products: XLA would transpose queries in memory to merge them
-    merged = lambda x_BKGTC: x_BKGTC.reshape(*x_BKGTC.shape[:2], -1, x_BKGTC.shape[-1])
-    split = lambda x_N: x_N.reshape(*x_N.shape[:-1], *q_BKGTC.shape[2:4])
+    split = lambda x_N: x_N.reshape(*x_N.shape[:-1], *d_out_BKGTE.shape[2:4])
     row = lambda x_BKGT1: x_BKGT1[..., 0][:, :, None]
-    q_BKNC, d_out_BKNE = merged(q_BKGTC), merged(d_out_BKGTE.astype(v_BKSE.dtype))
-    raw_BKSGT = split(einsum("BKSC,BKNC->BKSN", k_BKSC, q_BKNC)) * scores.scale_of(q_BKGTC.shape[-1])
+    d_out_BKNE = d_out_BKGTE.astype(v_BKSE.dtype).reshape(*q_BKNC.shape[:3], -1)
+    raw_BKSGT = split(einsum("BKSC,BKNC->BKSN", k_BKSC, q_BKNC)) * scores.scale_of(q_BKNC.shape[-1])
     capped_BKSGT = (
         raw_BKSGT if scores.softcap is None else scores.softcap * jnp.tanh(raw_BKSGT / scores.softcap)
     )
@@ -164,7 +166,7 @@ def _block_gradients(
     d_scores_BKSGT = weights_BKSGT * d_weights_BKSGT
     if scores.softcap is not None:
         d_scores_BKSGT *= 1 - (capped_BKSGT / scores.softcap) ** 2
-    d_scores_BKSGT = (d_scores_BKSGT * scores.scale_of(q_BKGTC.shape[-1])).astype(q_BKGTC.dtype)
+    d_scores_BKSGT = (d_scores_BKSGT * scores.scale_of(q_BKNC.shape[-1])).astype(q_BKNC.dtype)
     d_scores_BKSN = d_scores_BKSGT.reshape(weights_BKSN.shape)
     dk_BKSC = einsum("BKSN,BKNC->BKSC", d_scores_BKSN, q_BKNC)
     dq_BKCN = einsum("BKSC,BKSN->BKCN", k_BKSC, d_scores_BKSN)
