@@ -206,6 +206,23 @@ def test_an_axis_that_does_not_divide_is_named():
     param_shardings(CFG, mesh, rules)
 
 
+def test_gradients_of_bfloat16_parameters_are_divided_in_float32(params):
+    """A divisor rounded to bfloat16 would be off by up to 0.4 %."""
+    seen = optax.GradientTransformation(
+        lambda p: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), p),
+        lambda grads, _, p: (jax.tree.map(jnp.zeros_like, p), grads),
+    )
+    params, batch = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), packed_batch()
+    grads, (loss, _) = jax.jit(lambda p: accumulate(language_modelling(CFG), p, batch, 1))(params)
+    state, _ = jax.jit(make_train_step(language_modelling(CFG), seen))(new_state(params, seen), batch)
+    assert float(jnp.bfloat16(1 / loss.weight)) != pytest.approx(1 / float(loss.weight), rel=1e-3)
+    jax.tree.map(
+        lambda mean, g: np.testing.assert_allclose(mean, g.astype(jnp.float32) / loss.weight, rtol=1e-6),
+        state.opt_state,
+        grads,
+    )
+
+
 @pytest.mark.parametrize("scale", [0.01, 10.0], ids=["short", "too long"])
 def test_clipping_equals_that_of_optax(params, scale):
     grads = jax.tree.map(lambda p: scale * p, params)
