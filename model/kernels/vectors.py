@@ -44,7 +44,14 @@ for_rows.defvjp(
 
 def sum_of_squares(x: jax.Array) -> jax.Array:
     """Of all numbers."""
-    if not backend.for_cpu() or x.ndim < 2:
+    return _sum_of_squares(x, in_parts=backend.for_cpu() and x.ndim > 1)
+
+
+@functools.partial(
+    jax.jit, static_argnames="in_parts"
+)  # of many parameters of a few shapes: traced once for each
+def _sum_of_squares(x: jax.Array, in_parts: bool) -> jax.Array:
+    if not in_parts:
         return jnp.sum(x * x)
     x_NW = x.reshape(-1, x.shape[-1])
     parts = jnp.split(x_NW, 16) if len(x_NW) % 16 == 0 else [x_NW]
