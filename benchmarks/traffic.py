@@ -106,12 +106,12 @@ def _parsed(line: str) -> Operation | None:
     begin = end + kind.end()
     stop = _closing(line, begin)
     results, inner = line[head.end() : end], line[begin + 1 : stop - 1]
-    name = "bitcast" if is_idle_transpose(line) else kind[1]
-    return Operation(head[2], results, name, inner, line[stop:], bool(head[1]))
+    does = "bitcast" if is_idle_transpose(line) else kind[1]
+    return Operation(head[2], results, does, inner, line[stop:], bool(head[1]))
 
 
 def is_idle_transpose(line: str) -> bool:
-    """An operation that leaves its axes as they are: what gathers end with."""
+    """Whether it is a transpose that leaves the axes as they are, as gathers end with."""
     found = re.search(r" transpose\(.*dimensions=\{([\d,]*)\}", line)
     axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
     return found is not None and axes == sorted(axes)

@@ -47,9 +47,8 @@ def sum_of_squares(x: jax.Array) -> jax.Array:
     return _sum_of_squares(x, in_parts=backend.for_cpu() and x.ndim > 1)
 
 
-@functools.partial(
-    jax.jit, static_argnames="in_parts"
-)  # of many parameters of a few shapes: traced once for each
+# many parameters have a few shapes: each is traced once
+@functools.partial(jax.jit, static_argnames="in_parts")
 def _sum_of_squares(x: jax.Array, in_parts: bool) -> jax.Array:
     if not in_parts:
         return jnp.sum(x * x)
