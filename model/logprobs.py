@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.kernels import vectors
+from model.kernels import backend, vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +47,24 @@ def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, ask: Ask = As
     return TokenScores(logprobs_BT, log_z_BT, entropy_BT, likeliest_BT)
 
 
-@jax.custom_vjp
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p(token) at each place, and the log-normaliser (logsumexp of the logits) for a z-loss; both [B, T].
 
     The backward pass keeps one array of the logits' shape; there is no forward-mode derivative.
     """
-    return _forward(logits_BTV, tokens_BT)[0]
+    if not backend.for_cpu():
+        return _by_hand(logits_BTV, tokens_BT)
+    # in the shape of the head's product, in whose place XLA puts what is made of it
+    both_N = _by_hand(logits_BTV.reshape(-1, logits_BTV.shape[-1]), tokens_BT.reshape(-1))
+    logprobs_BT, log_z_BT = (x_N.reshape(tokens_BT.shape) for x_N in both_N)
+    return logprobs_BT, log_z_BT
 
 
 def _forward(logits_BTV: jax.Array, tokens_BT: jax.Array):
     chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
     wide_BTV = logits_BTV.astype(jnp.float32)
     top_BT1 = vectors.row_max(lambda x: x, wide_BTV)
+    top_BT1 = jnp.maximum(top_BT1, chosen_BT[..., None])  # as it is, but so the chosen logits are read first
     top_BT1 = jnp.where(jnp.isfinite(top_BT1), top_BT1, 0)
     weights_BTV = jnp.exp(wide_BTV - top_BT1)  # in the place of the logits, which nothing reads any more
     total_BT1 = vectors.row_sum(weights_BTV)
@@ -76,7 +81,8 @@ def _backward(saved, gradients: tuple[jax.Array, jax.Array]):
     return (d_BTV + jnp.where(is_token_BTV, of_logprobs_BT1, 0)).astype(like_logits.dtype), None
 
 
-token_logprobs.defvjp(_forward, _backward)
+_by_hand = jax.custom_vjp(lambda *arguments: _forward(*arguments)[0])
+_by_hand.defvjp(_forward, _backward)
 
 
 def entropy(logits_BTV: jax.Array) -> jax.Array:

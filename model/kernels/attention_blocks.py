@@ -78,13 +78,14 @@ def _forward(
     """(what queries find [B, T, H, E], what the backward pass keeps)."""
     scores = dataclasses.replace(scores, sinks_H=sinks_H)
     blocks = _blocks(q_BTHC.shape[1], sight)
-    laid_out = order.once(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTKE)
-    inputs = *laid_out, positions_BT, segment_ids_BT
-    qs_BKNC, k_BKSC, v_BKSE, *_ = inputs
-    G = q_BTHC.shape[2] // k_BTKC.shape[2]
+    # values come as one axis and queries leave with G apart from T: on CPU copies that merge or split axes are slow
+    v_BTN = v_BTKE.reshape(*v_BTKE.shape[:2], -1)
+    laid_out = order.once(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTN)
+    qs_BKGTC, k_BKSC, v_BKSE = laid_out
+    qs_BKNC = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in qs_BKGTC]
+    inputs = qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT
     outs, normalisers = [], []
-    for (at_T, at_S), q_BKNC in zip(blocks, qs_BKNC, strict=True):
-        q_BKGTC = q_BKNC.reshape(*q_BKNC.shape[:2], G, -1, q_BKNC.shape[-1])
+    for (at_T, at_S), q_BKGTC in zip(blocks, qs_BKGTC, strict=True):
         mask_BTS = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
         mask_BTS = mask_BTS if scores.bias is not None else to_add(mask_BTS)
         queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
@@ -98,10 +99,15 @@ def _forward(
     return out_BTHE, (sinks_H, inputs, out_BTHE, normalisers)
 
 
-def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTKE: jax.Array):
-    """Of each block the queries [B, K, N, C], as products take them; keys and values [B, K, S, C or E]."""
-    B, _, K, C = k_BTKC.shape
-    of_blocks = [queries_heads_first(q_BTHC[:, at_T], K).reshape(B, K, -1, C) for at_T, _ in blocks]
+def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTN: jax.Array):
+    """As products take them: of each block the queries [B, K, G, T, C]; keys and values [B, K, S, C or E].
+
+    Args:
+      v_BTN: heads and their widths as one axis.
+    """
+    K = k_BTKC.shape[2]
+    of_blocks = [queries_heads_first(q_BTHC[:, at_T], K) for at_T, _ in blocks]
+    v_BTKE = v_BTN.reshape(*k_BTKC.shape[:3], -1)
     return of_blocks, k_BTKC.swapaxes(1, 2), v_BTKE.swapaxes(1, 2)
 
 

@@ -16,7 +16,7 @@ from model.kernels import backend, cross_entropy_sharded
 from model.kernels.cross_entropy import TILES, Tiles, cross_entropy, reference
 from model.kernels.cross_entropy_plain import stripes
 from model.kernels.cross_entropy_sharded import cross_entropy_on_mesh, wants_tiles
-from model.logprobs import Ask, scores_of_logits
+from model.logprobs import Ask, scores_of_logits, token_logprobs
 from model.vocabulary_head import VocabularyHead
 
 from .conftest import compiled_fast as jit
@@ -261,6 +261,23 @@ def test_logits_are_never_in_memory():
     logits, small = 4 * N * V, {"ask": ALL, "stripe_bytes": 4 << 20}
     assert temporary(compiled_step(compiled, jnp.float32, reference, N, V, D, ask=ALL)) > logits
     assert temporary(compiled_step(compiled, jnp.float32, cross_entropy, N, V, D, **small)) < logits / 8
+
+
+def test_small_logits_are_in_memory_once():
+    B, T, V, D = 2, 512, 4096, 64
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden_BTD, head_VD = (jax.random.normal(key, shape) for key, shape in zip(keys, ((B, T, D), (V, D))))
+    targets_BT = jax.random.randint(keys[2], (B, T), 0, V)
+    loss = lambda hidden, head: VocabularyHead(head).scores(hidden, targets_BT).logprobs.mean()
+    program = jit(jax.value_and_grad(loss, (0, 1))).lower(hidden_BTD, head_VD).compile()
+    assert temporary(program) < 1.2 * 4 * B * T * V
+
+
+@pytest.mark.parametrize("at", [0, 5, 511])
+def test_a_logit_that_is_not_a_number_is_not_hidden(at):
+    logits_NV = jnp.zeros((3, 512)).at[1, at].set(jnp.nan)
+    logprobs_N, log_z_N = token_logprobs(logits_NV, jnp.array([7, 7, 7]))
+    assert np.isnan(logprobs_N).tolist() == np.isnan(log_z_N).tolist() == [False, True, False]
 
 
 SMALLEST = "v4"  # of the fast memories

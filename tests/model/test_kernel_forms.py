@@ -62,6 +62,15 @@ def test_each_form_computes_what_the_plain_form_does(form, kind):
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
+@pytest.mark.parametrize("key", [0, 100, T - 1])
+def test_the_plain_form_hides_no_key_that_is_not_a_number(key):
+    q, k, v, _ = arrays()
+    positions = jnp.arange(T)[None].repeat(2, 0)
+    out_BTHE = in_query_blocks(q, k.at[1, key, 0].set(jnp.nan), v, positions, None)
+    lost_BTH = np.isnan(out_BTHE).any(-1)
+    assert lost_BTH[1, key:, :2].all() and not lost_BTH[0].any() and not lost_BTH[1, :, 2:].any()
+
+
 def test_a_form_of_another_platform_is_an_error_that_says_which_can():
     q, k, v, _ = arrays()
     wanted = "it runs on tpu, and kernels here are for plain. These can: plain"
