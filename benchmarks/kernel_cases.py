@@ -234,12 +234,13 @@ def quantized() -> list[Case]:
 def state_space() -> list[Case]:
     H, P, N = 64, 64, 128
     keys = shaped(1, T, 1, N)
-    floats, rest = (numbers(1, T, H, P), numbers(1, T, H), keys, keys, numbers(1, H, P, N)), _first()
+    floats = shaped(1, T, H, P), numbers(1, T, H), keys, keys, numbers(1, H, P, N), numbers(1, T, H)
 
     def run(function, floats, rest):
-        return function(*floats[:-1], *rest, floats[-1])
+        *tokens, state, scale = floats
+        return function(*tokens, *rest, state, scale_BTH=scale)
 
-    by = lambda function: Form(functools.partial(run, function), floats, rest)
+    by = lambda function: Form(functools.partial(run, function), floats, _first())
     forms = {"ours": by(ssd.ssd), "XLA": by(ssd.in_chunks)}
     return [Case(f"Mamba-2 1.3B: {T} tokens, {H} heads, state {P} x {N}", 4.0 * T * H * P * N, forms)]
 

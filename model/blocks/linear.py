@@ -1,6 +1,6 @@
 """Linear maps of the blocks: between the model's width and named axes, with a bias and with adapters."""
 
-# B batch, T tokens, D model width, N adapters, R their rank
+# B batch, T tokens, D model width, I inputs, O outputs, N adapters, R their rank
 
 from __future__ import annotations
 
@@ -37,10 +37,25 @@ class LinearMap(NamedTuple):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, *inputs] to [B, T, *outputs]."""
-        ins, outs = INPUTS[: self.inputs], OUTPUTS[: self.weight.ndim - self.inputs]
         if self.adapter is None and backend.for_cpu():
-            return self._flat(x)
+            y_BTO = self.flat(x.reshape(*x.shape[:2], math.prod(x.shape[2:])))
+            return y_BTO.reshape(*x.shape[:2], *self.weight.shape[self.inputs :])
+        ins, outs = INPUTS[: self.inputs], OUTPUTS[: self.weight.ndim - self.inputs]
         return self.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x)
+
+    def flat(self, x_BTI: jax.Array) -> jax.Array:
+        """The same from and to one axis, [B, T, O]. XLA for TPUs puts tokens last in arrays whose last axis fills no
+        vector, as that of narrow heads, and copies them for kernels, which have channels last."""
+        (B, T, I), ins = x_BTI.shape, self.weight.shape[: self.inputs]
+        outputs = math.prod(self.weight.shape[self.inputs :])
+        if self.adapter is not None:
+            return self(x_BTI.reshape(B, T, *ins)).reshape(B, T, outputs)
+        weight_IO = self.weight.reshape(I, outputs)
+        if not backend.for_cpu():
+            return x_BTI @ weight_IO
+        # a product of two matrices, whose factors XLA on CPU does not copy to turn them; a mesh that splits tokens
+        # would have to gather them for it
+        return (x_BTI.reshape(B * T, I) @ weight_IO).reshape(B, T, outputs)
 
     def of(self, function: Callable, x: Any) -> jax.Array:
         """The map of `function(x)`, neither of which the backward pass finds kept, but x; see `order.anew`."""
@@ -48,13 +63,6 @@ class LinearMap(NamedTuple):
             product = lambda x, weight: LinearMap(weight, self.inputs)(function(x))
             return order.anew(product)(x, self.weight)
         return self(order.anew(function)(x))
-
-    def _flat(self, x: jax.Array) -> jax.Array:
-        """As a product of two matrices, whose factors XLA on CPU does not copy to turn them; a mesh that splits tokens
-        would have to gather them for it."""
-        outs = self.weight.shape[self.inputs :]
-        y = x.reshape(-1, math.prod(x.shape[2:])) @ self.weight.reshape(-1, math.prod(outs))
-        return y.reshape(*x.shape[:2], *outs)
 
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """`spec` is of x, whose first letter is the row, and of the weight; "R" is the adapters' rank."""

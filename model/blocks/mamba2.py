@@ -5,6 +5,7 @@ Dao and Gu 2024, arXiv:2405.21060. With the options of its descendants: multipli
 """
 
 # B batch, T tokens, D model width, H heads in G groups, P head width, N state width, K taps of the convolution
+# F channels of all heads or groups side by side
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
-from model.blocks.linear import linear, linear_out
+from model.blocks.linear import Axes, add_bias, bias_of, linear_map, map_out
 from model.blocks.recurrence import (
     Walk,
     begin,
@@ -25,8 +26,11 @@ from model.blocks.recurrence import (
     log_uniform,
     param32,
 )
-from model.kernels.ssd import CHUNK, ssd
+from model.kernels.ssd import ssd
 from model.sharding import constrain
+
+Shape = tuple[int, ...]
+HEADS, GROUPS = ("heads", "head_dim"), (None, "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,72 +116,75 @@ class Mamba2Module(nn.Module):
         x_BTD, walk = begin(spec, x_BTD, info, cache)
         x_BTD = x_BTD * spec.in_multiplier
         heads, groups = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.state_dim)
-        z_BTHP = self._project("z", x_BTD, heads, ("heads", "head_dim"))
-        x_BTHP = self._project("x", x_BTD, heads, ("heads", "head_dim"))
-        k_BTGN = self._project("B", x_BTD, groups, (None, "head_dim"))
-        q_BTGN = self._project("C", x_BTD, groups, (None, "head_dim"))
+        z_BTF = self._project("z", x_BTD, heads, HEADS)
+        x_BTF = self._project("x", x_BTD, heads, HEADS)
+        k_BTF = self._project("B", x_BTD, groups, GROUPS)
+        q_BTF = self._project("C", x_BTD, groups, GROUPS)
         dt_BTH = self._project("dt", x_BTD, (spec.num_heads,), ("heads",))
 
         state = {}
-        x_BTHP = self._conv("conv_x", x_BTHP, ("heads", "head_dim"), walk, state)
-        k_BTGN = self._conv("conv_B", k_BTGN, (None, "head_dim"), walk, state)
-        q_BTGN = self._conv("conv_C", q_BTGN, (None, "head_dim"), walk, state)
-        y_BTHP, state["ssm"] = self._scan(x_BTHP, k_BTGN, q_BTGN, dt_BTH, walk)
-        y_BTHP = self._gate(y_BTHP, z_BTHP)
-        y_BTD = linear_out(self, y_BTHP, ("heads", "head_dim"), spec.out_bias) * spec.out_multiplier
-        return finish(y_BTD, state, walk, info, cache)
+        x_BTF = self._conv("conv_x", x_BTF, heads, HEADS, walk, state)
+        k_BTF = self._conv("conv_B", k_BTF, groups, GROUPS, walk, state)
+        q_BTF = self._conv("conv_C", q_BTF, groups, GROUPS, walk, state)
+        y_BTF, state["ssm"] = self._scan(x_BTF, k_BTF, q_BTF, dt_BTH, walk)
+        y_BTF = self._gate(y_BTF, z_BTF)
+        y_BTD = map_out(self, heads, HEADS).flat(y_BTF)
+        y_BTD = add_bias(self, "o", y_BTD, ("embed",)) if spec.out_bias else y_BTD
+        return finish(y_BTD * spec.out_multiplier, state, walk, info, cache)
 
-    def _project(
-        self, name: str, x_BTD: jax.Array, shape: tuple[int, ...], axes: tuple[str | None, ...]
-    ) -> jax.Array:
-        y = linear(self, f"in_{name}", x_BTD, shape, axes, self.spec.in_bias)
-        y = y * self.spec.multipliers[("z", "x", "B", "C", "dt").index(name)]
-        head = "act_heads" if axes[0] == "heads" else None
-        return constrain(y, self.ctx.rules, "batch", "length", head, *(None,) * (len(shape) - 1))
+    def _project(self, name: str, x_BTD: jax.Array, shape: Shape, axes: Axes) -> jax.Array:
+        y_BTF = linear_map(self, f"in_{name}", x_BTD.shape[2:], shape, ("embed", *axes)).flat(x_BTD)
+        if self.spec.in_bias:
+            y_BTF += bias_of(self, f"in_{name}", shape, axes).reshape(-1)
+        y_BTF *= self.spec.multipliers[("z", "x", "B", "C", "dt").index(name)]
+        return constrain(
+            y_BTF, self.ctx.rules, "batch", "length", "act_heads" if axes[0] == "heads" else None
+        )
 
     def _conv(
-        self, name: str, x_BTF: jax.Array, axes: tuple[str | None, ...], walk: Walk, state: dict
+        self, name: str, x_BTF: jax.Array, shape: Shape, axes: Axes, walk: Walk, state: dict
     ) -> jax.Array:
-        K, shape = self.spec.conv_width, x_BTF.shape[2:]
-        w_KF = param(self, self.ctx, name, (K, *shape), (None, *axes), fan_in_normal(K))
-        y_BTF, state[name] = causal_conv(x_BTF, w_KF, walk.state[name], walk)
+        K, init = self.spec.conv_width, nn.initializers.zeros
+        w_KF = param(self, self.ctx, name, (K, *shape), (None, *axes), fan_in_normal(K)).reshape(K, -1)
+        tail_BKF = walk.state[name].reshape(x_BTF.shape[0], K - 1, x_BTF.shape[2])
+        y_BTF, tail_BKF = causal_conv(x_BTF, w_KF, tail_BKF, walk)
+        state[name] = tail_BKF.reshape(*tail_BKF.shape[:2], *shape)
         if self.spec.conv_bias:
-            y_BTF += param(self, self.ctx, f"{name}_bias", shape, axes, nn.initializers.zeros)
+            y_BTF += param(self, self.ctx, f"{name}_bias", shape, axes, init).reshape(-1)
         return nn.silu(y_BTF)
 
-    def _scan(self, x_BTHP, k_BTGN, q_BTGN, dt_BTH, walk: Walk) -> tuple[jax.Array, jax.Array]:
+    def _scan(self, x_BTF, k_BTF, q_BTF, dt_BTH, walk: Walk) -> tuple[jax.Array, jax.Array]:
         spec, ctx, shape, axes = self.spec, self.ctx, (self.spec.num_heads,), ("heads",)
+        B, T, F = x_BTF.shape
         start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
         dt_bias_H = param32(self, ctx, "dt_bias", shape, axes, start)
         A_H = -jnp.exp(param32(self, ctx, "A_log", shape, axes, log_uniform(1.0, 16.0)))
         D_H = param32(self, ctx, "D", shape, axes, nn.initializers.ones)
         dt_BTH = jax.nn.softplus(dt_BTH.astype(jnp.float32) + dt_bias_H)
         dt_BTH = walk.only_real(jnp.clip(dt_BTH, spec.dt_min, spec.dt_max))
-        x_BTHP = x_BTHP.astype(jnp.float32)
         y_BTHP, state_BHPN = ssd(
-            x_BTHP * dt_BTH[..., None],
+            x_BTF.reshape(B, T, spec.num_heads, spec.head_dim),
             A_H * dt_BTH,
-            k_BTGN,
-            q_BTGN,
+            k_BTF.reshape(B, T, spec.num_groups, spec.state_dim),
+            q_BTF.reshape(B, T, spec.num_groups, spec.state_dim),
             walk.first_BT,
             walk.state["ssm"],
-            CHUNK,
-            ctx.rules,
+            rules=ctx.rules,
+            scale_BTH=dt_BTH,
         )
-        return y_BTHP + D_H[:, None] * x_BTHP, state_BHPN
+        passed_BTF = jnp.repeat(D_H, spec.head_dim) * x_BTF.astype(jnp.float32)
+        return y_BTHP.reshape(B, T, F) + passed_BTF, state_BHPN
 
-    def _gate(self, y_BTHP: jax.Array, z_BTHP: jax.Array) -> jax.Array:
+    def _gate(self, y_BTF: jax.Array, z_BTF: jax.Array) -> jax.Array:
         """Float32 in, the dtype of the computation out."""
-        spec, gate_BTHP = self.spec, nn.silu(z_BTHP.astype(jnp.float32))
+        spec, gate_BTF = self.spec, nn.silu(z_BTF.astype(jnp.float32))
         if not spec.norm_before_gate or spec.norm_eps is None:
-            y_BTHP = y_BTHP * gate_BTHP
+            y_BTF = y_BTF * gate_BTF
         if spec.norm_eps is not None:
-            y_BTGF = y_BTHP.reshape(*y_BTHP.shape[:2], spec.num_groups, -1)
+            y_BTGF = y_BTF.reshape(*y_BTF.shape[:2], spec.num_groups, -1)
             y_BTGF *= jax.lax.rsqrt(jnp.mean(y_BTGF * y_BTGF, axis=-1, keepdims=True) + spec.norm_eps)
-            heads, axes = (spec.num_heads, spec.head_dim), ("heads", "head_dim")
-            y_BTHP = y_BTGF.reshape(y_BTHP.shape) * param32(
-                self, self.ctx, "norm", heads, axes, nn.initializers.ones
-            )
+            scale_F = param32(self, self.ctx, "norm", y_BTF.shape[2:], ("heads",), nn.initializers.ones)
+            y_BTF = y_BTGF.reshape(y_BTF.shape) * scale_F
             if spec.norm_before_gate:
-                y_BTHP = y_BTHP * gate_BTHP
-        return y_BTHP.astype(self.ctx.dtype)
+                y_BTF = y_BTF * gate_BTF
+        return y_BTF.astype(self.ctx.dtype)

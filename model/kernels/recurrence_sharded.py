@@ -30,6 +30,7 @@ def ssd_on_mesh(
     q_BTGN: jax.Array,
     first_BT: jax.Array,
     state_BHPN: jax.Array,
+    scale_BTH: jax.Array | None,
     rules: ShardingRules | None,
 ) -> Results:
     """`ssd_tpu.ssd` on the mesh set with `jax.set_mesh`; without one, on one device.
@@ -47,16 +48,17 @@ def ssd_on_mesh(
         )
     kernel = functools.partial(ssd_tpu.ssd, **_options(ssd_tpu.SIZES))
 
-    def part(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN):
+    def part(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, *others):
         if whole_keys:  # a device's heads are of one group
             group = jax.lax.axis_index(split.heads) * G // split.ways
             k_BTGN, q_BTGN = (jax.lax.dynamic_slice_in_dim(x, group, 1, axis=2) for x in (k_BTGN, q_BTGN))
-        return kernel(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN)
+        return kernel(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, *others)
 
     tokens = PartitionSpec(split.batch, None, split.heads)
     keys = PartitionSpec(split.batch, None, () if whole_keys else split.heads)
-    specs = tokens, tokens, keys, keys, PartitionSpec(split.batch), PartitionSpec(split.batch, split.heads)
-    return split.run(part, specs)(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN)
+    rows, states = PartitionSpec(split.batch), PartitionSpec(split.batch, split.heads)
+    run = split.run(part, (tokens, tokens, keys, keys, rows, states, tokens))
+    return run(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, scale_BTH)
 
 
 def delta_on_mesh(

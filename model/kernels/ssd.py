@@ -27,8 +27,9 @@ def ssd(
     state_BHPN: jax.Array,
     chunk: int = CHUNK,
     rules: ShardingRules | None = None,
+    scale_BTH: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """state_t = exp(log_decay_t) state_(t-1) + v_t k_t^T;  y_t = state_t q_t.
+    """state_t = exp(log_decay_t) state_(t-1) + scale_t v_t k_t^T;  y_t = state_t q_t.
 
     The kernel on TPUs, where a row has more than a few tokens; `in_chunks` elsewhere.
 
@@ -38,16 +39,17 @@ def ssd(
       first_BT: bool; the state before such a token counts as zero.
       chunk: tokens of a chunk of the plain form.
       rules: how a mesh splits rows and heads: asked for by the kernel alone.
+      scale_BTH: as Mamba's time steps; None: 1. Scaled by the kernel, values lie in memory once.
 
     Returns:
       y [B, T, H, P] and the last state [B, H, P, N], float32.
     """
-    inputs = v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN
+    inputs = v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, scale_BTH
     if backend.current().name == "tpu" and v_BTHP.shape[1] > FEW:
         from model.kernels.recurrence_sharded import ssd_on_mesh  # brings Pallas along
 
         return ssd_on_mesh(*inputs, rules)
-    return in_chunks(*inputs, chunk)
+    return in_chunks(*inputs, chunk=chunk)
 
 
 def in_chunks(
@@ -57,9 +59,12 @@ def in_chunks(
     q_BTGN: jax.Array,
     first_BT: jax.Array,
     state_BHPN: jax.Array,
+    scale_BTH: jax.Array | None = None,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """`ssd` in plain jnp."""
+    if scale_BTH is not None:
+        v_BTHP = v_BTHP.astype(jnp.float32) * scale_BTH[..., None]
 
     def step(state_BHPN, inputs):
         return _chunk(state_BHPN, *inputs)

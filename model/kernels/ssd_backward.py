@@ -43,7 +43,9 @@ def gradients(plan: Plan, inputs: Inputs, entering: jax.Array, dresults: Results
     part_spec = pl.BlockSpec((None, None, plan.tokens, N), lambda b, w, t, j: (b, w, back(t), 0))
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     part, of_values = float32(B, W, T, N), jax.ShapeDtypeStruct((B, T, F), inputs.v.dtype)
-    outputs = Inputs(of_values, float32(*inputs.totals.shape), part, part, None), float32(B, N, F)
+    of_heads = float32(*inputs.totals.shape)
+    of_inputs = Inputs(of_values, of_heads if plan.scaled else None, of_heads, part, part, None)
+    outputs = of_inputs, float32(B, N, F)
     arrays = (*inputs, entering, *dresults), (*outputs[0], outputs[1])
     multiplied = 3 * W * J * CHUNK * N + F * (2 * CHUNK + 5 * N)  # for a token
     return pl.pallas_call(
@@ -51,7 +53,7 @@ def gradients(plan: Plan, inputs: Inputs, entering: jax.Array, dresults: Results
         grid=grid,
         in_specs=[specs, plan.entering_spec(N, back), Results(specs.v, plan.state_spec(N, 0, J - 1))],
         out_specs=[
-            Inputs(specs.v, specs.totals, part_spec, part_spec, None),
+            specs._replace(k=part_spec, q=part_spec, documents=None),
             plan.state_spec(N, I - 1, 0),
         ],
         out_shape=outputs,
@@ -115,21 +117,26 @@ def _run_again(block: _Block, at) -> None:
     for h in range(block.plan.heads):
         head = block.plan.head(h)
         before_NP = block.states_CNF[at, :, head]
-        block.states_CNF[at + 1, :, head] = after(chunk, h, block.inputs.v[chunk.here, head], before_NP)
+        v_QP = chunk.scaled(h, block.inputs.v[chunk.here, head])
+        block.states_CNF[at + 1, :, head] = after(chunk, h, v_QP, before_NP)
 
 
 def _pull(block: _Block, at) -> None:
     """The gradients of chunk `at`: of its inputs, and dS in place of dS'."""
     plan, dinputs, chunk = block.plan, block.dinputs, block.inputs.chunk(at)
     here, shared = chunk.here, _shared(chunk)
-    sums = _no_sums(plan.heads, chunk)
+    sums, dscale_QL = _no_sums(plan.heads, chunk), jnp.zeros((CHUNK, LANES), jnp.float32)
     for h in range(plan.heads):
         head = plan.head(h)
         states = block.states_CNF[at, :, head], block.dstate_NF[:, head]
-        x = _Head(h, block.inputs.v[here, head], block.dy_TF[here, head], *states)
-        dv_QP, block.dstate_NF[:, head], of_head = _head_gradients(shared, x)
-        dinputs.v[here, head] = dv_QP.astype(dinputs.v.dtype)
+        v_QP = block.inputs.v[here, head]
+        x = _Head(h, chunk.scaled(h, v_QP), block.dy_TF[here, head], *states)
+        dscaled_QP, block.dstate_NF[:, head], of_head = _head_gradients(shared, x)
+        dinputs.v[here, head] = chunk.scaled(h, dscaled_QP).astype(dinputs.v.dtype)
+        dscale_QL += in_lane(h, row_sum(dscaled_QP * v_QP.astype(jnp.float32)))
         sums = jax.tree.map(operator.add, sums, of_head)
+    if plan.scaled:
+        dinputs.scale[:, here] = dscale_QL.T[: plan.heads]
     dinputs.totals[:, here] = sums.rises_QL.T[: plan.heads] - sums.falls_RQ
     dinputs.q[here] += sums.dq_QN + chunk.product(sums.dscores_QQ, chunk.k_QN, (1, 0))
     dinputs.k[here] += sums.dk_QN + chunk.product(sums.dscores_QQ, chunk.q_QN, (0, 0))

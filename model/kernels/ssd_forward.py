@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.chunk_tiles import CHUNK, Decays, Sight, chunk_at, cost, decays, product, sight
+from model.kernels.chunk_tiles import CHUNK, Decays, Sight, chunk_at, cost, decays, product, sight, upright
 
 
 class Inputs(NamedTuple):
     """What both kernels read beside states, or its gradients: arrays of all tokens, in a kernel refs to its blocks."""
 
     v: Any  # [B, T, H P], in a kernel [T, F]
+    scale: Any  # of v, float32 [B, M, R, T], in a kernel [R, T]; None: 1
     totals: Any  # float32 [B, M, R, T], in a kernel [R, T]: of log decays from the chunk's first token on
     k: Any  # [B, T, G N], in a kernel [T, N]; a walk's part of gradients float32 [B, W, T, N]
     q: Any  # likewise
@@ -38,7 +39,8 @@ class Inputs(NamedTuple):
         """In a kernel: the chunk `at` of its block."""
         here = chunk_at(at)
         sees = sight(self.documents[:, here])
-        return Chunk(here, sees, decays(self.totals[:, here], sees), self.k[here], self.q[here])
+        scale_QL = None if self.scale is None else upright(self.scale[:, here])
+        return Chunk(here, sees, decays(self.totals[:, here], sees), self.k[here], self.q[here], scale_QL)
 
 
 class Results(NamedTuple):
@@ -56,6 +58,13 @@ class Chunk(NamedTuple):
     decay: Decays
     k_QN: jax.Array
     q_QN: jax.Array
+    scale_QL: jax.Array | None  # of values, one head a lane
+
+    def scaled(self, h: int, v_QP: jax.Array) -> jax.Array:
+        """Values of the block's head h, or their gradient, multiplied in float32."""
+        if self.scale_QL is None:
+            return v_QP
+        return (v_QP.astype(jnp.float32) * self.scale_QL[:, h : h + 1]).astype(v_QP.dtype)
 
     def product(self, a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
         """With factors as wide as the inputs."""
@@ -76,6 +85,7 @@ class Plan:
     heads: int  # of a block
     width: int  # of a head's values
     tokens: int  # of a block
+    scaled: bool  # values are
     interpret: bool
 
     @property
@@ -93,10 +103,12 @@ class Plan:
     def specs(self, N: int, at) -> Inputs:
         """Where step t of a walk has the block of tokens at(t)."""
         R, T = self.heads, self.tokens
+        of_heads = pl.BlockSpec((None, None, R, T), lambda b, w, t, j: (b, w * self.blocks + j, 0, at(t)))
         keys = pl.BlockSpec((None, T, N), lambda b, w, t, j: (b, at(t), jax.lax.div(w, self.walks)))
         return Inputs(
             v=pl.BlockSpec((None, T, self.channels), lambda b, w, t, j: (b, at(t), w * self.blocks + j)),
-            totals=pl.BlockSpec((None, None, R, T), lambda b, w, t, j: (b, w * self.blocks + j, 0, at(t))),
+            scale=of_heads if self.scaled else None,
+            totals=of_heads,
             k=keys,
             q=keys,
             documents=pl.BlockSpec((None, 1, T), lambda b, w, t, j: (b, 0, at(t))),
@@ -167,7 +179,7 @@ def _kernel(plan: Plan, inputs: Inputs, start_NF, results: Results, entering_NF,
         scores_QQ = chunk.scores()
         for h in range(plan.heads):
             head = plan.head(h)
-            v_QP, before_NP = inputs.v[chunk.here, head], state_NF[:, head]
+            v_QP, before_NP = chunk.scaled(h, inputs.v[chunk.here, head]), state_NF[:, head]
             results.y[chunk.here, head] = _found(chunk, h, scores_QQ, v_QP, before_NP)
             state_NF[:, head] = after(chunk, h, v_QP, before_NP)
         return 0

@@ -39,6 +39,7 @@ def ssd(
     q_BTGN: jax.Array,
     first_BT: jax.Array,
     state_BHPN: jax.Array,
+    scale_BTH: jax.Array | None = None,
     *,
     sizes: Sizes = Sizes(),
     interpret: bool = False,
@@ -47,19 +48,22 @@ def ssd(
     B, T, H, P = v_BTHP.shape
     G, N = k_BTGN.shape[2:]
     N = up(N, LANES)
-    plan = make_plan(H, P, G, N, T, sizes, interpret)
+    plan = make_plan(H, P, G, N, T, scale_BTH is not None, sizes, interpret)
     dtype, length = narrowest(v_BTHP, k_BTGN, q_BTGN), up(T, plan.tokens)
 
     def wide(x_BTHC, width):
         """Heads side by side, each filled up with zeros to the width."""
         return padded(padded(x_BTHC.astype(dtype), 3, width).reshape(B, T, -1), 1, length)
 
-    totals_BHT = totals(padded(log_decay_BTH, 1, length)).reshape(B, -1, plan.heads, length)
+    blocks = lambda x_BHT: x_BHT.reshape(B, -1, plan.heads, length)
+    if scale_BTH is not None:
+        scale_BTH = padded(scale_BTH.astype(jnp.float32), 1, length)
     state_BHPN = padded(padded(state_BHPN.astype(jnp.float32), 2, plan.width), 3, N)
     state_BNF = state_BHPN.transpose(0, 3, 1, 2).reshape(B, N, -1)
     inputs = Inputs(
         v=wide(v_BTHP, plan.width),
-        totals=totals_BHT,
+        scale=None if scale_BTH is None else blocks(scale_BTH.swapaxes(1, 2)),
+        totals=blocks(totals(padded(log_decay_BTH, 1, length))),
         k=wide(k_BTGN, N),
         q=wide(q_BTGN, N),
         documents=documents(padded(first_BT, 1, length)),
@@ -70,7 +74,7 @@ def ssd(
     return y_BTHP, state_BHPN[:, :, :P, : k_BTGN.shape[3]]
 
 
-def make_plan(H: int, P: int, G: int, N: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
+def make_plan(H: int, P: int, G: int, N: int, T: int, scaled: bool, sizes: Sizes, interpret: bool) -> Plan:
     """Blocks of heads have whole vectors of channels: where the heads of a group do not, each is filled up.
 
     States are to fit, so where keys have more than 128 channels, blocks have fewer.
@@ -91,6 +95,7 @@ def make_plan(H: int, P: int, G: int, N: int, T: int, sizes: Sizes, interpret: b
         heads=heads,
         width=P,
         tokens=min(sizes.tokens, up(T, CHUNK)),
+        scaled=scaled,
         interpret=interpret,
     )
 

@@ -25,6 +25,15 @@ def ssd_draws(B, T, H, P, G, N, dtype=jnp.float32, seed=0):
     return normal(B, T, H, P), decays, normal(B, T, G, N), normal(B, T, G, N), first, state
 
 
+def scaled_draws(B, T, H, *sizes, dtype=jnp.float32):
+    scale = np.random.default_rng(2).uniform(0, 3, (B, T, H))
+    return jnp.asarray(scale, jnp.float32), *ssd_draws(B, T, H, *sizes, dtype=dtype)
+
+
+def of_scaled(function, scale, *inputs, **options):
+    return function(*inputs, scale_BTH=scale, **options)
+
+
 def delta_draws(B, T, H, K, V, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape)
@@ -40,8 +49,14 @@ def delta_kernel(q, k, v, log_decay, *rest, **options):
     return delta_tpu.delta_rule(q, k, v, log_decay[..., 0], *rest, **options)
 
 
+SSD = functools.partial(ssd_tpu.ssd, sizes=SMALL, interpret=True)
 KERNELS = {  # draws, kernel, plain form
-    "ssd": (ssd_draws, functools.partial(ssd_tpu.ssd, sizes=SMALL, interpret=True), ssd.in_chunks),
+    "ssd": (ssd_draws, SSD, ssd.in_chunks),
+    "ssd of scaled values": (
+        scaled_draws,
+        functools.partial(of_scaled, SSD),
+        functools.partial(of_scaled, ssd.in_chunks),
+    ),
     "delta rule": (
         delta_draws,
         functools.partial(delta_kernel, sizes=SMALL, interpret=True),
@@ -87,7 +102,11 @@ def assert_close(ours, wanted, atol):
         np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=atol * max(1, np.abs(want).max()))
 
 
-SHAPES = {"ssd": (2, 300, 4, 3, 2, 5), "delta rule": (2, 300, 2, 7, 5)}
+SHAPES = {
+    "ssd": (2, 300, 4, 3, 2, 5),
+    "ssd of scaled values": (2, 300, 4, 3, 2, 5),
+    "delta rule": (2, 300, 2, 7, 5),
+}
 FIRSTS = {
     "some": lambda first: first,
     "none": jnp.zeros_like,
@@ -103,7 +122,11 @@ def test_values_and_gradients_are_those_of_the_plain_form(name, which):
     check(name, (*before, FIRSTS[which](first), state), 2e-5)
 
 
-ROUNDED = {"ssd": (1, 300, 4, 64, 1, 16), "delta rule": (1, 300, 2, 16, 8)}
+ROUNDED = {
+    "ssd": (1, 300, 4, 64, 1, 16),
+    "ssd of scaled values": (1, 300, 4, 64, 1, 16),
+    "delta rule": (1, 300, 2, 16, 8),
+}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -117,10 +140,16 @@ def test_one_token_meets_the_state(name):
     check(name, KERNELS[name][0](B, 1, *rest), 1e-6)
 
 
+PICKS = {
+    "ssd": ssd.ssd,
+    "ssd of scaled values": functools.partial(of_scaled, ssd.ssd),
+    "delta rule": delta_rule.delta_rule,
+}
+
+
 def public(name, inputs, rules=None):
     """The function that picks, of float inputs and `first`."""
-    pick = {"ssd": ssd.ssd, "delta rule": delta_rule.delta_rule}[name]
-    return functools.partial(pick, rules=rules), inputs
+    return functools.partial(PICKS[name], rules=rules), inputs
 
 
 def traced(function, inputs):
@@ -152,7 +181,7 @@ def mesh_of(devices, **sizes):
 
 MESHES = {  # shape of the inputs, sizes of the mesh
     "ssd, each device one group": ("ssd", (2, 20, 2, 3, 2, 5), {"data": 2, "tensor": 2}),
-    "ssd, groups on several devices": ("ssd", (1, 20, 4, 3, 2, 5), {"data": 2, "tensor": 4}),
+    "ssd, groups on several devices": ("ssd of scaled values", (1, 20, 4, 3, 2, 5), {"data": 2, "tensor": 4}),
     "delta rule": ("delta rule", (2, 20, 2, 7, 5), {"fsdp": 2, "context": 2, "tensor": 2}),
 }
 QUICK = "ssd, groups on several devices"
@@ -186,10 +215,10 @@ def test_heads_that_a_mesh_does_not_divide_are_named(heads, groups, message):
 
 
 MODELS = {  # heads, value width, groups, state width; heads, key width, value width
-    "Mamba-2 1.3B": ("ssd", (64, 64, 1, 128)),
-    "Falcon-H1 7B": ("ssd", (24, 128, 1, 256)),
-    "Nemotron-H 47B": ("ssd", (256, 64, 8, 256)),
-    "Nemotron Nano 9B": ("ssd", (128, 80, 8, 128)),
+    "Mamba-2 1.3B": ("ssd of scaled values", (64, 64, 1, 128)),
+    "Falcon-H1 7B": ("ssd of scaled values", (24, 128, 1, 256)),
+    "Nemotron-H 47B": ("ssd of scaled values", (256, 64, 8, 256)),
+    "Nemotron Nano 9B": ("ssd of scaled values", (128, 80, 8, 128)),
     "RetNet 1.3B": ("ssd", (8, 512, 8, 256)),
     "Qwen3-Next 80B": ("delta rule", (32, 128, 128)),
     "Gated DeltaNet 1.3B": ("delta rule", (6, 256, 512)),
@@ -199,10 +228,11 @@ MODELS = {  # heads, value width, groups, state width; heads, key width, value w
 def arguments(kind, B, T, sizes, dtype):
     """As the mixers give them."""
     of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((B, *shape), dtype)
-    if kind == "ssd":
+    if kind.startswith("ssd"):
         H, P, G, N = sizes
-        keys = of(T, G, N, dtype=dtype)
-        return of(T, H, P), of(T, H), keys, keys, of(T, dtype=bool), of(H, P, N)
+        keys, values = of(T, G, N, dtype=dtype), of(T, H, P, dtype=dtype)
+        scale = () if kind == "ssd" else (of(T, H),)
+        return *scale, values, of(T, H), keys, keys, of(T, dtype=bool), of(H, P, N)
     H, K, V = sizes
     values = of(T, H, V, dtype=dtype)
     return of(T, H, K), of(T, H, K), values, of(T, H, 1), of(T, H), of(T, dtype=bool), of(H, K, V)
@@ -256,8 +286,10 @@ def test_every_chip_has_a_program_for_float32(model):
 @pytest.mark.parametrize("name", KERNELS)
 def test_long_rows_equal_the_plain_form(name):
     """8192 tokens with the blocks of the chips; a kernel can be right at small sizes and wrong at large ones."""
-    shape = {"ssd": (1, 8192, 4, 64, 1, 128), "delta rule": (1, 8192, 2, 128, 128)}[name]
-    *before, first, state = KERNELS[name][0](*shape)
+    shape = {"ssd": (4, 64, 1, 128), "ssd of scaled values": (4, 64, 1, 128), "delta rule": (2, 128, 128)}[
+        name
+    ]
+    *before, first, state = KERNELS[name][0](1, 8192, *shape)
     first = jnp.zeros_like(first).at[:, jnp.array([1, 2, 3000, 3001, 8191])].set(True)
     inputs = (*before, first, state)
     wanted, (function, _) = jit(KERNELS[name][2])(*inputs), public(name, inputs)
