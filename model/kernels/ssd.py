@@ -44,12 +44,12 @@ def ssd(
     Returns:
       y [B, T, H, P] and the last state [B, H, P, N], float32.
     """
-    inputs = v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, scale_BTH
+    inputs = v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN
     if backend.current().name == "tpu" and v_BTHP.shape[1] > FEW:
         from model.kernels.recurrence_sharded import ssd_on_mesh  # brings Pallas along
 
-        return ssd_on_mesh(*inputs, rules)
-    return in_chunks(*inputs, chunk=chunk)
+        return ssd_on_mesh(*inputs, scale_BTH, rules)
+    return in_chunks(*inputs, chunk, scale_BTH)
 
 
 def in_chunks(
@@ -59,8 +59,8 @@ def in_chunks(
     q_BTGN: jax.Array,
     first_BT: jax.Array,
     state_BHPN: jax.Array,
-    scale_BTH: jax.Array | None = None,
     chunk: int = CHUNK,
+    scale_BTH: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`ssd` in plain jnp."""
     if scale_BTH is not None:

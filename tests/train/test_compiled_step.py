@@ -51,3 +51,13 @@ def test_no_weight_of_stacked_layers_is_copied_after_it_was_gathered():
         if m[1].endswith(weights)
     ]
     assert "bf16[16,128,896]" in program and not copied
+
+
+@needs_libtpu
+def test_values_of_narrow_heads_are_not_copied_around_the_kernels_of_state_spaces():
+    """Heads of 64 channels fill no vector, which had XLA put tokens last in all of a mixer's arrays but the kernels'."""
+    cfg = HYBRID.replace(blocks=(Block(Mamba2(16, 64, 128), None),) * 3)
+    case = Case({}, "v5p:2x2x2", MeshSpec(data=1, fsdp=8), rows=8, length=512)
+    program = compile_step(cfg, case).as_text()
+    copies = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", program)
+    assert "f32[1,512,1024]" in program and [shape for shape in copies if shape.endswith("512,1024")] == []
