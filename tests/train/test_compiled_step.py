@@ -55,7 +55,7 @@ def test_no_weight_of_stacked_layers_is_copied_after_it_was_gathered():
 
 @needs_libtpu
 def test_values_of_narrow_heads_are_not_copied_around_the_kernels_of_state_spaces():
-    """Heads of 64 channels fill no vector, which had XLA put tokens last in all of a mixer's arrays but the kernels'."""
+    """Heads of 64 channels fill no vector, so XLA put tokens last in all of a mixer's arrays but the kernels'."""
     cfg = HYBRID.replace(blocks=(Block(Mamba2(16, 64, 128), None),) * 3)
     case = Case({}, "v5p:2x2x2", MeshSpec(data=1, fsdp=8), rows=8, length=512)
     program = compile_step(cfg, case).as_text()
