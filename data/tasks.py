@@ -6,6 +6,7 @@ so train, validation and test share no question, whatever the seeds and sizes.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import hashlib
@@ -13,7 +14,10 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from data.verifiers import Verifiers
 
 Split = Literal["train", "validation", "test"]
 Messages = list[dict[str, str]]
@@ -72,10 +76,15 @@ def split_of(question: str) -> Split:
 def score(problem: Problem, answer: str | None) -> float:
     """What the task's own verifier gives an answer, 0 to 1; 1 is right.
 
-    None (no answer in the asked format) scores 0, and so does text on which the verifier fails.
+    None (no answer in the asked format) scores 0, and so does text on which the verifier fails. The answer may be a
+    model's: it is scored in a confined process, one that is kept for the next call. For many at once
+    `data.verifiers.Verifiers` has several.
     """
-    if answer is None:
-        return 0.0
+    return _shared_verifiers().score([problem], [answer])[0].value
+
+
+def score_trusted(problem: Problem, answer: str) -> float:
+    """`score` in this process, for answers that no model wrote: scorers evaluate what they are given."""
     entry = {"question": problem.question, "answer": problem.answer, "metadata": dict(problem.metadata)}
     dataset = _dataset(problem.task, json.dumps(problem.config, sort_keys=True), 1, 0)
     try:
@@ -118,10 +127,19 @@ def preference_pairs(
         wrong = None
         if i % 2:
             others = (p for p in [*problems[i + 1 :], *problems[:i]] if p.task == problem.task)
-            wrong = next((p.answer for p in others if score(problem, p.answer) < 1), None)
+            wrong = next((p.answer for p in others if score_trusted(problem, p.answer) < 1), None)
         rejected = problem.answer if wrong is None else f"<answer>{wrong}</answer>"
         pairs.append((prompt(problem, instruction), f"<answer>{problem.answer}</answer>", rejected))
     return pairs
+
+
+@functools.cache
+def _shared_verifiers() -> Verifiers:
+    from data.verifiers import Verifiers
+
+    verifiers = Verifiers()
+    atexit.register(verifiers.close)
+    return verifiers
 
 
 def _generate_one(

@@ -77,7 +77,10 @@ class LMEval:
     seed: int = 0  # of the choice of few-shot examples
     bootstrap: int = 1000  # resamples for the standard error of metrics that have no formula
     add_bos: bool = True  # begin text with the tokenizer's bos, as pretraining documents do
-    allow_code: bool = False  # run tasks that execute the code that the model wrote
+    allow_code: bool = (
+        False  # run tasks that execute the code that the model wrote; its process may then fork
+    )
+    scoring_seconds: float = 900.0  # that the harness may take to score what the model answered
 
     def __post_init__(self):
         _check_positive(limit=self.limit, max_new_tokens=self.max_new_tokens, batch_tokens=self.batch_tokens)

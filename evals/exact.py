@@ -9,7 +9,8 @@ import numpy as np
 
 from configs import ConfigError
 from data import ChatTemplateError, Tokenizer
-from data.tasks import Problem, TaskSpec, extract_answer, generate, prompt, score
+from data.tasks import Problem, TaskSpec, extract_answer, generate, prompt
+from data.verifiers import Verdict, Verifiers
 from evals.config import TaskEval
 from evals.results import PartResult, proportion_row
 from evals.scoring import Progress
@@ -51,7 +52,11 @@ def exact_match(
         outputs = engine_for(max(map(len, prompts)) + task.max_new_tokens).generate(requests, progress)
     except RequestError as error:
         raise ConfigError(f"config.tasks: {task.title}: {error}") from error
-    items = [_item(problem, output) for problem, output in zip(problems, outputs, strict=True)]
+    answers = [extract_answer(output.text) for output in outputs]
+    with Verifiers() as verifiers:  # never here: scorers evaluate what they are given
+        verdicts = verifiers.score(problems, answers)
+    parts = zip(problems, outputs, answers, verdicts, strict=True)
+    items = [_item(problem, output, answer, verdict) for problem, output, answer, verdict in parts]
     rows = [
         proportion_row(task.title, "accuracy", [item["correct"] for item in items]),
         proportion_row(task.title, "format", [item["formatted"] for item in items]),
@@ -74,18 +79,17 @@ def prompt_ids(task: TaskEval, problem: Problem, tokenizer: Tokenizer) -> list[i
         ) from error
 
 
-def _item(problem: Problem, output: Output) -> dict[str, Any]:
+def _item(problem: Problem, output: Output, answer: str | None, verdict: Verdict) -> dict[str, Any]:
     if output.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"the engine ended {problem.id} with {output.finish_reason}: {output.error}")
-    answer = extract_answer(output.text)
     return {
         "id": problem.id,
         "question": problem.question,
         "expected": problem.answer,
         "completion": output.text,
         "answer": answer,
-        "correct": score(problem, answer) >= 1.0,
+        "correct": verdict.value >= 1.0,
         "formatted": answer is not None,
         "tokens": len(output.tokens),
         "finish_reason": output.finish_reason,
-    }
+    } | ({"verifier": verdict.error} if verdict.error else {})

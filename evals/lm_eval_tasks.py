@@ -1,56 +1,75 @@
-"""Runs lm-eval's tasks on a model, from the harness' own files or from a local folder, and gives rows
-back.
+"""Runs lm-eval's tasks on a model, from the harness' own files or from a local folder, and gives rows back.
+
+The harness runs in a process of its own (`evals.lm_eval_process`), which is confined before it sees anything that the
+model wrote: its metrics and filters parse that text, and some evaluate it. It asks for log-likelihoods and answers in
+JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs import ConfigError
-from configs.typed import did_you_mean
+from data.confined.limits import warn_if_open
+from data.confined.pool import environment
+from data.confined.worker import read_message, write_message
 from evals.config import LMEval
 from evals.results import PartResult, Row
 
 if TYPE_CHECKING:
     from evals.lm_eval_model import CrucibleLM
 
+_LONGEST_MESSAGE = (1 << 32) - 1
+_METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+# What downloading a task's dataset needs of the environment, until the model is first asked.
+_PASSED_ON = (
+    "HF_",
+    "HUGGINGFACE_",
+    "XDG_CACHE_HOME",
+    "TMPDIR",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_",
+)
+
+_BOOT = """
+import json, sys
+path, spec, folder = json.loads(sys.argv[1])
+sys.path[:] = path
+from evals.lm_eval_process import main
+main(spec, folder)
+"""
+
 
 def run_lm_eval(spec: LMEval, lm: CrucibleLM) -> PartResult:
     """A row for each metric of each task and group, an item for each document.
 
-    Raises ConfigError for a task that is not there, or one that runs code when `spec.allow_code` is off.
+    Raises:
+      ConfigError: a task that is not there, or one that runs code when `spec.allow_code` is off.
+      RuntimeError: the harness failed, or took longer than `spec.scoring_seconds` over the model's answers.
     """
-    import lm_eval
-
-    try:
-        found = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=list(spec.tasks),
-            task_manager=_task_manager(spec),
-            limit=spec.limit,
-            num_fewshot=spec.num_fewshot,
-            apply_chat_template=spec.apply_chat_template,
-            bootstrap_iters=spec.bootstrap,
-            random_seed=spec.seed,
-            numpy_random_seed=spec.seed,
-            torch_random_seed=None,
-            fewshot_random_seed=spec.seed,
-            confirm_run_unsafe_code=spec.allow_code,
-        )
-    except ValueError as error:
-        if "UNSAFE_CODE" in str(error) or "unsafe" in str(error):
-            raise ConfigError(
-                f"config.lm_eval.tasks: {error} Here that is config.lm_eval.allow_code=True; do it in a sandbox."
-            ) from error
-        raise
-    rows = _rows(found["results"] | found.get("groups", {}))
-    items = [
-        {"task": task, **_plain(sample)} for task, samples in found["samples"].items() for sample in samples
-    ]
-    return PartResult(rows, items)
+    warn_if_open()
+    with tempfile.TemporaryDirectory(prefix="crucible-lm-eval-") as folder:
+        process = _start(spec, folder)
+        try:
+            found = _serve(process, spec, lm)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+    items = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
+    return PartResult(_rows(found["results"]), items)
 
 
 def include_state(folder: str | None) -> list[Any]:
@@ -63,31 +82,60 @@ def include_state(folder: str | None) -> list[Any]:
     return [(str(p), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()]]
 
 
-def _task_manager(spec: LMEval) -> Any:
-    from lm_eval.tasks import TaskManager
+def _start(spec: LMEval, folder: str) -> subprocess.Popen:
+    passed = {k: v for k, v in os.environ.items() if k.upper().startswith(_PASSED_ON)}
+    home = os.path.expanduser("~")  # where datasets are kept
+    path = [os.path.abspath(entry) for entry in sys.path]
+    include = None if spec.include is None else os.path.abspath(spec.include)
+    setting = json.dumps([path, dataclasses.asdict(dataclasses.replace(spec, include=include)), folder])
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", _BOOT, setting],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(home) | passed | {"DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"},
+        start_new_session=True,
+        bufsize=0,
+    )
 
-    class LocalTasks(TaskManager):
-        """Loads tasks with their folder as the current one: relative `data_files` lie beside the task
-        file.
-        """
 
-        def load(self, task_list: Any) -> Any:
-            with contextlib.chdir(spec.include) if spec.include else contextlib.nullcontext():
-                return super().load(task_list)
-
-    if spec.include is not None:
-        manager = LocalTasks(include_path=Path(spec.include).resolve(), include_defaults=False)
-        if set(spec.tasks) <= set(manager.all_tasks):
-            return manager  # without reading the harness' own thousands of files
-        manager = LocalTasks(include_path=Path(spec.include).resolve())
-    else:
-        manager = LocalTasks()
-    for name in spec.tasks:
-        if name not in manager.all_tasks and not Path(name).is_file():
-            raise ConfigError(
-                f"config.lm_eval.tasks: {name!r} is no task. {did_you_mean(name, manager.all_tasks)}"
+def _serve(process: subprocess.Popen, spec: LMEval, lm: CrucibleLM) -> dict[str, Any]:
+    """Answer the harness until it has its results."""
+    replies, seconds = process.stdout.fileno(), None  # loading datasets takes what it takes
+    poll = select.poll()
+    poll.register(replies, select.POLLIN | select.POLLHUP)
+    while True:
+        if not poll.poll(seconds and seconds * 1000):
+            raise RuntimeError(
+                f"lm-eval took more than {seconds:.0f} s to score what the model answered: one of its metrics hangs on "
+                "an answer. Raise config.lm_eval.scoring_seconds, or leave the task out."
             )
-    return manager
+        message = read_message(replies, _LONGEST_MESSAGE)
+        if message is None:
+            raise RuntimeError(
+                "the process that runs lm-eval died, of memory or of what the model answered; see what it said above."
+            )
+        said = json.loads(message)
+        if "results" in said:
+            return said
+        if "error" in said:
+            raise (ConfigError if said["kind"] == "config" else RuntimeError)(
+                f"config.lm_eval: {said['error']}"
+            )
+        answer = _answer(said, lm)
+        if said["method"] in _METHODS:
+            seconds = spec.scoring_seconds
+        write_message(process.stdin.fileno(), json.dumps(answer).encode())
+
+
+def _answer(said: dict[str, Any], lm: CrucibleLM) -> Any:
+    method, arguments = said["method"], said["arguments"]
+    if method in _METHODS:
+        return getattr(lm, method)([types.SimpleNamespace(args=tuple(each)) for each in arguments])
+    if method not in ("chat_template", "apply_chat_template", "tokenizer_name"):
+        raise RuntimeError(
+            f"the process that runs lm-eval asked for {method!r:.80}, which it never does by itself."
+        )
+    return lm.tokenizer_name if method == "tokenizer_name" else getattr(lm, method)(*arguments)
 
 
 def _rows(results: dict[str, dict[str, Any]]) -> list[Row]:
@@ -103,8 +151,3 @@ def _rows(results: dict[str, dict[str, Any]]) -> list[Row]:
             stderr = float(stderr) if isinstance(stderr, int | float) else None
             rows.append(Row(task, name, float(value), stderr, int(metrics["sample_len"])))
     return rows
-
-
-def _plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """JSON-able, without the mark that keeps special tokens apart."""
-    return json.loads(json.dumps(sample, default=str, ensure_ascii=False).replace("\ue000", ""))

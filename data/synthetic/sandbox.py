@@ -1,24 +1,36 @@
-"""Runs code that a model wrote in a process of its own, with limits: time, memory, size of files, an empty folder and
-environment, and no network where the kernel lets a user have a namespace. It is a fence and no prison: for code
-from a model that may mean harm, run the whole stage in a container.
-"""
+"""Runs a program that a model wrote in a confined process: see `data.confined` for what holds it."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 
+from data.confined import Limits
+from data.confined.limits import warn_if_open
+from data.confined.pool import environment
+
+_BOOT = """
+import json, sys
+path, limits, folder = json.loads(sys.argv[1])
+libraries, sys.path[:] = list(sys.path), path
+from data.confined.limits import Limits, confine
+with open("program.py", encoding="utf-8") as file:
+    source = file.read()
+sys.path[:] = libraries
+sys.argv[:] = ["program.py"]
+confine(Limits(**limits), folder)
+exec(compile(source, "program.py", "exec"), {"__name__": "__main__", "__file__": "program.py"})
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Sandbox:
-    """What a program may use."""
+    """What a program may use: no network, no other program, and no file outside an empty folder that is its own."""
 
     seconds: float = 10.0
     memory_megabytes: int = 512
@@ -27,21 +39,23 @@ class Sandbox:
 
 def run_python(program: str, sandbox: Sandbox) -> str:
     """ "" where the program ends well, else why not: "timeout", or the name of what it raised."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "program.py")
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
+    warn_if_open()
+    limits = Limits(sandbox.seconds, sandbox.memory_megabytes, sandbox.file_megabytes)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as outer:
+        folder, errors = os.path.join(outer, "folder"), os.path.join(outer, "errors")
+        os.mkdir(folder)
+        with open(os.path.join(folder, "program.py"), "w", encoding="utf-8", errors="replace") as file:
             file.write(program)
-        errors = os.path.join(folder, "errors")  # a file, whose size is limited, and no pipe, whose is not
-        command = [*_without_network(), sys.executable, "-I", path]
-        with open(errors, "wb") as said:
+        path = [os.path.abspath(entry) for entry in sys.path]
+        setting = json.dumps([path, dataclasses.asdict(limits), folder])
+        with open(errors, "wb") as said:  # a file, whose size is limited, and no pipe, whose is not
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-c", _BOOT, setting],
                 cwd=folder,
-                env={"PATH": "/usr/bin:/bin", "HOME": folder},
+                env=environment(folder),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
-                preexec_fn=functools.partial(_limit, sandbox),
                 start_new_session=True,
             )
         try:
@@ -60,23 +74,3 @@ def run_python(program: str, sandbox: Sandbox) -> str:
             said.seek(max(os.path.getsize(errors) - 4096, 0))
             lines = said.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1].split(":")[0][:80] if lines else f"exit code {process.returncode}"
-
-
-def _limit(sandbox: Sandbox) -> None:
-    limits = {
-        resource.RLIMIT_AS: sandbox.memory_megabytes << 20,
-        resource.RLIMIT_CPU: int(sandbox.seconds) + 1,
-        resource.RLIMIT_FSIZE: sandbox.file_megabytes << 20,
-        resource.RLIMIT_CORE: 0,
-    }
-    for which, value in limits.items():
-        resource.setrlimit(which, (value, value))
-
-
-@functools.cache
-def _without_network() -> tuple[str, ...]:
-    """What a command begins with so that it sees no network; nothing where that is not to be had."""
-    found = shutil.which("unshare")
-    if found and subprocess.run([found, "-rn", "true"], capture_output=True).returncode == 0:
-        return (found, "-rn")
-    return ()

@@ -27,10 +27,8 @@ def offline(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("HF_DATASETS_OFFLINE", "1")
-    import datasets
-
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    datasets.disable_progress_bars()
+    patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    patch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     yield
     patch.undo()
 
@@ -184,6 +182,42 @@ def test_chat_and_few_shot_reach_the_model(lm, tokenizer):
     few = dataclasses.replace(SPEC, tasks=("crucible_capitals",), num_fewshot=1, limit=2)
     items = run_lm_eval(few, lm).items
     assert len(items) == 2 and items[0]["arguments"][0][0].count("What is the capital") == 2
+
+
+class Hostile:
+    """Answers with programs."""
+
+    tokenizer_name = "hostile"
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def chat_template(self, chat_template=False):
+        return None
+
+    def generate_until(self, requests):
+        return [self.answers[i % len(self.answers)] for i in range(len(requests))]
+
+
+def test_metrics_that_evaluate_an_answer_do_so_without_network_environment_or_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    mark = tmp_path / "mark"
+    answers = [
+        f"__import__('os').system('touch {mark}')",
+        f"open({str(mark)!r}, 'w')",
+        "__import__('socket').socket()",
+    ]
+    spec = dataclasses.replace(SPEC, tasks=("crucible_hostile",))
+    result = run_lm_eval(spec, Hostile(answers))
+    rows = {metric: row.value for (_, metric), row in rows_of(result).items()}
+    assert rows == {"right": 0, "secret": 0, "refused": pytest.approx(2 / 3)}  # os.system only fails
+    assert not mark.exists()
+
+
+def test_an_answer_that_hangs_the_harness_ends_in_an_error_that_says_so():
+    spec = dataclasses.replace(SPEC, tasks=("crucible_hostile",), scoring_seconds=3.0)
+    with pytest.raises(RuntimeError, match="scoring_seconds"):
+        run_lm_eval(spec, Hostile(["9**9**9**9"]))
 
 
 @pytest.mark.slow  # reads the thousands of task files of the harness
