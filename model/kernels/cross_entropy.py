@@ -85,7 +85,7 @@ def make_plan(
 ) -> Plan:
     """For the current back end. The temperature, which divides capped logits, goes into the scale and the cap."""
     current = backend.current()
-    if current.name == "plain":
+    if current.name != "tpu":
         tiles = None
     elif tiles is None:
         tiles = TILES.get(current.chip or "", Tiles())

@@ -121,7 +121,7 @@ def form_for(q_THC: jax.Array, cache: dict[str, jax.Array], kept: Kept, sight: S
     """The form of `FORMS` that the config or the platform chooses; ValueError where it can't serve this."""
     named, chosen = backend.kernels().paged, backend.current()
     if named == "auto":
-        return "plain" if chosen.name == "plain" else "kernel"
+        return "kernel" if chosen.name == "tpu" else "plain"
     reasons = {form: f"kernels here are for {chosen.name}" for form in FORMS if form != "plain"}
     if chosen.name == "tpu":
         refusal = "JAX can't interpret it" if chosen.interpret else None

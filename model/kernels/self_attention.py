@@ -37,6 +37,7 @@ class Request:
     key_width: int
     value_width: int
     dtype: jnp.dtype
+    length: int  # tokens of a row
     split_length: bool  # whether a mesh splits the tokens of a row
 
 
@@ -79,6 +80,7 @@ def self_attention(
         k_BTKC.shape[-1],
         v_BTKE.shape[-1],
         jnp.dtype(q_BTHC.dtype),
+        q_BTHC.shape[1],
         rules is not None and attention_peers.splits_length(rules),
     )
     form = FORMS[form_for(request, backend.kernels().attention)]
@@ -117,7 +119,8 @@ def _of_platform(request: Request) -> str:
 
 @functools.cache
 def _say(first: str, second: str, reason: str) -> None:
-    _log.info("Attention runs in the form %r: %r can't serve it, %s.", second, first, reason)
+    costs = " It holds a mask of [rows, 1, tokens, tokens]." if second == "plain" else ""
+    _log.warning("Attention runs in the form %r: %r can't serve it, %s.%s", second, first, reason, costs)
 
 
 def _plain(*arguments: Any) -> jax.Array:
@@ -170,6 +173,10 @@ def _cudnn_refusal(request: Request) -> str | None:
     if request.key_width != request.value_width or request.key_width % 8 or request.key_width > 128:
         widths = f"{request.key_width} and {request.value_width}"
         return f"keys and values have widths {widths}, and it takes one multiple of 8 up to 128"
+    if request.sight.window is not None and not request.sight.causal:
+        return "its windows look back alone, and this one to both sides"
+    if request.length % 2:
+        return f"its gradient takes rows of an even length, and these have {request.length} tokens"
     return _tokamax_refusal(request)
 
 

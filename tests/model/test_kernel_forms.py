@@ -29,7 +29,7 @@ KINDS = {
     "soft-cap": (None, Sight(), {"softcap": 5.0, "scale": 0.3}),
     "sinks": (SEGMENTS, Sight(), {"sinks_H": jnp.array([0.5, -1.0, 2.0, 0.0])}),
 }
-CAN_NOT = {("cudnn", "soft-cap"), ("cudnn", "sinks"), ("tokamax", "sinks")}
+CAN_NOT = {("cudnn", "both sides"), ("cudnn", "soft-cap"), ("cudnn", "sinks"), ("tokamax", "sinks")}
 
 
 def arrays(C=64):
