@@ -78,12 +78,14 @@ def apply(
     encoder_segment_ids: jax.Array | None = None,
     adapter: jax.Array | None = None,
     rules: ShardingRules | None = None,
+    train: bool = False,
 ) -> Output:
     """Run the model.
 
     Args:
       tokens: [B, T] int32.
-      positions: [B, T] int32; default: 0, 1, ... or, with a cache, counted on from `cache.length`.
+      positions: [B, T] int32; default: 0, 1, ... in each segment or, with a cache, of the real tokens, counted on
+        from `cache.length`.
       segment_ids: [B, T] int32; tokens see their own segment only, 0 is padding. With a cache, 0 keeps a token
         out of the cache and any other number means a real token.
       cache: keys and values of what came before; the one in the output holds these tokens too.
@@ -98,6 +100,8 @@ def apply(
       encoder_segment_ids: [B, S] int32; a token sees those of its own segment (with a cache: of any), none of 0.
       adapter: [B] int32, which of `cfg.adapters` each row has, -1 for none; default: all rows the first.
       rules: sharding of activations, for use under `jax.set_mesh`.
+      train: routers with a capacity (mixture of depths or recursions, experts with slots) keep to it, which lets a
+        token depend on others of its row. Without, each token decides by itself, as it does with a cache.
     """
     if encoder_tokens is not None and cfg.encoder is None:
         raise ValueError("encoder_tokens were given to a model without an encoder.")
@@ -111,7 +115,7 @@ def apply(
             "Give targets of all tokens, or a config with future=None."
         )
     source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
-    module = Transformer(cfg, rules)
+    module = Transformer(cfg, rules, train)
     arguments = tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter, targets, ask
     with backend.prefer(cfg.kernels):
         return cast(Output, module.apply({"params": params}, *arguments))
@@ -149,6 +153,7 @@ def _init_boxed(cfg: ModelConfig, key: jax.Array):
 class Transformer(nn.Module):
     cfg: ModelConfig
     rules: ShardingRules | None = None
+    train: bool = False
 
     @nn.compact
     def __call__(
@@ -216,7 +221,8 @@ class Transformer(nn.Module):
     def _context(self, num_blocks: int) -> Context:
         cfg = self.cfg
         dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-        return Context(cfg.token_width, num_blocks, *dtypes, self.rules, cfg.scan, cfg.remat, cfg.adapters)
+        modes = self.rules, cfg.scan, cfg.remat, self.train
+        return Context(cfg.token_width, num_blocks, *dtypes, *modes, cfg.adapters)
 
     def _encode(self, embedding_VD: jax.Array, source: Source, adapter) -> tuple[jax.Array, dict]:
         encoder = cast(Encoder, self.cfg.encoder)
@@ -293,8 +299,7 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
     B, T = tokens.shape
     cached = None if cache is None or positions is not None or cfg.byte_latent is not None else cache.length
     if positions is None:
-        start = jnp.zeros((B,), jnp.int32) if cache is None else cache.length
-        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+        positions = jnp.broadcast_to(_places(segment_ids, T, cache), (B, T))
     if cache is None:
         return TokenInfo(positions, segment_ids, adapter=adapter)
     rows = jnp.arange(B, dtype=jnp.int32) if cache.rows is None else cache.rows
@@ -306,6 +311,20 @@ def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache |
     return TokenInfo(
         positions, segment_ids, cache.page_table, page, slot, rows=rows, adapter=adapter, cached=cached
     )
+
+
+def _places(segment_ids: jax.Array | None, T: int, cache: Cache | None) -> jax.Array:
+    """[B or 1, T] int32: of each token in its document. Padding, on whichever side, counts for nothing."""
+    at_T = jnp.arange(T, dtype=jnp.int32)
+    if cache is None:
+        if segment_ids is None:
+            return at_T[None]
+        first_BT = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        return at_T - jax.lax.cummax(jnp.where(first_BT, at_T, 0), axis=1)
+    if segment_ids is None:
+        return cache.length[:, None] + at_T
+    before_BT = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32) - 1
+    return cache.length[:, None] + jnp.maximum(before_BT, 0)
 
 
 def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:

@@ -33,7 +33,7 @@ def scored(
 ) -> Output:
     """The output of a packed batch with the scores of its targets, and no logits."""
     arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
-    return apply(cfg, params, *arrays, targets=batch["targets"], ask=ask, rules=rules)
+    return apply(cfg, params, *arrays, targets=batch["targets"], ask=ask, rules=rules, train=True)
 
 
 def with_aux(

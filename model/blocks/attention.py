@@ -199,7 +199,7 @@ class AttentionModule(nn.Module):
         if not spec.clip_first:
             x_BTHC = self._clip(x_BTHC)
         if spec.rope is not None:
-            x_BTHC = spec.rope(x_BTHC, info.positions)
+            x_BTHC = spec.rope(x_BTHC, info.positions, info.segment_ids)
         return x_BTHC if spec.qk_norm_first else self._qk_norm(name, x_BTHC, axis)
 
     def _clip(self, x: jax.Array) -> jax.Array:
@@ -317,12 +317,13 @@ def attend_pages(
     if backend.current().name == "tpu":
         if scores.bias is None and info.cached is not None and info.page_table is not None:
             T = q_BTHC.shape[1]
-            count_B = jnp.full_like(info.cached, T)
+            first_B, count_B = None, jnp.full_like(info.cached, T)
             if info.segment_ids is not None:
-                count_B = jnp.sum(info.segment_ids != 0, axis=1, dtype=jnp.int32)
-            return attend_on_mesh(
-                q_BTHC, new, cache, info.page_table, info.cached, count_B, kept, sight, scores, rules
-            )
+                real_BT = info.segment_ids != 0
+                first_B = jnp.argmax(real_BT, axis=1).astype(jnp.int32) if T > 1 else None
+                count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+            rows = info.page_table, info.cached, count_B
+            return attend_on_mesh(q_BTHC, new, cache, *rows, kept, sight, scores, rules, first_B)
         _say_that_rows_are_gathered()
     if new is not None:
         cache = write_pages(cache, new, info)

@@ -9,6 +9,7 @@ blocks made of them is added where they came from.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -69,11 +70,31 @@ def choose_positive(scores_BT: jax.Array, real_BT: jax.Array) -> Chosen:
     return Chosen(index_BT, jnp.take_along_axis(wanted_BT, index_BT, axis=1))
 
 
-def choose_best(scores_BT: jax.Array, real_BT: jax.Array, count: int) -> Chosen:
-    """The `count` real tokens of a row with the highest scores."""
-    _, index_BM = jax.lax.top_k(jnp.where(real_BT, scores_BT, -jnp.inf), count)
-    index_BM = jnp.sort(index_BM, axis=1)
-    return Chosen(index_BM, jnp.take_along_axis(real_BT, index_BM, axis=1))
+def choose_best(
+    scores_BT: jax.Array,
+    left_BT: jax.Array,
+    real_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    share: float,
+) -> Chosen:
+    """Of each document the tokens in `left_BT` with the highest scores, this share of its real tokens, rounded down,
+    whatever else is in the row."""
+    B, T = scores_BT.shape
+    segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
+    first_BT = jnp.pad(segment_BT[:, 1:] != segment_BT[:, :-1], ((0, 0), (1, 0)))
+    number_BT = jnp.cumsum(first_BT, axis=1)
+    document_BT = jnp.where(left_BT, number_BT, T)
+    by_score_BT = jnp.lexsort((-scores_BT, document_BT), axis=1)  # the best of a document first
+    sorted_BT = jnp.take_along_axis(document_BT, by_score_BT, axis=1)
+    count = jax.vmap(lambda ids: jnp.bincount(ids, length=T + 1))
+    left_BN, real_BN = count(document_BT), count(jnp.where(real_BT, number_BT, T))
+    begins_BT = jnp.take_along_axis(jnp.cumsum(left_BN, axis=1) - left_BN, sorted_BT, axis=1)
+    most_BT = jnp.floor(share * jnp.take_along_axis(real_BN, sorted_BT, axis=1) + 1e-4)
+    best_BT = (jnp.arange(T) - begins_BT < most_BT) & (sorted_BT < T)
+    wanted_BT = jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], by_score_BT].set(best_BT)
+    most = max(1, math.floor(share * T + 1e-4))  # of all documents of a row together
+    index_BM = jnp.argsort(~wanted_BT, axis=1, stable=True)[:, :most]
+    return Chosen(index_BM, jnp.take_along_axis(wanted_BT, index_BM, axis=1))
 
 
 def membership(chosen: Chosen, length: int) -> jax.Array:

@@ -68,6 +68,7 @@ class Context:
     rules: ShardingRules | None = None
     scan: bool = False  # equal neighbours among blocks in one scan
     remat: str = "none"
+    train: bool = False  # routers with a capacity keep to it, by what comes later in a document; see `apply`
     adapters: LoRA | None = None  # beside the linear maps of blocks
     adapter: jax.Array | None = (
         None  # [B] int32: the one that each row has, -1 for none; None: all have the first
@@ -115,8 +116,8 @@ class TokenInfo:
     adapter: jax.Array | None = None  # [B] int32, see `Context`
     # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
     slots_filled: jax.Array | None = None
-    # [B] int32, tokens of the row in the cache before these, which go on from there one by one, before any padding;
-    # None: they may stand anywhere
+    # [B] int32, tokens of the row in the cache before these, which go on from there one by one, with padding before and
+    # after them alone; None: they may stand anywhere
     cached: jax.Array | None = None
 
 

@@ -96,7 +96,7 @@ class LatentAttentionModule(nn.Module):
         spec = self.spec
         q_BTHC = self._queries(x_BTD)
         q_BTHN, q_BTHR = q_BTHC[..., : spec.nope_dim], q_BTHC[..., spec.nope_dim :]
-        q_BTHR = spec.rope(q_BTHR, info.positions)
+        q_BTHR = spec.rope(q_BTHR, info.positions, info.segment_ids)
         latent_BTL, k_BTR = self._latent(x_BTD, info)
         heads = (spec.num_heads, spec.nope_dim + spec.v_dim)
         kv_b = linear_map(self, "kv_b", (spec.kv_rank,), heads, ("norm", "heads", "head_dim"))
@@ -122,7 +122,7 @@ class LatentAttentionModule(nn.Module):
         spec = self.spec
         both = self._linear("kv_a", x_BTD, spec.kv_rank + spec.rope_dim)
         latent_BTL = spec.norm.module(self.ctx, "kv_a_norm")(both[..., : spec.kv_rank])
-        k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.positions)
+        k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.positions, info.segment_ids)
         return latent_BTL, k_BT1R[:, :, 0]
 
     def _attend(self, q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b: LinearMap, info: TokenInfo) -> jax.Array:

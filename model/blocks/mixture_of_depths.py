@@ -35,13 +35,13 @@ from model.weighted import WeightedSum
 class MixtureOfDepths:
     """x + score(x) * (block(x) - x) for the tokens that are chosen, x for the others; use it as a block's whole mixer.
 
-    With a `capacity`, the tokens of a row with the highest scores are chosen, which no token can know before it has
-    seen those after it; so the scores are trained to be above 0 for these alone, and decoding with a cache chooses by
-    that. Without, every token with a score above 0 is chosen, always: then a row in parts or packed is as it is alone.
+    In training with a `capacity`, the tokens of a document with the highest scores are chosen, which no token can know
+    before it has seen those after it; so the scores are trained to be above 0 for these alone. Everywhere else, and
+    without a capacity, every token with a score above 0 is chosen.
     """
 
     block: Block
-    capacity: float | None = 0.125  # share of a row's tokens
+    capacity: float | None = 0.125  # share of a document's tokens
     predict_loss: float = 0.01  # coefficient of the cross-entropy that trains the sign of the scores
 
     def __post_init__(self):
@@ -90,17 +90,17 @@ class MixtureOfDepthsModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, real_BT = self.spec, real_tokens(info)
         scores_BT = router_scores(self, x_BTD)
-        chosen = self._choose(scores_BT, real_BT, cached=cache is not None)
+        chosen = self._choose(scores_BT, real_BT, info)
         block = BlockModule(spec.block, self.ctx, name="block")
         change_BMD, cache, aux = run_chosen(block, chosen, x_BTD, cache, info)
         change_BMD *= chosen.take(scores_BT)[..., None].astype(x_BTD.dtype)
         report = self._report(scores_BT, chosen, real_BT)
         return chosen.add(jnp.zeros_like(x_BTD), change_BMD), cache, More(add_up(aux, report))
 
-    def _choose(self, scores_BT: jax.Array, real_BT: jax.Array, cached: bool) -> Chosen:
-        if self.spec.capacity is None or cached:
+    def _choose(self, scores_BT: jax.Array, real_BT: jax.Array, info: TokenInfo) -> Chosen:
+        if self.spec.capacity is None or not self.ctx.train:
             return choose_positive(scores_BT, real_BT)
-        return choose_best(scores_BT, real_BT, math.ceil(self.spec.capacity * scores_BT.shape[1]))
+        return choose_best(scores_BT, real_BT, real_BT, info.segment_ids, self.spec.capacity)
 
     def _report(self, scores_BT: jax.Array, chosen: Chosen, real_BT: jax.Array) -> dict[str, WeightedSum]:
         passed_BT = membership(chosen, scores_BT.shape[1]).astype(jnp.float32)

@@ -38,8 +38,8 @@ class Narrowing:
     """Before each recursion a router of its own chooses among the tokens that went through the one before: "expert
     choice". A chosen token changes by score * (blocks(x) - x).
 
-    With `capacities`, one share of a row's tokens for each recursion, the highest scores are chosen, and decoding with
-    a cache goes by the scores' signs, trained for that, as in `MixtureOfDepths`. Without, always by their signs.
+    In training with `capacities`, one share of a document's tokens for each recursion, the highest scores are chosen,
+    and their signs are trained to say which, as in `MixtureOfDepths`. Everywhere else, and without, the signs decide.
     """
 
     capacities: tuple[float, ...] | None = None
@@ -154,10 +154,11 @@ class MixtureOfRecursionsModule(nn.Module):
         left_BT, aux, length = walk.real_BT, {}, x_BTD.shape[1]
         for r in range(self.spec.times):
             scores_BT = router_scores(self, x_BTD, f"router_{r}")
-            if router.capacities is None or walk.cached:
+            if router.capacities is None or not self.ctx.train:
                 chosen = choose_positive(scores_BT, left_BT)
             else:
-                chosen = choose_best(scores_BT, left_BT, math.ceil(router.capacities[r] * length))
+                share, segment_ids_BT = router.capacities[r], walk.info.segment_ids
+                chosen = choose_best(scores_BT, left_BT, walk.real_BT, segment_ids_BT, share)
             change_BMD = walk.through(r, chosen, x_BTD)
             x_BTD = chosen.add(x_BTD, change_BMD * chosen.take(scores_BT)[..., None].astype(x_BTD.dtype))
             passed_BT = membership(chosen, length)
@@ -192,7 +193,7 @@ class _Walk:
 
     def __init__(self, blocks: list[BlockModule], info: TokenInfo, cache: dict | None):
         self.blocks, self.info, self.cache = blocks, info, cache
-        self.cached, self.real_BT = cache is not None, real_tokens(info)
+        self.real_BT = real_tokens(info)
         self.states: dict[str, jax.Array] = {}
         self.aux: dict[str, WeightedSum] = {}
 

@@ -47,7 +47,7 @@ class MoE:
     shared: GatedMLP | MLP | None = None
     shared_gate: bool = False  # the shared expert's output times sigmoid(x @ shared_gate)
     weigh_input: bool = False  # Llama 4: the weight multiplies what goes into an expert, not what comes out
-    # "capacity": a row's tokens beyond an expert's slots are dropped, save with a cache, where chunks are no rows
+    # "capacity": in training a row's tokens beyond an expert's slots are dropped
     dispatch: str = "dropless"
     capacity_factor: float = 1.25  # slots, over those that an even load takes
     balance_loss: float = 0.0  # of the load-balance loss
@@ -146,7 +146,7 @@ class MoEModule(nn.Module):
         chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
         counted_BTK = jnp.broadcast_to(real_BT[..., None], chosen_BTK.shape).astype(jnp.float32)
         load_E = jnp.zeros(spec.num_experts).at[chosen_BTK].add(counted_BTK)
-        if spec.dispatch == "dropless" or info.rows is not None:
+        if spec.dispatch == "dropless" or not ctx.train:
             return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), load_E, load_E.sum()
         slots_BTES, weights_BTE = capacity_slots(
             chosen_BTK, weights_BTK, real_BT, spec.num_experts, spec.slots(x_BTD.shape[1])

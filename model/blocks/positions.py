@@ -96,9 +96,9 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LongRopeScaling:
-    """A searched divisor for each frequency, one set for rows within the original context and one for longer rows.
+    """A searched divisor for each frequency, one set for documents within the original context and one for longer ones.
 
-    Ding et al. 2024, arXiv:2402.13753. A row that crosses the bound while decoding turns its later keys by other
+    Ding et al. 2024, arXiv:2402.13753. A document that crosses the bound while decoding turns its later keys by other
     frequencies than its earlier ones.
     """
 
@@ -146,11 +146,18 @@ class Rope:
         """Channels of a head that are rotated."""
         return int(head_dim * self.fraction)
 
-    def __call__(self, x_BTHC: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Rotate `x` by its positions; angles in float32, result in the dtype of `x`."""
+    def __call__(
+        self, x_BTHC: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> jax.Array:
+        """Rotate `x` by its positions; angles in float32, result in the dtype of `x`.
+
+        Args:
+          segment_ids_BT: where documents end, which LongRoPE asks for; None: each row is one.
+        """
         C = x_BTHC.shape[-1]
         R = self.rotated(C)
-        angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * self._frequencies(C, positions_BT)
+        frequencies = self._frequencies(C, positions_BT, segment_ids_BT)
+        angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
         magnitude = getattr(self.scaling, "magnitude", 1.0)
         cos, sin = _cos_and_sin(angles_BT1F, magnitude)
         if backend.current().name == "tpu":
@@ -179,13 +186,25 @@ class Rope:
         partners_CC[second, first], partners_CC[first, second] = -1.0, 1.0
         return partners_CC
 
-    def _frequencies(self, head_dim: int, positions_BT: jax.Array) -> jax.Array | np.ndarray:
+    def _frequencies(
+        self, head_dim: int, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> jax.Array | np.ndarray:
         if not isinstance(self.scaling, LongRopeScaling):
             return self.frequencies(head_dim)
-        is_long_B = positions_BT.max(axis=1) >= self.scaling.original_max_length
+        is_long_BT = _last_position(positions_BT, segment_ids_BT) >= self.scaling.original_max_length
         return jnp.where(
-            is_long_B[:, None, None, None], self.frequencies(head_dim, long=True), self.frequencies(head_dim)
+            is_long_BT[..., None, None], self.frequencies(head_dim, long=True), self.frequencies(head_dim)
         )
+
+
+def _last_position(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """[B, T] ([B, 1] for rows of one document): of the last token of each token's document."""
+    if segment_ids_BT is None:
+        return positions_BT.max(axis=1, keepdims=True)
+    T = positions_BT.shape[1]
+    ends_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    end_BT = jax.lax.cummin(jnp.where(ends_BT, jnp.arange(T), T - 1), axis=1, reverse=True)
+    return jnp.take_along_axis(positions_BT, end_BT, axis=1)
 
 
 def _cos_and_sin(angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:

@@ -80,10 +80,13 @@ def attend_in_rows(
     kept: Kept,
     sight: Sight = Sight(),
     scores: Scores = Scores(),
+    first_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`paged_attention` of rows of T places: the first `count_B` are tokens, at positions from `start_B` on."""
+    """`paged_attention` of rows of T places, `count_B` of which, from `first_B` on (None: 0), are tokens, at positions
+    from `start_B` on."""
     B, T = q_BTHC.shape[:2]
-    rows = Rows(jnp.arange(B, dtype=jnp.int32) * T, count_B, start_B)
+    begins_B = jnp.arange(B, dtype=jnp.int32) * T
+    rows = Rows(begins_B if first_B is None else begins_B + first_B, count_B, start_B)
     flat = lambda x: x.reshape(B * T, *x.shape[2:])
     found_THE, cache = _no_gradient(kept, sight, dataclasses.replace(scores, sinks_H=None), T)(
         flat(q_BTHC), jax.tree.map(flat, new), cache, page_table_BP, rows, scores.sinks_H

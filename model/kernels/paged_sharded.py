@@ -31,6 +31,7 @@ def attend_on_mesh(
     sight: Sight,
     scores: Scores,
     rules: ShardingRules | None,
+    first_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`attend_in_rows` on the mesh set with `jax.set_mesh`; without one, on one device.
 
@@ -41,9 +42,9 @@ def attend_on_mesh(
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-    table_and_rows = page_table_BP, start_B, count_B
+    table_and_rows = page_table_BP, start_B, count_B, first_B
     if not ours:
-        return attend_in_rows(q_BTHC, new, cache, *table_and_rows, kept, sight, scores)
+        return attend_in_rows(q_BTHC, new, cache, *table_and_rows[:3], kept, sight, scores, first_B)
     rules = rules or ShardingRules()
     heads, kv_heads = (
         tuple(axis for axis in axes if axis in ours and mesh.shape[axis] > 1)
@@ -58,9 +59,9 @@ def attend_on_mesh(
         heads = ()
     kept = dataclasses.replace(kept, heads=kept.heads // math.prod(mesh.shape[axis] for axis in kv_heads))
 
-    def part(q_BTHC, new, cache, sinks_H, page_table_BP, start_B, count_B):
+    def part(q_BTHC, new, cache, sinks_H, page_table_BP, start_B, count_B, first_B):
         rows, of_part = (page_table_BP, start_B, count_B), dataclasses.replace(scores, sinks_H=sinks_H)
-        return attend_in_rows(q_BTHC, new, cache, *rows, kept, sight, of_part)
+        return attend_in_rows(q_BTHC, new, cache, *rows, kept, sight, of_part, first_B)
 
     of_queries, whole = PartitionSpec(None, None, heads, None), PartitionSpec()
     of_new = jax.tree.map(lambda x: PartitionSpec(None, None, kv_heads), new)
@@ -70,7 +71,7 @@ def attend_on_mesh(
     }
     return jax.shard_map(
         part,
-        in_specs=(of_queries, of_new, of_cache, PartitionSpec(heads), whole, whole, whole),
+        in_specs=(of_queries, of_new, of_cache, PartitionSpec(heads), *[whole] * 4),
         out_specs=(of_queries, of_cache),
         axis_names=ours,
         check_vma=False,

@@ -54,7 +54,7 @@ def model_of(*blocks, **changes):
     return ModelConfig(61, D, blocks, final_norm=NORM, max_length=64, **changes)
 
 
-CTX = Context(D, 3, jnp.dtype("float32"), jnp.dtype("float32"))
+CTX = Context(D, 3, jnp.dtype("float32"), jnp.dtype("float32"), train=True)
 
 
 @functools.partial(compiled_fast, static_argnums=0)
@@ -103,7 +103,7 @@ def test_tokens_that_a_router_chooses_pass_through_the_block_and_others_by(block
         chosen = np.flatnonzero(real_T & (scores_T > 0))
         if capacity is not None:
             best = sorted(np.flatnonzero(real_T), key=lambda t: -scores_T[t])
-            chosen = np.sort(best[: int(np.ceil(0.4 * 9))])
+            chosen = np.sort(best[: int(0.4 * real_T.sum())])
         wanted_TD = np.zeros_like(x_TD)
         made = alone(block, params["block"], x_TD[chosen], chosen)
         wanted_TD[chosen] = scores_T[chosen, None] * (made - x_TD[chosen])
@@ -139,7 +139,7 @@ def test_each_recursion_narrows_the_tokens_of_the_one_before(capacities):
                 left = left[scores_T[left] > 0]
             else:
                 best = sorted(left, key=lambda t, scores_T=scores_T: -scores_T[t])
-                left = np.sort(best[: int(np.ceil(capacities[r] * 9))])
+                left = np.sort(best[: int(capacities[r] * 9)])
             if len(left):
                 once = alone(PLAIN, params["block_0"], x_TD[left], left)
                 made = alone(RECURRENT, params["block_1"], once, left)

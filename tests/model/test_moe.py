@@ -24,7 +24,7 @@ from .conftest import compiled_fast as jit
 
 D, F, E, B, T = 10, 12, 8, 2, 9
 PLAIN = MoE(E, 2, GatedMLP(F))
-CTX = Context(D, 2, jnp.dtype("float32"), jnp.dtype("float32"))
+CTX = Context(D, 2, jnp.dtype("float32"), jnp.dtype("float32"), train=True)
 
 
 def info(segments=None, rows=B, length=T):
@@ -208,11 +208,11 @@ def test_capacity_drops_the_last_and_least_wanted_and_padding_takes_no_place(fac
     )
 
 
-def test_capacity_drops_nothing_with_a_cache():
+def test_capacity_drops_nothing_outside_training():
     tight = dataclasses.replace(PLAIN, dispatch="capacity", capacity_factor=0.1)
     params, x = make(tight)
-    cached = dataclasses.replace(info(), rows=jnp.arange(B))
-    y, aux = jit(lambda p, x: tight.module(CTX, "ffn").apply({"params": p}, x, cached))(
+    free = dataclasses.replace(CTX, train=False)
+    y, aux = jit(lambda p, x: tight.module(free, "ffn").apply({"params": p}, x, info()))(
         params, jnp.asarray(x)
     )
     np.testing.assert_allclose(y, forward(PLAIN, params, x)[0], atol=1e-6)
