@@ -1,9 +1,5 @@
-"""Dialogues to token ids and a loss mask, through a chat template that message contents can't break out of.
-
-Contents are kept apart from structure: before rendering, every special-token string inside the messages is
-broken by a character that occurs nowhere else; after rendering, only unbroken ones are special tokens, and
-the character goes.
-"""
+"""Dialogues to token ids and a loss mask, through a chat template that message contents can't break out of
+(data/guard.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data.guard import Guard
+from data.template_messages import for_template, reasoning_of
 from data.templates import ChatTemplateError, render, uses_generation_tag
 
 if TYPE_CHECKING:
@@ -38,6 +36,9 @@ DEFAULT_CHAT_TEMPLATE = """\
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}
         {%- generation %}
+            {%- if message.reasoning_content %}
+                {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+            {%- endif %}
             {{- message.content or '' }}
             {%- for call in message.tool_calls or [] %}
                 {%- set call = call.function or call %}
@@ -70,15 +71,14 @@ def apply(
             "this tokenizer has no chat template; set tokenizer.chat_template or use encode"
         )
     _check(messages)
-    guard = _Guard(tokenizer, messages, tools)
-    eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
-    roles = {"bos_token": tokenizer.bos_id, "eos_token": eos, "pad_token": tokenizer.pad_id}
-    names = {role: tokenizer.special_name(i) or "" for role, i in roles.items()}
-    tools = guard.broken(list(tools)) if tools else None
+    others = [tokenizer.chat_template, list(tokenizer.roles.values())]
+    guard = Guard(tokenizer.special_tokens, tokenizer._single_words, others, [messages, tools, variables])
+    shown_tools = guard.broken(list(tools)) if tools else None
+    variables = guard.broken(variables)
 
     def text_of(count: int, prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
-        shown = guard.broken([dict(message) for message in messages[:count]])
-        context = {**names, "documents": None, **variables, "messages": shown, "tools": tools}
+        shown = guard.broken(for_template(messages[:count]))
+        context = {**tokenizer.roles, "documents": None, **variables, "messages": shown, "tools": shown_tools}
         return render(tokenizer.chat_template, {**context, "add_generation_prompt": prompt}, marks)
 
     if add_generation_prompt:
@@ -101,80 +101,9 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
         content = message.get("content")
         if content is not None and not isinstance(content, (str, list, tuple)):
             raise ChatTemplateError(f"messages[{i}].content must be a string, a list of parts or null")
-        if content is None and not message.get("tool_calls"):
-            raise ChatTemplateError(f"messages[{i}] has neither content nor tool_calls")
-
-
-class _Guard:
-    """Breaks special-token strings inside messages, and finds the real ones in what was rendered."""
-
-    def __init__(self, tokenizer: Tokenizer, messages: Any, tools: Any):
-        names = sorted(tokenizer.special_tokens, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._heads = {name[:n] for name in names for n in range(1, len(name))}
-        self._tails = {name[n:] for name in names for n in range(1, len(name))}
-        self._longest = max(map(len, names), default=0)
-        used = {c for text in _strings([messages, tools, tokenizer.chat_template, names]) for c in text}
-        # Neither the character nor its JSON escape may occur: a template may print contents as ASCII JSON.
-        everything = "".join(_strings([messages, tools]))
-        free = (c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used and _escape(c) not in everything)
-        try:
-            self.sentinel, *marks = next(free), next(free), next(free)
-        except StopIteration:
-            raise ChatTemplateError("the messages use up all private-use characters of Unicode") from None
-        self.marks = (marks[0], marks[1])
-
-    def broken(self, value: Any) -> Any:
-        """`value` with every special-token string inside, or begun at an edge of a string, broken by the
-        sentinel.
-        """
-        if isinstance(value, str):
-            return self._broken_text(value)
-        if isinstance(value, Mapping):
-            return {self.broken(key): self.broken(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.broken(item) for item in value]
-        return value
-
-    def _broken_text(self, text: str) -> str:
-        text = self._specials.sub(lambda match: match[0][:1] + self.sentinel + match[0][1:], text)
-        # Two contents side by side could spell a token between them, also once the template has stripped
-        # them.
-        body = text.rstrip()
-        if any(body[-n:] in self._heads for n in range(1, min(self._longest, len(body) + 1))):
-            text = body + self.sentinel + text[len(body) :]
-        body = text.lstrip()
-        if any(body[:n] in self._tails for n in range(1, min(self._longest, len(body) + 1))):
-            text = text[: len(text) - len(body)] + self.sentinel + body
-        return text
-
-    def split(self, text: str) -> Iterator[tuple[str, bool]]:
-        """(part, whether it is a special token), with sentinels gone from the plain parts."""
-        position = 0
-        for match in self._specials.finditer(text):
-            yield self._clean(text[position : match.start()]), False
-            yield match[0], True
-            position = match.end()
-        yield self._clean(text[position:]), False
-
-    def _clean(self, text: str) -> str:
-        return text.replace(self.sentinel, "").replace(_escape(self.sentinel), "")
-
-
-def _escape(character: str) -> str:
-    return f"\\u{ord(character):04x}"
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
+        calls = message.get("tool_calls") or message.get("function_call")
+        if content is None and not calls and reasoning_of(message) is None:
+            raise ChatTemplateError(f"messages[{i}] has neither content nor tool_calls nor reasoning_content")
 
 
 def _marked_spans(text: str, marks: tuple[str, str]) -> Iterator[tuple[str, int]]:
@@ -220,10 +149,10 @@ def _end_of_turn(text: str, start: int, tokenizer: Tokenizer) -> int:
 
 
 def _encode(
-    tokenizer: Tokenizer, spans: Iterable[tuple[str, int]], guard: _Guard
+    tokenizer: Tokenizer, spans: Iterable[tuple[str, int]], guard: Guard
 ) -> tuple[list[int], list[int]]:
     """Ids and mask. Parts are encoded on their own, so an answer's ids are those the model would have
-    sampled.
+    sampled. A space mark goes before the first part, and after special tokens where the tokenizer has it so.
     """
     parts = [[part, special, mask] for text, mask in spans for part, special in guard.split(text)]
     for i, (name, special, _) in enumerate(parts):
@@ -238,7 +167,8 @@ def _encode(
     for part, special, wrote in parts:
         if not part:
             continue
-        new = [tokenizer.special_tokens[part]] if special else tokenizer.encode_batch([part], after_text)[0]
+        goes_on = after_text or (bool(ids) and not tokenizer.prefix_after_special)
+        new = [tokenizer.special_tokens[part]] if special else tokenizer.encode_batch([part], goes_on)[0]
         ids += new
         mask += [wrote] * len(new)
         after_text = not special

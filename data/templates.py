@@ -35,7 +35,7 @@ _FILTERS = (
     "truncate "
     "unique upper wordcount"
 ).split()
-_STRING_METHODS = frozenset(
+STRING_METHODS = frozenset(
     "capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit isidentifier islower "
     "isnumeric isspace "
     "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
@@ -256,7 +256,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _without_concat(tree)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr not in _STRING_METHODS:
+        if isinstance(obj, str) and attr not in STRING_METHODS:
             return False  # among them center, ljust, zfill: a small number makes a huge string
         return super().is_safe_attribute(obj, attr, value)
 

@@ -37,12 +37,22 @@ def save_sentencepiece(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise ValueError(f"a SentencePiece model can't hold a {type(tokenizer).__name__}")
     proto = parse_model(tokenizer.model)
-    for name, i in sorted(tokenizer.added_tokens.items(), key=lambda item: item[1]):
-        if i != len(proto.pieces):
+    words = {word.id: (name.replace(" ", "\u2581"), word) for name, word in tokenizer.words.items()}
+    if stripping := [name for name, word in words.values() if word[1:] != (False, False, False)]:
+        raise ValueError(
+            f"a SentencePiece model can't say that {stripping[0]!r} takes the white space beside it"
+        )
+    added = {i: (name, proto.SentencePiece.CONTROL) for name, i in tokenizer.added_tokens.items()}
+    added |= {i: (name, proto.SentencePiece.USER_DEFINED) for i, (name, _) in words.items()}
+    for i, (name, kind) in sorted(added.items()):
+        if i < len(proto.pieces) and proto.pieces[i].piece == name:
+            proto.pieces[i].type = kind
+        elif i == len(proto.pieces):
+            proto.pieces.add(piece=name, score=0.0, type=kind)
+        else:
             raise ValueError(
                 f"the added token {name!r} has the id {i}, which does not follow the model's pieces"
             )
-        proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.CONTROL)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     roles = {"bos": tokenizer.bos_id, "eos": next(iter(tokenizer.eos_ids), None), "pad": tokenizer.pad_id}
     for role, i in roles.items():

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from configs.files import atomic_write
+from data.tokenizer.decoders import read_decoder
 from data.tokenizer.interface import Tokenizer
 
 
@@ -30,23 +31,28 @@ class HuggingFaceTokenizer(Tokenizer):
         eos: Iterable[str] = (),
         pad: str | None = None,
         chat_template: str | None = None,
+        roles: Mapping[str, str] | None = None,
+        around: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     ):
-        """`special_tokens`: more names to treat as special than the backend marks itself.
+        """`special_tokens`: more names to treat as special than the backend marks itself. `roles` and `around` as the
+        interface has them; what the backend's own post-processor puts around a text goes over `around`.
 
         Raises ValueError for a name that the vocabulary lacks, or a decoder that does not give back bytes.
         """
         missing = [name for name in special_tokens if backend.token_to_id(name) is None]
         if missing:
             raise ValueError(f"special tokens {missing} are not in the vocabulary")
-        backend.add_special_tokens(list(special_tokens))
+        mark_special(backend, special_tokens)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text that spells a special token stays text
         self._backend = backend
-        self._continuation = _without_prefix_space(backend)
+        spec = json.loads(backend.to_str())
+        self._decoder = read_decoder(spec["decoder"])
+        self.prefix_after_special = _prefixes_every_part(spec)
         added = backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in sorted(added.items()) if token.special}
-        unknown = _unknown_word(backend)  # what text becomes, so no control token
+        unknown = _unknown_token(backend, spec)  # what text becomes, so no control token
         special.pop(unknown, None)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -63,10 +69,18 @@ class HuggingFaceTokenizer(Tokenizer):
             id_of(pad),
             chat_template,
             {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special and (t.lstrip or t.rstrip)},
+            roles,
+            _around(backend, spec["post_processor"]) or around,
         )
-        self._bytes, self._strip_leading_space = _token_bytes(backend, vocabulary, added)
+        self._single_words = frozenset(t.content for t in added.values() if t.special and t.single_word)
+        self._strip_leading_space = self._decoder.strips
+        self._late_replacements = self._decoder.late
+        self._bytes = {i: self._decoder.spell(token) for token, i in vocabulary.items() if i not in added}
+        for i, token in added.items():
+            self._bytes[i] = b"" if token.special else self._decoder.spell_added(token.content)
         if unknown is not None:
-            self._bytes[vocabulary[unknown]] = " \ufffd".encode()
+            self._bytes[vocabulary[unknown]] = self._decoder.unknown
+        self._continuation = _without_prefix_space(backend, spec)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -77,7 +91,18 @@ class HuggingFaceTokenizer(Tokenizer):
         for text in texts:
             text.encode("utf-8")
         backend = self._continuation if continuation else self._backend
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exception
+            if "unk_id" not in str(error):
+                raise
+            raise ValueError(
+                "the text has a character that no token spells, and the unigram model names no unknown token "
+                "(unk_id is null in tokenizer.json). Give it one, or byte_fallback with the 256 byte tokens."
+            ) from error
+
+    def _first_piece(self, piece: bytes) -> bytes:
+        return self._decoder.first(piece)
 
     def token_of(self, token_id: int) -> str:
         if not 0 <= token_id < self.vocab_size:
@@ -95,102 +120,104 @@ class HuggingFaceTokenizer(Tokenizer):
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: character to byte (openai/gpt-2, encoder.py, bytes_to_unicode)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def piece_bytes(piece: str) -> bytes:
-    """Bytes of a SentencePiece piece: '<0x0A>' is one byte, '▁' is a space."""
-    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-        try:
-            return bytes([int(piece[3:5], 16)])
-        except ValueError:
-            pass
-    return piece.replace("\u2581", " ").encode("utf-8")
-
-
-def _kinds(node: Any) -> dict[str, Mapping]:
-    """Every {"type": ...} object in a tokenizer.json section, by type."""
-    found: dict[str, Mapping] = {}
-    if isinstance(node, dict):
-        if "type" in node:
-            found[node["type"]] = node
-        for child in node.values():
-            found |= _kinds(child)
-    elif isinstance(node, list):
-        for child in node:
-            found |= _kinds(child)
-    return found
-
-
-def _token_bytes(
-    backend: tokenizers.Tokenizer, vocabulary: Mapping[str, int], added: Mapping[int, Any]
-) -> tuple[dict[int, bytes], bool]:
-    """Bytes of every id, and whether decoding drops one leading space."""
-    decoder = json.loads(backend.to_str())["decoder"]
-    kinds = _kinds(decoder)
-    strips = "Strip" in kinds or kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
-    if "ByteLevel" in kinds:
-        alphabet = byte_alphabet()
-
-        def spell(token: str) -> bytes:
-            known = all(c in alphabet for c in token)
-            return bytes(alphabet[c] for c in token) if known else token.encode("utf-8")
-    elif kinds.keys() & {"ByteFallback", "Metaspace"}:
-        spell = piece_bytes
-    elif "WordPiece" in kinds:
-        prefix, strips = kinds["WordPiece"]["prefix"], True
-
-        def spell(token: str) -> bytes:
-            goes_on = token.startswith(prefix) and token != prefix
-            return (token[len(prefix) :] if goes_on else " " + token).encode("utf-8")
+def _unknown_token(backend: tokenizers.Tokenizer, spec: dict[str, Any]) -> str | None:
+    """The token that stands for what no token spells; None for a kind that spells all text."""
+    model = spec["model"]
+    if model["type"] == "Unigram":
+        name = None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    elif model["type"] == "BPE" and (model["byte_fallback"] or "ByteLevel" in _kinds(spec["pre_tokenizer"])):
+        name = None
     else:
-        raise ValueError(
-            f"tokenizer.json has the decoder {sorted(kinds) or decoder}, which does not say what bytes a "
-            "token is. "
-            "Known: ByteLevel (GPT-2 style), ByteFallback or Metaspace (SentencePiece style), and WordPiece."
-        )
-    table = {i: spell(token) for token, i in vocabulary.items() if i not in added}
-    for i, token in added.items():
-        table[i] = b"" if token.special else token.content.encode("utf-8")
-    return table, strips
+        name = model.get("unk_token")
+    return name if name is not None and backend.token_to_id(name) is not None else None
 
 
-def _unknown_word(backend: tokenizers.Tokenizer) -> str | None:
-    """The token that WordPiece gives for a word that it can't spell; None for other kinds."""
-    model = backend.model
-    unknown = model.unk_token if isinstance(model, tokenizers.models.WordPiece) else None
-    return unknown if unknown is not None and backend.token_to_id(unknown) is not None else None
+def mark_special(backend: tokenizers.Tokenizer, names: Iterable[str]) -> None:
+    """Marks tokens of the vocabulary as special; how they take white space stays as it is."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for name in names:
+        token = added.get(name)
+        if token is None:
+            backend.add_special_tokens([name])
+        elif not token.special:
+            flags = {flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+            backend.add_special_tokens([tokenizers.AddedToken(name, special=True, **flags)])
 
 
-def _without_prefix_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer for text that goes on after other text: adds no space in front."""
-    spec = json.loads(backend.to_str())
-    changed = False
-    for part in ("pre_tokenizer", "normalizer"):
-        for kind, node in _kinds(spec[part]).items():
-            if kind == "Metaspace" and node.get("prepend_scheme", "always") != "never":
-                node["prepend_scheme"], changed = "never", True
-            elif kind == "ByteLevel" and node.get("add_prefix_space"):
-                node["add_prefix_space"], changed = False, True
-            elif kind == "Prepend" and node.get("prepend"):
-                node["prepend"], changed = "", True
-    if not changed:
+def _around(
+    backend: tokenizers.Tokenizer, post_processor: Any
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The ids that the post-processor puts around a text; None where it has no say in it."""
+    if not _kinds(post_processor) & {"TemplateProcessing", "BertProcessing", "RobertaProcessing"}:
+        return None
+    ids, word = [], ""
+    for word in ("a", "the", "0", "\n"):
+        try:
+            ids = backend.encode(word, add_special_tokens=False).ids
+        except Exception:  # a unigram model that can't spell the word
+            continue
+        if ids:
+            break
+    if not ids:
+        return None
+    whole = backend.encode(word).ids
+    at = next((i for i in range(len(whole)) if whole[i : i + len(ids)] == ids), None)
+    return None if at is None else (tuple(whole[:at]), tuple(whole[at + len(ids) :]))
+
+
+def _kinds(node: Any) -> set[str]:
+    """The type of every {"type": ...} object in a section of tokenizer.json."""
+    found = {node["type"]} if isinstance(node, dict) and "type" in node else set()
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return found.union(*map(_kinds, children))
+
+
+def _prefix_steps(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a tokenizer.json that put a space before a text. A step that follows another one that cuts text puts
+    it before every word, which is no prefix."""
+    steps = []
+    normalizer = spec["normalizer"] or {}
+    for step in normalizer.get("normalizers", [normalizer]):
+        if step.get("type") == "Prepend" and step.get("prepend"):
+            steps.append(step)
+    pretokenizer = spec["pre_tokenizer"] or {}
+    first = next(iter(pretokenizer.get("pretokenizers", [pretokenizer])), {})
+    if first.get("type") == "Metaspace" and first.get("prepend_scheme", "always") != "never":
+        steps.append(first)
+    elif first.get("type") == "ByteLevel" and first.get("add_prefix_space"):
+        steps.append(first)
+    return steps
+
+
+def _prefixes_every_part(spec: dict[str, Any]) -> bool:
+    """Whether a space goes before the text after a special token too; Metaspace's scheme "first" has one at the start
+    alone."""
+    steps = _prefix_steps(spec)
+    return any(step["type"] != "Metaspace" or step.get("prepend_scheme") != "first" for step in steps)
+
+
+def _without_prefix_space(backend: tokenizers.Tokenizer, spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The same tokenizer for text that goes on after other text: adds no space in front. `spec`, which is changed, is
+    the backend as tokenizer.json has it."""
+    steps = _prefix_steps(spec)
+    if not steps:
         return backend
-    if any(n.get("type") == "Prepend" for n in _kinds(spec["normalizer"]).values()):
-        spec["normalizer"] = _drop_prepend(spec["normalizer"])
+    for step in steps:
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        else:
+            step.clear()
+    spec["normalizer"] = _without_empty(spec["normalizer"])
     copy = tokenizers.Tokenizer.from_str(json.dumps(spec))
     copy.encode_special_tokens = True
     return copy
 
 
-def _drop_prepend(normalizer: dict[str, Any]) -> dict[str, Any] | None:
-    if normalizer["type"] == "Prepend":
+def _without_empty(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not normalizer:
         return None
     if normalizer["type"] == "Sequence":
-        kept = [child for child in map(_drop_prepend, normalizer["normalizers"]) if child is not None]
-        return {"type": "Sequence", "normalizers": kept}
+        return normalizer | {"normalizers": [step for step in normalizer["normalizers"] if step]}
     return normalizer

@@ -22,13 +22,19 @@ class Tokenizer(abc.ABC):
     Attributes:
         special_tokens: control tokens, string to id. They mark structure; no text encodes to one of them.
         vocab_size: the largest id plus one.
-        bos_id: what a document begins with, or None when the vocabulary has no such token.
+        bos_id: what a document begins with, or None when the vocabulary has no such token or the tokenizer's files
+            say that nothing is put before a text (add_bos_token).
         eos_ids: every id at which generation stops; `eos_ids[0]` ends a document. May be empty.
         pad_id: what fills a row: the pad token, else `eos_ids[0]`, else 0. Padding has loss weight 0 and
             segment 0.
         chat_template: Jinja source, or None for a tokenizer without one.
         strips: special token to (left, right): whether it swallows the white space beside it in a rendered
             chat.
+        roles: "bos_token", "unk_token" and the like to the token, as chat templates know them.
+        around: the special ids that the tokenizer's files put before and after a text by itself ([CLS] and [SEP], a
+            bos, an eos), which `encode` leaves out; None when they don't say.
+        prefix_after_special: a tokenizer that begins a text with a space mark puts one after every special token too
+            (SentencePiece's older way), not only at the start.
     """
 
     special_tokens: dict[str, int]
@@ -38,7 +44,12 @@ class Tokenizer(abc.ABC):
     pad_id: int
     chat_template: str | None
     strips: dict[str, tuple[bool, bool]]
+    roles: dict[str, str]
+    around: tuple[tuple[int, ...], tuple[int, ...]] | None
+    prefix_after_special: bool = False
     _strip_leading_space = False
+    _late_replacements: tuple[tuple[str, str], ...] = ()  # of characters that byte tokens may have made
+    _single_words: frozenset[str] = frozenset()  # special tokens that count only where no word touches them
 
     def _set_specials(
         self,
@@ -48,14 +59,22 @@ class Tokenizer(abc.ABC):
         pad_id: int | None,
         chat_template: str | None,
         strips: Mapping[str, tuple[bool, bool]] | None = None,
+        roles: Mapping[str, str] | None = None,
+        around: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     ) -> None:
         self.special_tokens = dict(special_tokens)
-        self.bos_id = bos_id
+        self.around = around
+        self.bos_id = bos_id if around is None or bos_id in around[0] else None
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.pad_id = pad_id if pad_id is not None else (self.eos_ids[0] if self.eos_ids else 0)
         self.chat_template = chat_template
         self.strips = dict(strips or {})
         self._special_ids = frozenset(self.special_tokens.values())
+        if roles is None:
+            end = self.eos_ids[0] if self.eos_ids else None
+            ids = {"bos_token": bos_id, "eos_token": end, "pad_token": pad_id}
+            roles = {role: name for role, i in ids.items() if (name := self.special_name(i))}
+        self.roles = dict(roles)
 
     @abc.abstractmethod
     def _encode(self, texts: list[str], continuation: bool) -> list[list[int]]:
@@ -134,6 +153,10 @@ class Tokenizer(abc.ABC):
 
         return chat.apply(self, messages, tools, add_generation_prompt, template_variables)
 
+    def _first_piece(self, piece: bytes) -> bytes:
+        """The bytes of a text's first token without the space that was put before the text."""
+        return piece.removeprefix(b" ")
+
     def special_name(self, token_id: int | None) -> str | None:
         """The string of a special id, None when there is none."""
         return next((name for name, i in self.special_tokens.items() if i == token_id), None)
@@ -145,23 +168,27 @@ class Tokenizer(abc.ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = self._save_vocabulary(folder)
-        names = {"bos_token": self.special_name(self.bos_id), "pad_token": self.special_name(self.pad_id)}
-        names["eos_token"] = self.special_name(self.eos_ids[0]) if self.eos_ids else None
-        names = {key: value for key, value in names.items() if value is not None}
+        names = dict(self.roles)
+        pad = self.special_name(self.pad_id)
+        if pad is not None and self.pad_id != (self.eos_ids[0] if self.eos_ids else 0):
+            names.setdefault("pad_token", pad)
         added = {
             str(i): {"content": name, "special": True}
             | dict(zip(("lstrip", "rstrip"), self.strips.get(name, (False, False)), strict=True))
-            | {"normalized": False, "single_word": False}
+            | {"normalized": False, "single_word": name in self._single_words}
             for name, i in sorted(self.special_tokens.items(), key=lambda item: item[1])
         }
         config |= {"added_tokens_decoder": added | config.get("added_tokens_decoder", {})} | names
-        config |= {"clean_up_tokenization_spaces": False, "add_bos_token": False, "add_eos_token": False}
+        end = self.eos_ids[0] if self.eos_ids else None
+        ends = self.around is not None and end in self.around[1]
+        config |= {"clean_up_tokenization_spaces": False, "add_bos_token": self.bos_id is not None}
+        config |= {"add_eos_token": ends}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
             atomic_write(folder / "chat_template.jinja", self.chat_template)
         generation = read_json(folder / "generation_config.json") or {}
         generation |= {
-            "bos_token_id": self.bos_id,
+            "bos_token_id": self.special_tokens.get(names.get("bos_token", "")),
             "eos_token_id": list(self.eos_ids),
             "pad_token_id": self.pad_id,
         }
@@ -185,15 +212,23 @@ class StreamDecoder:
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; "" while a character is incomplete."""
         if token_id in self._tokenizer._special_ids:
-            return self.finish() + self._tokenizer.token_of(token_id) if self._keep_special else ""
+            if not self._keep_special:
+                return ""
+            self._at_start = False
+            return self.finish() + self._tokenizer.token_of(token_id)
         piece = self._tokenizer.bytes_of(token_id)
         if self._at_start and piece:
-            piece, self._at_start = piece.removeprefix(b" "), False
-        return self._utf8.decode(piece)
+            piece, self._at_start = self._tokenizer._first_piece(piece), False
+        return self._text(self._utf8.decode(piece))
 
     def finish(self) -> str:
         """What is still held back: an incomplete character as U+FFFD."""
-        return self._utf8.decode(b"", final=True)
+        return self._text(self._utf8.decode(b"", final=True))
+
+    def _text(self, text: str) -> str:
+        for old, new in self._tokenizer._late_replacements:
+            text = text.replace(old, new)
+        return text
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ class ByteTokenizer(Tokenizer):
         return ids  # a byte is never a special token
 
     def token_of(self, token_id: int) -> str:
-        from data.tokenizer.huggingface import byte_alphabet
+        from data.tokenizer.spellings import byte_alphabet
 
         self._check(token_id)
         if token_id >= self.offset:

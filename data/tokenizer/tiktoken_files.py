@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import atomic_write
-from data.tokenizer.huggingface import HuggingFaceTokenizer, byte_alphabet
+from data.tokenizer.huggingface import HuggingFaceTokenizer
 from data.tokenizer.interface import Tokenizer, read_json, to_json
 from data.tokenizer.pretokenizers import PreTokenizer, pattern
 from data.tokenizer.raw_bytes import ByteTokenizer
+from data.tokenizer.spellings import byte_alphabet
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,8 +153,9 @@ def _train_bpe(job: _Job) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models
 
-    from data.tokenizer.huggingface import HuggingFaceTokenizer, byte_alphabet
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
     from data.tokenizer.pretokenizers import pattern
+    from data.tokenizer.spellings import byte_alphabet
 
     style = pattern(job.pattern, job.digits)
     counts = job.count(style.patterns[0])

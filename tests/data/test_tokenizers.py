@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from configs.paths import installed_file
 from data import StreamDecoder, load_tokenizer, train_tokenizer
 from data.tokenizer.gguf import GGUFTokenizerError, from_metadata
-from data.tokenizer.huggingface import byte_alphabet
+from data.tokenizer.spellings import byte_alphabet
 
 ALL_PLANES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 NASTY = [
