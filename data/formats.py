@@ -12,8 +12,8 @@ should be, and turned into one form.
 | completion | {"prompt", "completion"}: text or messages                                | chat       |
 | prompt     | text, {"prompt"} or {"question"}, with "answer", "solution", ... for RL     | prompt     |
 
-Messages come out as {"role": system | user | assistant | tool, "content": text} with "tool_calls" where there are
-some, as chat templates take them.
+Messages come out as {"role": system | user | assistant | tool, "content": text}, with "reasoning_content" and
+"tool_calls" where there are some, as chat templates take them (data/messages.py).
 """
 
 from __future__ import annotations
@@ -320,8 +320,13 @@ def _check_answer(messages: list[Message], name: str) -> None:
         raise RowError(
             f"{name} does not end with an answer", f"it ends with {last}; wanted the assistant's message"
         )
-    if not messages[-1]["content"].strip() and not messages[-1].get("tool_calls"):
+    if _is_empty(messages[-1]):
         raise RowError(f"{name} ends with an empty answer", "wanted text or a tool call")
+
+
+def _is_empty(message: Message) -> bool:
+    said = message["content"] + message.get("reasoning_content", "")
+    return not said.strip() and not message.get("tool_calls")
 
 
 def _dialogue(messages: list[Message], row: Mapping) -> Dialogue:
@@ -331,7 +336,7 @@ def _dialogue(messages: list[Message], row: Mapping) -> Dialogue:
     said = [message for message in messages if message["role"] == "assistant"]
     if not said:
         raise RowError("the assistant says nothing", "wanted at least one message of the assistant")
-    if any(not m["content"].strip() and not m.get("tool_calls") for m in said):
+    if any(_is_empty(message) for message in said):
         raise RowError("an answer is empty", "wanted text or a tool call in each message of the assistant")
     untrained = tuple(i for i, message in enumerate(said) if message.get("weight") == 0)
     if len(untrained) == len(said):

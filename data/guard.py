@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from data.template_messages import Arguments
-from data.templates import STRING_METHODS, ChatTemplateError
+from data.templates import STRING_METHODS, ChatTemplateError, replaced
 
 
 class Guard:
@@ -112,6 +112,9 @@ class _Broken(str):
     def __getitem__(self, key: Any) -> str:
         return self._guard.broken_text(self._plain()[key])
 
+    def replace(self, old: str, new: str, count: int = -1) -> str:  # type: ignore[override]
+        return self._guard.broken_text(replaced(self._plain(), _plain(old), _plain(new), count))
+
     def __iter__(self) -> Iterator[str]:
         return (self._guard.broken_text(character) for character in self._plain())
 
@@ -134,7 +137,7 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 # What joins or fills in other text keeps to the underlying string: that text may hold the template's special tokens.
-for _name in STRING_METHODS - {"join", "format"}:
+for _name in STRING_METHODS - {"join", "format", "replace"}:
     setattr(_Broken, _name, _method(_name))
 
 

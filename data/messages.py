@@ -1,8 +1,9 @@
-"""Messages of every spelling in one form: {"role": system | user | assistant | tool, "content": text}, with
-"tool_calls" [{"name", "arguments"}] where there are some and "weight" where the row gave one.
+"""Messages of every spelling in one form: {"role": system | user | assistant | tool, "content": text}.
 
-Typed parts of text are joined; reasoning goes into <think> tags before the answer, as reasoning models write it.
-Images and other parts that a text model can't read are errors.
+Where a row has them there are "reasoning_content", what the assistant thought before it answered; "tool_calls" in
+OpenAI's form, [{"id", "type": "function", "function": {"name", "arguments"}}] with the arguments as an object; a tool's
+"name" and "tool_call_id"; and "weight". Typed parts of text are joined; images and other parts that a text model can't
+read are errors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.row_files import RowError
+from data.template_messages import REASONING
 
 Message = dict[str, Any]
 _ROLES = {
@@ -41,14 +43,33 @@ def _message(item: Any, i: int) -> Message:
         raise RowError("an unknown role", f"{where} has {given!r}; wanted one of {', '.join(_ROLES)}")
     content = item.get("content", item.get("value"))
     message: Message = {"role": _ROLES[given]}
-    calls = [_call(call, where) for call in item.get("tool_calls") or []]
+    calls = [_call(call, where) for call in _list(item.get("tool_calls"), where)]
+    if item.get("function_call") is not None:  # OpenAI's older form of a single call
+        calls.append(_call(item["function_call"], where))
     if given in ("function_call", "tool_call"):
         calls, content = _calls(content, where), ""
-    text, more = _content(content, where, bool(calls))
+    names = [name for name in REASONING if item.get(name) is not None]
+    thoughts = [text_of(item[name], f"{where}, {name}") for name in names[:1]]
+    text, more, more_thoughts = _content(content, where, bool(calls or thoughts))
     message["content"] = text
+    if reasoning := "".join(thoughts or more_thoughts):
+        if message["role"] != "assistant":
+            raise RowError("reasoning that is not the assistant's", f"{where} is of role {message['role']}")
+        message["reasoning_content"] = reasoning
     if calls + more:
         message["tool_calls"] = calls + more
+    for key in ("name", "tool_call_id"):
+        if item.get(key) is not None:
+            message[key] = text_of(item[key], f"{where}, {key}")
     return message | _weight(item, message["role"], where)
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise RowError("tool_calls are no list", f"{where} has {value!r:.80}")
+    return list(value)
 
 
 def _weight(item: Mapping, role: str, where: str) -> Message:
@@ -66,28 +87,30 @@ def without_weight(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "weight"}
 
 
-def _content(content: Any, where: str, has_calls: bool) -> tuple[str, list[Any]]:
-    """Text and tool calls of a message's content: text, typed parts, or nothing beside a tool call."""
+def _content(content: Any, where: str, may_be_empty: bool) -> tuple[str, list[Any], list[str]]:
+    """Text, tool calls and reasoning of a message's content: text, typed parts, or nothing beside a tool call or
+    reasoning."""
     if isinstance(content, str):
-        return content, []
-    if content is None and has_calls:
-        return "", []
+        return content, [], []
+    if content is None and may_be_empty:
+        return "", [], []
     if not isinstance(content, Sequence):
         raise RowError("content is no text", f"{where} has {content!r:.80}; wanted text or a list of parts")
-    texts, calls = [], []
+    texts, calls, thoughts = [], [], []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, Mapping) else None
-        if kind in ("text", "input_text", "output_text", "reasoning", "thinking"):
-            text = text_of(value, where)
-            texts.append(f"<think>\n{text}\n</think>\n\n" if kind in ("reasoning", "thinking") else text)
+        if kind in ("text", "input_text", "output_text"):
+            texts.append(text_of(value, where))
+        elif kind in ("reasoning", "thinking"):
+            thoughts.append(text_of(value, where))
         elif kind == "tool_call":
             calls += _calls(value, where)
         else:
             raise RowError(
                 f"an unsupported part {kind!r}", f"{where}; wanted text, reasoning or tool_call parts"
             )
-    return "".join(texts), calls
+    return "".join(texts), calls, thoughts
 
 
 def _calls(value: Any, where: str) -> list[Any]:
@@ -107,12 +130,15 @@ def _call(call: Any, where: str) -> Any:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI keeps them as JSON text
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")
         except ValueError:
             raise RowError(
                 "a tool call's arguments are not valid JSON", f"{where}: {arguments!r:.80}"
             ) from None
-    return {"name": function["name"], "arguments": arguments}
+    if arguments is None:
+        arguments = {}
+    named = {"id": text_of(call["id"], f"{where}, id")} if call.get("id") is not None else {}
+    return named | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def read_tools(row: Mapping) -> list[Any] | None:

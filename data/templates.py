@@ -28,20 +28,22 @@ MAX_STEPS = 500_000  # loop turns, calls, operators and printed values; also par
 MAX_SECONDS = 5.0  # of CPU time of the rendering thread
 MAX_DIGITS_BITS = 4096  # of an integer product
 
+MAX_WIDTH = 10_000  # of what is padded, wrapped or laid out in columns
+MAX_MATCHED = 1 << 16  # characters of a text that is gone through with Jinja's slower patterns
+
 _FILTERS = (
-    "abs capitalize count d default dictsort e escape first float groupby indent int items join last length "
-    "list lower "
-    "map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim "
-    "truncate "
-    "unique upper wordcount"
+    "abs attr batch capitalize center count d default dictsort e escape filesizeformat first float forceescape format "
+    "groupby indent int items join last length list lower map max min pprint random reject rejectattr replace reverse "
+    "round safe select selectattr slice sort string striptags sum title trim truncate unique upper urlencode urlize "
+    "wordcount wordwrap xmlattr"
 ).split()
 STRING_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isdecimal isdigit isidentifier islower "
-    "isnumeric isspace "
-    "istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
-    "rsplit "
-    "rstrip split splitlines startswith strip swapcase title upper format".split()
+    "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal isdigit "
+    "isidentifier islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix "
+    "removesuffix replace rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title "
+    "upper zfill".split()
 )
+_PADDING_METHODS = frozenset("center expandtabs ljust rjust zfill".split())
 
 
 class ChatTemplateError(ValueError):
@@ -147,7 +149,8 @@ def _joined(values: Iterable[Any], separator: str = "") -> str:
     return separator.join(parts)
 
 
-def _replaced(text: str, old: str, new: str, count: int = -1) -> str:
+def replaced(text: str, old: str, new: str, count: int = -1) -> str:
+    """`text.replace`, once the result is known to be small; inside `render` alone."""
     text, old, new = str(_sized(text)), str(old), str(new)
     times = text.count(old) if count < 0 else min(text.count(old), count)
     _BUDGET.get().fits(len(text) + times * max(len(new) - len(old), 0))
@@ -162,7 +165,7 @@ def _join_filter(value: Iterable[Any], d: str = "", attribute: str | None = None
 
 
 def _replace_filter(value: Any, old: str, new: str, count: int | None = None) -> str:
-    return _replaced(value, old, new, -1 if count is None else count)
+    return replaced(value, old, new, -1 if count is None else count)
 
 
 def _indent_filter(value: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
@@ -170,6 +173,35 @@ def _indent_filter(value: str, width: int | str = 4, first: bool = False, blank:
         raise TemplateLimitError(f"indent wants a width up to 64, was given {width!r}")
     _BUDGET.get().fits(len(value) + 64 * (value.count("\n") + 1))
     return jinja2.filters.do_indent(value, width, first, blank)
+
+
+def _narrow(name: str) -> Callable[..., Any]:
+    """A filter of Jinja's whose first number says how much it makes."""
+    function = getattr(jinja2.filters, f"do_{name}")
+
+    @functools.wraps(function)
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        for number in (*args, *kwargs.values()):
+            if isinstance(number, int) and abs(number) > MAX_WIDTH:
+                raise TemplateLimitError(f"{name} wants numbers up to {MAX_WIDTH}, was given {number!r:.80}")
+            if isinstance(number, str) and len(number) > MAX_MATCHED:
+                raise TemplateLimitError(
+                    f"{name} wants up to {MAX_MATCHED} characters, was given {len(number)}"
+                )
+        made = function(*args, **kwargs)
+        return list(_counted(made)) if isinstance(made, types.GeneratorType) else made
+
+    return narrow
+
+
+def _format_filter(value: Any, *args: Any, **kwargs: Any) -> str:
+    _check_widths(str(value))
+    return jinja2.filters.do_format(value, *args, **kwargs)
+
+
+def _check_widths(form: str) -> None:
+    if re.search(r"%[^%a-zA-Z]*(\*|\d{4})", form):
+        raise TemplateLimitError(f"a width in the format {form[:40]!r} is too large")
 
 
 def _tojson(
@@ -236,6 +268,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
         )
         own = {"tojson": _tojson, "join": _join_filter, "replace": _replace_filter, "indent": _indent_filter}
+        own |= {
+            name: _narrow(name) for name in ("batch", "center", "slice", "striptags", "wordwrap", "pprint")
+        }
+        own |= {name: _narrow(name) for name in ("urlize", "urlencode", "xmlattr")}
+        own |= {"format": _format_filter}
         self.filters = {
             name: _bounded_filter({**self.filters, **own}[name]) for name in (*_FILTERS, "tojson")
         }
@@ -257,7 +294,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in STRING_METHODS:
-            return False  # among them center, ljust, zfill: a small number makes a huge string
+            return False  # among them encode, whose bytes nothing here bounds
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -273,9 +310,15 @@ class _Environment(ImmutableSandboxedEnvironment):
             _sized(value)
         if isinstance(__obj, types.BuiltinMethodType) and isinstance(__obj.__self__, str):
             if __obj.__name__ == "replace":
-                return _replaced(__obj.__self__, *args, **named)
+                return replaced(__obj.__self__, *args, **named)
             if __obj.__name__ == "join":
                 return _joined(*args, separator=__obj.__self__, **named)
+        name = getattr(__obj, "__name__", None)
+        if name in _PADDING_METHODS and isinstance(getattr(__obj, "__self__", None), str):
+            if any(
+                isinstance(number, int) and abs(number) > MAX_WIDTH for number in (*args, *named.values())
+            ):
+                raise TemplateLimitError(f"{name} wants a width up to {MAX_WIDTH}, was given {args!r:.80}")
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -283,8 +326,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         budget.step()
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
         if operator == "%" and isinstance(left, str):
-            if re.search(r"%[^%a-zA-Z]*(\*|\d{4})", left):
-                raise TemplateLimitError(f"a width in the format {left[:40]!r} is too large")
+            _check_widths(left)
             _sized(right)
         elif operator == "**" and not (numbers and abs(right) <= 64 and abs(left) <= 1 << 32):
             raise TemplateLimitError("a power in the chat template is too large")

@@ -131,10 +131,14 @@ def chat_record(
 
     Raises ChatTemplateError that begins with `where`.
     """
+    from data.template_messages import with_reasoning_in_content
     from data.templates import ChatTemplateError
 
     whole = conversation if isinstance(conversation, Mapping) else {"messages": conversation}
-    messages, tools = whole["messages"], whole.get("tools")
+    messages, tools = (
+        with_reasoning_in_content(whole["messages"], tokenizer.chat_template),
+        whole.get("tools"),
+    )
     try:
         ids, wrote = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=False)
     except ChatTemplateError as error:
@@ -182,9 +186,11 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     for i in range(tokenizer.vocab_size):
         digest.update(tokenizer.token_of(i).encode("utf-8", "surrogatepass") + b"\0")
     roles = [tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id]
-    return hash_of(
-        digest.hexdigest(), tokenizer.special_tokens, roles, tokenizer.chat_template, tokenizer.encode(probe)
-    )
+    known = [tokenizer.special_tokens, roles, tokenizer.chat_template, tokenizer.encode(probe)]
+    prefixes = (
+        tokenizer.encode_batch([probe], continuation=True)[0] != known[-1]
+    )  # where chats put space marks
+    return hash_of(digest.hexdigest(), *known, *([tokenizer.prefix_after_special] if prefixes else []))
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -197,6 +197,12 @@ RUNAWAYS = {
     "macro explosion": "{% macro m(n) %}"
     "{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "output": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
+    "padded": "{{ 'a'.ljust(10**9) }}",
+    "padded by a filter": "{{ 'a' | center(10**9) }}",
+    "columns": "{{ [1] | slice(10**9) | list }}",
+    "filled rows": "{{ [1] | batch(10**9, 'x') | list }}",
+    "tabs": "{{ '\t'.expandtabs(10**9) }}",
+    "width by a filter": "{{ '%999999999d' | format(1) }}",
     "output in a macro": "{% macro m() %}"
     "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}{% endmacro %}{{ m() }}",
 }
@@ -215,7 +221,7 @@ def test_a_template_that_runs_away_raises(template):
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ raise_exception.__globals__.items() }}",
-        "{{ 'x'.center(9) }}",
+        "{{ 'x'.encode() }}",
         "{% include '/etc/passwd' %}",
         "{{ lipsum }}{{ lipsum() }}",
         "{{ 1 / 0 }}",

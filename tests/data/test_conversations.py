@@ -23,7 +23,8 @@ def said(text):
     return {"role": "assistant", "content": text}
 
 
-CALL = {"name": "add", "arguments": {"a": 1}}
+FUNCTION = {"name": "add", "arguments": {"a": 1}}
+CALL = {"type": "function", "function": FUNCTION}
 ASKED = [user("Hi"), said("Hello")]
 ROWS = [
     (
@@ -37,7 +38,7 @@ ROWS = [
             "system": "Be brief.",
             "conversations": [
                 {"from": "human", "value": "1+1?"},
-                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "function_call", "value": json.dumps(FUNCTION)},
                 {"from": "observation", "value": "2"},
                 {"from": "gpt", "value": "2"},
             ],
@@ -77,11 +78,44 @@ ROWS = [
         Dialogue(
             [
                 user("1+1?"),
-                said("") | {"tool_calls": [CALL]},
-                {"role": "tool", "content": "2"},
-                said("<think>\nTwo.\n</think>\n\n2"),
+                said("") | {"tool_calls": [{"id": "c"} | CALL]},
+                {"role": "tool", "content": "2", "tool_call_id": "c"},
+                said("2") | {"reasoning_content": "Two."},
             ]
         ),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                user("1+1?"),
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "add", "arguments": '{"a": 1}'},
+                },
+                {"role": "function", "name": "add", "content": "2"},
+                said("2") | {"thinking": "Two."},
+            ]
+        },
+        Dialogue(
+            [
+                user("1+1?"),
+                said("") | {"tool_calls": [CALL]},
+                {"role": "tool", "content": "2", "name": "add"},
+                said("2") | {"reasoning_content": "Two."},
+            ]
+        ),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                user("Hi"),
+                {"role": "assistant", "content": None, "reasoning": "Hm.", "tool_calls": None},
+            ]
+        },
+        Dialogue([user("Hi"), said("") | {"reasoning_content": "Hm."}]),
     ),
     (
         "messages",
@@ -162,6 +196,10 @@ def test_a_row_of_each_format_is_known_and_read(name, row, example):
 
 
 BAD = [
+    ({"messages": [user("x") | {"reasoning": "y"}, said("z")]}, "message 1 is of role user"),
+    ({"messages": [user("x"), said("z") | {"thinking": 3}]}, "message 2, thinking is int"),
+    ({"messages": [user("x"), said("z") | {"tool_calls": "f"}]}, "tool_calls are no list|message 2 has 'f'"),
+    ({"messages": [user("x"), {"role": "assistant", "content": None}]}, "message 2 has None"),
     ({"messages": []}, "messages are no list"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has 'robot'; wanted one of"),
     ({"messages": [user("x")]}, "the assistant says nothing"),
@@ -372,3 +410,20 @@ def test_real_tool_calls_are_trained_on_and_what_tools_say_is_not(shared, bpe, t
                 assert message["content"] in trained
             if message["role"] == "tool" and len(message["content"]) > 40:
                 assert message["content"] not in trained
+
+
+def test_reasoning_is_trained_on_whether_the_template_reads_it_or_not(bpe):
+    import copy
+
+    from data.tokenize import chat_record
+
+    dialogue = [user("1+1?"), said("2") | {"reasoning_content": "Two."}]
+    deaf = copy.copy(bpe)
+    deaf.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    for tokenizer in (bpe, deaf):
+        record = chat_record(dialogue, tokenizer, "here")
+        trained = tokenizer.decode(record.tokens[record.mask])
+        assert trained == "<think>\nTwo.\n</think>\n\n2"
