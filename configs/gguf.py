@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,8 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
     data: np.ndarray = dataclasses.field(repr=False)  # the whole file, uint8, memory-mapped
+    # of a model in several files: the part that holds a tensor, for those that the first part does not hold
+    parts: Mapping[str, GGUFFile] = dataclasses.field(default_factory=dict, repr=False)
 
     def raw(self, name: str) -> np.ndarray:
         """The bytes of one tensor, uint8 [nbytes], a view of the mapped file.
@@ -94,6 +98,8 @@ class GGUFFile:
         """
         if name not in self.tensors:
             raise KeyError(f"{self.path} has no tensor {name!r}; it has {len(self.tensors)}, see .tensors")
+        if name in self.parts:
+            return self.parts[name].raw(name)
         tensor = self.tensors[name]
         if tensor.nbytes is None:
             supported = ", ".join(entry[0] for entry in BLOCKS.values())
@@ -102,12 +108,19 @@ class GGUFFile:
 
 
 def read(path: str | os.PathLike) -> GGUFFile:
-    """Reads and checks a GGUF file's header and maps its tensors.
+    """Reads and checks a GGUF file's header and maps its tensors; of a model in several files, all of them.
+
+    Args:
+      path: a file; of several (NAME-00001-of-00003.gguf) the first.
 
     Raises FileNotFoundError for a missing file and GGUFError for one that is not exactly what its header
     says.
     """
-    path = Path(path)
+    file = _read_one(Path(path))
+    return _join(file) if _split(file) != (0, 1) else file
+
+
+def _read_one(path: Path) -> GGUFFile:
     if path.is_dir():
         raise GGUFError(f"{path}: is a folder, not a GGUF file.")
     if path.stat().st_size == 0:
@@ -121,6 +134,53 @@ def read(path: str | os.PathLike) -> GGUFFile:
     start = -(-cursor.position // alignment) * alignment
     tensors = _place_tensors(path, entries, start, data.size, alignment)
     return GGUFFile(path, version, metadata, tensors, data)
+
+
+def _split(file: GGUFFile) -> tuple[int, int]:
+    """(number from 0, how many) of a file among those of its model."""
+    found = file.metadata.get("split.no", 0), file.metadata.get("split.count", 1)
+    number, count = found
+    if type(number) is not int or type(count) is not int or not 0 <= number < max(count, 1):
+        raise GGUFError(
+            f"{file.path}: split.no and split.count are {found}; wanted a number and a larger count."
+        )
+    return number, max(count, 1)
+
+
+def _join(first: GGUFFile) -> GGUFFile:
+    """The first of several files with the tensors of all."""
+    number, count = _split(first)
+    name = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", first.path.name, re.DOTALL)
+    if name is None or (int(name[2]), int(name[3])) != (number + 1, count):
+        raise GGUFError(
+            f"{first.path}: is part {number + 1} of {count} of a model; wanted the name "
+            f"NAME-{number + 1:05}-of-{count:05}.gguf, by which the others are found."
+        )
+    paths = [first.path.with_name(f"{name[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    if number:
+        raise GGUFError(
+            f"{first.path}: is part {number + 1} of {count} of a model; give the first, {paths[0]}."
+        )
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise GGUFError(
+            f"{first.path}: is the first of {count} files; {len(missing)} are missing: {missing[0]}."
+        )
+    tensors, parts = dict(first.tensors), {}
+    for i, path in enumerate(paths[1:], 1):
+        part = _read_one(path)
+        if _split(part) != (i, count):
+            raise GGUFError(f"{path}: says that it is part {_split(part)[0] + 1} of {_split(part)[1]}.")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise GGUFError(f"{path}: holds {min(twice)!r}, which another part holds too.")
+        tensors |= part.tensors
+        parts |= dict.fromkeys(part.tensors, part)
+    total = first.metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise GGUFError(
+            f"{first.path}: split.tensors.count is {total}, but {count} files hold {len(tensors)}."
+        )
+    return dataclasses.replace(first, tensors=tensors, parts=parts)
 
 
 class _Cursor:

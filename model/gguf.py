@@ -19,7 +19,7 @@ from configs.gguf import GGUFError, GGUFFile
 from model.blocks.attention import Attention
 from model.blocks.ffn import SwiGLU
 from model.blocks.norms import RMSNorm
-from model.blocks.positions import Llama3Scaling, Rope
+from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling
 from model.config import Block, ModelConfig
 from model.dequantize import dequantize
 from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
@@ -53,6 +53,24 @@ NAMES: Names = {
     "blk.{i}.ffn_down.bias": "ffn/down_bias",
 }
 ROPE_FACTORS = "rope_freqs.weight"  # [C / 2] divisors of the rotary frequencies
+
+# Keys of an architecture that say nothing of the numbers: layouts, lengths before a context was stretched, what makes a
+# text's vector of its tokens', and how many of no experts are used.
+IGNORED = {
+    "tensor_data_layout",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "pooling_type",
+}
+IGNORED |= {"expert_used_count"}
+# Values of further keys that say nothing either.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale", "rope.scaling.attn_factor"), (0, 1)),
+    **dict.fromkeys(("attention.scale", "attn_logit_softcapping", "final_logit_softcapping"), (0,)),
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "leading_dense_block_count"), (0,)),
+    **dict.fromkeys(("use_parallel_residual", "attention.shared_kv_layers", "nextn_predict_layers"), (0,)),
+    "attention.causal": (True,),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -146,8 +164,10 @@ def _config(file: GGUFFile) -> ModelConfig:
     except ValueError as error:
         raise GGUFError(f"{file.path}: {error}") from None
     ffn = SwiGLU(metadata.integer("feed_forward_length"), bias="blk.0.ffn_gate.bias" in file.tensors)
+    vocab_size = _vocab_size(file, metadata, width)
+    metadata.check_unread()
     return ModelConfig(
-        vocab_size=_vocab_size(file, metadata, width),
+        vocab_size=vocab_size,
         width=width,
         blocks=(Block(mixer, ffn, norm),) * blocks,
         final_norm=norm,
@@ -174,19 +194,27 @@ def _vocab_size(file: GGUFFile, metadata: _Metadata, width: int) -> int:
     return rows
 
 
-def _rope_scaling(
-    file: GGUFFile, metadata: _Metadata, head_dim: int, max_length: int
-) -> Llama3Scaling | None:
-    """Llama 3.1's scaling, which GGUF stores as its effect on each frequency: the parameters that have that effect."""
-    kind = metadata.string("rope.scaling.type", "none")
-    if kind != "none":
-        raise metadata.wrong("rope.scaling.type", f"is {kind!r}; only 'none' and {ROPE_FACTORS!r} are read")
+def _rope_scaling(file: GGUFFile, metadata: _Metadata, head_dim: int, max_length: int) -> Scaling | None:
+    """Linear, or a divisor for each frequency. Of Llama 3.1's scaling, which GGUF stores as such divisors, the
+    parameters that have that effect."""
+    kind = metadata.string("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise metadata.wrong(
+            "rope.scaling.type", f"is {kind!r}; 'none', 'linear' and {ROPE_FACTORS!r} are read"
+        )
+    # llama.cpp: a factor without a type is linear, 0 is none, and the second name is that of old files
+    factor, older = (metadata.number_or_zero(key) for key in ("rope.scaling.factor", "rope.scale_linear"))
+    factor = (factor or older or 1.0) if kind == "linear" else 1.0
     if ROPE_FACTORS not in file.tensors:
-        return None
+        return LinearScaling(factor) if factor != 1 else None
+    if factor != 1:
+        raise metadata.wrong("rope.scaling.factor", f"is {factor}; beside {ROPE_FACTORS!r} only 1 is read")
     stored = file.tensors[ROPE_FACTORS]
     if stored.shape != (head_dim // 2,):
         raise GGUFError(f"{file.path}: {ROPE_FACTORS!r} is {stored.shape}; wanted ({head_dim // 2},).")
     factors = dequantize(file.raw(ROPE_FACTORS), stored.type, stored.shape)
+    if not np.all((factors > 0) & (factors < np.inf)):
+        raise GGUFError(f"{file.path}: {ROPE_FACTORS!r} has {factors.min():g}; wanted positive numbers.")
     if np.all(factors == 1):
         return None
     rope = Rope(metadata.number("rope.freq_base", 10_000.0))
@@ -195,10 +223,9 @@ def _rope_scaling(
         scaling = _scaling_with_effect(rope, factors, length)
         if scaling and np.allclose(rope_factors(Rope(rope.theta, scaling), head_dim), factors, rtol=1e-4):
             return scaling
-    raise GGUFError(
-        f"{file.path}: {ROPE_FACTORS!r} is not the Llama 3 scaling (low 1, high 4, a power of two as original "
-        f"length), the only one that is read; its factors go from {factors.min():g} to {factors.max():g}."
-    )
+    # any other: a divisor for each frequency, whatever the length of the text
+    divisors = tuple(float(factor) for factor in factors)
+    return LongRopeScaling(divisors, divisors, max_length)
 
 
 def _scaling_with_effect(rope: Rope, factors: np.ndarray, length: int) -> Llama3Scaling | None:
@@ -211,6 +238,8 @@ def _scaling_with_effect(rope: Rope, factors: np.ndarray, length: int) -> Llama3
 
 def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:
     """[C / 2] float32: by what the scaling divides each frequency."""
+    if isinstance(rope.scaling, LongRopeScaling):
+        return np.array(rope.scaling.short, np.float32)
     return Rope(rope.theta).frequencies(head_dim) / rope.frequencies(head_dim)
 
 
@@ -238,6 +267,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
+def _written(number: float) -> float:
+    """1e-05 as it was written, not 9.99999974738e-06."""
+    return float(np.float32(number).astype(str))
+
+
 class _Metadata:
     """The values under "<architecture>.", each of the wanted type and within reason."""
 
@@ -249,11 +283,13 @@ class _Metadata:
                 f"{file.path}: general.architecture is {architecture!r}; known are {', '.join(ARCHITECTURES)}."
             )
         self.architecture: str = architecture
+        self._read: set[str] = set()
 
     def wrong(self, key: str, problem: str) -> GGUFError:
         return GGUFError(f"{self.file.path}: {self.architecture}.{key} {problem}.")
 
     def value(self, key: str, default: Any) -> Any:
+        self._read.add(key)
         value = self.file.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise self.wrong(key, "is missing")
@@ -270,13 +306,28 @@ class _Metadata:
         value = self.value(key, default)
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise self.wrong(key, f"is {value!r}; wanted a positive number")
-        return float(np.float32(value).astype(str))  # 1e-05 as it was written, not 9.99999974738e-06
+        return _written(value)
+
+    def number_or_zero(self, key: str) -> float:
+        """0 where it is absent, or 0."""
+        value = self.value(key, 0.0)
+        return 0.0 if type(value) in (int, float) and value == 0 else self.number(key)
 
     def string(self, key: str, default: str) -> str:
         value = self.value(key, default)
         if not isinstance(value, str):
             raise self.wrong(key, f"is {value!r}; wanted a string")
         return value
+
+    def check_unread(self) -> None:
+        """An error for a key of the architecture that nobody asked for, unless it says nothing of the numbers."""
+        prefix = f"{self.architecture}."
+        for name, value in self.file.metadata.items():
+            key = name.removeprefix(prefix)
+            if not name.startswith(prefix) or key in self._read | IGNORED:
+                continue
+            if isinstance(value, np.ndarray) or value not in NEUTRAL.get(key, ()):
+                raise self.wrong(key, f"is {str(value)[:100]}; only a model without it is read")
 
     def must_be(self, key: str, wanted: int, meaning: str) -> None:
         value = self.value(key, wanted)

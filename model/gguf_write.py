@@ -14,7 +14,7 @@ from model.adapters import check_without_adapters
 from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
 from model.blocks.norms import RMSNorm
-from model.blocks.positions import Llama3Scaling, Rope
+from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling
 from model.config import Block, ModelConfig
 from model.families.common import difference
 from model.families.tensors import Tensor, get, name_of, tensor_table
@@ -51,7 +51,7 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str
     kinds = {name: _type_of(params, tensor) for name, tensor in table.items()}
     shapes = {name: tensor.shape for name, tensor in table.items()}
     rope = cfg.blocks[0].mixer.rope
-    if rope.scaling is not None:
+    if rope.scaling is not None and not isinstance(rope.scaling, LinearScaling):
         kinds[ROPE_FACTORS], shapes[ROPE_FACTORS] = "F32", (cfg.blocks[0].mixer.head_dim // 2,)
 
     def values(name: str) -> np.ndarray:
@@ -92,7 +92,7 @@ def _plain(cfg: ModelConfig) -> ModelConfig:
         mixer.num_heads,
         mixer.num_kv_heads,
         mixer.head_dim,
-        Rope(rope.theta, rope.scaling if isinstance(rope.scaling, Llama3Scaling) else None),
+        Rope(rope.theta, rope.scaling if _divides(rope.scaling) else None),
         qkv_bias=mixer.qkv_bias,
         out_bias=mixer.out_bias,
         qk_norm=norm if mixer.qk_norm else None,
@@ -106,6 +106,13 @@ def _plain(cfg: ModelConfig) -> ModelConfig:
         tied_head=cfg.tied_head,
         max_length=cfg.max_length,
     )
+
+
+def _divides(scaling: Scaling | None) -> bool:
+    """Whether a scaling divides each frequency by a number of its own, and nothing else."""
+    if isinstance(scaling, LongRopeScaling):
+        return scaling.short == scaling.long and scaling.magnitude == 1
+    return isinstance(scaling, LinearScaling | Llama3Scaling)
 
 
 def _metadata(cfg: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
@@ -125,6 +132,11 @@ def _metadata(cfg: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
         "rope.dimension_count": mixer.head_dim,
         "rope.freq_base": float(mixer.rope.theta),
     }
+    if isinstance(mixer.rope.scaling, LinearScaling):
+        of_architecture |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(mixer.rope.scaling.factor),
+        }
     general = {"general.architecture": architecture, "general.file_type": FILE_TYPES[kind]}
     return general | {f"{architecture}.{key}": value for key, value in of_architecture.items()}
 

@@ -6,7 +6,7 @@
 
 Writes beside itself: a folder for each tiny random checkpoint as `save_pretrained` writes it, with `logits.npz`
 (tokens, mask, positions and what else goes in; logits or hidden states: what transformers computes in float32); two
-GGUF files of them; and `dequantize.npz` (random blocks of each type and what the gguf package makes of them).
+GGUF files of them, and one in parts; and `dequantize.npz` (random blocks of each type and what the gguf package makes of them).
 Everything is seeded.
 """
 
@@ -64,6 +64,9 @@ def main(wanted: list[str]) -> None:
         np.savez_compressed(folder / "logits.npz", **logits(read_float32(folder, name)))
         if name in ("llama_tied", "llama_untied_sharded"):
             write_gguf(HERE / f"{name}.gguf", model)
+        if name == "llama_tied":
+            (HERE / "split_gguf").mkdir(exist_ok=True)
+            write_gguf(HERE / "split_gguf" / "model.gguf", model, split_max_tensors=17)
     if not wanted:
         np.savez_compressed(HERE / "dequantize.npz", **dequantized())
         np.savez_compressed(HERE / "mxfp4.npz", **unpacked_mxfp4())
@@ -206,10 +209,10 @@ GGUF_NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(path: Path, model) -> None:
-    """As llama.cpp's convert_hf_to_gguf.py writes a Llama, in float32."""
+def write_gguf(path: Path, model, **options) -> None:
+    """As llama.cpp's convert_hf_to_gguf.py writes a Llama, in float32; `options` of the gguf package's writer."""
     config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), "llama", **options)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

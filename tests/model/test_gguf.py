@@ -1,5 +1,6 @@
 """GGUF models: blocks against scalar loops from the format's definition, saving and loading, and lies."""
 
+import dataclasses
 import struct
 
 import jax
@@ -14,7 +15,9 @@ from data import load_tokenizer, train_tokenizer
 from model import (
     Attention,
     Block,
+    LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ModelConfig,
     RMSNorm,
     Rope,
@@ -177,6 +180,41 @@ def test_matrices_keep_their_dtype_in_the_file(dtype, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+SCALINGS = [
+    LinearScaling(2.5),
+    Llama3Scaling(8.0, 1.0, 4.0, 128),
+    Llama3Scaling(3.0, 1.5, 3.5, 100),  # others than Llama's own: read as what they do to each frequency
+    Llama3Scaling(8.0, 1.0, 4.0, 1000),
+    LongRopeScaling((1.0, 2.0, 3.0), (1.0, 2.0, 3.0), 64),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_a_scaling_that_is_written_is_read_back(scaling, tmp_path):
+    rope = Rope(100.0, scaling)
+    base = tiny()
+    mixer = dataclasses.replace(base.blocks[0].mixer, rope=rope)
+    cfg = base.replace(blocks=(dataclasses.replace(base.blocks[0], mixer=mixer),) * 3)
+    save(tmp_path / "model.gguf", cfg, random_params(cfg), format="gguf")
+    again = load(tmp_path / "model.gguf")[0].blocks[0].mixer.rope
+    for long in (False, True):
+        np.testing.assert_allclose(again.frequencies(6, long), rope.frequencies(6, long), rtol=1e-6)
+    save(tmp_path / "again.gguf", *load(tmp_path / "model.gguf"), format="gguf")
+    assert load(tmp_path / "again.gguf")[0].blocks[0].mixer.rope == again
+
+
+def test_a_scaling_of_magnitudes_or_two_lengths_has_no_place(tmp_path):
+    base = tiny()
+    for scaling in (
+        LongRopeScaling((1.0,) * 3, (2.0,) * 3, 64),
+        LongRopeScaling((2.0,) * 3, (2.0,) * 3, 64, 1.2),
+    ):
+        mixer = dataclasses.replace(base.blocks[0].mixer, rope=Rope(100.0, scaling))
+        cfg = base.replace(blocks=(dataclasses.replace(base.blocks[0], mixer=mixer),) * 3)
+        with pytest.raises(ValueError, match="rope.scaling=None where this model has LongRopeScaling"):
+            save(tmp_path / "model.gguf", cfg, random_params(cfg), format="gguf")
+
+
 def test_a_scanned_model_saves_the_same_file(tmp_path, small):
     from model.layout import relayout
 
@@ -264,6 +302,21 @@ LIES = [
     ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "is nan; wanted a positive number"),
     ({"llama.attention.sliding_window": 64}, "sliding_window is 64; windows are not supported"),
     ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type is 'yarn'"),
+    ({"llama.rope.scaling.factor": "2"}, "rope.scaling.factor is '2'"),
+    ({"llama.rope.scaling.factor": -2.0}, "rope.scaling.factor is -2.0; wanted a positive number"),
+    (
+        {"llama.rope.scale_linear": np.array([2.0, 3.0], "f4")},
+        "rope.scale_linear is .*; wanted a positive number",
+    ),
+    ({"llama.rope.scaling.attn_factor": 0.7}, "rope.scaling.attn_factor is 0.69.*; only a model without it"),
+    (
+        {"llama.rope.dimension_sections": np.array([1, 1, 1, 0], "i4")},
+        "rope.dimension_sections is .*; only a model without it",
+    ),
+    ({"llama.attention.causal": False}, "attention.causal is False; only a model without it is read"),
+    ({"llama.logit_scale": 0.3}, "logit_scale is 0.3.*; only a model without it"),
+    ({"llama.residual_scale": 0.3}, "residual_scale is 0.3.*; only a model without it"),
+    ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; only a model without it"),
     ({"llama.rope.dimension_count": 4}, "rope.dimension_count is 4; wanted 6"),
     ({"llama.expert_count": 8}, "expert_count is 8; wanted 0"),
     ({"llama.vocab_size": 62}, "vocab_size is 62; wanted 61"),
@@ -290,8 +343,8 @@ def test_tensors_that_are_missing_strange_or_of_another_type_are_errors(tmp_path
     strange = tensors | {"blk.0.ssm.weight": np.zeros((3, 3), np.float32)}
     with pytest.raises(container.GGUFError, match="no place for: blk.0.ssm.weight"):
         load(write_parts(tmp_path / "b.gguf", metadata, strange))
-    scaled = tensors | {"rope_freqs.weight": np.array([1, 3, 9], np.float32)}
-    with pytest.raises(container.GGUFError, match="is not the Llama 3 scaling"):
+    scaled = tensors | {"rope_freqs.weight": np.array([1, 3, np.nan], np.float32)}
+    with pytest.raises(container.GGUFError, match="wanted positive numbers"):
         load(write_parts(tmp_path / "c.gguf", metadata, scaled))
     content = (tmp_path / "good.gguf").read_bytes()
     key = b"blk.0.attn_q.weight" + struct.pack("<IQQ", 2, 24, 24)

@@ -4,11 +4,14 @@ tests/goldens/make.py and make_smollm2.py made them.
 """
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from configs import gguf
+from configs.gguf_write import write
 from data import load_tokenizer
 from model import apply, load, load_config
 from model.dequantize import dequantize
@@ -37,6 +40,64 @@ def test_a_gguf_file_and_a_hugging_face_folder_of_one_model_load_alike():
     other_cfg, other = load(GOLDENS / "llama_untied_sharded.gguf")
     assert cfg == other_cfg
     jax.tree.map(np.testing.assert_array_equal, params, other)
+
+
+def test_a_model_in_several_gguf_files_is_the_model_in_one(tmp_path):
+    """As the gguf package splits it."""
+    first, last = (GOLDENS / "split_gguf" / f"model-{i:05}-of-00003.gguf" for i in (1, 3))
+    cfg, params = load(first)
+    whole_cfg, whole = load(GOLDENS / "llama_tied.gguf")
+    assert cfg == whole_cfg
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    with pytest.raises(
+        ValueError, match="is part 3 of 3 of a model; give the first, .*model-00001-of-00003.gguf"
+    ):
+        load(last)
+    copy = shutil.copy(first, tmp_path)
+    with pytest.raises(ValueError, match="first of 3 files; 2 are missing: .*model-00002-of-00003.gguf"):
+        load(copy)
+    renamed = shutil.copy(first, tmp_path / "whole.gguf")
+    with pytest.raises(
+        ValueError, match="is part 1 of 3 of a model; wanted the name NAME-00001-of-00003.gguf"
+    ):
+        load(renamed)
+    for i in (2, 3):  # the second part twice
+        shutil.copy(
+            GOLDENS / "split_gguf" / "model-00002-of-00003.gguf", tmp_path / f"model-{i:05}-of-00003.gguf"
+        )
+    with pytest.raises(ValueError, match="model-00003-of-00003.gguf: says that it is part 2 of 3"):
+        load(copy)
+
+
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 3.0},
+        {"rope.scaling.factor": 3.0},  # without a type
+        {"rope.scale_linear": 3.0},  # of old files
+        {"rope.scaling.type": "none", "rope.scaling.factor": 3.0},
+    ],
+)
+def test_linear_scalings_in_gguf_are_those_of_transformers(keys, tmp_path):
+    file = gguf.read(GOLDENS / "llama_tied.gguf")
+    metadata = (
+        file.metadata | {"llama.rope.freq_base": 500.0} | {f"llama.{key}": x for key, x in keys.items()}
+    )
+    tensors = {name: file.raw(name).view("<f4").reshape(of.shape) for name, of in file.tensors.items()}
+    kinds = {name: ("F32", values.shape) for name, values in tensors.items()}
+    write(tmp_path / "model.gguf", metadata, kinds, tensors.__getitem__)
+    cfg, params = load(tmp_path / "model.gguf")
+    cases = json.loads((GOLDENS / "keys.json").read_text())["llama_tied"]["logits"]
+    (wanted,) = [numbers for edits, numbers in cases if edits == [[["rope_parameters"], LINEAR]]]
+    golden = np.load(GOLDENS / "llama_tied" / "logits.npz")
+    inputs = {"positions": golden["positions"], "segment_ids": golden["mask"]}
+    values = np.asarray(apply(cfg, params, golden["tokens"], **inputs).logits)
+    ours = np.concatenate([values[0, 12], values[1, 8], values[1, 1]])
+    error = np.abs(ours[:: len(ours) // 9] - wanted).max()
+    assert (error < 2e-4) == (keys.get("rope.scaling.type") != "none")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
