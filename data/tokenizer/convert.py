@@ -45,8 +45,8 @@ def save_sentencepiece(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
     added = {i: (name, proto.SentencePiece.CONTROL) for name, i in tokenizer.added_tokens.items()}
     added |= {i: (name, proto.SentencePiece.USER_DEFINED) for i, (name, _) in words.items()}
     for i, (name, kind) in sorted(added.items()):
-        if i < len(proto.pieces) and proto.pieces[i].piece == name:
-            proto.pieces[i].type = kind
+        if i < len(proto.pieces) and proto.pieces[i].piece in (name, name.replace("\u2581", " ")):
+            proto.pieces[i].piece, proto.pieces[i].type = name, kind
         elif i == len(proto.pieces):
             proto.pieces.add(piece=name, score=0.0, type=kind)
         else:

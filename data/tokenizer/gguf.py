@@ -75,7 +75,7 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if len(types) != len(tokens):
         raise GGUFTokenizerError(f"{where}: {len(tokens)} tokens but {len(types)} token types")
 
-    def name_of(key: str) -> str | None:
+    def id_of(key: str) -> int | None:
         token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is None:
             return None
@@ -83,7 +83,10 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             raise GGUFTokenizerError(
                 f"{where}: {key}_token_id {token_id} is outside the {len(tokens)} tokens"
             )
-        return tokens[int(token_id)]
+        return int(token_id)
+
+    def name_of(key: str) -> str | None:
+        return None if (i := id_of(key)) is None else tokens[i]
 
     bos, pad = name_of("bos"), name_of("padding")
     stops = [name for name in (name_of("eos"), name_of("eot"), name_of("eom")) if name is not None]
@@ -91,14 +94,43 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         if name is not None:
             types[tokens.index(name)] = CONTROL  # older files type these as normal tokens
     stops += sorted(t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL and t in _STOP_NAMES)
-    template = metadata.get("tokenizer.chat_template")
-    names = {"bos": bos, "eos": stops, "pad": pad, "chat_template": template}
+    names = {"bos": bos, "eos": stops, "pad": pad, "chat_template": metadata.get("tokenizer.chat_template")}
+    found = {role: name_of(key) for role, key in _ROLES.items()}
+    names["roles"] = {role: name for role, name in found.items() if name is not None}
+    names["around"] = _around(
+        metadata, str(model), {key: id_of(key) for key in ("bos", "eos", "cls", "seperator")}
+    )
     try:
         return builders[model](metadata, tokens, types, where, names)
     except GGUFTokenizerError:
         raise
     except Exception as error:  # the backends raise bare Exception
         raise GGUFTokenizerError(f"{where}: the tokenizer can't be built: {error}") from error
+
+
+# The roles as chat templates name them; GGUF spells one of them so.
+_ROLES = {
+    "bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding",
+    "cls_token": "cls", "mask_token": "mask",
+}  # fmt: skip
+
+
+def _around(
+    metadata: Mapping[str, Any], model: str, ids: Mapping[str, int | None]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """What stands around a text: as the file says, else as llama.cpp has it for the kind. None where a byte-level BPE
+    says nothing: there it depends on more than the kind."""
+    stated = {end: metadata.get(f"tokenizer.ggml.add_{end}_token") for end in ("bos", "eos", "sep")}
+    if model == "gpt2" and not any(value is not None for value in stated.values()):
+        return None
+    defaults = {"bos": model != "gpt2", "eos": False, "sep": model == "bert"}
+    wanted = {end: defaults[end] if value is None else bool(value) for end, value in stated.items()}
+    first = ids["bos"] if ids["bos"] is not None else ids["cls"]
+    before = (first,) if wanted["bos"] and first is not None else ()
+    last = ids["seperator"] if wanted["sep"] else None
+    if last is None and (wanted["eos"] or wanted["sep"]):
+        last = ids["eos"]
+    return before, (last,) if last is not None else ()
 
 
 def _strings(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:
@@ -158,7 +190,7 @@ def _sentencepiece(
 ) -> Tokenizer:
     from sentencepiece import sentencepiece_model_pb2 as pb
 
-    from data.tokenizer.sentencepiece import SentencePieceTokenizer
+    from data.tokenizer.sentencepiece import SentencePieceTokenizer, Word
 
     scores = [float(s) for s in metadata.get("tokenizer.ggml.scores", ())]
     if len(scores) != len(tokens):
@@ -180,9 +212,15 @@ def _sentencepiece(
     proto.normalizer_spec.remove_extra_whitespaces = bool(
         metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
     )
+    # llama.cpp finds user-defined tokens in the text itself, where a space is no mark, and the longest first; to
+    # SentencePiece they are pieces like others.
+    words = {token: Word(i) for i, token in enumerate(tokens) if types[i] == USER_DEFINED and token}
+    types = [NORMAL if kind == USER_DEFINED else kind for kind in types]
     for token, score, kind in zip(tokens, scores, types, strict=True):
         proto.pieces.add(piece=token, score=score, type=kind)
-    return SentencePieceTokenizer(proto.SerializeToString(), **names)
+    return SentencePieceTokenizer(
+        proto.SerializeToString(), words=words, longest_first=True, prefix_after_special=True, **names
+    )
 
 
 def _wordpiece(
@@ -200,8 +238,8 @@ def _wordpiece(
             return token
         return token[1:] if token.startswith("\u2581") else PREFIX + token
 
-    backend = backend_of(
-        [spelled(token) for token in tokens], bool(metadata.get("tokenizer.ggml.normalizer.lowercase", True))
-    )
+    lowercase = bool(metadata.get("tokenizer.ggml.normalizer.lowercase", True))
+    accents = bool(metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase))
+    backend = backend_of([spelled(token) for token in tokens], lowercase, accents)
     special = [token for token in tokens if token in control or token in BERT_SPECIAL_TOKENS]
     return HuggingFaceTokenizer(backend, special_tokens=special, **names)

@@ -87,6 +87,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """What the library runs, for conversion to other formats; not to be changed."""
         return self._backend
 
+    @property
+    def is_bpe(self) -> bool:  # type: ignore[override]
+        return isinstance(self._backend.model, tokenizers.models.BPE)
+
     def _encode(self, texts: list[str], continuation: bool) -> list[list[int]]:
         for text in texts:
             text.encode("utf-8")

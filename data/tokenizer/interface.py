@@ -47,8 +47,10 @@ class Tokenizer(abc.ABC):
     roles: dict[str, str]
     around: tuple[tuple[int, ...], tuple[int, ...]] | None
     prefix_after_special: bool = False
+    is_bpe: bool = True
     _strip_leading_space = False
     _late_replacements: tuple[tuple[str, str], ...] = ()  # of characters that byte tokens may have made
+    _cleans_up = False  # whether decoding takes the spaces before punctuation away
     _single_words: frozenset[str] = frozenset()  # special tokens that count only where no word touches them
 
     def _set_specials(
@@ -181,7 +183,7 @@ class Tokenizer(abc.ABC):
         config |= {"added_tokens_decoder": added | config.get("added_tokens_decoder", {})} | names
         end = self.eos_ids[0] if self.eos_ids else None
         ends = self.around is not None and end in self.around[1]
-        config |= {"clean_up_tokenization_spaces": False, "add_bos_token": self.bos_id is not None}
+        config |= {"clean_up_tokenization_spaces": self._cleans_up, "add_bos_token": self.bos_id is not None}
         config |= {"add_eos_token": ends}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
@@ -206,6 +208,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, keep_special: bool = False, continuation: bool = False):
         """`continuation`: ids go on after other text, so a SentencePiece prefix space is kept."""
         self._tokenizer, self._keep_special = tokenizer, keep_special
+        self._held = ""
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = tokenizer._strip_leading_space and not continuation
 
@@ -215,7 +218,7 @@ class StreamDecoder:
             if not self._keep_special:
                 return ""
             self._at_start = False
-            return self.finish() + self._tokenizer.token_of(token_id)
+            return self._text(self._utf8.decode(b"", final=True) + self._tokenizer.token_of(token_id))
         piece = self._tokenizer.bytes_of(token_id)
         if self._at_start and piece:
             piece, self._at_start = self._tokenizer._first_piece(piece), False
@@ -223,12 +226,31 @@ class StreamDecoder:
 
     def finish(self) -> str:
         """What is still held back: an incomplete character as U+FFFD."""
-        return self._text(self._utf8.decode(b"", final=True))
+        return self._text(self._utf8.decode(b"", final=True), last=True)
 
-    def _text(self, text: str) -> str:
+    def _text(self, text: str, last: bool = False) -> str:
         for old, new in self._tokenizer._late_replacements:
             text = text.replace(old, new)
-        return text
+        if not self._tokenizer._cleans_up:
+            return text
+        # Each pattern begins with a space; only that of a lone apostrophe has another one, and may make an " n't".
+        text = self._held + text
+        cut = len(text)
+        while not last and (cut := text.rfind(" ", 0, cut)) > 0 and text[:cut].endswith(("'", " n")):
+            pass
+        cut = max(cut, 0)
+        self._held = text[cut:]
+        return cleaned_up(text[:cut])
+
+
+def cleaned_up(text: str) -> str:
+    """Text without the spaces before punctuation, as `clean_up_tokenization_spaces` of transformers has it."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(" " + mark, mark)
+    text = text.replace(" ' ", "'")
+    for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(" " + ending, ending)
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

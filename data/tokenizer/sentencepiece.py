@@ -77,6 +77,7 @@ class SentencePieceTokenizer(Tokenizer):
             if piece.type == piece.UNKNOWN:
                 self._bytes[i] = "\ufffd".encode()
         self._bytes |= {word.id: name.encode("utf-8") for name, word in self._words.items()}
+        self.is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
         self._byte_ids = {p.piece: i for i, p in enumerate(proto.pieces) if p.type == p.BYTE}
         self.vocab_size = max(self._tokens) + 1
 

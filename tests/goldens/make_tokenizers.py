@@ -1,7 +1,9 @@
-"""Writes tokenizers/cases.json: ids, texts and chats that transformers 5 gives for small tokenizer folders.
+"""Writes tokenizers/cases.json: ids, texts and chats that transformers 5 gives for small tokenizer folders, and what
+llama.cpp's converter says of their special tokens.
 
     uv venv .venvs/tokenizers
-    uv pip install --python .venvs/tokenizers/bin/python transformers==5.23.0 jinja2 sentencepiece protobuf
+    uv pip install --python .venvs/tokenizers/bin/python transformers==5.23.0 gguf==0.19.0 jinja2 \\
+        sentencepiece protobuf
     .venvs/tokenizers/bin/python tests/goldens/make_tokenizers.py
 
 A case is a vocabulary (trained here on a few lines) and the files around it. Each file is written in full where the
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from gguf import SpecialVocab
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
@@ -50,6 +53,20 @@ TEXTS = [
     "x <0x0A> y",
 ]
 MESSAGES = [{"role": "user", "content": "hello the"}, {"role": "assistant", "content": " world "}]
+
+
+KEYS = {
+    "model_max_length": 3, "max_len": 3, "padding_side": "left", "truncation_side": "left", "truncation": True,
+    "clean_up_tokenization_spaces": True, "split_special_tokens": True, "model_input_names": ["input_ids"],
+    "processor_class": "X", "errors": "strict", "trim_offsets": False, "do_basic_tokenize": False,
+    "never_split": ["hello"], "keep_accents": True, "spaces_between_special_tokens": True, "sp_model_kwargs": {"x": 1},
+    "use_default_system_prompt": True, "from_slow": True, "pad_to_multiple_of": 8, "pad_token_type_id": 1,
+    "max_length": 2, "stride": 1, "truncation_strategy": "longest_first", "name_or_path": "x", "is_local": True,
+    "special_tokens_map_file": "x.json", "tokenizer_file": "x.json", "vocab_file": "x", "backend": "x", "legacy": True,
+    "remove_space": False, "fix_mistral_regex": True, "chat_control_tokens": ["hello"], "response_schema": {},
+    "unk_id": 3, "verbose": True, "return_tensors": "np", "device_map": "auto",
+    "tokenizer_type": "x", "bos_token_id": 1, "task": "x", "language": None, "default_prompt": "x", "use_fast": False,
+}  # fmt: skip
 
 
 def chatml(begin: str, end: str) -> str:
@@ -286,6 +303,24 @@ def cases(base: dict) -> list[dict]:
     bare = {"single": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}
     bare |= {"pair": [*bare["single"], {"Sequence": {"id": "B", "type_id": 1}}]}
     case("nothing by the template processor", "llama", fast | sp, changes={"post_processor": template | bare})
+    nested = {"type": "Sequence", "processors": [spec_of(byte_level())["post_processor"], template]}
+    nested["processors"][1] = json.loads(
+        json.dumps(template).replace("<s>", "<|endoftext|>").replace("[1]", "[0]")
+    )
+    case(
+        "bos by a processor among others",
+        "byte_level",
+        fast | cl | {"bos_token": "<|endoftext|>"},
+        changes={"post_processor": nested},
+    )
+    ending = json.loads(json.dumps(nested["processors"][1]))
+    ending["single"], ending["pair"] = ending["single"][::-1], ending["pair"][::-1]
+    case(
+        "what ends a text is not what ends a turn",
+        "byte_level",
+        fast | cl,
+        changes={"post_processor": ending},
+    )
     # Vocabularies without tokenizer.json.
     for name in ("GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer"):
         config = {"tokenizer_class": name, "pad_token": "<|endoftext|>"} | cl
@@ -407,11 +442,12 @@ def answers(folder: Path) -> dict:
     ids, texts = [], []
     for text in TEXTS:
         ids.append(theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        texts.append(theirs.decode(ids[-1], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        texts.append(theirs.decode(ids[-1], skip_special_tokens=True))
     chat = None
     if theirs.chat_template:
         chat = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
         chat = [chat, theirs(chat, add_special_tokens=False, split_special_tokens=False)["input_ids"]]
+    converter = SpecialVocab(folder)
     special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
     return {
         "ids": ids,
@@ -421,23 +457,60 @@ def answers(folder: Path) -> dict:
         "special": special | {name: theirs.convert_tokens_to_ids(name) for name in theirs.all_special_tokens},
         "unknown": theirs.unk_token_id,
         "size": len(theirs),
+        "gguf": {"ids": converter.special_token_ids, "add": converter.add_special_token},
     }
 
 
+def keys(base: dict) -> list[dict]:
+    """Every other key that published folders have, one at a time."""
+    fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    roles = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    chat = {"eos_token": "<|im_end|>", "chat_template": chatml("<|im_start|>", "<|im_end|>")}
+    kinds = {
+        "byte_level": fast | chat,
+        "word_piece": {"tokenizer_class": "BertTokenizer"},
+        "unigram": fast | roles,
+    }
+    found = []
+    for vocabulary, config in kinds.items():
+        for key, value in [(None, None), *KEYS.items()]:
+            given = config if key is None else config | {key: value}
+            name = f"{vocabulary} by itself" if key is None else f"{vocabulary} {key}={value}"
+            files = {"tokenizer_config.json": given}
+            found.append(
+                {"name": name, "vocabulary": vocabulary, "layout": "json", "changes": {}, "files": files}
+            )
+    return found
+
+
 def main() -> None:
-    base = vocabularies()
-    written = []
-    for case in cases(base):
+    # The trainers break ties in any order: vocabularies that were made once stay.
+    base = json.loads(OUT.read_text())["vocabularies"] if OUT.exists() else vocabularies()
+    written, alone, harmless = [], {}, []
+    for case in [*cases(base), *keys(base)]:
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), base, case)
-            try:
-                written.append(case | {"wanted": answers(Path(folder))})
-            except Exception as error:
-                print("NOT", case["name"], type(error).__name__, str(error)[:300])
+            case |= {"wanted": answers(Path(folder))}
+        if case["name"].endswith(" by itself"):
+            alone[case["vocabulary"]] = case["wanted"]
+        if (
+            "=" in case["name"]
+            and case["wanted"] == alone.get(case["vocabulary"])
+            and case["layout"] == "json"
+        ):
+            harmless.append({key: case[key] for key in ("name", "vocabulary", "files")})
+        else:
+            written.append(case)
     OUT.parent.mkdir(exist_ok=True)
-    content = {"texts": TEXTS, "messages": MESSAGES, "vocabularies": base, "cases": written}
+    content = {
+        "texts": TEXTS,
+        "messages": MESSAGES,
+        "vocabularies": base,
+        "cases": written,
+        "harmless": harmless,
+    }
     OUT.write_text(json.dumps(content, ensure_ascii=True, separators=(",", ":")) + "\n")
-    print(len(written), "cases,", OUT.stat().st_size, "bytes")
+    print(len(written), "cases,", len(harmless), "keys without effect,", OUT.stat().st_size, "bytes")
 
 
 if __name__ == "__main__":
