@@ -49,6 +49,7 @@ _CLASSES = {
     ),
 }
 _METASPACE = {"type": "Metaspace", "replacement": _WORD_START, "split": False}
+_BERT_ROLES = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _THEIRS = {"unk": "unknown", "sep": "seperator", "pad": "padding"}  # the spelling is GGUF's
 
@@ -383,7 +384,9 @@ def _special_ids(
     """The ids of roles and whether they stand around a text, from all that says so: the files of settings, and the
     post-processor of tokenizer.json, which may be the only one."""
     generation, config = _json(files, "generation_config.json"), _json(files, "tokenizer_config.json")
-    names = (saved or {}).get("roles", {}) | _named(config, _json(files, "special_tokens_map.json"))
+    kind = ((saved or {}).get("model") or {}).get("type")
+    implied = _BERT_ROLES if kind == "WordPiece" else (saved or {}).get("roles", {})
+    names = implied | _named(config, _json(files, "special_tokens_map.json"))
     says, before, after = _around(saved)
     names.setdefault("bos_token", before or names.get("cls_token"))
     names.setdefault("eos_token", after or names.get("sep_token"))

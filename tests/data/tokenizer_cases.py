@@ -34,3 +34,29 @@ def write_folder(folder, case):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
+
+
+def sentence_pieces(**changes):
+    """The metadata of a GGUF file with user-defined tokens of spaces and words."""
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "\u2581",
+        "a",
+        "b",
+        "\u2581a",
+        "ab",
+    ]
+    pieces += ["  ", "    ", "hello", "\n\n"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * 5, *[4] * 4]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-9.0, -9.0, -9.0, -1.0, -2.0] + [0.0] * 4,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        **changes,
+    }
