@@ -20,7 +20,15 @@ from model.blocks.block import Block, run_stack
 from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param, write_places
 from model.blocks.ngrams import NGrams
 from model.blocks.patch_attention import PatchAttention, PatchPool
-from model.blocks.patches import EntropyPatcher, Patcher, Patches, clues, lay_out, next_byte_entropy
+from model.blocks.patches import (
+    EntropyPatcher,
+    Patcher,
+    Patches,
+    by_patch,
+    clues,
+    lay_out,
+    next_byte_entropy,
+)
 from model.blocks.recurrence import Line, Walk, begin, finish, line_up
 
 PAGES = ("k", "v")  # of the own state, what grows with a row
@@ -158,8 +166,9 @@ def _ordered(info: TokenInfo, walk: Walk) -> TokenInfo:
     """In the order of the walk."""
     if walk.order_BT is None:
         return info
-    names = ("positions", "segment_ids", "write_page", "write_slot")
-    return dataclasses.replace(info, **{name: walk.ordered(getattr(info, name)) for name in names})
+    names = ("positions", "segment_ids", "write_page", "write_slot", "weights")
+    given = {name: getattr(info, name) for name in names if getattr(info, name) is not None}
+    return dataclasses.replace(info, **{name: walk.ordered(value) for name, value in given.items()})
 
 
 def _patches(
@@ -196,6 +205,9 @@ def _latent(
         module.cfg.runs(),
         TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter),
     )
+    if info.weights is not None:
+        weights_BPF = by_patch(jax.ops.segment_sum, info.weights[..., None], patches.patch_BT, x_BPW.shape[1])
+        of_patches = dataclasses.replace(of_patches, weights=weights_BPF[..., 0])
     if layers is None:
         return run_stack(ctx, runs, x_BPW, None, of_patches)
     page_table, page_size = cast(jax.Array, info.page_table), layers["bytes"]["k"].shape[1]

@@ -79,6 +79,7 @@ def apply(
     adapter: jax.Array | None = None,
     rules: ShardingRules | None = None,
     train: bool = False,
+    token_weights: jax.Array | None = None,
 ) -> Output:
     """Run the model.
 
@@ -102,6 +103,7 @@ def apply(
       rules: sharding of activations, for use under `jax.set_mesh`.
       train: routers with a capacity (mixture of depths or recursions, experts with slots) keep to it, which lets a
         token depend on others of its row. Without, each token decides by itself, as it does with a cache.
+      token_weights: [B, T] float32, how much each token counts in the losses of `aux`; default: 1. Padding never does.
     """
     if encoder_tokens is not None and cfg.encoder is None:
         raise ValueError("encoder_tokens were given to a model without an encoder.")
@@ -116,9 +118,9 @@ def apply(
         )
     source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules, train)
-    arguments = tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter, targets, ask
+    read = tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter
     with backend.prefer(cfg.kernels):
-        return cast(Output, module.apply({"params": params}, *arguments))
+        return cast(Output, module.apply({"params": params}, *read, targets, ask, token_weights))
 
 
 def logical_axes(cfg: ModelConfig) -> Params:
@@ -168,10 +170,12 @@ class Transformer(nn.Module):
         adapter=None,
         targets=None,
         ask=Ask(),
+        token_weights=None,
     ) -> Output:
         cfg = self.cfg
         ctx = self._context(len(cfg.blocks))
         info = _token_info(cfg, tokens, positions, segment_ids, cache, adapter)
+        info = dataclasses.replace(info, weights=token_weights)
         embedding_VD = self._embedding(ctx)
         x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info, token_types)
         self.sow("intermediates", "embedded", x_BTD)

@@ -28,6 +28,7 @@ class MixtureSpec:
     dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: float = 1.25
     balance_loss: float = 0.01
+    balance_over: Literal["document", "batch"] = "document"  # "batch" wants config.microbatches=1
     z_loss: float = 0.001
     balance_rate: float = (
         0.0  # above 0: sigmoid scores and a bias for choice, as in DeepSeek-V3; 1e-3 is usual
@@ -44,6 +45,7 @@ class MixtureSpec:
             dispatch=self.dispatch,
             capacity_factor=self.capacity_factor,
             balance_loss=self.balance_loss,
+            balance_over=self.balance_over,
             z_loss=self.z_loss,
             balance_rate=self.balance_rate,
         )

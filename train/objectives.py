@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model import ModelConfig, ShardingRules, WeightedSum, apply
+from model.blocks.balance import document_mean
 from model.blocks.common import add_up
 from model.blocks.future import look_ahead, same_segment
 from model.function import Output, Params
@@ -33,7 +34,28 @@ def scored(
 ) -> Output:
     """The output of a packed batch with the scores of its targets, and no logits."""
     arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
-    return apply(cfg, params, *arrays, targets=batch["targets"], ask=ask, rules=rules, train=True)
+    weights_BT = router_weights(batch) if "router_weights" not in batch else batch["router_weights"]
+    return apply(
+        cfg,
+        params,
+        *arrays,
+        targets=batch["targets"],
+        ask=ask,
+        rules=rules,
+        train=True,
+        token_weights=weights_BT,
+    )
+
+
+def router_weights(batch: Batch) -> jax.Array:
+    """[B, T] float32: the loss weight of each document, spread evenly over its tokens.
+
+    By these the routers' losses are averaged: their weights then add up to the objective's own, in any part of a batch,
+    and so the loss is the same number however the batch is cut.
+    """
+    segment_ids_BT = batch["segment_ids"]
+    weights_BT = document_mean(batch["loss_weights"][..., None], segment_ids_BT)[..., 0]
+    return jnp.where(segment_ids_BT != 0, weights_BT, 0.0)
 
 
 def with_aux(
@@ -111,6 +133,7 @@ def dpo(
 
     def objective(params: Params, batch: Batch):
         weights_BT = batch["loss_weights"]
+        batch = batch | {"router_weights": _pair_weights(batch)}
         logprobs_BT, _, aux = batch_logprobs(cfg, params, batch, rules)
         ratio_B = jnp.sum((logprobs_BT - batch["reference_logprobs"]) * weights_BT, axis=1)
         chosen_N, rejected_N = ratio_B.reshape(-1, 2).T
@@ -118,7 +141,7 @@ def dpo(
         loss_N = -(1 - label_smoothing) * jax.nn.log_sigmoid(margin_N) - label_smoothing * jax.nn.log_sigmoid(
             -margin_N
         )
-        real_N = (jnp.sum(weights_BT, axis=1).reshape(-1, 2).min(axis=1) > 0).astype(jnp.float32)
+        real_N = _real_pairs(batch)
         metrics = {
             "accuracy": WeightedSum.of(margin_N > 0, real_N),
             "margin": WeightedSum.of(margin_N, real_N),
@@ -128,6 +151,19 @@ def dpo(
         return with_aux(WeightedSum.of(loss_N, real_N), metrics, aux)
 
     return objective
+
+
+def _real_pairs(batch: Batch) -> jax.Array:
+    """[N] float32: 1 where both completions have tokens that count."""
+    counted_B = jnp.sum(batch["loss_weights"], axis=1)
+    return (counted_B.reshape(-1, 2).min(axis=1) > 0).astype(jnp.float32)
+
+
+def _pair_weights(batch: Batch) -> jax.Array:
+    """As `router_weights`, for pairs that count 1: a half for each completion's tokens together."""
+    real_BT = (batch["segment_ids"] != 0).astype(jnp.float32)
+    half_B = 0.5 * jnp.repeat(_real_pairs(batch), 2) / jnp.maximum(real_BT.sum(axis=1), 1)
+    return real_BT * half_B[:, None]
 
 
 def with_reference(

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from model.blocks.balance import token_weights
 from model.blocks.block import Block, BlockModule
 from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, param
 from model.kernels.pages import gather
+from model.weighted import WeightedSum
 
 FILLED = "filled"  # among a state: which slots of the pages hold a token that was chosen
 
@@ -50,6 +52,7 @@ class Chosen(NamedTuple):
             info,
             positions=self.take(info.positions),
             segment_ids=segments_BM,
+            weights=None if info.weights is None else self.take(info.weights),
             shared={},
             cached=None,
             **pages,
@@ -151,7 +154,14 @@ def run_chosen(
         state = {key: value for key, value in state.items() if key != FILLED}
     read_BMD = chosen.take(x_BTD)
     made_BMD, (state, more) = module(read_BMD, state, of_chosen)
-    return made_BMD - read_BMD, None if state is None else state | filled, more.aux
+    aux = more.aux
+    if (
+        "loss" in aux
+    ):  # a mean over all tokens, not over those that came here: so sums of parts of a batch add up
+        parts = aux["loss"].weight / jnp.maximum(token_weights(of_chosen, chosen.real_BM).sum(), 1e-9)
+        everyone = token_weights(info, real_tokens(info)).sum()
+        aux = aux | {"loss": WeightedSum(aux["loss"].total, parts * everyone)}
+    return made_BMD - read_BMD, None if state is None else state | filled, aux
 
 
 def _fill(filled_NZ: jax.Array, info: TokenInfo, of_chosen: TokenInfo) -> tuple[jax.Array, TokenInfo]:

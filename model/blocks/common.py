@@ -114,6 +114,7 @@ class TokenInfo:
         default_factory=dict
     )  # from earlier blocks to later ones
     adapter: jax.Array | None = None  # [B] int32, see `Context`
+    weights: jax.Array | None = None  # [B, T] float32, of each token in what blocks add to the loss; None: 1
     # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
     slots_filled: jax.Array | None = None
     # [B] int32, tokens of the row in the cache before these, which go on from there one by one, with padding before and

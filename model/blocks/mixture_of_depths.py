@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model.blocks.balance import token_weights
 from model.blocks.block import Block, BlockModule
 from model.blocks.chosen import (
     Chosen,
@@ -94,7 +95,7 @@ class MixtureOfDepthsModule(nn.Module):
         block = BlockModule(spec.block, self.ctx, name="block")
         change_BMD, cache, aux = run_chosen(block, chosen, x_BTD, cache, info)
         change_BMD *= chosen.take(scores_BT)[..., None].astype(x_BTD.dtype)
-        report = self._report(scores_BT, chosen, real_BT)
+        report = self._report(scores_BT, chosen, real_BT, token_weights(info, real_BT))
         return chosen.add(jnp.zeros_like(x_BTD), change_BMD), cache, More(add_up(aux, report))
 
     def _choose(self, scores_BT: jax.Array, real_BT: jax.Array, info: TokenInfo) -> Chosen:
@@ -102,22 +103,22 @@ class MixtureOfDepthsModule(nn.Module):
             return choose_positive(scores_BT, real_BT)
         return choose_best(scores_BT, real_BT, real_BT, info.segment_ids, self.spec.capacity)
 
-    def _report(self, scores_BT: jax.Array, chosen: Chosen, real_BT: jax.Array) -> dict[str, WeightedSum]:
+    def _report(self, scores_BT, chosen: Chosen, real_BT, weights_BT) -> dict[str, WeightedSum]:
         passed_BT = membership(chosen, scores_BT.shape[1]).astype(jnp.float32)
         report = {"depth_share": WeightedSum.of(passed_BT, real_BT)}
         if self.spec.capacity is not None:
-            report |= predict(scores_BT, passed_BT, real_BT, self.spec.predict_loss)
+            report |= predict(scores_BT, passed_BT, real_BT, weights_BT, self.spec.predict_loss)
         return report
 
 
 def predict(
-    scores_BT: jax.Array, passed_BT: jax.Array, real_BT: jax.Array, coefficient: float
+    scores_BT: jax.Array, passed_BT: jax.Array, real_BT: jax.Array, weights_BT: jax.Array, coefficient: float
 ) -> dict[str, WeightedSum]:
     """The binary cross-entropy of sigmoid(score) against who passed (section 3.5 of the paper), as a loss and for the
     log, and how often the sign of a score is right."""
     entropy_BT = jax.nn.softplus(scores_BT) - passed_BT * scores_BT
     return {
-        "loss": WeightedSum.of(coefficient * entropy_BT, real_BT),
+        "loss": WeightedSum.of(coefficient * jnp.where(real_BT, entropy_BT, 0), weights_BT),
         "depth_predict_loss": WeightedSum.of(entropy_BT, real_BT),
         "depth_predicted": WeightedSum.of((scores_BT > 0) == (passed_BT > 0), real_BT),
     }

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model.blocks.balance import balance_of_tokens, token_weights
 from model.blocks.block import Block, BlockModule
 from model.blocks.chosen import (
     Chosen,
@@ -165,7 +166,7 @@ class MixtureOfRecursionsModule(nn.Module):
             aux |= {f"recursion_{r}_share": WeightedSum.of(passed_BT, walk.real_BT)}
             if router.capacities is not None:
                 passed = passed_BT.astype(jnp.float32)
-                aux = add_up(aux, predict(scores_BT, passed, left_BT, router.predict_loss))
+                aux = add_up(aux, predict(scores_BT, passed, left_BT, walk.weights_BT, router.predict_loss))
             left_BT = passed_BT
         return x_BTD, aux
 
@@ -175,7 +176,7 @@ class MixtureOfRecursionsModule(nn.Module):
             chosen = choose_positive((last_BT >= r).astype(jnp.float32), walk.real_BT)
             weight_BT = jnp.where(last_BT == r, probabilities_BTR[..., r], 1.0).astype(x_BTD.dtype)
             x_BTD = chosen.add(x_BTD, walk.through(r, chosen, x_BTD) * chosen.take(weight_BT)[..., None])
-        return x_BTD, _balance(probabilities_BTR, last_BT, walk.real_BT, router.balance_loss)
+        return x_BTD, _balance(probabilities_BTR, last_BT, walk, router.balance_loss)
 
     def _depths(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(probabilities of each number of recursions [B, T, R] float32, the last recursion of each token [B, T])."""
@@ -194,6 +195,7 @@ class _Walk:
     def __init__(self, blocks: list[BlockModule], info: TokenInfo, cache: dict | None):
         self.blocks, self.info, self.cache = blocks, info, cache
         self.real_BT = real_tokens(info)
+        self.weights_BT = token_weights(info, self.real_BT)
         self.states: dict[str, jax.Array] = {}
         self.aux: dict[str, WeightedSum] = {}
 
@@ -214,16 +216,12 @@ class _Walk:
 
 
 def _balance(
-    probabilities_BTR: jax.Array, last_BT: jax.Array, real_BT: jax.Array, coefficient: float
+    probabilities_BTR: jax.Array, last_BT: jax.Array, walk: _Walk, coefficient: float
 ) -> dict[str, WeightedSum]:
-    R, real_BT = probabilities_BTR.shape[-1], real_BT.astype(jnp.float32)
-    count = jnp.maximum(real_BT.sum(), 1)
-    share_R = jnp.einsum("BTR,BT->R", jax.nn.one_hot(last_BT, R), real_BT) / count
-    mean_R = jnp.einsum("BTR,BT->R", probabilities_BTR, real_BT) / count
-    loss = R * jnp.sum(jax.lax.stop_gradient(share_R) * mean_R)
-    depths = WeightedSum.of(last_BT + 1.0, real_BT)
+    counts_BTR = jax.nn.one_hot(last_BT, probabilities_BTR.shape[-1])
+    loss_BT = balance_of_tokens(counts_BTR, probabilities_BTR, walk.real_BT, walk.info, "document")
     return {
-        "loss": WeightedSum(coefficient * loss * depths.weight, depths.weight),
-        "recursion_balance": WeightedSum(loss * depths.weight, depths.weight),
-        "recursions": depths,
+        "loss": WeightedSum.of(coefficient * loss_BT, walk.weights_BT),
+        "recursion_balance": WeightedSum.of(loss_BT, walk.real_BT),
+        "recursions": WeightedSum.of(last_BT + 1.0, walk.real_BT),
     }

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from model.blocks.balance import Over, balance_of_tokens, token_weights
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.experts import (
     Expert,
@@ -51,6 +52,8 @@ class MoE:
     dispatch: str = "dropless"
     capacity_factor: float = 1.25  # slots, over those that an even load takes
     balance_loss: float = 0.0  # of the load-balance loss
+    # "batch" evens the load of a whole batch, which is not the sum of what its microbatches would add
+    balance_over: Over = "document"
     z_loss: float = 0.0  # of the mean squared log-normaliser of the router's logits
     balance_rate: float = 0.0  # balancing without a loss: how far a step moves each expert's `choice_bias`
 
@@ -112,14 +115,18 @@ class MoEModule(nn.Module):
         logits_BTE = self._logits(x_BTD)
         bias_E = self._choice_bias()
         if isinstance(spec.router, ExpertChoice):
-            y_BTD, load_E, held = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
+            y_BTD, counts_BTE, held = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
         else:
-            y_BTD, load_E, held = self._tokens_choose(spec.router, x_BTD, logits_BTE, bias_E, real_BT, info)
+            y_BTD, counts_BTE, held = self._tokens_choose(
+                spec.router, x_BTD, logits_BTE, bias_E, real_BT, info
+            )
+        load_E = jnp.einsum("BTE,BT->E", counts_BTE, real_BT.astype(jnp.float32))
         self.sow("intermediates", "expert_load", load_E)
         y_BTD = y_BTD.astype(ctx.dtype)
         if spec.shared is not None:
             y_BTD += self._shared(spec.shared, x_BTD, info)
-        return y_BTD, _aux(spec, logits_BTE, load_E, held, bias_E, real_BT)
+        held = load_E.sum() if held is None else held
+        return y_BTD, _aux(spec, logits_BTE, counts_BTE, held, bias_E, real_BT, info)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         E, D, ctx = self.spec.num_experts, self.ctx.width, _float32(self.ctx)
@@ -139,24 +146,25 @@ class MoEModule(nn.Module):
 
     def _tokens_choose(
         self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT, info: TokenInfo
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(y, how many tokens chose each expert [E], how many of all choices were computed)."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """(y, how often each token chose each expert [B, T, E], how many of all choices were computed; None: all)."""
         spec, ctx = self.spec, self.ctx
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
-        counted_BTK = jnp.broadcast_to(real_BT[..., None], chosen_BTK.shape).astype(jnp.float32)
-        load_E = jnp.zeros(spec.num_experts).at[chosen_BTK].add(counted_BTK)
+        counts_BTE = sum(
+            jax.nn.one_hot(chosen_BTK[..., k], spec.num_experts) for k in range(spec.experts_per_token)
+        )
         if spec.dispatch == "dropless" or not ctx.train:
-            return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), load_E, load_E.sum()
+            return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), counts_BTE, None
         slots_BTES, weights_BTE = capacity_slots(
             chosen_BTK, weights_BTK, real_BT, spec.num_experts, spec.slots(x_BTD.shape[1])
         )
         y_BTD = through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules)
-        return y_BTD, load_E, slots_BTES.sum(dtype=jnp.float32)
+        return y_BTD, counts_BTE, slots_BTES.sum(dtype=jnp.float32)
 
     def _experts_choose(
         self, router: ExpertChoice, x_BTD, logits_BTE, real_BT, info: TokenInfo
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         spec, ctx = self.spec, self.ctx
         if info.rows is not None:
             raise ValueError("a router with ExpertChoice looks at whole rows: it cannot decode with a cache.")
@@ -164,8 +172,7 @@ class MoEModule(nn.Module):
         tokens_BES, weights_BES = router.choose_tokens(logits_BTE, real_BT, spec.slots(x_BTD.shape[1]))
         slots_BTES, weights_BTE = expert_choice_slots(tokens_BES, weights_BES, real_BT)
         y_BTD = through_slots(experts, x_BTD, slots_BTES, weights_BTE, spec.weigh_input, ctx.rules)
-        load_E = slots_BTES.sum((0, 1, 3), dtype=jnp.float32)
-        return y_BTD, load_E, load_E.sum()
+        return y_BTD, slots_BTES.sum(3, dtype=jnp.float32), None
 
     def _shared(self, spec: GatedMLP | MLP, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
         y_BTD, _ = spec.module(self.ctx, "shared")(x_BTD, info)
@@ -181,43 +188,41 @@ def _float32(ctx: Context) -> Context:
 def _aux(
     spec: MoE,
     logits_BTE: jax.Array,
-    load_E: jax.Array,
+    counts_BTE: jax.Array,
     held: jax.Array,
     bias_E: jax.Array | None,
     real_BT: jax.Array,
+    info: TokenInfo,
 ) -> dict[str, WeightedSum]:
-    """The router's losses and metrics, means over real tokens; "loss" is what training adds, coefficients applied."""
-    real_BT = real_BT.astype(jnp.float32)
-    tokens = real_BT.sum()
+    """The router's losses and metrics, sums over real tokens; "loss" is what training adds, coefficients applied.
+
+    Args:
+      counts_BTE: how often each token was given to each expert.
+      held: how many of these were computed.
+    """
+    weights_BT = token_weights(info, real_BT)
+    real_BT, tokens = real_BT.astype(jnp.float32), real_BT.sum(dtype=jnp.float32)
     probs_BTE = spec.router.probabilities(logits_BTE)
-    mean_E = jnp.einsum("BTE,BT->E", probs_BTE, real_BT) / jnp.maximum(tokens, 1)
     entropy_BT = -jnp.sum(probs_BTE * jnp.log(jnp.maximum(probs_BTE, 1e-20)), -1)
     z_BT = jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
+    balance_BT = balance_of_tokens(counts_BTE, probs_BTE, real_BT > 0, info, spec.balance_over)
+    load_E = jnp.einsum("BTE,BT->E", counts_BTE, real_BT)
     share_E = load_E / jnp.maximum(load_E.sum(), 1)
     dropped = 1 - held / jnp.maximum(load_E.sum(), 1)
-    balance = load_balance_loss(load_E / jnp.maximum(tokens, 1), mean_E)
-    z = WeightedSum.of(z_BT, real_BT)
-    loss = spec.balance_loss * balance + spec.z_loss * z.mean()
+    loss = WeightedSum.of(spec.balance_loss * balance_BT + spec.z_loss * z_BT, weights_BT)
     if bias_E is not None and spec.balance_rate:
-        loss += _pull(bias_E, share_E - 1 / spec.num_experts)
+        load_E = jnp.einsum("BTE,BT->E", counts_BTE, weights_BT)
+        loss = WeightedSum(
+            loss.total + _pull(bias_E, (load_E - load_E.mean()) / spec.experts_per_token), loss.weight
+        )
     return {
-        "loss": WeightedSum(loss * tokens, tokens),
-        "moe_load_balance": WeightedSum(balance * tokens, tokens),
-        "moe_z_loss": z,
+        "loss": loss,
+        "moe_load_balance": WeightedSum.of(balance_BT, real_BT),
+        "moe_z_loss": WeightedSum.of(z_BT, real_BT),
         "moe_entropy": WeightedSum.of(entropy_BT, real_BT),
         "moe_dropped": WeightedSum(dropped * tokens, tokens),
         "moe_max_load": WeightedSum(share_E.max() * spec.num_experts * tokens, tokens),
     }
-
-
-def load_balance_loss(load_E: jax.Array, probability_E: jax.Array) -> jax.Array:
-    """E * sum_e load_e * probability_e of experts chosen by a token and the router's mean probability.
-
-    The number of experts a token when both are even, more when experts that are chosen often are also probable. Its
-    gradient goes through the probabilities. Fedus et al. 2021, arXiv:2101.03961, and Hugging Face's for several
-    experts a token.
-    """
-    return load_E.size * jnp.sum(jax.lax.stop_gradient(load_E) * probability_E)
 
 
 def _pull(bias_E: jax.Array, error_E: jax.Array) -> jax.Array:

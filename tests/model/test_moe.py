@@ -261,8 +261,9 @@ def test_padding_changes_neither_real_tokens_nor_losses(spec):
     assert all(float(value.weight) == (segments > 0).sum() for value in aux.values())
 
 
-def test_losses_and_metrics_are_their_formulas():
-    spec = dataclasses.replace(PLAIN, balance_loss=0.3, z_loss=0.02)
+@pytest.mark.parametrize("over", ["document", "batch"])
+def test_losses_and_metrics_are_their_formulas(over):
+    spec = dataclasses.replace(PLAIN, balance_loss=0.3, z_loss=0.02, balance_over=over)
     params, x = make(spec)
     aux = {name: float(value.mean()) for name, value in forward(spec, params, x)[1].items()}
     tokens = x.reshape(-1, D)
@@ -270,6 +271,12 @@ def test_losses_and_metrics_are_their_formulas():
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     load = np.bincount([e for token in tokens for e, _ in brute_choice(spec, params, token)], minlength=E)
     balance = E * np.sum(load / len(tokens) * probs.mean(0))
+    if over == "document":  # of each row, then their mean
+        loads = [
+            np.bincount([e for t in row for e, _ in brute_choice(spec, params, t)], minlength=E) for row in x
+        ]
+        means = probs.reshape(B, T, E).mean(1)
+        balance = np.mean([E * np.sum(load / T * mean) for load, mean in zip(loads, means)])
     z = np.mean(np.log(np.exp(logits).sum(1)) ** 2)
     assert aux["moe_load_balance"] == pytest.approx(balance, rel=1e-5)
     assert aux["moe_z_loss"] == pytest.approx(z, rel=1e-5)

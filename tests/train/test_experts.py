@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from model import ShardingRules, apply, decoder, init
+from model.blocks.block import Block
 from model.blocks.ffn import GatedMLP
+from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.flops import forward_flops_per_token
@@ -42,6 +44,7 @@ def test_the_loss_is_the_objective_and_what_the_mixtures_add(scan):
     dense, cfg = decoder(64, 16, 1, 2, 1, 8, 24), model(PLAIN, scan=scan)
     cfg = cfg.replace(blocks=dense.blocks + 2 * cfg.blocks)  # two mixtures: their mean is added
     params, batch = fresh(cfg), packed_batch()
+    batch["loss_weights"] = (batch["segment_ids"] > 0).astype(np.float32)
     loss, metrics = jit(language_modelling(cfg))(params, batch)
     value = {name: float(metric.mean()) for name, metric in metrics.items()}
     added = 0.1 * value["moe_load_balance"] + 0.01 * value["moe_z_loss"]
@@ -60,21 +63,57 @@ def test_the_loss_is_the_objective_and_what_the_mixtures_add(scan):
 def test_preferences_add_it_too():
     cfg = model(PLAIN)
     params, batch = fresh(cfg), packed_batch()
-    batch["loss_weights"][:, 0] = 1.0  # every pair counts
+    batch["loss_weights"][:, 0] = 1.0  # every pair counts, and so much in the routers' losses as its tokens
+    batch["segment_ids"] = np.maximum(batch["segment_ids"], 1)
     loss, metrics = jit(lambda p, b: dpo(cfg)(p, with_reference(cfg, p, b)))(params, batch)
     added = 0.1 * metrics["moe_load_balance"].mean() + 0.01 * metrics["moe_z_loss"].mean()
     assert float(loss.mean()) == pytest.approx(np.log(2) + float(added), rel=1e-5)
 
 
-def test_microbatches_weigh_the_router_loss_by_their_tokens():
-    cfg = model(dataclasses.replace(PLAIN, balance_loss=0.0, z_loss=1.0))  # a mean over tokens, as the nll
+DEFAULT = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, mixture=MixtureSpec(8)).build(64, Execution(scan=False))
+CHOICE_BIAS = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, mixture=MixtureSpec(8, balance_rate=1e-3)).build(
+    64, Execution(scan=False)
+)
+DEPTHS = DEFAULT.replace(
+    blocks=(*DEFAULT.blocks, Block(MixtureOfDepths(DEFAULT.blocks[0], 0.5), None, None)),
+)
+
+
+def preferences(cfg):
+    return lambda p, b: dpo(cfg)(p, b | {"reference_logprobs": jnp.zeros(b["tokens"].shape)})
+
+
+def of_microbatches(objective, params, batch, count):
+    grads, (loss, _) = jit(lambda p, b: accumulate(objective, p, b, count))(params, batch)
+    return jax.tree.map(lambda g: g / loss.weight, grads), float(loss.mean())
+
+
+@pytest.mark.parametrize("cfg", [DEFAULT, CHOICE_BIAS, DEPTHS], ids=["losses", "choice bias", "depths"])
+@pytest.mark.parametrize("objective", [language_modelling, preferences])
+def test_microbatches_change_neither_loss_nor_gradient_of_a_mixture(cfg, objective):
+    assert cfg.blocks[0].ffn.balance_loss > 0 and cfg.blocks[0].ffn.z_loss > 0  # the defaults
     params, batch = fresh(cfg), packed_batch()
-    batch["loss_weights"] = (batch["segment_ids"] > 0).astype(np.float32)
-    whole, parts = (
-        jit(lambda p, b, n=n: accumulate(language_modelling(cfg), p, b, n))(params, batch) for n in (1, 2)
-    )
-    assert float(parts[1][0].total) == pytest.approx(float(whole[1][0].total), rel=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), parts[0], whole[0])
+    batch["loss_weights"][:3] *= 0.1  # masks that differ between microbatches
+    batch["loss_weights"][3] = 0
+    wanted, loss = of_microbatches(objective(cfg), params, batch, 1)
+    for count in (2, 4):
+        grads, other = of_microbatches(objective(cfg), params, batch, count)
+        assert other == pytest.approx(loss, rel=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, wanted)
+
+
+def test_packing_changes_neither_loss_nor_gradient_of_a_mixture():
+    """Each document in a row of its own, padded, and several of them in one."""
+    params, batch = fresh(DEFAULT), packed_batch(4, 16)
+    alone = {key: np.zeros((8, 16), value.dtype) for key, value in batch.items()}
+    for row, number in np.ndindex(4, 2):
+        here = batch["segment_ids"][row] == number + 1
+        for key in alone:
+            alone[key][2 * row + number, : here.sum()] = batch[key][row][here]
+    grads, loss = of_microbatches(language_modelling(DEFAULT), params, batch, 1)
+    others, other = of_microbatches(language_modelling(DEFAULT), params, alone, 1)
+    assert other == pytest.approx(loss, rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), others, grads)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
