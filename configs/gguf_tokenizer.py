@@ -449,11 +449,19 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _chat_template(files: Mapping[str, bytes]) -> dict[str, str]:
+def _chat_template(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The chat template, and others of theirs by name."""
     if "chat_template.jinja" in files:
         return {"tokenizer.chat_template": files["chat_template.jinja"].decode("utf-8")}
-    template = _json(files, "tokenizer_config.json").get("chat_template")
-    return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
+    template = _json(files, "chat_template.json").get("chat_template")
+    template = template or _json(files, "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if not isinstance(template, dict):
+        return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
+    named = {f"tokenizer.chat_template.{name}": text for name, text in template.items() if name != "default"}
+    named |= {"tokenizer.chat_templates": [name for name in template if name != "default"]} if named else {}
+    return named | ({"tokenizer.chat_template": template["default"]} if "default" in template else {})
 
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

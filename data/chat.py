@@ -71,7 +71,8 @@ def apply(
             "this tokenizer has no chat template; set tokenizer.chat_template or use encode"
         )
     _check(messages)
-    others = [tokenizer.chat_template, list(tokenizer.roles.values())]
+    template = tokenizer.tool_template if tools and tokenizer.tool_template else tokenizer.chat_template
+    others = [template, list(tokenizer.roles.values())]
     guard = Guard(tokenizer.special_tokens, tokenizer._single_words, others, [messages, tools, variables])
     shown_tools = guard.broken(list(tools)) if tools else None
     variables = guard.broken(variables)
@@ -79,11 +80,11 @@ def apply(
     def text_of(count: int, prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
         shown = guard.broken(for_template(messages[:count]))
         context = {**tokenizer.roles, "documents": None, **variables, "messages": shown, "tools": shown_tools}
-        return render(tokenizer.chat_template, {**context, "add_generation_prompt": prompt}, marks)
+        return render(template, {**context, "add_generation_prompt": prompt}, marks)
 
     if add_generation_prompt:
         spans = [(text_of(len(messages), True), 0)]
-    elif uses_generation_tag(tokenizer.chat_template):
+    elif uses_generation_tag(template):
         spans = list(_marked_spans(text_of(len(messages), False, guard.marks), guard.marks))
     else:
         spans = _prefix_spans(messages, text_of, tokenizer)

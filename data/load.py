@@ -80,6 +80,7 @@ def _load_folder(folder: Path) -> Tokenizer:
             text = str(error)
             raise ValueError(text if str(folder) in text else f"{file}: {text}") from error
     tokenizer.eos_ids = tuple(dict.fromkeys([*tokenizer.eos_ids, *_stop_ids(folder, tokenizer)]))
+    tokenizer.tool_template = about.chat_templates.get("tool_use")
     # BPE spells its spaces; transformers too leaves them alone.
     tokenizer._cleans_up = bool(about.flag("clean_up_tokenization_spaces", False)) and not tokenizer.is_bpe
     if "pad_token" not in tokenizer.roles and tokenizer.eos_ids:

@@ -190,7 +190,9 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     prefixes = (
         tokenizer.encode_batch([probe], continuation=True)[0] != known[-1]
     )  # where chats put space marks
-    return hash_of(digest.hexdigest(), *known, *([tokenizer.prefix_after_special] if prefixes else []))
+    more = [tokenizer.prefix_after_special] if prefixes else []
+    more += [tokenizer.tool_template] if tokenizer.tool_template else []
+    return hash_of(digest.hexdigest(), *known, *more)
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:

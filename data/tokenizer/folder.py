@@ -40,9 +40,13 @@ class Description:
     roles: dict[str, str]
     added: tuple[Added, ...]
     special: tuple[Added, ...]
-    chat_template: str | None
+    chat_templates: dict[str, str]  # "default", and "tool_use" for dialogues with tools
     tokenizer_class: str | None
     model_type: str | None
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.chat_templates.get("default")
 
     def flag(self, key: str, default: Any = None) -> Any:
         """A setting of tokenizer_config.json; `null` is no setting."""
@@ -87,7 +91,7 @@ def read_description(folder: Path) -> Description:
         {role: token.content for role, token in named.items()},
         tuple(sorted(added, key=lambda token: -1 if token.id is None else token.id)),
         tuple(dataclasses.replace(flags.get(name, token), special=True) for name, token in special.items()),
-        _chat_template(folder, config),
+        _chat_templates(folder, config),
         _class_name(config, model),
         model.get("model_type") if isinstance(model.get("model_type"), str) else None,
     )
@@ -166,15 +170,16 @@ def _class_name(config: Mapping[str, Any], model: Mapping[str, Any]) -> str | No
     return name.removesuffix("Fast") if isinstance(name, str) else None
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. Those in files of their own go over the one in the configuration, as in transformers."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+    if "default" in found:
+        return found
     template = (read_json(folder / "chat_template.json") or config).get("chat_template")
-    if isinstance(template, list):  # several named templates: transformers takes "default"
+    if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise ValueError(f"{folder}: chat_template has {sorted(template)}, none of them named 'default'")
-        return template["default"]
-    return template
+    if isinstance(template, dict) and "default" not in template:
+        raise ValueError(f"{folder}: chat_template has {sorted(template)}, none of them named 'default'")
+    return template if isinstance(template, dict) else {} if template is None else {"default": template}

@@ -101,7 +101,9 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         metadata, str(model), {key: id_of(key) for key in ("bos", "eos", "cls", "seperator")}
     )
     try:
-        return builders[model](metadata, tokens, types, where, names)
+        tokenizer = builders[model](metadata, tokens, types, where, names)
+        tokenizer.tool_template = metadata.get("tokenizer.chat_template.tool_use")
+        return tokenizer
     except GGUFTokenizerError:
         raise
     except Exception as error:  # the backends raise bare Exception

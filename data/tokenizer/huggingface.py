@@ -72,6 +72,10 @@ class HuggingFaceTokenizer(Tokenizer):
             roles,
             _around(backend, spec["post_processor"]) or around,
         )
+        if bos is None and self.around is not None and len(self.around[0]) == 1:
+            first = self.around[0][0]  # stated by the post-processor alone
+            named = {vocabulary[name] for name in (roles or {}).values() if name in vocabulary}
+            self.bos_id = first if first not in named and first in self._special_ids else None
         self._single_words = frozenset(t.content for t in added.values() if t.special and t.single_word)
         self._strip_leading_space = self._decoder.strips
         self._late_replacements = self._decoder.late

@@ -28,6 +28,7 @@ class Tokenizer(abc.ABC):
         pad_id: what fills a row: the pad token, else `eos_ids[0]`, else 0. Padding has loss weight 0 and
             segment 0.
         chat_template: Jinja source, or None for a tokenizer without one.
+        tool_template: another one for dialogues with tools, where the model has one.
         strips: special token to (left, right): whether it swallows the white space beside it in a rendered
             chat.
         roles: "bos_token", "unk_token" and the like to the token, as chat templates know them.
@@ -43,6 +44,7 @@ class Tokenizer(abc.ABC):
     eos_ids: tuple[int, ...]
     pad_id: int
     chat_template: str | None
+    tool_template: str | None = None
     strips: dict[str, tuple[bool, bool]]
     roles: dict[str, str]
     around: tuple[tuple[int, ...], tuple[int, ...]] | None
@@ -185,7 +187,11 @@ class Tokenizer(abc.ABC):
         ends = self.around is not None and end in self.around[1]
         config |= {"clean_up_tokenization_spaces": self._cleans_up, "add_bos_token": self.bos_id is not None}
         config |= {"add_eos_token": ends}
-        if self.chat_template is not None:
+        if self.chat_template is not None and self.tool_template is not None:
+            named = {"default": self.chat_template, "tool_use": self.tool_template}
+            config["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+            (folder / "chat_template.jinja").unlink(missing_ok=True)  # which would go over both
+        elif self.chat_template is not None:
             config["chat_template"] = self.chat_template
             atomic_write(folder / "chat_template.jinja", self.chat_template)
         generation = read_json(folder / "generation_config.json") or {}

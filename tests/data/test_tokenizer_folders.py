@@ -268,3 +268,62 @@ def test_a_published_tokenizer_gives_what_the_library_gives(name, request, tmp_p
             assert ours.decode(ids) == theirs.decode(ids), text
     (before, after), ids = ours.around or ((), ()), ours.encode("hello")
     assert [*before, *ids, *after] == theirs.encode("hello").ids
+
+
+def test_a_template_for_tools_is_taken_for_dialogues_with_tools(tmp_path):
+    from configs.gguf_tokenizer import tokenizer_metadata
+    from data.tokenizer.gguf import from_metadata
+
+    named = {"default": "plain", "tool_use": "{{ tools[0].name }}"}
+    config = {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
+    folder = json_case(tmp_path, "PreTrainedTokenizerFast prefix=None", config)
+    in_files = tmp_path / "files"
+    in_files.mkdir()
+    json_case(in_files, "PreTrainedTokenizerFast prefix=None", {})
+    (in_files / "additional_chat_templates").mkdir()
+    (in_files / "chat_template.jinja").write_text(named["default"])
+    (in_files / "additional_chat_templates" / "tool_use.jinja").write_text(named["tool_use"])
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(tmp_path / "saved")
+    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    for each in (
+        tokenizer,
+        load_tokenizer(in_files),
+        load_tokenizer(tmp_path / "saved"),
+        from_metadata(tokenizer_metadata(files, tokenizer.vocab_size), "written.gguf"),
+    ):
+        assert each.decode(each.apply_chat_template(MESSAGES)[0]) == "plain"
+        assert each.decode(each.apply_chat_template(MESSAGES, [{"name": "search"}])[0]) == "search"
+
+
+def test_a_bos_that_the_post_processor_alone_states_is_one(tmp_path):
+    from configs.gguf_tokenizer import tokenizer_metadata
+    from data.tokenizer.gguf import from_metadata
+
+    folder = json_case(tmp_path, "bos by the template processor", {})
+    tokenizer = load_tokenizer(folder)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    metadata = tokenizer_metadata(files, tokenizer.vocab_size)
+    assert tokenizer.bos_id == metadata["tokenizer.ggml.bos_token_id"] == 1
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert from_metadata(metadata, "written.gguf").bos_id == 1
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").bos_id == 1
+
+
+@pytest.mark.parametrize("stated, bos", [(True, 1), (False, None), (None, 1)])
+def test_add_bos_token_says_whether_a_document_begins_with_it(stated, bos, tmp_path):
+    from data import open_dataset, tokenize_dataset, write_dataset
+
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": stated,
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    tokenizer = load_tokenizer(json_case(tmp_path, "tokenizer.model legacy=False", config))
+    assert tokenizer.bos_id == bos and tokenizer.roles["bos_token"] == "<s>"
+    write_dataset(tmp_path / "text", [{"id": "0", "text": "hello"}])
+    tokenize_dataset(tmp_path / "text", tokenizer, tmp_path / "tokens")
+    (record,) = open_dataset(tmp_path / "tokens")
+    assert record.tokens.tolist() == [*([1] if bos else []), *tokenizer.encode("hello"), 2]
