@@ -45,6 +45,7 @@ NAMES: Names = (
         "transformer.word_embeddings_layernorm.bias": "embed_norm/bias",
     }
 )
+ALIASES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -82,4 +83,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("bloom", "BloomForCausalLM", read, write, NAMES)
+FAMILY = Family("bloom", "BloomForCausalLM", read, write, NAMES, aliases=ALIASES)

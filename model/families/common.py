@@ -14,6 +14,7 @@ from typing import Any
 
 from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
+from model.families.foreign import NEUTRAL, changes_numbers
 from model.families.tensors import Names, NamesOf
 
 MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
@@ -52,26 +53,60 @@ class Family:
     blocks_per_layer: int = 1  # of ours in one layer of theirs
     harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
     encoder_decoder: bool = False
+    # other names of keys, to those that `read` asks for: transformers' attribute_map
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
     spellings: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
-        config = Reader(saved)
+        config = Reader(self._without_aliases(saved))
         self._check_quantization(config)
         config.must_be("is_encoder_decoder", self.encoder_decoder)
         config.must_be("add_cross_attention", False)
         cfg = self.read(config)
+        config.must_be("is_causal", cfg.causal)
         dtype = config.dtype()
-        if unknown := sorted(config.unread() - HARMLESS_KEYS):
-            _log.warning(
-                "config.json has keys that %s does not know; passed over: %s", self.model_type, unknown
-            )
+        self._check_unread(config)
         return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
 
+    def _without_aliases(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The config with each key under the name that `read` asks for."""
+        found = dict(saved)
+        for alias, key in self.aliases.items():
+            value = found.pop(alias, None)
+            if found.get(key) is None and value is not None:
+                found[key] = value
+            elif value is not None and found[key] != value:
+                raise ValueError(f"{key} and {alias} are one thing, and disagree.")
+        return found
+
+    def _check_unread(self, config: Reader) -> None:
+        """An error for a key that nobody asked for and that would change numbers in another family, a line in the log
+        for one that means nothing anywhere."""
+        unknown = []
+        for where, key, value in config.unread():
+            if key in HARMLESS_KEYS or value is None:
+                continue
+            if changes_numbers(key, value, config.saved):
+                raise ValueError(
+                    f"{where}{key}={str(value)[:200]} is not supported: {self.model_type} has no such key, and other "
+                    "families compute something else by it. If this model was trained without, remove it from "
+                    "config.json."
+                )
+            if key not in NEUTRAL:
+                unknown.append(f"{where}{key}")
+        if unknown:
+            _log.warning(
+                "config.json has keys that %s does not know; passed over: %s",
+                self.model_type,
+                ", ".join(sorted(unknown)),
+            )
+
     def _check_quantization(self, config: Reader) -> None:
-        method = config.part("quantization_config").get("quant_method")
-        if config.get("quantization_config") and method not in self.packed:
+        quantization = config.get("quantization_config")
+        method = Reader(quantization).get("quant_method") if isinstance(quantization, dict) else None
+        if quantization and method not in self.packed:
             known = f"; only {', '.join(self.packed)} is" if self.packed else ""
             raise ValueError(f"quantization_config with quant_method={method!r} is not supported{known}.")
 
@@ -130,9 +165,12 @@ class Reader:
     def __init__(self, saved: Mapping[str, Any], where: str = ""):
         self.saved, self.where = saved, where
         self._read: set[str] = set()
+        self._parts: dict[str, Reader] = {}
 
-    def unread(self) -> set[str]:
-        return set(self.saved) - self._read
+    def unread(self) -> list[tuple[str, str, Any]]:
+        """(where it stands, key, value) of each key that nobody asked for, of nested objects too."""
+        found = [(self.where, key, self.saved[key]) for key in self.saved.keys() - self._read]
+        return found + [key for part in self._parts.values() for key in part.unread()]
 
     def get(self, key: str, default: Any = None) -> Any:
         """As it is written, unchecked."""
@@ -170,7 +208,7 @@ class Reader:
     def alias(self, key: str, *others: str) -> str:
         """The one of these names that the config uses for a thing; the first, if none."""
         found = [name for name in (key, *others) if self.get(name) is not None]
-        if len({self.saved[name] for name in found}) > 1:
+        if any(self.saved[name] != self.saved[found[0]] for name in found):
             raise ValueError(
                 f"{' and '.join(self.where + name for name in found)} are one thing, and disagree."
             )
@@ -197,7 +235,7 @@ class Reader:
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise ValueError(f"{self.where}{key}={str(value)[:200]} is not an object.")
-        return Reader(value, f"{self.where}{key}.")
+        return self._parts.setdefault(key, Reader(value, f"{self.where}{key}."))
 
     def layers(self, key: str = "num_hidden_layers", default: int | None = None) -> int:
         return self.integer(key, default, most=MAX_LAYERS)
@@ -241,6 +279,10 @@ ACTIVATIONS = {
     "relu2": "relu2",
     "tanh": "tanh",
 }
+
+
+SILU = tuple(theirs for theirs, ours in ACTIVATIONS.items() if ours == "silu")
+GELU_TANH = tuple(theirs for theirs, ours in ACTIVATIONS.items() if ours == "gelu_tanh")
 
 
 def read_activation(config: Reader, key: str = "hidden_act", default: str = "silu") -> str:

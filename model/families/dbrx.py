@@ -8,11 +8,11 @@ from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm
-from model.blocks.positions import Rope
 from model.blocks.router import Router
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import read_model
+from model.families.rope import read_rope, write_scaling
 from model.families.tensors import Fused, Merged, Names
 
 NAMES: Names = {
@@ -28,19 +28,28 @@ NAMES: Names = {
     "transformer.blocks.{i}.ffn.experts.mlp.v1": Merged("ffn/experts/up"),
     "transformer.blocks.{i}.ffn.experts.mlp.w2": Merged("ffn/experts/down", transposed=False),
 }
+ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
+ALIASES |= {"max_position_embeddings": "max_seq_len"}
 
 
 def read(config: Reader) -> ModelConfig:
     config.must_be("tie_word_embeddings", False)
     config.get("num_key_value_heads")  # repeats attn_config.kv_n_heads
     attention, experts = config.part("attn_config"), config.part("ffn_config")
+    for part in (attention, experts):
+        part.must_be("is_encoder_decoder", False)
+    experts.must_be("uniform_expert_assignment", False)
+    for key in ("hidden_size", "moe_jitter_eps", "moe_loss_weight"):
+        experts.get(key)  # repeats d_model; of training
     width, heads = config.integer("d_model", 2048), config.integer("n_heads", 16)
     norm = LayerNorm(1e-5, bias=False)
     mixer = Attention(
         heads,
         attention.integer("kv_n_heads", 1),
         width // heads,
-        Rope(_read_theta(config, attention)),
+        read_rope(
+            config, width // heads, theta=attention.number("rope_theta", 10_000.0), length_key="max_seq_len"
+        ),
         clip_qkv=attention.number_or_none("clip_qkv", None),
     )
     order = experts.number_or_none("moe_normalize_expert_weights", 1.0)
@@ -57,13 +66,6 @@ def read(config: Reader) -> ModelConfig:
     )
 
 
-def _read_theta(config: Reader, attention: Reader) -> float:
-    nested = config.part("rope_parameters")
-    nested.must_be("rope_type", "default")
-    of_attention = attention.number("rope_theta", 10_000.0)
-    return nested.number("rope_theta", of_attention)  # transformers 5 looks nowhere else
-
-
 def write(cfg: Any) -> dict[str, Any]:
     mixer, ffn = cfg.blocks[0].mixer, cfg.blocks[0].ffn
     return {
@@ -71,7 +73,10 @@ def write(cfg: Any) -> dict[str, Any]:
         "n_heads": mixer.num_heads,
         "n_layers": len(cfg.blocks),
         "max_seq_len": cfg.max_length,
-        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope.theta},
+        "rope_parameters": {
+            "rope_theta": mixer.rope.theta,
+            **(write_scaling(mixer.rope.scaling) or {"rope_type": "default"}),
+        },
         "attn_config": {
             "kv_n_heads": mixer.num_kv_heads,
             "clip_qkv": mixer.clip_qkv,
@@ -87,4 +92,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("dbrx", "DbrxForCausalLM", read, write, NAMES)
+FAMILY = Family("dbrx", "DbrxForCausalLM", read, write, NAMES, aliases=ALIASES)

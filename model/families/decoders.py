@@ -127,7 +127,9 @@ def write_model(cfg: Any, activation_key: str = "hidden_act") -> dict[str, Any]:
 def read_windows(config: Reader, kinds: list[str], window: int | None) -> list[int | None]:
     """The window of each layer, by its kind; None where it is as long as any text that the model takes."""
     if window is None and "sliding_attention" in kinds:
-        raise ValueError("layer_types has sliding_attention, but no sliding_window is set and used.")
+        raise ValueError(
+            "layer_types has sliding_attention, but no sliding_window is set and used (see use_sliding_window)."
+        )
     if window is not None and window >= config.integer("max_position_embeddings"):
         window = None
     return [window if kind == "sliding_attention" else None for kind in kinds]

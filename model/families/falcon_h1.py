@@ -8,7 +8,7 @@ from model.blocks.ffn import GatedMLP
 from model.blocks.mamba2 import Mamba2
 from model.blocks.parallel import Parallel
 from model.config import Block, ModelConfig
-from model.families.common import Family, Reader, read_activation, written_activation
+from model.families.common import SILU, Family, Reader, read_activation, written_activation
 from model.families.decoders import (
     ATTENTION,
     read_attention,
@@ -40,6 +40,7 @@ NAMES: Names = {
 def read(config: Reader) -> ModelConfig:
     for key in ("num_logits_to_keep", "mamba_chunk_size", "layers_block_type", "mamba_use_mlp"):
         config.get(key)  # how the same numbers are computed
+    config.must_be("hidden_act", *SILU)  # transformers has it in Mamba too
     norm, head_dim = read_rms_norm(config, 1e-5), read_head_dim(config)
     attention = read_attention(
         config,

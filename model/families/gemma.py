@@ -80,13 +80,14 @@ def read_gemma2(config: Reader) -> ModelConfig:
 def read_gemma3(config: Reader) -> ModelConfig:
     layers, pattern = config.layers(), config.integer("sliding_window_pattern", 6)
     config.get("_sliding_window_pattern")
+    config.must_be("attn_logit_softcapping", None)  # of no effect in transformers
     kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     return _read_sandwich(
         config,
         config.layer_kinds(layers, KINDS, kinds),
         _read_gemma3_ropes(config),
         max_length=131_072,
-        softcap=config.number_or_none("attn_logit_softcapping", None),
+        softcap=None,
         logit_softcap=config.number_or_none("final_logit_softcapping", None),
         qk_norm=read_rms_norm(config, zero_centered=True),
     )

@@ -33,6 +33,8 @@ NAMES: Names = {
     "transformer.h.{i}.mlp.c_proj.bias": "ffn/down_bias",
 }
 MASKS = (".attn.bias", ".attn.masked_bias")  # constants of old checkpoints
+ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head"}
+ALIASES |= {"num_hidden_layers": "n_layer"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -74,4 +76,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, NAMES, harmless=MASKS)
+FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, NAMES, harmless=MASKS, aliases=ALIASES)

@@ -40,6 +40,7 @@ CONSTANTS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 def read(config: Reader) -> ModelConfig:
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    config.must_be("head_dim", width // heads)
     norm = LayerNorm(config.number("layer_norm_eps", 1e-5))
     theta = config.number("rotary_emb_base", 10_000.0)
     rope = read_rope(config, width // heads, theta=theta, fraction=0.25, fraction_key="rotary_pct")

@@ -61,7 +61,7 @@ def read(config: Reader) -> ModelConfig:
     mixer = read_attention(config, head_dim, rope, num_kv_heads=8, bias=bias, sinks=True)
     width = config.integer("intermediate_size", 2880)
     limit, alpha = config.number("swiglu_limit", 7.0), config.number("swiglu_alpha", 1.702)
-    for key in ("num_experts", "experts_per_token", "initial_context_length"):
+    for key in ("experts_per_token", "initial_context_length"):
         config.get(key)  # repeat other keys in OpenAI's own folders
     ffn = MoE(
         config.integer("num_local_experts", 128),
@@ -102,5 +102,6 @@ FAMILY = Family(
     write,
     OUTSIDE | NORMS | ATTENTION | EXPERTS,
     packed=("mxfp4",),
+    aliases={"num_experts": "num_local_experts"},
     harmless=ROTARY,
 )

@@ -10,7 +10,7 @@ from model.blocks.mamba import Mamba
 from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.config import Block, ModelConfig
-from model.families.common import Family, Reader, read_activation, written_activation
+from model.families.common import SILU, Family, Reader, read_activation, written_activation
 from model.families.decoders import ATTENTION, OUTSIDE, read_model, read_rms_norm
 from model.families.experts import dense_of
 from model.families.mamba import mamba_names, read_rank
@@ -38,6 +38,7 @@ MAMBA: Names = {
     "model.layers.{i}.mamba.b_layernorm.weight": "mixer/B_norm/scale",
     "model.layers.{i}.mamba.c_layernorm.weight": "mixer/C_norm/scale",
 }
+ALIASES = {"num_local_experts": "num_experts"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -49,6 +50,7 @@ def read(config: Reader) -> ModelConfig:
         config.integer("num_attention_heads"),
     )
     config.must_be("sliding_window", None)
+    config.must_be("head_dim", width // heads)
     attention = Attention(heads, config.integer("num_key_value_heads", 8), width // heads, rope=None)
     mamba = Mamba(
         int(config.number("mamba_expand", 2) * width),
@@ -59,6 +61,7 @@ def read(config: Reader) -> ModelConfig:
         config.flag("mamba_proj_bias", False),
         norm,
     )
+    config.must_be("hidden_act", *SILU)  # transformers has it in Mamba too
     dense = GatedMLP(config.integer("intermediate_size"), read_activation(config))
     num_experts, of_token = config.integer("num_experts", 16), config.integer("num_experts_per_tok", 2)
     sparse = MoE(num_experts, of_token, dense, Router(normalize=False)) if num_experts > 1 else dense
@@ -117,4 +120,6 @@ def _period(prefix: str, layers: list[int], count: int) -> dict[str, int]:
     return {f"{prefix}_period": period, f"{prefix}_offset": layers[0] if layers else period - 1}
 
 
-FAMILY = Family("jamba", "JambaForCausalLM", read, write, NAMES, {Attention: ATTENTION, Mamba: MAMBA})
+FAMILY = Family(
+    "jamba", "JambaForCausalLM", read, write, NAMES, {Attention: ATTENTION, Mamba: MAMBA}, aliases=ALIASES
+)

@@ -24,6 +24,7 @@ NAMES: Names = {
     "transformer.blocks.{i}.ffn.up_proj.weight": "ffn/up",
     "transformer.blocks.{i}.ffn.down_proj.weight": "ffn/down",
 }
+ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -38,6 +39,8 @@ def read(config: Reader) -> ModelConfig:
     for key in ("learned_pos_emb", "init_device", "verbose", "emb_pdrop", "resid_pdrop", "emb_init_std"):
         config.get(key)  # of no effect in transformers
     attention = config.part("attn_config")
+    attention.get("attn_impl")  # how the same numbers are computed
+    attention.must_be("is_encoder_decoder", False)
     attention.must_be("alibi", True)
     attention.must_be("alibi_bias_max", 8)  # another one is of no effect in transformers
     attention.must_be("attn_type", "multihead_attention")
@@ -84,4 +87,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("mpt", "MptForCausalLM", read, write, NAMES)
+FAMILY = Family("mpt", "MptForCausalLM", read, write, NAMES, aliases=ALIASES)

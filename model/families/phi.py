@@ -35,7 +35,7 @@ def read_phi3(config: Reader) -> ModelConfig:
     norm, head_dim, layers = read_rms_norm(config, 1e-5), read_head_dim(config), config.layers()
     config.must_be("attention_bias", False)
     config.integer("original_max_position_embeddings", 4096)
-    rope = read_rope(config, head_dim, kinds=("default", "longrope"))
+    rope = read_rope(config, head_dim, fraction=1.0, kinds=("default", "longrope"))
     mixer = read_attention(config, head_dim, rope, bias=False)
     ffn = GatedMLP(config.integer("intermediate_size"), read_activation(config))
     window = config.integer_or_none("sliding_window", None)

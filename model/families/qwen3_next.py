@@ -8,7 +8,7 @@ from model.blocks.attention import Attention
 from model.blocks.deltanet import GatedDeltaNet
 from model.blocks.ffn import GatedMLP
 from model.config import Block, ModelConfig
-from model.families.common import Family, Reader, read_activation
+from model.families.common import SILU, Family, Reader, read_activation
 from model.families.decoders import (
     NAMES,
     ROTARY,
@@ -42,6 +42,7 @@ KINDS = ("linear_attention", "full_attention")
 
 
 def read(config: Reader) -> ModelConfig:
+    config.must_be("hidden_act", *SILU)  # transformers has it in the linear layers too
     norm, layers = read_rms_norm(config, zero_centered=True), config.layers()
     head_dim = read_head_dim(config, 256)
     rope = read_rope(config, head_dim, fraction=0.25)

@@ -34,7 +34,6 @@ def read_qwen2_moe(config: Reader) -> ModelConfig:
     head_dim, bias = read_head_dim(config), config.flag("qkv_bias", True)
     rope = read_rope(config, head_dim)
     mixer = read_attention(config, head_dim, rope, num_kv_heads=16, bias=False, qkv_bias=bias)
-    config.get("layer_types")  # of no effect without a window
     shared = GatedMLP(config.integer("shared_expert_intermediate_size", 5632), read_activation(config))
     moe = {"shared": shared, "shared_gate": True}
     return _read(config, mixer, num_experts=60, experts_per_token=4, moe_width=1408, moe=moe)
@@ -56,6 +55,7 @@ def _read(
     moe: dict[str, Any],
 ) -> ModelConfig:
     config.must_be("use_sliding_window", False)
+    config.layer_kinds(config.layers(), ("full_attention",), [])
     for key in ("sliding_window", "max_window_layers"):
         config.get(key)  # of no effect without it
     norm, activation = read_rms_norm(config), read_activation(config)

@@ -12,7 +12,7 @@ from model.blocks.ffn import GatedMLP
 from model.blocks.norms import RMSNorm
 from model.blocks.rglru import RGLRU
 from model.config import Block, ModelConfig
-from model.families.common import Family, Reader, read_activation, written_activation
+from model.families.common import GELU_TANH, Family, Reader, read_activation, written_activation
 from model.families.decoders import read_model
 from model.families.mamba import MAX_LENGTH
 from model.families.rope import read_rope, write_rope
@@ -68,6 +68,7 @@ def read(config: Reader) -> ModelConfig:
         window=config.integer(config.alias("attention_window_size", "sliding_window"), 2048),
     )
     recurrent = RGLRU(heads, config.integer("lru_width", width) // heads, config.integer("conv1d_width", 4))
+    config.must_be("hidden_activation", *GELU_TANH)  # transformers has it in the recurrent layers too
     activation = read_activation(config, "hidden_activation", "gelu_pytorch_tanh")
     ffn = GatedMLP(config.integer("intermediate_size", 3 * 2560) // 2, activation, bias=True)
     mixers = {"recurrent": recurrent, "attention": attention}

@@ -18,42 +18,72 @@ from model.families.common import Reader
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
+# Keys of a kind that say nothing of the numbers: how a checkpoint came to be, and a length that only some kinds use.
+IGNORED = ("finetuned", "original_max_position_embeddings")
+
+
 def read_rope(
     config: Reader,
     head_dim: int,
     *,
     theta: float = 10_000.0,
-    fraction: float = 1.0,
+    fraction: float | None = None,
     fraction_key: str = "partial_rotary_factor",
     interleaved: bool = False,
     kinds: tuple[str, ...] = KINDS,
-    original_factor: bool = False,
+    length_key: str = "max_position_embeddings",
 ) -> Rope:
     """The rotary positions of a model.
 
     Args:
-      theta, fraction: the family's defaults.
-      fraction_key: where the fraction of the rotated channels stands outside `rope_parameters`; "": nowhere.
-      original_factor: the factor of a stretched context is max_position_embeddings over the original length, whatever
-        `factor` says.
+      theta: the family's default.
+      fraction: of the channels that are rotated, the family's default; None: of a family that rotates whole heads, for
+        which transformers passes over what the config says.
+      fraction_key: where the fraction stands outside `rope_parameters`.
+      length_key: where the longest text stands, by which some scalings go.
+
+    Raises:
+      ValueError: settings that are not supported, and those that the kind of scaling does not use.
     """
     old, new = config.part("rope_scaling"), config.part("rope_parameters")
+    if old.saved and new.saved and old.saved != new.saved:
+        raise ValueError("rope_scaling and rope_parameters are one thing, and disagree; keep one of them.")
     rope = new if new.saved else old
+    for key in old.saved if rope is new else ():
+        old.get(key)  # the same once more
     theta = rope.number("rope_theta", config.number("rope_theta", theta))
     if "rope_theta" in config.saved and config.number("rope_theta") != theta:
         raise ValueError(
             f"rope_theta={config.saved['rope_theta']} disagrees with rope_parameters.rope_theta={theta}."
         )
-    if fraction_key:
-        fraction = config.number(fraction_key, fraction)
-    fraction = rope.number("partial_rotary_factor", fraction)
+    rotated = _read_fraction(config, rope, fraction_key, fraction or 1.0)
+    if fraction is None and rotated != 1:
+        raise ValueError(
+            f"partial_rotary_factor={rotated} is not supported: this family rotates all channels of a head; only 1 is."
+        )
+    scaling = _read_scaling(config, rope, kinds, int(head_dim * rotated), length_key)
+    for _, key, value in rope.unread():
+        if value is not None and key not in IGNORED:
+            raise ValueError(
+                f"{rope.where}{key}={str(value)[:200]} is not supported with "
+                f"rope_type={rope.get('rope_type') or rope.get('type') or 'default'!r}: "
+                "it would be passed over. Give the type that it belongs to, or remove it."
+            )
+    return Rope(theta, scaling, rotated, interleaved)
+
+
+def _read_fraction(config: Reader, rope: Reader, key: str, default: float) -> float:
+    fraction = rope.number("partial_rotary_factor", config.number(key, default))
     if fraction > 1:
         raise ValueError(f"partial_rotary_factor={fraction} is more than the whole head.")
-    return Rope(theta, _read_scaling(config, rope, kinds, int(head_dim * fraction)), fraction, interleaved)
+    return fraction
 
 
-def _read_scaling(config: Reader, rope: Reader, kinds: tuple[str, ...], rotated: int) -> Scaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _read_scaling(
+    config: Reader, rope: Reader, kinds: tuple[str, ...], rotated: int, length_key: str
+) -> Scaling | None:
+    older = rope.get("type") or "default"
+    kind = rope.get("rope_type") or older
     if kind == "su":
         kind = "longrope"
     nested = [key for key, value in rope.saved.items() if isinstance(value, dict)]
@@ -61,25 +91,27 @@ def _read_scaling(config: Reader, rope: Reader, kinds: tuple[str, ...], rotated:
         raise ValueError(
             f"rope_parameters has a part for each kind of layer ({nested}); one for all is supported."
         )
-    if kind not in kinds:
-        raise ValueError(f"rope_type={kind!r} is not supported; {', '.join(map(repr, kinds))} are.")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(
+            f"rope_type={str(kind)[:200]!r} is not supported; {', '.join(map(repr, kinds))} are."
+        )
     if kind == "linear":
         return LinearScaling(rope.number("factor"))
     if kind == "llama3":
-        return _read_llama3(rope)
+        return _read_llama3(config, rope, length_key)
     if kind == "yarn":
-        return _read_yarn(config, rope)
+        return _read_yarn(config, rope, length_key)
     if kind == "longrope":
-        return _read_longrope(config, rope, rotated // 2)
+        return _read_longrope(config, rope, rotated // 2, length_key)
     return None
 
 
-def _read_llama3(rope: Reader) -> Llama3Scaling:
+def _read_llama3(config: Reader, rope: Reader, length_key: str) -> Llama3Scaling:
     scaling = Llama3Scaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
-        original_max_length=rope.integer("original_max_position_embeddings"),
+        original_max_length=_original_length(config, rope, length_key),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise ValueError(
@@ -88,9 +120,9 @@ def _read_llama3(rope: Reader) -> Llama3Scaling:
     return scaling
 
 
-def _read_yarn(config: Reader, rope: Reader) -> YarnScaling:
-    original = _original_length(config, rope)
-    factor = rope.number("factor", config.integer("max_position_embeddings") / original)
+def _read_yarn(config: Reader, rope: Reader, length_key: str) -> YarnScaling:
+    original = _original_length(config, rope, length_key)
+    factor = rope.number("factor", config.integer(length_key) / original)
     magnitude = yarn_magnitude(factor)
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and mscale_all_dim:
@@ -111,9 +143,9 @@ def yarn_magnitude(factor: float, amount: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * amount * math.log(factor) + 1.0
 
 
-def _read_longrope(config: Reader, rope: Reader, frequencies: int) -> LongRopeScaling:
-    original = _original_length(config, rope)
-    longest = config.integer("max_position_embeddings")
+def _read_longrope(config: Reader, rope: Reader, frequencies: int, length_key: str) -> LongRopeScaling:
+    original = _original_length(config, rope, length_key)
+    longest = config.integer(length_key)
     factor = rope.number("factor", longest / original)
     magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     divisors = {}
@@ -134,10 +166,13 @@ def _read_longrope(config: Reader, rope: Reader, frequencies: int) -> LongRopeSc
     )
 
 
-def _original_length(config: Reader, rope: Reader) -> int:
-    longest = config.integer("max_position_embeddings")
-    outside = config.integer("original_max_position_embeddings", longest)
-    return rope.integer("original_max_position_embeddings", outside)
+def _original_length(config: Reader, rope: Reader, length_key: str) -> int:
+    key = "original_max_position_embeddings"
+    longest = config.integer(length_key)
+    outside = config.integer(key, rope.integer(key, longest))
+    if rope.integer(key, outside) != outside:
+        raise ValueError(f"{key}={outside} disagrees with {rope.where}{key}={rope.integer(key)}.")
+    return outside
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

@@ -22,6 +22,8 @@ FEED_FORWARD = ACTIVATIONS | {f"gated-{theirs}": f"gated {ours}" for theirs, our
 FEED_FORWARD |= {"gated-gelu": "gated gelu_tanh"}
 # Copies of the shared embedding, and a table that was never used.
 HARMLESS = ("coder.embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight")
+ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+ALIASES |= {"head_dim": "d_kv"}
 
 
 def names(cfg: ModelConfig) -> Names:
@@ -57,12 +59,13 @@ def _attention(layer: str, kind: str, ours: str) -> Names:
 
 
 def read(config: Reader) -> ModelConfig:
-    for key in ("dense_act_fn", "is_gated_act", "output_past"):
-        config.get(key)  # the first two only repeat feed_forward_proj
+    config.get("output_past")
     norm, layers = RMSNorm(config.number("layer_norm_epsilon", 1e-6)), config.layers("num_layers")
     # transformers 5 writes tie_word_embeddings=true for T5 1.1 too, whose head is its own and reads unscaled states
-    tied = config.flag("scale_decoder_outputs", config.flag("tie_word_embeddings", True))
-    tied = tied and config.flag("tie_word_embeddings", True)
+    same = config.flag("tie_word_embeddings", True)
+    tied = config.flag("scale_decoder_outputs", same)
+    if tied and not same:
+        raise ValueError("scale_decoder_outputs=True with tie_word_embeddings=False is not supported.")
     cfg = read_model(
         config,
         _read_blocks(config, norm, config.layers("num_decoder_layers", layers), decoder=True),
@@ -93,6 +96,13 @@ def _read_blocks(config: Reader, norm: RMSNorm, layers: int, *, decoder: bool) -
         for i in range(layers)
     ]
     *gated, activation = config.choice("feed_forward_proj", FEED_FORWARD, "relu").split()
+    # these two repeat it; transformers goes by them where they differ
+    same = config.get("is_gated_act") in (None, bool(gated))
+    if not same or ACTIVATIONS.get(config.get("dense_act_fn", activation), activation) != activation:
+        raise ValueError(
+            f"feed_forward_proj={config.get('feed_forward_proj')!r} disagrees with "
+            f"dense_act_fn={config.get('dense_act_fn')!r}, is_gated_act={config.get('is_gated_act')!r}."
+        )
     width = config.integer("d_ff")
     ffn = GatedMLP(width, activation) if gated else MLP(width, activation, bias=False)
     cross = CrossAttention(heads, heads, head_dim, scale=1.0) if decoder else None
@@ -121,5 +131,12 @@ def write(cfg: Any) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "t5", "T5ForConditionalGeneration", read, write, names, harmless=HARMLESS, encoder_decoder=True
+    "t5",
+    "T5ForConditionalGeneration",
+    read,
+    write,
+    names,
+    harmless=HARMLESS,
+    encoder_decoder=True,
+    aliases=ALIASES,
 )
