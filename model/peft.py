@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +28,8 @@ from model.families.tensors import Piece, Tensor, get, tensor_table
 from model.function import Params, logical_axes, param_shapes
 from model.huggingface import family_of
 from model.layout import relayout
+from model.peft_init import read_init, with_taken_out
+from model.peft_targets import Patterns, check_targets, read_by_module
 from model.safetensors_file import StoredTensor
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -38,9 +39,9 @@ ENDS |= {"lora_magnitude_vector.weight": "magnitude"}
 # Keys that say nothing of the numbers that an adapter computes once its tensors are there.
 HARMLESS_KEYS = frozenset(
     """
-    auto_mapping base_model_name_or_path revision inference_mode task_type peft_version target_modules exclude_modules
-    layers_to_transform layers_pattern lora_dropout init_lora_weights fan_in_fan_out runtime_config megatron_config
-    megatron_core eva_config corda_config loftq_config lora_ga_config qalora_group_size ensure_weight_tying
+    auto_mapping base_model_name_or_path revision inference_mode task_type peft_version lora_dropout fan_in_fan_out
+    runtime_config megatron_core eva_config corda_config loftq_config lora_ga_config qalora_group_size
+    ensure_weight_tying
     """.split()
 )
 
@@ -54,12 +55,17 @@ class Adapter:
     alpha: float
     rank_stabilized: bool
     decomposed: bool
-    alphas: Mapping[str, float]  # of modules with one of their own, by a pattern for the end of their names
+    init: str | None  # of `peft_init.TAKEN_OUT`, whose adapters are read with twice their rank
+    alphas: Mapping[str, float]  # of modules with one of their own
+    ranks: Mapping[str, int]
     tensors: Mapping[str, Mapping[str, StoredTensor]]  # name of the base's tensor -> part -> stored
 
     def spec(self, module: str, rank: int) -> LoRA:
-        own = [alpha for name, alpha in self.alphas.items() if re.fullmatch(rf"(.*\.)?({name})", module)]
-        return LoRA(rank, (own or [self.alpha])[0], rank_stabilized=self.rank_stabilized)
+        alpha = self.alphas.get(module, self.alpha)
+        if self.init is None:
+            return LoRA(rank, alpha, rank_stabilized=self.rank_stabilized)
+        growth = 2**0.5 if self.rank_stabilized else 2.0  # so that the scale is that of the folder's own rank
+        return LoRA(2 * rank, alpha * growth, rank_stabilized=self.rank_stabilized)
 
 
 def load_adapters(
@@ -171,14 +177,20 @@ def _empty(cfg: ModelConfig, params: Params) -> dict[Place, np.ndarray]:
 
 def _fill(new, params: Params, cfg: ModelConfig, adapter: Adapter, tensor: Tensor, slot: int, scale: float):
     """Puts one tensor's part of an adapter into its slot."""
-    parts = {part: stored.read() for part, stored in adapter.tensors[tensor.name].items()}
+    parts = {
+        part: np.asarray(stored.read(), np.float32) for part, stored in adapter.tensors[tensor.name].items()
+    }
+    if adapter.init is not None:
+        weight = _weight(tensor, params)
+        own = _spec(adapter, tensor.name).scale
+        parts["a"], parts["b"] = with_taken_out(adapter.init, weight, parts["a"], parts["b"], own)
     rank = parts["a"].shape[0]
-    b = _of_outputs(tensor, rank).to_ours(np.asarray(parts["b"], np.float32))
+    b = _of_outputs(tensor, rank).to_ours(parts["b"])
     lengths = _of_outputs(tensor, 1).to_ours(parts["magnitude"][:, None]) if "magnitude" in parts else None
     for i, piece in enumerate(tensor.pieces):
         where = (slot,) if piece.expert is None else (piece.expert, slot)
         of = lambda end, piece=piece, where=where: new[(*piece.path[:-1], piece.path[-1] + end)][where]
-        a = np.asarray(parts["a"], np.float32).T.reshape(*piece.shape[: piece.inputs], rank)
+        a = parts["a"].T.reshape(*piece.shape[: piece.inputs], rank)
         of("_lora_a")[..., :rank] = a
         of("_lora_b")[:rank] = b[i] * scale
         if lengths is not None:
@@ -190,6 +202,16 @@ def _fill(new, params: Params, cfg: ModelConfig, adapter: Adapter, tensor: Tenso
             weight = np.asarray(weight if piece.expert is None else weight[piece.expert], np.float32)
             update = np.tensordot(of("_lora_a"), of("_lora_b"), 1)
             of("_lora_magnitude")[...] = column_lengths(weight + update, piece.inputs)
+
+
+def _weight(tensor: Tensor, params: Params) -> np.ndarray:
+    """The base's own map, float32 [outputs, inputs]."""
+    whole = [np.asarray(get(params, piece.path), np.float32) for piece in tensor.pieces]
+    pieces = [
+        x if piece.expert is None else x[piece.expert] for x, piece in zip(whole, tensor.pieces, strict=True)
+    ]
+    weight = tensor.to_theirs(pieces)
+    return weight if tensor.transposed else weight.T
 
 
 def _to_theirs(tensor: Tensor, params: Params, slot: int, decomposed: bool) -> dict[str, np.ndarray]:
@@ -236,26 +258,32 @@ def _read(folder: Path) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder}: has no {WEIGHTS} (pickles are not read).")
     try:
-        config = Reader(json.loads((folder / CONFIG).read_text(encoding="utf-8")), f"{folder / CONFIG}: ")
-    except ValueError as error:
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG}: not JSON: {error}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{folder / CONFIG}: is a JSON {type(saved).__name__}; wanted an object.")
+    config = Reader(saved, f"{folder / CONFIG}: ")
     config.must_be("peft_type", "LORA")
     config.must_be("bias", "none")
-    ranks = config.get("rank_pattern")  # the tensors' shapes say it too
-    alphas = config.get("alpha_pattern") or {}
+    tensors, patterns = _by_module(folder / WEIGHTS), Patterns(config)
+    modules = [name.removesuffix(".weight") for name in tensors]
+    check_targets(config, modules, patterns)
     adapter = Adapter(
         folder,
         config.integer("r"),
         config.number("lora_alpha"),
         config.flag("use_rslora", False),
         config.flag("use_dora", False),
-        {str(name): float(alpha) for name, alpha in alphas.items()},
-        _by_module(folder / WEIGHTS),
+        read_init(config.where, config.get("init_lora_weights", True)),
+        read_by_module(config, "alpha_pattern", Reader.number, modules, patterns),
+        read_by_module(config, "rank_pattern", Reader.integer, modules, patterns),
+        tensors,
     )
-    for key in sorted(config.unread() - HARMLESS_KEYS):
-        if config.get(key):
-            raise ValueError(f"{folder / CONFIG}: {key}={str(config.get(key))[:200]} is not supported.")
-    _check_shapes(adapter, bool(ranks))
+    for _, key, value in config.unread():
+        if key not in HARMLESS_KEYS and value is not None and value is not False and value not in ([], ""):
+            raise ValueError(f"{folder / CONFIG}: {key}={str(value)[:200]} is not supported.")
+    _check_shapes(adapter)
     return adapter
 
 
@@ -275,16 +303,20 @@ def _by_module(path: Path) -> dict[str, dict[str, StoredTensor]]:
     return found
 
 
-def _check_shapes(adapter: Adapter, own_ranks: bool) -> None:
+def _check_shapes(adapter: Adapter) -> None:
     wanted = {"a", "b"} | ({"magnitude"} if adapter.decomposed else set())
     for name, parts in adapter.tensors.items():
         if set(parts) != wanted:
-            raise ValueError(f"{adapter.folder}: {name} has {sorted(parts)}; wanted {sorted(wanted)}.")
-        rank = parts["a"].shape[0]
-        if rank != parts["b"].shape[-1] or (rank != adapter.rank and not own_ranks):
+            raise ValueError(
+                f"{adapter.folder}: {name} has {sorted(parts)}; wanted {sorted(wanted)} "
+                f"by use_dora={adapter.decomposed}."
+            )
+        rank = adapter.ranks.get(name.removesuffix(".weight"), adapter.rank)
+        matrices = all(len(parts[part].shape) == 2 for part in "ab")
+        if not matrices or (rank, rank) != (parts["a"].shape[0], parts["b"].shape[-1]):
             raise ValueError(
                 f"{adapter.folder}: {name} has lora_A {parts['a'].shape} and lora_B {parts['b'].shape}, with "
-                f"r={adapter.rank} in {CONFIG}."
+                f"r={rank} in {CONFIG}{' (rank_pattern)' * (rank != adapter.rank)}."
             )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.blocks.positions import Rope
 from model.flops import train_flops_per_token
-from model.peft import load_adapters, save_adapter
+from model.peft import HARMLESS_KEYS, load_adapters, save_adapter
 
 from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
 from .test_families import OTHER_PYTHON
@@ -47,7 +48,12 @@ BASES = {
     "llama_dora": "llama_tied",
     "phi3_lora": "phi3",
     "gpt2_dora": "gpt2",
+    "llama_pissa": "llama_tied",
+    "llama_olora": "llama_tied",
+    "gpt2_pissa_dora": "gpt2",
 }
+TAKEN_OUT = ("llama_pissa", "llama_olora", "gpt2_pissa_dora")  # saved as plain adapters of twice the rank
+PEFT_KEYS = json.loads((ADAPTERS / "keys.json").read_text())
 
 forward = compiled_fast(apply, static_argnums=0)
 
@@ -221,7 +227,7 @@ def test_adapters_of_other_ranks_scales_and_kinds_go_together():
         assert np.abs(out[row] - theirs["logits"][row])[real].max() < 2e-4
 
 
-@pytest.mark.parametrize("name", [name for name in BASES if name != "llama_ranks"])
+@pytest.mark.parametrize("name", [name for name in BASES if name not in ("llama_ranks", *TAKEN_OUT)])
 def test_an_adapter_is_saved_as_peft_saves_it(name, tmp_path):
     cfg, params = load_adapters(*load(GOLDENS / BASES[name], dtype="float32"), [ADAPTERS / name])
     save_adapter(tmp_path / "adapter", cfg.replace(scan=False), params)
@@ -236,6 +242,89 @@ def test_an_adapter_is_saved_as_peft_saves_it(name, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     theirs = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
     assert all(config[key] == theirs[key] for key in ("r", "lora_alpha", "use_dora", "peft_type"))
+
+
+@pytest.mark.parametrize("name", TAKEN_OUT)
+def test_an_adapter_that_changed_its_base_is_saved_as_a_plain_one(name, tmp_path):
+    base = load(GOLDENS / BASES[name], dtype="float32")
+    cfg, params = load_adapters(*base, [ADAPTERS / name])
+    save_adapter(tmp_path / "adapter", cfg, params)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    theirs = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
+    assert config["r"] == 2 * theirs["r"] and "init_lora_weights" not in config
+    again, read = load_adapters(*load(GOLDENS / BASES[name], dtype="float32"), [tmp_path / "adapter"])
+    tokens = random_tokens(cfg, (2, 7))
+    np.testing.assert_allclose(
+        forward(again, read, tokens).logits, forward(cfg, params, tokens).logits, atol=1e-5
+    )
+
+
+def changed_adapter(folder, edits, name="llama_lora"):
+    config = json.loads((ADAPTERS / name / "adapter_config.json").read_text()) | dict(edits)
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(
+        (ADAPTERS / name / "adapter_model.safetensors").read_bytes()
+    )
+    return folder
+
+
+def test_every_key_of_an_adapters_config_means_what_peft_means_by_it_or_is_refused(tmp_path):
+    """Among them every key that is passed over: it is set, and PEFT computes the same."""
+    base, golden = load(GOLDENS / "llama_tied"), np.load(GOLDENS / "llama_tied" / "logits.npz")
+    inputs = {"positions": golden["positions"], "segment_ids": golden["mask"]}
+    read, refused = set(), set()
+    for edits, theirs in PEFT_KEYS:
+        keys = {key for key, _ in edits}
+        try:
+            cfg, params = load_adapters(*base, [changed_adapter(tmp_path / "adapter", edits)])
+        except ValueError as error:
+            assert any(key in str(error) for key in keys), (edits, error)
+            refused |= keys
+            continue
+        out = np.asarray(forward(cfg, params, golden["tokens"], **inputs).logits)
+        ours = np.concatenate([out[0, 12, ::9], out[1, 8, ::9]])
+        assert theirs != "error", edits
+        np.testing.assert_allclose(ours, theirs, atol=2e-4, err_msg=str(edits))
+        read |= keys
+    assert HARMLESS_KEYS <= read
+    assert {"init_lora_weights", "target_modules", "layers_to_transform", "rank_pattern"} <= read & refused
+
+
+HOSTILE_PATTERNS = [
+    {"target_modules": "(.*)*" * 40 + "x"},
+    {"target_modules": "(?:(?:(?:a{60000}){60000}){60000})"},
+    {"target_modules": r"((?:\w+\.?)+)+!"},
+    {"target_modules": "(" * 400 + ")" * 400},
+    {"target_modules": "a" * 10**6},
+    {"target_modules": "(?i)q_proj"},
+    {"target_modules": 5},
+    {"exclude_modules": r"(\w|\.|_)*(\w|\.|_)*(\w|\.|_)*(\w|\.|_)*!"},
+    {"rank_pattern": {"q_proj": -1}},
+    {"rank_pattern": ["q_proj"]},
+    {"alpha_pattern": {r"(([a-z0-9_]+)+\.?)+!": 3}},
+    {"alpha_pattern": {"(": 3}},
+    {"alpha_pattern": {"q_proj": "3"}},
+    {"alpha_pattern": {f"(a|[a-z._0-9]*)*{i}": 3 for i in range(10_000)}},
+    {"layers_to_transform": [1], "layers_pattern": r"(([a-z0-9_]+)+\.?)+!"},
+    {"layers_to_transform": "1"},
+    {"layers_to_transform": [1], "layers_pattern": [["layers"]]},
+    {"modules_to_save": ["(([a-z]+)+)+!"]},
+    {"r": 2**40},
+    {"r": None},
+]
+
+
+@pytest.mark.parametrize("edits", HOSTILE_PATTERNS, ids=[str(edits)[:50] for edits in HOSTILE_PATTERNS])
+def test_patterns_out_of_a_file_have_little_time(edits, tmp_path):
+    base = load(GOLDENS / "llama_tied")
+    start = time.monotonic()
+    try:
+        load_adapters(*base, [changed_adapter(tmp_path / "adapter", edits.items())])
+        assert "alpha_pattern" in edits or "exclude_modules" in edits  # found to match nothing, in time
+    except ValueError as error:
+        assert any(key in str(error) for key in edits)
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.slow
