@@ -58,9 +58,9 @@ class Description:
         stated = [self.config.get(f"add_{end}_token") for end in ("bos", "eos")]
         if stated == [None, None]:
             return None
-        names = [self.roles.get(f"{end}_token") for end in ("bos", "eos")]
+        found = [ids.get(self.roles.get(f"{end}_token", "")) for end in ("bos", "eos")]
         before, after = (
-            (ids[name],) if wanted and name in ids else () for wanted, name in zip(stated, names, strict=True)
+            (i,) if wanted and i is not None else () for wanted, i in zip(stated, found, strict=True)
         )
         return before, after
 

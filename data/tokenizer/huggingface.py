@@ -53,7 +53,8 @@ class HuggingFaceTokenizer(Tokenizer):
         added = backend.get_added_tokens_decoder()
         special = {token.content: i for i, token in sorted(added.items()) if token.special}
         unknown = _unknown_token(backend, spec)  # what text becomes, so no control token
-        special.pop(unknown, None)
+        if unknown is not None:
+            special.pop(unknown, None)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
 
@@ -65,7 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._set_specials(
             special,
             id_of(bos),
-            [id_of(name) for name in eos],
+            [i for name in eos if (i := id_of(name)) is not None],
             id_of(pad),
             chat_template,
             {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special and (t.lstrip or t.rstrip)},

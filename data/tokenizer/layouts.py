@@ -69,15 +69,15 @@ def _from_merges(file: Path, about: Description) -> Tokenizer:
     vocabulary = read_json(file) or {}
     where = file.with_name("merges.txt")
     lines = where.read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version:")]
+    pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version:")]
     if bad := next(
-        (m for m in merges if len(m) != 2 or any(p not in vocabulary for p in (*m, "".join(m)))), None
+        (m for m in pairs if len(m) != 2 or any(p not in vocabulary for p in (*m, "".join(m)))), None
     ):
         raise ValueError(f"{where}: the merge {' '.join(bad)!r} is not made of tokens of vocab.json")
     if missing := [character for character in byte_alphabet() if character not in vocabulary]:
         raise ValueError(f"{file}: {len(missing)} of the 256 bytes are no tokens, so it is no byte-level BPE")
     style, roles = _BYTE_LEVEL[names]
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in pairs]))
     if names in ("Qwen2Tokenizer",):
         backend.pre_tokenizer, backend.normalizer = style.build(), style.normalizer()
     else:

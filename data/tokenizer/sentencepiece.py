@@ -87,7 +87,14 @@ class SentencePieceTokenizer(Tokenizer):
             return None if name is None else ids[name]
 
         self._set_specials(
-            special, id_of(bos), [id_of(t) for t in eos], id_of(pad), chat_template, strips, roles, around
+            special,
+            id_of(bos),
+            [i for t in eos if (i := id_of(t)) is not None],
+            id_of(pad),
+            chat_template,
+            strips,
+            roles,
+            around,
         )
         self._added = added
 

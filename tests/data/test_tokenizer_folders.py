@@ -327,3 +327,22 @@ def test_add_bos_token_says_whether_a_document_begins_with_it(stated, bos, tmp_p
     tokenize_dataset(tmp_path / "text", tokenizer, tmp_path / "tokens")
     (record,) = open_dataset(tmp_path / "tokens")
     assert record.tokens.tolist() == [*([1] if bos else []), *tokenizer.encode("hello"), 2]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tokenizer.model")])
+def test_a_sentencepiece_folder_becomes_tokenizer_json_with_all_it_says(name, tmp_path):
+    from data.tokenizer.convert import convert
+
+    (tmp_path / "model").mkdir()
+    tokenizer = load_tokenizer(write_folder(tmp_path / "model", CASES[name]))
+    convert(tokenizer, tmp_path / "json", "huggingface")
+    again = load_tokenizer(tmp_path / "json")
+    special = {name: i for name, i in again.special_tokens.items() if name not in UNKNOWN}
+    assert special == tokenizer.special_tokens and again.bos_id == tokenizer.bos_id
+    assert again.strips == tokenizer.strips
+    assert again.vocab_size == tokenizer.vocab_size and tokenizer.around in (None, again.around)
+    for text in TEXTS:
+        if not text.startswith(" ") and "\u2581" not in text:
+            assert again.encode(text) == tokenizer.encode(text), text
+    if not tokenizer.prefix_after_special:
+        assert again.apply_chat_template(MESSAGES) == tokenizer.apply_chat_template(MESSAGES)
