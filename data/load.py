@@ -105,12 +105,15 @@ def _from_model_file(file: Path) -> Tokenizer:
 
 
 def _from_bytes(about: Any) -> Tokenizer:
+    from data.tokenizer.folder import LARGEST_ID
     from data.tokenizer.raw_bytes import ByteTokenizer
 
-    roles = about.roles
+    roles, offset = about.roles, about.config["byte_offset"]
+    if not isinstance(offset, int) or not 0 <= offset < LARGEST_ID:
+        raise ValueError(f"{about.folder}: byte_offset is {offset!r:.80}; wanted 0 to {LARGEST_ID - 1}")
     return ByteTokenizer(
         [token.content for token in about.added],
-        offset=about.config["byte_offset"],
+        offset=offset,
         bos=roles.get("bos_token"),
         eos=[roles["eos_token"]] if "eos_token" in roles else [],
         pad=roles.get("pad_token"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.tokenizer.interface import read_json
 
+LARGEST_ID = 1 << 24  # of an added token; the largest published vocabularies have a quarter of a million
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -147,11 +148,23 @@ def _flags(token: Mapping[str, Any], id: int | None = None) -> Added:
 
 def _decoder(value: Any, where: Path) -> list[Added]:
     try:
-        return [_flags(token, int(i)) for i, token in value.items()]
+        return [_flags(token, _bounded(int(i), token["content"], where)) for i, token in value.items()]
+    except _IdError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f'{where}: added_tokens_decoder is {value!r:.80}; wanted {{"id": {{"content": ...}}, ...}}'
         ) from None
+
+
+class _IdError(ValueError):
+    """An id that no vocabulary has."""
+
+
+def _bounded(i: int, name: str, where: Path) -> int:
+    if not 0 <= i < LARGEST_ID:
+        raise _IdError(f"{where}: the added token {name!r:.80} has the id {i}; wanted 0 to {LARGEST_ID - 1}")
+    return i
 
 
 def _encoder(folder: Path, special: set[str]) -> list[Added]:
@@ -160,6 +173,8 @@ def _encoder(folder: Path, special: set[str]) -> list[Added]:
     tokens = read_json(file) or {}
     if bad := [name for name, i in tokens.items() if not isinstance(i, int)]:
         raise ValueError(f"{file}: {bad[0]!r} has the id {tokens[bad[0]]!r}; wanted a number")
+    for name, i in tokens.items():
+        _bounded(i, name, file)
     return [
         Added(name, i, special=name in special, normalized=name not in special) for name, i in tokens.items()
     ]

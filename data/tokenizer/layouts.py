@@ -241,7 +241,9 @@ def _with_ids(about: Description, pieces: dict[str, int], sentinels: dict[str, i
 
 def _sentinels(about: Description, size: int) -> dict[str, int]:
     """T5's <extra_id_0> and so on, the first one with the largest id."""
-    count = int(about.flag("extra_ids", 100))
+    count = about.flag("extra_ids", 100)
+    if not isinstance(count, int) or not 0 <= count <= 10_000:
+        raise ValueError(f"tokenizer_config.json: extra_ids is {count!r:.80}; wanted 0 to 10000")
     return {f"<extra_id_{i}>": size + count - 1 - i for i in range(count)}
 
 

@@ -346,3 +346,30 @@ def test_a_sentencepiece_folder_becomes_tokenizer_json_with_all_it_says(name, tm
             assert again.encode(text) == tokenizer.encode(text), text
     if not tokenizer.prefix_after_special:
         assert again.apply_chat_template(MESSAGES) == tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "name, config, reason",
+    [
+        (
+            "tokenizer.model legacy=False",
+            {"added_tokens_decoder": {str(1 << 40): {"content": "<x>"}}},
+            "the id 1099511627776",
+        ),
+        (
+            "tokenizer.model legacy=False",
+            {"added_tokens_decoder": {"-1": {"content": "<x>"}}},
+            "has the id -1",
+        ),
+        (
+            "spiece.model, T5Tokenizer",
+            {"tokenizer_class": "T5Tokenizer", "extra_ids": 1 << 40},
+            "extra_ids is 1099511627776",
+        ),
+        ("tokenizer.model legacy=False", {"byte_offset": 1 << 40}, "byte_offset is 1099511627776"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_settings_that_ask_for_endless_vocabularies_are_refused(name, config, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        load_tokenizer(json_case(tmp_path, name, config))
