@@ -47,12 +47,17 @@ def _from_json(file: Path, about: Description) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read: {error}") from error
     _as_its_class(backend, about)
-    if about.tokenizer_class == "BertTokenizer" and isinstance(backend.model, models.WordPiece):
+    if about.tokenizer_class in _LIKE_BERT and isinstance(backend.model, models.WordPiece):
         return _from_backend(backend, about, _BERT_ROLES, ("cls_token", "sep_token"))
     return _from_backend(backend, about)
 
 
 def _from_word_pieces(file: Path, about: Description) -> Tokenizer:
+    if about.tokenizer_class not in (None, "PreTrainedTokenizer", *_LIKE_BERT):
+        raise ValueError(
+            f"{file}: the way of {about.tokenizer_class} to cut words is not known. Known classes: "
+            f"{', '.join(_LIKE_BERT)}. Or save the tokenizer with transformers, which writes tokenizer.json."
+        )
     backend = read_vocabulary(file, about.config)
     return _from_backend(backend, about, _BERT_ROLES, ("cls_token", "sep_token"))
 
@@ -161,7 +166,7 @@ def _as_its_class(backend: tokenizers.Tokenizer, about: Description) -> None:
         backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
         backend.model.byte_fallback = True
         backend.model.fuse_unk = True
-    elif name == "BertTokenizer" and spec["model"]["type"] == "WordPiece":
+    elif name in _LIKE_BERT and spec["model"]["type"] == "WordPiece":
         as_configured(backend, about.config)
     elif name in _BYTE_LEVEL and spec["pre_tokenizer"] and spec["pre_tokenizer"]["type"] == "ByteLevel":
         prefix = bool(about.flag("add_prefix_space", False))
@@ -171,25 +176,19 @@ def _as_its_class(backend: tokenizers.Tokenizer, about: Description) -> None:
 
 
 def _from_sentence_pieces(file: Path, about: Description) -> Tokenizer:
-    if about.tokenizer_class in _OTHER_IDS:
+    name = about.tokenizer_class or _CLASS_OF_MODEL.get(about.model_type or "")
+    if name in _OTHER_IDS or about.model_type in _OTHER_MODELS:
         raise ValueError(
-            f"{file}: {about.tokenizer_class} gives other ids than the SentencePiece model by itself. Save the "
+            f"{file}: {name or about.model_type} gives other ids than the SentencePiece model by itself. Save the "
             "tokenizer with transformers, which writes tokenizer.json."
         )
     model = file.read_bytes()
     proto = parse_model(model)
     pieces = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    spec, control = proto.trainer_spec, {p.piece for p in proto.pieces if p.type == p.CONTROL}
-    implied = {"bos_token": spec.bos_piece, "eos_token": spec.eos_piece, "pad_token": spec.pad_piece}
-    implied = {role: name for role, name in implied.items() if name in control}
+    control = {p.piece for p in proto.pieces if p.type == p.CONTROL}
     unknown = next((p.piece for p in proto.pieces if p.type == p.UNKNOWN), None)
-    implied |= {"unk_token": unknown} if unknown is not None else {}
-    if about.config or about.roles:  # the model's own names count only where no file says any
-        implied = {role: name for role, name in implied.items() if role == "unk_token"}
-    roles = implied | about.roles
-    is_t5 = about.tokenizer_class == "T5Tokenizer" or (
-        about.tokenizer_class is None and _CLASS_OF_MODEL.get(about.model_type or "") == "T5Tokenizer"
-    )
+    roles = _roles_of_model(proto, control, unknown, about) | about.roles
+    is_t5 = name == "T5Tokenizer"
     if is_t5:
         roles = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"} | roles
     added = _with_ids(about, pieces, _sentinels(about, len(pieces)) if is_t5 else {})
@@ -217,6 +216,16 @@ def _from_sentence_pieces(file: Path, about: Description) -> Tokenizer:
         roles=roles,
         around=around,
     )
+
+
+def _roles_of_model(proto: Any, control: set[str], unknown: str | None, about: Description) -> dict[str, str]:
+    """The roles that the model itself names; but for the unknown token they count only where no file says any."""
+    spec = proto.trainer_spec
+    found = {"bos_token": spec.bos_piece, "eos_token": spec.eos_piece, "pad_token": spec.pad_piece}
+    if about.config or about.roles:
+        found = {}
+    found = {role: name for role, name in found.items() if name in control}
+    return found | ({"unk_token": unknown} if unknown is not None else {})
 
 
 def _with_ids(about: Description, pieces: dict[str, int], sentinels: dict[str, int]) -> list[Added]:
@@ -274,11 +283,20 @@ _AS_IN_THE_FILE = {
     "granite", "granitemoe", "granitemoehybrid", "jamba", "mistral", "ministral", "mistral3", "mixtral",
     "modernbert", "olmo2", "olmo3", "phi3", "phimoe", "glm4_moe", "internlm2", "internlm3", "stablelm", "nemotron",
 }  # fmt: skip
+_LIKE_BERT = (
+    "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "LayoutLMTokenizer",
+    "LxmertTokenizer", "MobileBertTokenizer", "SqueezeBertTokenizer",
+)  # fmt: skip
 _OTHER_IDS = {
     "AlbertTokenizer", "BarthezTokenizer", "BigBirdTokenizer", "CamembertTokenizer", "DebertaV2Tokenizer",
     "FNetTokenizer", "M2M100Tokenizer", "MarianTokenizer", "MBartTokenizer", "MBart50Tokenizer", "NllbTokenizer",
     "PegasusTokenizer", "ReformerTokenizer", "RemBertTokenizer", "SeamlessM4TTokenizer", "XGLMTokenizer",
     "XLMRobertaTokenizer", "XLNetTokenizer",
+}  # fmt: skip
+
+_OTHER_MODELS = {
+    "albert", "big_bird", "camembert", "deberta-v2", "fnet", "m2m_100", "marian", "mbart", "pegasus", "reformer",
+    "rembert", "xglm", "xlm-roberta", "xlnet",
 }  # fmt: skip
 
 LAYOUTS: dict[tuple[str, ...], Callable[[Path, Description], Tokenizer]] = {

@@ -154,6 +154,19 @@ def test_a_class_whose_ways_are_not_in_its_vocabulary_is_refused_by_name(tmp_pat
             load_tokenizer(json_case(folder, layout, {"tokenizer_class": name}))
 
 
+def test_a_model_whose_ids_are_not_its_vocabularys_is_refused_by_its_type(tmp_path):
+    folder = write_folder(tmp_path, CASES["spiece.model of t5"])
+    (folder / "config.json").write_text('{"model_type": "xlm-roberta"}')
+    (folder / "spiece.model").rename(folder / "sentencepiece.bpe.model")
+    with pytest.raises(ValueError, match="xlm-roberta gives other ids"):
+        load_tokenizer(folder)
+
+
+def test_word_pieces_of_another_class_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="the way of EsmTokenizer to cut words is not known"):
+        load_tokenizer(json_case(tmp_path, "bert without settings", {"tokenizer_class": "EsmTokenizer"}))
+
+
 def test_merges_that_name_no_tokens_are_an_error(tmp_path):
     folder = write_folder(tmp_path, CASES["vocab.json and merges.txt of gpt2"])
     (folder / "merges.txt").write_text("#version: 0.2\nt zzzz\n")
