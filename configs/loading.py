@@ -22,6 +22,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from configs import overrides
+from configs.exits import DONE, STOPPED, Stopped, stop_on_sigterm
 from configs.help import help_text
 from configs.typed import ConfigError, build, overlay, to_dict
 
@@ -83,6 +84,11 @@ def parse(
         raise ConfigError(
             f"--workdir is missing. Give the folder of this run, e.g. {program} --workdir=runs/NAME."
         )
+    if workdir is not None and re.match(r"\w+://", workdir):
+        raise ConfigError(
+            f"--workdir={workdir}: a run's folder lies in a file system. Mount the bucket (gcsfuse, mountpoint-s3) "
+            "and give the folder that it is mounted at."
+        )
     return Parsed(build(cls, mapping), Path(workdir) if workdir else None, stage_flags)
 
 
@@ -104,12 +110,16 @@ def run(
     `sys.exit`.
 
     What a user has to mend (ConfigError, FileNotFoundError) is one paragraph on stderr and exit code 2; an
-    interrupt says that the same command resumes, exit code 130. Any other exception is a defect and keeps its
-    trace.
+    interrupt says that the same command resumes, exit code 130, and so does SIGTERM, exit code 75. Any other
+    exception is a defect and keeps its trace.
     """
     try:
         config, workdir, stage_flags = parse(cls, argv, description, **parse_options)
-        return main(config, workdir, **stage_flags) or 0
+        with stop_on_sigterm():
+            return main(config, workdir, **stage_flags) or DONE
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return STOPPED
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,6 +36,11 @@ def resolve_model(path: str | os.PathLike) -> ModelPath:
     A run folder (its newest complete checkpoint), a `checkpoints` folder, one checkpoint or native save, a
     Hugging Face folder, or a .gguf file. Raises ConfigError that says what was looked for and what is there.
     """
+    if re.match(r"\w+://", os.fspath(path)):
+        raise ConfigError(
+            f"{path}: a model is read from a file system. Mount the bucket (gcsfuse, mountpoint-s3), and give the "
+            "folder that it is mounted at."
+        )
     path = Path(path).expanduser()
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder. {_siblings(path)}")

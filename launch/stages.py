@@ -2,7 +2,7 @@
 
 workdir/STAGE/...         the stage's own files, its config.json, log.txt
 workdir/STAGE/stage.json  key, seconds, peak memory, done: written by this file
-workdir/replaced/STAGE    what stood there under another config, until the next change
+workdir/replaced/STAGE-2  what stood there under another config; nothing is ever deleted
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import ctypes
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +27,12 @@ from typing import Any
 import psutil
 
 import configs
+from configs.exits import STOPPED, Stopped
 
 # Memory in pages of 2 MB where Linux gives them on request: a train step on CPU is a tenth quicker.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _POLL_SECONDS = 0.25
+_STOP_SECONDS = 600.0  # that a stage has to save and leave when it is asked to
 _RECORD_SECONDS = 5.0  # how often the time and memory of a running stage are put on disk
 
 
@@ -53,7 +55,8 @@ class Stage:
 class StageRecord:
     """What a stage cost, over all its attempts."""
 
-    key: str  # hash of the stage's config and of the keys of the stages before it
+    key: str  # hash of what decides the stage's result, and of the keys of the stages before it
+    decides: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `_decisive`
     seconds: float = 0.0
     peak_memory: int = 0  # bytes, resident, of the stage's processes together
     attempts: int = 0
@@ -65,13 +68,15 @@ def run_stages(stages: list[Stage], workdir: Path) -> dict[str, StageRecord]:
 
     Raises:
       StageFailed: names the stage, its log and the end of it; the stages before it stay done.
+      Stopped: a stage was asked to stop and has saved what it did.
       ConfigError: another run holds this workdir.
     """
     with _only_one(workdir) as lock:
         records: dict[str, StageRecord] = {}
         for number, stage in enumerate(stages, 1):
-            key = _key(stage, records)
-            record = _open_record(workdir, stage.name, key)
+            decides = _portable(_decisive(stage.config), workdir)
+            key = _key(stage, decides, records)
+            record = _open_record(workdir, stage.name, key, decides)
             records[stage.name] = record
             heading = f"[{number}/{len(stages)}] {stage.name}"
             if record.done:
@@ -102,12 +107,17 @@ def _run(stage: Stage, workdir: Path, record: StageRecord, lock: int) -> None:
         try:
             code = _watch(process, record, folder)
         except BaseException:
-            process.terminate()
+            process.terminate()  # it saves, which takes its time
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=60)
+                process.wait(timeout=_STOP_SECONDS)
             process.kill()
             raise
         relay.join()
+    if code == STOPPED:
+        _write_record(folder, record)
+        raise Stopped(
+            f"stage {stage.name} was asked to stop and has saved; the same command goes on from here."
+        )
     if code:
         tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-12:]
         raise StageFailed(
@@ -153,7 +163,7 @@ def _relay(source, log) -> None:
         sys.stdout.flush()
 
 
-def _open_record(workdir: Path, name: str, key: str) -> StageRecord:
+def _open_record(workdir: Path, name: str, key: str, decides: dict[str, Any]) -> StageRecord:
     """The record of what is there, or a new one in an empty folder when the key is another."""
     folder = workdir / name
     path = folder / "stage.json"
@@ -161,25 +171,89 @@ def _open_record(workdir: Path, name: str, key: str) -> StageRecord:
         record = StageRecord(**json.loads(path.read_text()))
         if record.key == key:
             return record
-        print(f"{name}: its config or what it reads has changed, so it is done anew.", flush=True)
-    if folder.exists():
-        replaced = workdir / "replaced" / name
-        shutil.rmtree(replaced, ignore_errors=True)
-        replaced.parent.mkdir(exist_ok=True)
-        os.replace(folder, replaced)
-    record = StageRecord(key)
+        why, kept = _changes(record.decides, decides), _put_aside(workdir, folder)
+        print(f"{name}: {why}, so it is done anew. What it made before is in {kept}.", flush=True)
+    elif folder.exists():
+        print(f"{name}: what lay in its folder is in {_put_aside(workdir, folder)}.", flush=True)
+    record = StageRecord(key, decides)
     folder.mkdir(parents=True)
     _write_record(folder, record)
     return record
+
+
+def _put_aside(workdir: Path, folder: Path) -> Path:
+    """Move a stage's folder to a place of its own under `replaced`, which it gives."""
+    (workdir / "replaced").mkdir(exist_ok=True)
+    names = (f"{folder.name}-{number}" if number > 1 else folder.name for number in itertools.count(1))
+    kept = next(path for name in names if not (path := workdir / "replaced" / name).exists())
+    os.replace(folder, kept)
+    return kept
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs in what decides a stage's result; where nothing does, it is what the stage reads."""
+    old, new = _flat(old), _flat(new)
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if not changed:
+        return "what it reads has changed"
+    said = lambda tree, name: repr(tree[name]) if name in tree else "default"
+    shown = ", ".join(f"{name}={said(new, name)} (was {said(old, name)})" for name in changed[:5])
+    return f"its config has changed: {shown}{', ...' if len(changed) > 5 else ''}"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        name: value
+        for key, below in tree.items()
+        for name, value in _flat(below, f"{prefix}.{key}" if prefix else key).items()
+    }
 
 
 def _write_record(folder: Path, record: StageRecord) -> None:
     configs.atomic_write(folder / "stage.json", json.dumps(dataclasses.asdict(record), indent=1) + "\n")
 
 
-def _key(stage: Stage, records: dict[str, StageRecord]) -> str:
-    parts = [stage.module, configs.to_dict(stage.config), [records[name].key for name in stage.after]]
+def _key(stage: Stage, decides: dict[str, Any], records: dict[str, StageRecord]) -> str:
+    """A new field with a default, another spelling of the workdir, and how a run is watched change nothing in it."""
+    parts = [stage.module, decides, [records[name].key for name in stage.after]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# How often a run logs, shows and saves, by the names of configs' fields.
+_WATCHING = {"log_every", "checkpoint", "samples", "log_samples", "max_bad_steps"}
+
+
+def _decisive(config: Any) -> Any:
+    """A config as JSON without what has its default value."""
+    if isinstance(config, list | tuple):
+        return [_decisive(item) for item in config]
+    if isinstance(config, dict):
+        return {key: _decisive(value) for key, value in config.items()}
+    if not dataclasses.is_dataclass(config):
+        return configs.to_dict(config) if not isinstance(config, str | int | float | None) else config
+    found: dict[str, Any] = {"": type(config).__name__}
+    for each in dataclasses.fields(config):
+        value, factory = getattr(config, each.name), each.default_factory
+        default = each.default if factory is dataclasses.MISSING else factory()
+        if each.name not in _WATCHING and (type(value) is not type(default) or value != default):
+            found[each.name] = _decisive(value)
+    return found
+
+
+def _portable(tree: Any, workdir: Path) -> Any:
+    """With paths within the workdir relative to it, and others absolute."""
+    if isinstance(tree, dict):
+        return {_portable(key, workdir): _portable(value, workdir) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_portable(item, workdir) for item in tree]
+    if not isinstance(tree, str) or "\n" in tree or not tree:
+        return tree
+    path, root = os.path.abspath(os.path.expanduser(tree)), os.path.abspath(workdir)
+    if path == root or path.startswith(root + os.sep):
+        return f"WORKDIR/{os.path.relpath(path, root)}"
+    return path if os.sep in tree and os.path.exists(path) else tree
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ Chowdhery et al. 2022, arXiv:2204.02311.
 from __future__ import annotations
 
 import collections
-import functools
 import time
 
 import jax
@@ -24,21 +23,46 @@ from model.config import ModelConfig
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
-# bf16 dense peak of one chip by jax's device_kind, flops/s (vendors' data sheets)
+# Dense bfloat16 peak of one chip (float16 where it has no bfloat16), flops/s, by what jax's device_kind begins with or,
+# on GPUs, holds; the first that fits. From vendors' data sheets.
 PEAK_FLOPS = {
+    "TPU v2": 46e12,
+    "TPU v3": 123e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
     "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
+    "TPU v6": 918e12,
     "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "GB300": 2500e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A6000": 155e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 210e12,
+    "MI250X": 191e12,
+    "MI300X": 1307e12,
+    "MI325X": 1307e12,
+    "MI355X": 2500e12,
 }
 
 
@@ -93,18 +117,68 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     return times * forward - (times - 1) * _patcher_flops(cfg, seq_len)
 
 
-@functools.cache
-def peak_flops_per_device() -> float:
-    """Of the default device; on a chip outside the table (a CPU) the rate of a float32 matrix product,
-    measured.
+def mfu(flops_per_second: float, devices: int) -> float | None:
+    """The share of the peak of so many devices, 0 to 1; None where no peak is known.
+
+    A figure above 1 says that the peak was measured on a busy machine: it is measured again then, and the figure is
+    given up if that doesn't help.
     """
+    peak = peak_flops_per_device()
+    if peak is not None and flops_per_second > peak * devices and is_measured():
+        peak = _measure_again()
+    if peak is None or flops_per_second > peak * devices:
+        return None
+    return flops_per_second / (peak * devices)
+
+
+def peak_flops_per_device() -> float | None:
+    """Of the default device, by `PEAK_FLOPS`; on a CPU the best rate of a float32 matrix product that was measured
+    here; None for another chip that the table lacks."""
     device = jax.devices()[0]
-    if device.device_kind in PEAK_FLOPS:
-        return PEAK_FLOPS[device.device_kind]
-    return _measured_matmul_rate() / jax.local_device_count()
+    if is_measured():
+        return _MEASURED.get("best") or _measure_again()
+    for name, peak in PEAK_FLOPS.items():
+        if device.device_kind.startswith(name) or (device.platform == "gpu" and name in device.device_kind):
+            return peak / _devices_of_a_chip(device)
+    return None
 
 
-def _measured_matmul_rate(n: int = 1536, repeats: int = 4) -> float:
+def is_measured() -> bool:
+    """Whether the peak is measured, as no data sheet says it."""
+    return jax.devices()[0].platform == "cpu"
+
+
+def peak_text() -> str:
+    """The peak and where it comes from, for a log."""
+    peak = peak_flops_per_device()
+    if peak is None:
+        return f"no peak is known for {jax.devices()[0].device_kind}, so no MFU is shown; see model.flops.PEAK_FLOPS"
+    how = (
+        "measured by a float32 product when this run began"
+        if is_measured()
+        else "bfloat16, by its data sheet"
+    )
+    return f"peak {peak / 1e9:,.0f} GFLOP/s a device, {how}"
+
+
+def _devices_of_a_chip(device: jax.Device) -> int:
+    """A TPU v2, v3 or 7x is two devices, of one core each, at the same place of the slice."""
+    coords = getattr(device, "coords", None)
+    if coords is None:
+        return 1
+    return sum(getattr(other, "coords", None) == coords for other in jax.local_devices()) or 1
+
+
+_MEASURED: dict[str, float] = {}
+
+
+def _measure_again() -> float:
+    rate = _measured_matmul_rate() / jax.local_device_count()
+    _MEASURED["best"] = max(rate, _MEASURED.get("best", 0.0))
+    return _MEASURED["best"]
+
+
+def _measured_matmul_rate(n: int = 1536, repeats: int = 8) -> float:
     multiply = jax.jit(lambda a: a @ a)
     a = jnp.ones((n, n), jnp.float32)
     multiply(a).block_until_ready()

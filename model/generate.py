@@ -26,10 +26,12 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     encoder_prompts: Sequence[Sequence[int]] | None = None,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; greedy at temperature 0.
 
     Args:
+      vocab_size: of the tokenizer. Ids from here on, which pad the model's vocabulary, are never drawn; None: all may.
       encoder_prompts: what the encoder of an encoder-decoder reads, one for each prompt; a prompt then begins the
         answer (T5: its padding token alone).
 
@@ -57,14 +59,23 @@ def generate(
     stops = np.array(sorted(stop_ids) or [-1], np.int32)
     new = np.asarray(
         _generate(
-            cfg, params, tokens, lengths, stops, max_new_tokens, temperature, jax.random.key(seed), source
+            cfg,
+            vocab_size or cfg.vocab_size,
+            params,
+            tokens,
+            lengths,
+            stops,
+            max_new_tokens,
+            temperature,
+            jax.random.key(seed),
+            source,
         )
     )
     return [_until_stop(row.tolist(), set(stop_ids)) for row in new]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperature, key, source):
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+def _generate(cfg, vocab_size, params, tokens_BT, lengths_B, stops, max_new_tokens, temperature, key, source):
     B, T = tokens_BT.shape
     real_BT = _real(T, lengths_B)
     cache = init_cache(
@@ -78,6 +89,7 @@ def _generate(cfg, params, tokens_BT, lengths_B, stops, max_new_tokens, temperat
     )
 
     def choose(logits_BV, i):
+        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
         noise_BV = jax.random.gumbel(jax.random.fold_in(key, i), logits_BV.shape)
         return jnp.argmax(logits_BV + temperature * noise_BV, axis=-1).astype(jnp.int32)
 

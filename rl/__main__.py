@@ -1,9 +1,10 @@
-"""`python -m rl --config=configs/rl/math.py --workdir=runs/1b-math --config.init_from=runs/1b-chat`"""
+"""`python -m rl --config=configs/rl/sums.py --workdir=runs/sums --config.init_from=runs/chat`"""
 
 import json
 import sys
 
 import configs
+from configs import exits
 from rl.config import RLConfig
 
 DESCRIPTION = """Train a model to reason by reinforcement learning with verifiable rewards (GRPO).
@@ -20,10 +21,10 @@ def main(config: RLConfig, workdir) -> int:
         final = run(config, workdir)
     except (SamplerMismatch, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
+        return exits.FAILED
     configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
-    print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items()))
-    return 0
+    print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items() if value is not None))
+    return exits.DONE
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import numpy as np
 import configs
 import data
 import model
+from configs.exits import Stopped
 from data.packing import shuffled
 from data.tasks import generate
 from model.compilation import prepare_compiler, training_options
-from model.flops import peak_flops_per_device, train_flops_per_token
+from model.flops import forward_flops_per_token, mfu, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
 from rl.objectives import grpo
@@ -29,7 +30,7 @@ from train.mesh import make_mesh, param_shardings, place_batch
 from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw
 from train.step import make_train_step
-from train.store import StateStore
+from train.store import StateStore, has_checkpoint
 from train.trainer import Preemption, TrainingDiverged, save_config
 
 
@@ -37,7 +38,7 @@ class SamplerMismatch(RuntimeError):
     """Sampler and trainer give the same tokens different probabilities."""
 
 
-def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str, float]:
+def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str, Any]:
     """Train until `config.steps`, from the newest checkpoint in `workdir` when there is one.
 
     Args:
@@ -48,9 +49,10 @@ def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str
 
     Raises:
       SamplerMismatch: `mismatch_kl` above `config.max_mismatch_kl`.
+      Stopped: SIGTERM came; the step in hand is saved.
       TrainingDiverged: steps in a row without a finite gradient.
     """
-    if not config.init_from:
+    if not config.init_from and not has_checkpoint(Path(workdir)):
         raise configs.ConfigError(
             "give config.init_from: the run folder or model that the policy starts from."
         )
@@ -68,14 +70,16 @@ class _Run:
         self.config, self.mesh, self.stopping = config, mesh, False
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(config, workdir)
-        self.tokenizer = data.load_tokenizer(config.init_from)
-        self.cfg = config.run.of(model.load_config(config.init_from))
+        # A run that has begun says all about itself; the model that it began from may be gone.
+        source = workdir if has_checkpoint(workdir) else config.init_from
+        self.tokenizer = data.load_tokenizer(source)
+        self.cfg = config.run.of(model.load_config(source))
         shardings = param_shardings(self.cfg, mesh, config.sharding)
         spec, updates = config.rollout, config.grpo.minibatches
         optimizer = adamw(config.optimizer, config.steps * updates, self.cfg)
         self.store = StateStore(workdir, config.checkpoint, self.cfg, self.tokenizer, mesh, config.sharding)
         self.state, progress = self.store.restore_or_init(
-            lambda: model.load(config.init_from, cfg=self.cfg, shardings=shardings)[1], optimizer
+            lambda: model.load(config.init_from, cfg=self.cfg, shardings=shardings)[1], optimizer, config.seed
         )
         self.start = progress.get("step", 0)
         objective = grpo(
@@ -90,6 +94,7 @@ class _Run:
         self.train_step = jax.jit(
             step, donate_argnums=0, out_shardings=(layout, None), compiler_options=training_options()
         )
+        self.measure = jax.jit(lambda params, batch: objective(params, batch)[1])
         self.rows = _rows(config, mesh)
         self.engine = Engine(
             self.cfg,
@@ -140,10 +145,11 @@ class _Run:
                 if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
                     self.store.save(step, self.state, {"seed": config.seed})
                 if self.stopping:
-                    print(f"\nstopping after step {step}; the same command goes on from here.")
                     break
         self.store.close()
         self.log.close()
+        if self.stopping and step < stop_at:
+            raise Stopped(f"stopped after step {step}; the same command goes on from here.")
         return (
             last
             | self.validation
@@ -169,7 +175,8 @@ class _Run:
         done = time.monotonic()
         self.engine.update_params(self.state.params, version=step)
         self._log_samples(step, groups, rewards_PG)
-        self.rate.add(done - began, sum(len(r.trajectory.tokens) for group in groups for r in group))
+        tokens_P = np.array([sum(len(r.trajectory.tokens) for r in group) for group in groups])
+        self.rate.add(done - began, int(tokens_P.sum()), int(tokens_P[signal_P].sum()))
         return (
             metrics
             | _summary(groups, signal_P)
@@ -184,15 +191,21 @@ class _Run:
         order = kept[shuffled(len(kept), self.config.seed, step)] if len(kept) else kept
         window, first = Window(), {}
         for part in np.array_split(order, self.config.grpo.minibatches):
-            trajectories = [rollouts[i].trajectory for i in part]
-            batch = batch_of(trajectories, advantages[part], self.config.rollout.seq_len, self.rows)
-            self.state, metrics = self.train_step(
-                self.state, place_batch(batch, self.mesh, self.config.sharding)
-            )
+            self.state, metrics = self.train_step(self.state, self._batch(rollouts, part, advantages))
             means = window.add(metrics)
-            first = first or means
+            first = first or (means if len(part) else {})
+        if not first:  # nothing was learned; whether sampler and trainer agree is asked of as many answers
+            some = np.arange(min(len(rollouts), self.rows))
+            first = Window().add(self.measure(self.state.params, self._batch(rollouts, some, advantages)))
         # Only the first minibatch is seen by the parameters that sampled it.
         return window.means() | {"mismatch_kl": first["mismatch_kl"]}
+
+    def _batch(
+        self, rollouts: list[Rollout], part: np.ndarray, advantages: np.ndarray
+    ) -> dict[str, jax.Array]:
+        trajectories = [rollouts[i].trajectory for i in part]
+        batch = batch_of(trajectories, advantages[part], self.config.rollout.seq_len, self.rows)
+        return place_batch(batch, self.mesh, self.config.sharding)
 
     def _evaluate(self, step: int) -> None:
         rollouts = self.sampler.greedy(self.held_out, self.config.rollout)
@@ -242,25 +255,29 @@ class _Run:
 
 
 class _Rate:
-    """Trained-on tokens a second of the whole loop, sampling and verifying included."""
+    """Trained-on tokens a second of the whole loop, sampling and verifying included; answers without signal are sampled
+    and not trained on."""
 
     def __init__(self, cfg, seq_len: int, devices: int):
-        # sampling costs one more forward pass than training alone
-        self._flops = train_flops_per_token(cfg, seq_len) * 4 / 3
-        self._devices, self._seconds, self._tokens, self._steps = devices, 0.0, 0, 0
+        self._sampling, self._training = (
+            forward_flops_per_token(cfg, seq_len),
+            train_flops_per_token(cfg, seq_len),
+        )
+        self._devices, self._seconds, self._sampled, self._trained, self._steps = devices, 0.0, 0, 0, 0
 
-    def add(self, seconds: float, tokens: int) -> None:
+    def add(self, seconds: float, sampled: int, trained: int) -> None:
         self._steps += 1
         if self._steps > 1:  # the first holds the compilation
-            self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
+            self._seconds += seconds
+            self._sampled, self._trained = self._sampled + sampled, self._trained + trained
 
-    def overall(self) -> dict[str, float]:
-        if not self._tokens:
+    def overall(self) -> dict[str, Any]:
+        if not self._seconds:
             return {}
-        rate = self._tokens / self._seconds
+        flops = self._sampled * self._sampling + self._trained * self._training
         return {
-            "tokens_per_second": rate,
-            "mfu": rate * self._flops / (peak_flops_per_device() * self._devices),
+            "tokens_per_second": self._trained / self._seconds,
+            "mfu": mfu(flops / self._seconds, self._devices),
         }
 
 

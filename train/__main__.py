@@ -1,10 +1,11 @@
-"""`python -m train --config=configs/pretrain/tiny.py --workdir=runs/tiny [--config.key=value ...]`"""
+"""`python -m train --config=configs/pretrain/stdlib.py --workdir=runs/stdlib [--config.key=value ...]`"""
 
 import json
 import sys
 
 import configs
 import data
+from configs import exits
 from train.config import TrainConfig
 
 DESCRIPTION = """Train a model: pretraining, fine-tuning or preferences, by config.objective and the dataset.
@@ -23,10 +24,10 @@ def main(config: TrainConfig, workdir, plan: bool = False) -> int:
         final = train(config, workdir)
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
-        return 3
+        return exits.FAILED
     configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
-    print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items()))
-    return 0
+    print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items() if value is not None))
+    return exits.DONE
 
 
 if __name__ == "__main__":

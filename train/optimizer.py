@@ -104,11 +104,11 @@ def _balance_rate(block: Block) -> float:
 
 
 def decay_mask(cfg: ModelConfig):
-    """True for matrices, of what is trained; norms, biases and scalars are not decayed, however they are stacked."""
+    """True for matrices, of what is trained; norms, biases and scalars are not decayed, whatever shape they have."""
 
     def is_matrix(path, names):
         sizes = [name for name in names if name not in ("layers", "adapters")]
-        return len(sizes) >= 2 and not str(path[-1].key).endswith(("bias", "_magnitude"))
+        return len(sizes) >= 2 and not str(path[-1].key).endswith(("bias", "_magnitude", "scale", "relative"))
 
     axes, _ = split_trained(logical_axes(cfg))
     return jax.tree_util.tree_map_with_path(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))

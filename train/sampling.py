@@ -15,7 +15,13 @@ def draw_samples(
     """One row {"prompt", "completion"} for each of the spec's prompts."""
     prompts = [encode_prompt(tokenizer, prompt, spec.chat) for prompt in spec.prompts]
     completions = generate(
-        cfg, params, prompts, spec.max_new_tokens, stop_ids=tokenizer.eos_ids, temperature=spec.temperature
+        cfg,
+        params,
+        prompts,
+        spec.max_new_tokens,
+        stop_ids=tokenizer.eos_ids,
+        temperature=spec.temperature,
+        vocab_size=tokenizer.vocab_size,
     )
     return [
         {"prompt": prompt, "completion": tokenizer.decode(ids)}

@@ -27,11 +27,12 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     skipped: jax.Array  # int32, steps whose loss or gradient was not finite
+    rng: jax.Array  # uint32 [2], the data of a key; a step's own is this one with the step folded in
 
 
-def new_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    opt_state = optimizer.init(split_trained(params)[0])
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
+def new_state(params: Params, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
+    opt_state, zero = optimizer.init(split_trained(params)[0]), jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, opt_state, zero, jax.random.key_data(jax.random.key(seed)))
 
 
 def make_train_step(
@@ -43,7 +44,8 @@ def make_train_step(
     """The step as a pure function; jit it with the state donated.
 
     Where the model has adapters, they alone are trained: the others have no gradient and no state in the optimizer.
-    A step whose loss or gradient is not finite changes neither parameters nor optimizer and counts in `skipped`.
+    A step whose loss or gradient is not finite changes neither parameters nor optimizer and counts in `skipped`. Nor
+    does one in which nothing counts: an optimizer with momentum would go on without being told anything.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -55,9 +57,12 @@ def make_train_step(
         mean_grads = lambda: jax.tree.map(lambda g: g * share, grads)
         grad_norm = global_norm(mean_grads())
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        trained, opt_state = _updated(optimizer, finite, mean_grads, trained, state.opt_state)
+        wanted = finite & (loss.weight > 0)
+        trained, opt_state = _updated(optimizer, wanted, mean_grads, trained, state.opt_state)
         bad = 1 - finite.astype(jnp.int32)
-        state = TrainState(state.step + 1, join(trained, rest), opt_state, state.skipped + bad)
+        state = state.replace(
+            step=state.step + 1, params=join(trained, rest), opt_state=opt_state, skipped=state.skipped + bad
+        )
         extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
         return state, metrics | extra
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 import model
+from configs import ConfigError, atomic_write
+from configs.paths import complete_steps
 from data import Tokenizer
 from model import ModelConfig, ShardingRules
 from model.checkpoint import Checkpoints
@@ -38,16 +43,16 @@ class StateStore:
         self._tokenizer_files = tokenizer_files(tokenizer)
 
     def restore_or_init(
-        self, initial_params: Callable[[], Params], optimizer: optax.GradientTransformation
+        self, initial_params: Callable[[], Params], optimizer: optax.GradientTransformation, seed: int = 0
     ) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint's state and what was saved beside it, or a new state and {}."""
         step = self._checkpoints.latest_step()
         params = initial_params() if step is None else model.param_shapes(self._cfg)
-        abstract = jax.eval_shape(lambda p: new_state(p, optimizer), params)
+        abstract = jax.eval_shape(lambda p: new_state(p, optimizer, seed), params)
         layout = param_shardings(self._cfg, self._mesh, self._rules)
         shardings = state_shardings(abstract, layout, self._mesh)
         if step is None:
-            return jax.jit(lambda p: new_state(p, optimizer), out_shardings=shardings)(params), {}
+            return jax.jit(lambda p: new_state(p, optimizer, seed), out_shardings=shardings)(params), {}
         wanted = jax.tree.map(
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
         )
@@ -65,6 +70,54 @@ class StateStore:
         self._checkpoints.close()
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this folder can go on from a complete checkpoint."""
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and bool(complete_steps(folder))
+
+
+def check_reference(workdir: Path, source: str, params: Params) -> None:
+    """Note which model a run compares with; when it goes on, it must be the same one.
+
+    Raises:
+      ConfigError: `source` now holds another model than when the run began.
+    """
+    path, found = workdir / "reference.json", fingerprint(params)
+    if not path.exists():
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, json.dumps({"source": source, "fingerprint": found}, indent=1) + "\n")
+        return
+    noted = json.loads(path.read_text(encoding="utf-8"))
+    if noted["fingerprint"] != found:
+        raise ConfigError(
+            f"{source} is not the reference that this run began with ({noted['source']}, fingerprint "
+            f"{noted['fingerprint']}; now {found}). Give config.init_from the old model, or begin anew in another "
+            "--workdir."
+        )
+
+
+def fingerprint(params: Params) -> str:
+    """Of all names, shapes and bits; the same on any mesh and in any layout of the devices."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = jax.device_get(jax.jit(lambda leaves: [_weighed_bits(x) for x in leaves])([x for _, x in leaves]))
+    parts = [
+        (jax.tree_util.keystr(path), str(x.dtype), x.shape, int(found))
+        for (path, x), found in zip(leaves, sums, strict=True)
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _weighed_bits(x: jax.Array) -> jax.Array:
+    """uint32: the sum of all bit patterns, each times an odd number that depends on its place, modulo 2^32."""
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    place = jnp.full(x.shape, 0x9E3779B9, jnp.uint32)
+    for axis in range(x.ndim):
+        place = (place ^ jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)) * jnp.uint32(0x85EBCA6B)
+        place ^= place >> 13
+    return jnp.sum(bits.astype(jnp.uint32) * (place | 1), dtype=jnp.uint32)
+
+
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """What `tokenizer.save` writes, by relative name."""
     with tempfile.TemporaryDirectory() as folder:
@@ -74,4 +127,4 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _all_but_params(state: TrainState) -> dict[str, Any]:
-    return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped}
+    return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, "rng": state.rng}

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 import configs
 import data
 import model
+from configs.exits import Stopped
 from data import Tokenizer
 from model import ModelConfig
 from model.adapters import add_adapters
 from model.compilation import prepare_compiler, training_options
-from model.flops import MFU_FORMULA, peak_flops_per_device, train_flops_per_token
+from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
 from train.config import TrainConfig
 from train.mesh import make_mesh, param_shardings, place_batch
@@ -31,7 +32,7 @@ from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw, learning_rate
 from train.sampling import draw_samples
 from train.step import make_train_step
-from train.store import StateStore
+from train.store import StateStore, check_reference, has_checkpoint
 
 
 class TrainingDiverged(RuntimeError):
@@ -52,7 +53,7 @@ class Setup:
     initial_params: Callable[[], Any]
 
 
-def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dict[str, float]:
+def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dict[str, Any]:
     """Train until `config.steps`, from the newest checkpoint in `workdir` when there is one.
 
     Args:
@@ -63,17 +64,20 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
 
     Raises:
       TrainingDiverged: `config.max_bad_steps` steps in a row were not finite.
+      Stopped: SIGTERM came; the step in hand is saved.
       ValueError: the mesh, the data or the model do not fit together; says how to mend it.
     """
     prepare_compiler()
-    setup = prepare_run(config)
+    setup = prepare_run(config, Path(workdir))
     with jax.set_mesh(setup.mesh):
         return _Run(setup, Path(workdir)).loop(stop_at or config.steps)
 
 
-def prepare_run(config: TrainConfig) -> Setup:
+def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
+    """What the config means; a run that has begun in `workdir` has its model and tokenizer from there."""
     mesh = make_mesh(config.mesh)
-    source = config.tokenizer or config.init_from
+    begun = workdir if workdir is not None and has_checkpoint(workdir) else None
+    source = begun or config.tokenizer or config.init_from
     if source is None:
         raise configs.ConfigError("give config.tokenizer (a tokenizer or run folder) or config.init_from.")
     tokenizer = data.load_tokenizer(source)
@@ -84,8 +88,11 @@ def prepare_run(config: TrainConfig) -> Setup:
             raise configs.ConfigError("config.adapters adapt a model: give config.init_from.")
         cfg = config.model.build(tokenizer.vocab_size, config.run)
     else:
-        cfg = config.run.of(model.load_config(config.init_from))
+        cfg = config.run.of(model.load_config(begun or config.init_from))
+        if begun is not None and adapters is not None:
+            cfg = cfg.replace(adapters=None)
     base_cfg, cfg = cfg, cfg if adapters is None else cfg.replace(adapters=adapters)
+    _check_balance(config, cfg)
     if cfg.vocab_size < tokenizer.vocab_size:
         raise configs.ConfigError(
             f"the tokenizer {source} has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size} rows for them. "
@@ -104,11 +111,11 @@ def prepare_run(config: TrainConfig) -> Setup:
         return jax.device_put(params, shardings)
 
     optimizer = adamw(config.optimizer, config.steps, cfg)
-    objective, prepare = _objective(config, cfg, load_initial)
+    objective, prepare = _objective(config, cfg, load_initial, workdir)
     return Setup(config, cfg, tokenizer, mesh, optimizer, objective, prepare, load_initial)
 
 
-def _objective(config: TrainConfig, cfg: ModelConfig, load_initial):
+def _objective(config: TrainConfig, cfg: ModelConfig, load_initial, workdir: Path | None):
     rules = config.sharding
     if config.objective == "lm":
         objective = objectives.language_modelling(cfg, rules, config.z_loss, config.mtp_weight)
@@ -116,9 +123,21 @@ def _objective(config: TrainConfig, cfg: ModelConfig, load_initial):
     if config.init_from is None:
         raise configs.ConfigError("objective dpo compares with a frozen reference: give config.init_from.")
     reference = load_initial()
+    if workdir is not None:
+        check_reference(workdir, config.init_from, reference)
     with_reference = jax.jit(functools.partial(objectives.with_reference, cfg, rules=rules))
     objective = objectives.dpo(cfg, rules, config.dpo_beta, config.dpo_label_smoothing)
     return objective, lambda batch: with_reference(reference, batch)
+
+
+def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:
+    networks = [network for block in cfg.blocks for network in block.networks]
+    over_batch = any(getattr(n, "balance_over", "") == "batch" and n.balance_loss for n in networks)
+    if over_batch and config.microbatches > 1:
+        raise configs.ConfigError(
+            f"balance_over='batch' evens the load of a whole batch, and config.microbatches={config.microbatches} "
+            "cuts it. Set config.microbatches=1, or balance_over='document'."
+        )
 
 
 def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
@@ -146,7 +165,9 @@ class _Run:
         self.store = StateStore(
             workdir, self.config.checkpoint, setup.cfg, setup.tokenizer, setup.mesh, rules
         )
-        self.state, progress = self.store.restore_or_init(setup.initial_params, setup.optimizer)
+        self.state, progress = self.store.restore_or_init(
+            setup.initial_params, setup.optimizer, self.config.seed
+        )
         self.examples = progress.get("examples", 0)
         step = make_train_step(setup.objective, setup.optimizer, self.config.microbatches, rules)
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
@@ -184,11 +205,12 @@ class _Run:
                 with clock.paused():
                     self._occasionally(step, stop_at)
                 if self.stopping:
-                    print(f"\nstopping after step {step}; the same command goes on from here.")
                     break
         self.store.close()
         final = last | self._last_validation()
         self.log.close()
+        if self.stopping and int(self.state.step) < stop_at:
+            raise Stopped(f"stopped after step {int(self.state.step)}; the same command goes on from here.")
         return final | {"step": int(self.state.step)} | clock.overall()
 
     def _occasionally(self, step: int, stop_at: int) -> None:
@@ -254,7 +276,7 @@ class _Run:
         print(
             f"model {count / 1e6:.2f}M parameters, mesh {axes}, batch {spec.batch_size} x {spec.seq_len} tokens"
         )
-        print(f"{MFU_FORMULA}; peak {peak_flops_per_device() / 1e9:,.0f} GFLOP/s a device")
+        print(f"{MFU_FORMULA}; {peak_text()}")
         if start:
             print(f"going on from step {start} in {self.workdir}")
 
@@ -262,7 +284,8 @@ class _Run:
         shown = {"loss": f"{last['loss']:.4f}"}
         if "accuracy" in last:
             shown["accuracy"] = f"{last['accuracy']:.3f}"
-        rate = {"tokens/s": f"{last['tokens_per_second']:,.0f}", "MFU": f"{last['mfu']:.1%}"}
+        rate = {"tokens/s": f"{last['tokens_per_second']:,.0f}"}
+        rate |= {} if last["mfu"] is None else {"MFU": f"{last['mfu']:.1%}"}
         skipped = {"skipped": str(int(self.state.skipped))} if last["skipped"] else {}
         progress.show(step, **shown, **rate, **skipped)
 
@@ -279,8 +302,7 @@ class _Rate:
         self._tokens = spec.batch_size * spec.seq_len
         foretells = setup.config.objective == "lm" and setup.config.mtp_weight
         computed = setup.cfg if foretells else setup.cfg.replace(future=None)
-        flops = train_flops_per_token(computed, spec.seq_len)
-        self._mfu = flops / (peak_flops_per_device() * setup.mesh.size)
+        self._flops, self._devices = train_flops_per_token(computed, spec.seq_len), setup.mesh.size
         self._mark, self._steps = time.monotonic(), 0
         self._seconds, self._counted = 0.0, 0
 
@@ -307,9 +329,10 @@ class _Rate:
 
         return Pause()
 
-    def _figures(self, steps: int, seconds: float) -> dict[str, float]:
+    def _figures(self, steps: int, seconds: float) -> dict[str, Any]:
         tokens_per_second = steps * self._tokens / max(seconds, 1e-9)
-        return {"tokens_per_second": tokens_per_second, "mfu": tokens_per_second * self._mfu}
+        share = mfu(tokens_per_second * self._flops, self._devices)
+        return {"tokens_per_second": tokens_per_second, "mfu": share}
 
 
 class Preemption:

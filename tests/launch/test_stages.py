@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from configs.exits import Stopped
 from launch.stages import Stage, StageFailed, run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,43 @@ def test_a_changed_stage_is_redone_with_everything_after_it_and_nothing_else(toy
     assert texts == {"one": "a", "two": "b", "three": "a"}
     assert (toy / "replaced" / "two" / "0.done").read_text() == "a"
     assert (toy / "replaced" / "three").is_dir() and not (toy / "replaced" / "side").exists()
+    run_stages(stages(two=Toy(text="c")), toy)
+    assert [(toy / "replaced" / name / "0.done").read_text() for name in ("two", "two-2")] == ["a", "b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown(Toy):
+    """The toy of a later version of the code."""
+
+    source: str = ""
+    log_every: int = 10
+    depth: int = 2
+
+
+Grown.__name__ = "Toy"
+
+
+def test_new_defaults_other_spellings_and_how_a_run_is_watched_redo_nothing(toy, monkeypatch, capsys):
+    fields = [(f.name, f.type, f.default) for f in dataclasses.fields(Toy)]
+    reads = dataclasses.make_dataclass("Toy", [*fields, ("source", str, "")], frozen=True)
+    run_stages([Stage("one", "crucible_toy", reads(source=str(toy / "data")))], toy)
+    monkeypatch.chdir(toy.parent)
+    grown = Grown(source="run/data", log_every=1)
+    run_stages([Stage("one", "crucible_toy", grown)], Path("run"))
+    assert starts(toy) == {"one": 1}
+    run_stages([Stage("one", "crucible_toy", dataclasses.replace(grown, depth=3))], Path("run"))
+    assert starts(toy) == {"one": 1} and (toy / "replaced" / "one" / "starts.txt").exists()
+    assert "its config has changed: depth=3 (was default)" in capsys.readouterr().out
+
+
+def test_a_stage_that_was_asked_to_stop_is_not_done_and_goes_on(toy, monkeypatch):
+    with pytest.raises(Stopped, match="stage one was asked to stop"):
+        run_stages(stages(one=Toy(code=75)), toy)
+    record = json.loads((toy / "one" / "stage.json").read_text())
+    assert not record["done"] and starts(toy) == {"one": 1}
+    with pytest.raises(Stopped):  # it goes on in its folder, with what it has
+        run_stages(stages(one=Toy(code=75)), toy)
+    assert starts(toy) == {"one": 2}
 
 
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log_and_tried_again(toy):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import time
 
 import jax
@@ -14,13 +15,14 @@ import model
 from data.tasks import Problem, TaskSpec, generate
 from model import decoder, init
 from model.checkpoint import save_native
+from rl import loop
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
 from rl.loop import run
 from rl.objectives import grpo
 from rl.rollout import problems_of_step
 from rl.trajectory import Trajectory, batch_of
-from rl.verifiers import Verifiers, score_math
+from rl.verifiers import Verdict, Verifiers, score_math
 from train.store import tokenizer_files
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
@@ -219,3 +221,61 @@ def test_a_native_save_carries_its_tokenizer(policy, tmp_path):
     tokenizer = data.load_tokenizer(policy)
     save_native(tmp_path / "copy", cfg, params, tokenizer_files(tokenizer))
     assert data.load_tokenizer(tmp_path / "copy").encode("7 + 5") == tokenizer.encode("7 + 5")
+
+
+class NoSignal(Verifiers):
+    """Every answer earns the same."""
+
+    def score(self, problems, answers):
+        return [Verdict(0.0)] * len(answers)
+
+
+def test_a_step_without_signal_changes_nothing_and_still_says_how_far_sampler_and_trainer_are(
+    policy, whole, tmp_path, monkeypatch
+):
+    """The run goes on from steps that have left momentum in the optimizer."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    config = make_config(policy, steps=26, reward={"format_weight": 0.0}, grpo={"minibatches": 2})
+    monkeypatch.setattr(loop, "Verifiers", NoSignal)
+    run(config, tmp_path / "run")
+    before, after = (jax.tree.leaves(model.load(path)[1]) for path in (whole[0], tmp_path / "run"))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows = rows_of(tmp_path / "run")[-2:]
+    assert [row["groups_with_signal"] for row in rows] == [0, 0] and all(row["skipped"] == 0 for row in rows)
+    assert all(0 < row["mismatch_kl"] < 1e-5 for row in rows)
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_ends_the_run(policy, tmp_path, monkeypatch):
+    """Here its log-probabilities are of another temperature."""
+    sample = loop.Sampler.sample
+
+    def off(self, problems, spec, seed):
+        groups = sample(self, problems, spec, seed)
+        for rollout in [r for group in groups for r in group]:
+            rollout.trajectory.logprobs[:] *= 1.5
+        return groups
+
+    monkeypatch.setattr(loop.Sampler, "sample", off)
+    with pytest.raises(
+        loop.SamplerMismatch, match=r"KL\(sampler \|\| trainer\) is .* above config.max_mismatch_kl"
+    ):
+        run(make_config(policy), tmp_path)
+
+
+def test_a_run_that_has_begun_needs_its_first_model_no_more(policy, whole, tmp_path):
+    run(make_config(shutil.copytree(policy, tmp_path / "first")), tmp_path / "run", stop_at=2)
+    shutil.rmtree(tmp_path / "first")
+    config = make_config(tmp_path / "first", steps=3)
+    assert run(config, tmp_path / "run")["step"] == 3
+
+
+def test_dropped_answers_count_as_sampled_and_not_as_trained_on():
+    cfg = model.decoder(64, 32, 2, 4, 2, 8, 48)
+    kept, dropped = (loop._Rate(cfg, 16, 1) for _ in range(2))
+    for rate, trained in ((kept, 100), (dropped, 50)):
+        rate.add(1.0, 100, 100)  # the first step compiles
+        rate.add(1e6, 100, trained)
+    assert kept.overall()["tokens_per_second"] == 2 * dropped.overall()["tokens_per_second"]
+    # sampling is one part, training three
+    assert dropped.overall()["mfu"] / kept.overall()["mfu"] == pytest.approx((1 + 1.5) / 4)

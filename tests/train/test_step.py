@@ -10,7 +10,8 @@ import pytest
 from jax.experimental import topologies
 
 from configs import ConfigError
-from model import MESH_AXES, ShardingRules, decoder, init
+from model import MESH_AXES, ShardingRules, decoder, init, load_config
+from tests.model.conftest import GOLDENS
 from tests.model.tpu import needs_libtpu
 from train.config import MeshSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
@@ -123,6 +124,50 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
     )
     again, metrics = step(after, good)
     assert int(again.skipped) == 1 and float(metrics["skipped"].total) == 0
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing(params):
+    optimizer = adamw(OptimizerSpec(warmup_steps=0), 10, CFG)
+    step = jax.jit(make_train_step(language_modelling(CFG), optimizer))
+    state, _ = step(new_state(params, optimizer), packed_batch())  # there is momentum now
+    empty = packed_batch() | {"loss_weights": np.zeros((8, 16), np.float32)}
+    after, metrics = step(state, empty)
+    assert int(after.skipped) == 0 and int(after.step) == 2 and float(metrics["skipped"].total) == 0
+    jax.tree.map(
+        np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state)
+    )
+
+
+def test_decay_spares_whatever_multiplies_no_vector():
+    """Names that PyTorch's code of these models exempts: norms, biases, A_log, D, time steps, sinks."""
+    spared, decayed = set(), set()
+    for name in (
+        "cohere",
+        "jamba",
+        "mamba2",
+        "qwen3_next",
+        "rwkv7",
+        "recurrent_gemma",
+        "gpt_oss",
+        "flan_t5",
+        "blt",
+    ):
+        mask = decay_mask(load_config(GOLDENS / name))
+        for path, decays in jax.tree_util.tree_leaves_with_path(mask):
+            (decayed if decays else spared).add(path[-1].key)
+    assert {
+        "scale",
+        "A_log",
+        "D",
+        "dt_bias",
+        "sinks",
+        "relative",
+        "r_k",
+        "k_k",
+        "norm",
+        "conv_bias",
+    } <= spared
+    assert {"embedding", "q", "down", "conv", "router", "gate"} <= decayed and spared & decayed <= {"a"}
 
 
 def test_decay_spares_norms_and_biases():
