@@ -14,17 +14,13 @@ from model.peft import load_adapters
 
 FORMATS = ("huggingface", "native", "gguf")
 
-# What of a Hugging Face folder belongs to the tokenizer and to generation.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+# What of a Hugging Face folder belongs to the tokenizer: any one of these makes one, the others go with it.
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tiktoken.model", "tekken.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
+)
+BESIDE = (
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
     "generation_config.json",
 )
 
@@ -79,6 +75,8 @@ def convert(
 def tokenizer_files(source: str | Path, gguf_tokenizer: Callable[[Path], Files] | None) -> Files:
     """The tokenizer's files of a model, by name; {} for a model without one."""
     found = resolve_model(source)
+    if found.kind == "huggingface":
+        return _of_folder(found.weights)
     if found.tokenizer is None:
         return {}
     if found.kind == "gguf":
@@ -87,15 +85,19 @@ def tokenizer_files(source: str | Path, gguf_tokenizer: Callable[[Path], Files] 
                 f"{source}: the tokenizer is inside the GGUF file; give `gguf_tokenizer` to read it."
             )
         return gguf_tokenizer(found.tokenizer)
-    if found.kind == "native":
-        folder = found.tokenizer
-        return {
-            str(item.relative_to(folder)): item.read_bytes() for item in folder.rglob("*") if item.is_file()
-        }
-    files = {name: found.tokenizer / name for name in TOKENIZER_FILES}
-    contents = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    folder = found.tokenizer
+    return {str(item.relative_to(folder)): item.read_bytes() for item in folder.rglob("*") if item.is_file()}
+
+
+def _of_folder(folder: Path) -> Files:
+    """Of a Hugging Face folder."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return {}
+    files = [folder / name for name in (*TOKENIZERS, *BESIDE)] + sorted(folder.glob("chat_templates/*.jinja"))
+    files += sorted(folder.glob("*.tiktoken"))
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
     if "generation_config.json" not in contents:  # older folders say only in config.json where a text ends
-        config = json.loads((found.weights / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
         contents["generation_config.json"] = json.dumps(ids).encode()
     return contents

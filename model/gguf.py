@@ -23,6 +23,7 @@ from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling
 from model.config import Block, ModelConfig
 from model.dequantize import dequantize
 from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
+from model.fits import check_fits
 from model.function import Params
 from model.lazy import Lazy
 
@@ -91,6 +92,10 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
     """
     file = gguf.read(path)
     cfg = _config(file)
+    try:
+        check_fits(cfg, [tensor.shape for tensor in file.tensors.values()], 1, experts_apart=False)
+    except ValueError as error:
+        raise GGUFError(f"{file.path}: {error}") from None
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     table = tensor_table(cfg, NAMES)

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.files import replacing
-from model import mxfp4, safetensors_file
+from model import fp8, mxfp4, safetensors_file
 from model.adapters import check_without_adapters
 from model.config import ModelConfig, ScalarHead
-from model.families import FAMILIES
+from model.families import FAMILIES, wrapped
 from model.families.common import Family
 from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
+from model.fits import check_fits
+from model.fp8 import ScaledTensor
 from model.function import Params
 from model.layout import relayout, without_future
 from model.lazy import Lazy, Stacked
@@ -34,7 +36,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
-Stored = StoredTensor | PackedTensor
+Stored = StoredTensor | PackedTensor | ScaledTensor
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +48,12 @@ def load_config(folder: str | Path) -> ModelConfig:
     Raises ValueError for a family or a setting that is not supported.
     """
     folder = Path(folder)
-    family, cfg = _read_config(folder)
-    names = _stored_names(folder) if cfg.future is not None else None
-    return cfg if names is None or _has_future(family, cfg, names) else cfg.replace(future=None)
+    family, cfg, _ = _read_config(folder)
+    names = _stored_names(folder)
+    if names is None:
+        return cfg
+    cfg = _with_head_of(family, cfg, names)
+    return cfg if cfg.future is None or _has_future(family, cfg, names) else cfg.replace(future=None)
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
@@ -62,14 +67,18 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
       ValueError: damaged files, tensors that are missing, unknown or of another shape than the config says.
     """
     folder = Path(folder)
-    family, cfg = _read_config(folder)
+    family, cfg, saved = _read_config(folder)
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
-    headers = mxfp4.join(read_headers(folder))
+    head = name_of(family.names_of(cfg), "head")
+    unjoined = read_headers(folder, may_lack=(head, f"language_model.{head}"))
+    cfg = _with_head_of(family, cfg, unjoined.keys())
+    headers = _tensors(folder, unjoined, saved)
     if cfg.future is not None and not _has_future(family, cfg, headers.keys()):
         cfg = cfg.replace(future=None)
         _log.warning("%s: has no tensors for multi-token prediction; the model is read without it.", folder)
     names = family.names_of(cfg)
+    _check_fits(folder, family, cfg, headers)
     table = tensor_table(cfg, names, family.blocks_per_layer)
     stored = _respelt(family, {tensor.name for tensor in table}, headers)
     _check_tensors(folder, cfg, family, names, table, stored)
@@ -82,6 +91,39 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     stacked = {piece.path for tensor in table for piece in tensor.pieces if piece.expert is not None}
     params = {path: Stacked(values) if path in stacked else values[0] for path, values in parts.items()}
     return cfg.replace(param_dtype=str(params["embedding",].dtype)), unflatten(params)
+
+
+def _tensors(folder: Path, stored: dict[str, StoredTensor], saved: dict[str, Any]) -> dict[str, Stored]:
+    """What a folder has of the model, packed weights as the tensors that they stand for."""
+    stored = mxfp4.join(stored)
+    if (block := fp8.block_of(saved.get("quantization_config"))) is not None:
+        stored = fp8.join(stored, block)
+    if not wrapped.is_wrapped(stored):
+        return stored
+    if others := wrapped.left_out(stored):
+        _log.warning(
+            "%s: only the text is read; left out: %s.",
+            folder,
+            ", ".join(f"{part} ({count} tensors)" for part, count in sorted(others.items())),
+        )
+    named = [(wrapped.text_name(name), tensor) for name, tensor in stored.items()]
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def _with_head_of(family: Family, cfg: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """Of a model of text and images, whose two configs may disagree: it has a head of its own where there is one."""
+    if not wrapped.is_wrapped(names):
+        return cfg
+    head = name_of(family.names_of(cfg), "head")
+    return cfg.replace(tied_head=all(wrapped.text_name(name) != head for name in names))
+
+
+def _check_fits(folder: Path, family: Family, cfg: ModelConfig, stored: dict[str, Stored]) -> None:
+    try:
+        apart = any("{e}" in name for name in family.names_of(cfg)(cfg.blocks[0]))
+        check_fits(cfg, [tensor.shape for tensor in stored.values()], family.blocks_per_layer, apart)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
 def _read_piece(tensor: Tensor, i: int, stored: Stored) -> np.ndarray:
@@ -130,7 +172,8 @@ def save(
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
+def _read_config(folder: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """The family, the model, and what the file says of it."""
     path = folder / "config.json" if folder.is_dir() else folder
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -139,20 +182,27 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig]:
     if not isinstance(saved, dict):
         raise ValueError(f"{path}: is a JSON {type(saved).__name__}; wanted an object.")
     model_type = saved.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"{path}: model_type={model_type!r} is not known. Known: {', '.join(FAMILIES)}.")
+    if not isinstance(model_type, str) or model_type not in FAMILIES.keys() | wrapped.TEXT.keys():
+        known = ", ".join([*FAMILIES, *wrapped.TEXT])
+        raise ValueError(f"{path}: model_type={str(model_type)[:100]!r} is not known. Known: {known}.")
     if "auto_map" in saved:
         _log.warning(
             "%s names code of its own (auto_map); it is not run, the model is read as %s", path, model_type
         )
     try:
-        return FAMILIES[model_type], FAMILIES[model_type].read_config(saved)
+        of_text = wrapped.text_config(saved) if model_type in wrapped.TEXT else saved
+        family = FAMILIES[of_text["model_type"]]
+        return family, family.read_config(of_text), of_text
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder, of one file or of the shards that the index names."""
+def read_headers(folder: Path, may_lack: Collection[str] = ()) -> dict[str, StoredTensor]:
+    """Every tensor of the folder, of one file or of the shards that the index names.
+
+    Args:
+      may_lack: names that an index may give though no shard has them, as transformers once wrote of tied heads.
+    """
     if (folder / WEIGHTS).is_file():
         return safetensors_file.read_header(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
@@ -175,7 +225,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
                     f"{folder / file}: holds {name!r}, which the index puts in {files.get(name)}."
                 )
             stored[name] = tensor
-    lost = sorted(set(files) - set(stored))
+    lost = sorted(name for name in set(files) - set(stored) if name not in may_lack)
     if lost:
         raise ValueError(f"{folder / INDEX}: names {len(lost)} tensors that no shard has: {_some(lost)}.")
     return stored
@@ -212,10 +262,13 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _respelt(family: Family, wanted: set[str], stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Each tensor under the name that the model has for it, where that is another than the file's."""
+    """Each tensor under the name that the model has for it, where that is another than the file's: its family knows
+    why, or the file is of the model without its head, whose names lack their beginning."""
+    start = next((name.split(".")[0] for name in wanted if ".0." in name), "")
     found = {}
     for name, tensor in stored.items():
-        others = [other for other in family.spellings(name) if other in wanted and other not in stored]
+        others = (*family.spellings(name), f"{start}.{name}")
+        others = [other for other in others if other in wanted and other not in stored]
         found[name if name in wanted or not others else others[0]] = tensor
     return found
 

@@ -22,8 +22,9 @@ import numpy as np
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Bytes, of packed weights; position ids, in old checkpoints of BERT.
-READ = DTYPES | {"U8": np.dtype(np.uint8), "I64": np.dtype("<i8")}
+# Bytes of packed weights; position ids and masks, in old checkpoints of BERT and GPT-2; eight-bit floats.
+READ = DTYPES | {"U8": np.dtype(np.uint8), "I64": np.dtype("<i8"), "BOOL": np.dtype(np.bool_)}
+READ |= {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 class SafetensorsError(ValueError):
@@ -120,7 +121,8 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
     if len(keys) != len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the name {twice!r} is there twice")
     return keys
 

@@ -14,7 +14,7 @@ from model.blocks.norms import LayerNorm
 from model.blocks.positions import LearnedPositions
 from model.config import Block, ClassHead, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.tensors import Names
 
 BARE, MASKED, PRETRAINED = "BertModel", "BertForMaskedLM", "BertForPreTraining"
@@ -80,7 +80,9 @@ def read(config: Reader) -> ModelConfig:
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     norm = LayerNorm(config.number("layer_norm_eps", 1e-12))
     activation = read_activation(config, default="gelu")
-    mixer = Attention(heads, heads, width // heads, None, qkv_bias=True, out_bias=True, causal=False)
+    mixer = Attention(
+        heads, heads, head_width(width, heads), None, qkv_bias=True, out_bias=True, causal=False
+    )
     block = Block(mixer, MLP(config.integer("intermediate_size"), activation), None, sum_norm=norm)
     masked = architecture in (MASKED, PRETRAINED)
     classes = (ClassHead("class", _read_labels(config), pooled=True),) if architecture == CLASSIFIER else ()

@@ -10,7 +10,7 @@ from model.blocks.norms import LayerNorm
 from model.blocks.positions import Alibi
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.tensors import Fused, Names
 
 BLOCK: Names = {
@@ -57,7 +57,9 @@ def read(config: Reader) -> ModelConfig:
     width_key = config.alias("hidden_size", "n_embed")  # the second in old folders
     width, heads = config.integer(width_key), config.integer("n_head", 8)
     norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))
-    mixer = Attention(heads, heads, width // heads, None, qkv_bias=True, out_bias=True, alibi=Alibi())
+    mixer = Attention(
+        heads, heads, head_width(width, heads), None, qkv_bias=True, out_bias=True, alibi=Alibi()
+    )
     block = Block(mixer, MLP(4 * width, "gelu_tanh"), norm)
     return read_model(
         config,

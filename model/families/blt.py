@@ -14,7 +14,7 @@ from model.blocks.patches import EntropyPatcher, Patcher, StaticPatcher
 from model.byte_latent import ByteLatent
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import read_rms_norm
+from model.families.decoders import head_width, read_rms_norm
 from model.families.rope import read_rope, write_rope
 from model.families.tensors import PREFIXES, Names
 
@@ -138,7 +138,7 @@ def _read_decoder(config: Reader, width: int, window: int | None) -> tuple[Block
 def _read_pool(config: Reader, width: int, vectors: int) -> PatchPool:
     heads = config.integer("num_attention_heads", 16)
     kv_heads = config.integer("num_key_value_heads", heads)
-    return PatchPool(heads, kv_heads, width // heads, vectors, read_rms_norm(config, 1e-5))
+    return PatchPool(heads, kv_heads, head_width(width, heads), vectors, read_rms_norm(config, 1e-5))
 
 
 def _read_patcher(config: Reader, part: Reader) -> Patcher:
@@ -178,7 +178,7 @@ def _read_block(
 ) -> Block:
     """A layer of a part; `heads`, `ffn` and `theta` are its defaults."""
     heads = config.integer("num_attention_heads", heads)
-    head_dim = width // heads
+    head_dim = head_width(width, heads)
     config.must_be("head_dim", head_dim)
     config.must_be("attention_bias", False)
     rope = read_rope(config, head_dim, theta=theta, interleaved=True)

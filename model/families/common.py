@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from model import fp8
 from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
 from model.families.foreign import NEUTRAL, changes_numbers
@@ -49,7 +50,9 @@ class Family:
     mixers: Mapping[type, Names] = dataclasses.field(
         default_factory=dict
     )  # further names in blocks of a mixer
-    packed: tuple[str, ...] = ()  # quantized weights that can be read, by transformers' quant_method
+    packed: tuple[
+        str, ...
+    ] = ()  # quantized weights that can be read beside fp8, by transformers' quant_method
     blocks_per_layer: int = 1  # of ours in one layer of theirs
     harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
     encoder_decoder: bool = False
@@ -106,9 +109,13 @@ class Family:
     def _check_quantization(self, config: Reader) -> None:
         quantization = config.get("quantization_config")
         method = Reader(quantization).get("quant_method") if isinstance(quantization, dict) else None
-        if quantization and method not in self.packed:
-            known = f"; only {', '.join(self.packed)} is" if self.packed else ""
-            raise ValueError(f"quantization_config with quant_method={method!r} is not supported{known}.")
+        packed = ("fp8", *self.packed)
+        if quantization and method not in packed:
+            raise ValueError(
+                f"quantization_config with quant_method={str(method)[:100]!r} is not supported; {' and '.join(packed)} "
+                "can be read."
+            )
+        fp8.block_of(quantization)
 
     def names_of(self, cfg: ModelConfig) -> NamesOf:
         names = self.names(cfg) if callable(self.names) else self.names

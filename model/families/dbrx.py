@@ -11,7 +11,7 @@ from model.blocks.norms import LayerNorm
 from model.blocks.router import Router
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.rope import read_rope, write_scaling
 from model.families.tensors import Fused, Merged, Names
 
@@ -46,9 +46,12 @@ def read(config: Reader) -> ModelConfig:
     mixer = Attention(
         heads,
         attention.integer("kv_n_heads", 1),
-        width // heads,
+        head_width(width, heads),
         read_rope(
-            config, width // heads, theta=attention.number("rope_theta", 10_000.0), length_key="max_seq_len"
+            config,
+            head_width(width, heads),
+            theta=attention.number("rope_theta", 10_000.0),
+            length_key="max_seq_len",
         ),
         clip_qkv=attention.number_or_none("clip_qkv", None),
     )

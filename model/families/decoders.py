@@ -53,7 +53,16 @@ def read_rms_norm(config: Reader, eps: float = 1e-6, **options: Any) -> RMSNorm:
 def read_head_dim(config: Reader, default: int | None = None) -> int:
     """`head_dim`, where that is missing the family's default, or else width / heads."""
     heads = config.integer("num_attention_heads")
-    return config.integer("head_dim", default or config.integer("hidden_size") // heads)
+    return config.integer("head_dim", default or head_width(config.integer("hidden_size"), heads))
+
+
+def head_width(width: int, heads: int) -> int:
+    """The width of a head where nothing else is said. Raises ValueError for more heads than channels."""
+    if width < heads:
+        raise ValueError(
+            f"num_attention_heads={heads} is more than the width of {width}: a head has at least a channel."
+        )
+    return width // heads
 
 
 def read_attention(

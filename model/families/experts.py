@@ -34,6 +34,7 @@ def read_sparse_layers(config: Reader, layers: int, num_experts: int) -> list[bo
     every, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(i) is not int for i in dense):
         raise ValueError(f"mlp_only_layers={str(dense)[:200]} is not a list of layers' numbers.")
+    dense = set(dense)
     return [i not in dense and num_experts > 0 and (i + 1) % every == 0 for i in range(layers)]
 
 

@@ -11,7 +11,7 @@ from model.blocks.positions import Alibi
 from model.config import Block, ModelConfig
 from model.families.bloom import BLOCK, OUTSIDE
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import ROTARY, read_model
+from model.families.decoders import ROTARY, head_width, read_model
 from model.families.rope import read_rope, write_rope
 from model.families.tensors import Names
 
@@ -32,7 +32,7 @@ def read(config: Reader) -> ModelConfig:
     else:
         kv_heads = 1 if config.flag("multi_query", True) else heads
         config.get("num_kv_heads")
-    head_dim = width // heads
+    head_dim = head_width(width, heads)
     if config.flag("alibi", False):
         position: dict[str, Any] = {"rope": None, "alibi": Alibi(scale=head_dim**-0.5)}
         config.get("rope_parameters")

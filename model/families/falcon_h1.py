@@ -11,6 +11,7 @@ from model.config import Block, ModelConfig
 from model.families.common import SILU, Family, Reader, read_activation, written_activation
 from model.families.decoders import (
     ATTENTION,
+    head_width,
     read_attention,
     read_head_dim,
     read_model,
@@ -75,14 +76,17 @@ def _read_mamba(config: Reader, eps: float) -> Mamba2:
     config.get("mamba_expand")
     inner = expanded if config.get("mamba_d_ssm", 1024) is None else config.integer("mamba_d_ssm", 1024)
     heads = config.integer("mamba_n_heads", 128)
-    head_dim = config.get("mamba_d_head", "auto")
-    if (inner // heads if head_dim in ("auto", None) else head_dim) * heads != inner:
+    automatic = config.get("mamba_d_head", "auto") == "auto"
+    head_dim = (
+        head_width(inner, heads) if automatic else config.integer("mamba_d_head", head_width(inner, heads))
+    )
+    if head_dim * heads != inner:
         raise ValueError(f"mamba_n_heads={heads} times mamba_d_head={head_dim} is not mamba_d_ssm={inner}.")
     least, most = read_time_step_limit(config)
     bias = config.flag("mamba_proj_bias", False)
     return Mamba2(
         heads,
-        inner // heads,
+        head_dim,
         config.integer("mamba_d_state", 256),
         config.integer("mamba_n_groups", 1),
         config.integer("mamba_d_conv", 4),

@@ -11,6 +11,7 @@ from model.blocks.norms import Norm
 from model.families.common import Reader
 from model.families.tensors import FUTURE, Conv, Copy, Folded, Fused, Merged, Names, Rule, Whole
 
+MAX_MODULES = 64  # beyond this a config.json is taken for damaged; DeepSeek-V3 has one
 LAYER = "model.layers.{n}"
 NEXTN: Names = {  # beside the block: the module is a layer after the last
     f"{LAYER}.enorm.weight": "future/embedding_norm/scale",
@@ -38,7 +39,7 @@ def mtp(names: Names) -> Names:
     return _of_blocks(names, "mtp.layers.{k}") | MTP
 
 
-def read_future(config: Reader, block: Block, norm: Norm, most: int = 2**31 - 1) -> SequentialFuture | None:
+def read_future(config: Reader, block: Block, norm: Norm, most: int = MAX_MODULES) -> SequentialFuture | None:
     """As many modules as the config says, or one: transformers' default, and what Qwen3-Next has without saying so."""
     key = config.alias("num_nextn_predict_layers", "num_mtp_layers")
     count = config.integer(key, 1, least=0, most=most)

@@ -107,6 +107,12 @@ def _read_gemma3_ropes(config: Reader) -> dict[str, Rope]:
             for key in ("rope_theta", "rope_scaling", "rope_parameters")
             if key in config.saved
         }
+        scaling = config.part("rope_scaling").saved
+        if "type" in scaling and "rope_type" not in scaling:
+            raise ValueError(
+                f"rope_scaling.type={str(scaling['type'])[:100]!r} is not supported: transformers passes it over. "
+                "Write it as rope_scaling.rope_type."
+            )
         parts = {
             "full_attention": full,
             "sliding_attention": {"rope_theta": config.number("rope_local_base_freq", 10_000.0)},

@@ -10,7 +10,7 @@ from model.blocks.norms import LayerNorm
 from model.blocks.positions import LearnedPositions
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.tensors import Fused, Names, kept
 
 NAMES: Names = {
@@ -47,7 +47,9 @@ def read(config: Reader) -> ModelConfig:
     length = config.integer("n_positions", 1024)
     norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))
     scale = None if config.flag("scale_attn_weights", True) else 1.0
-    mixer = Attention(heads, heads, width // heads, rope=None, qkv_bias=True, out_bias=True, scale=scale)
+    mixer = Attention(
+        heads, heads, head_width(width, heads), rope=None, qkv_bias=True, out_bias=True, scale=scale
+    )
     activation = read_activation(config, "activation_function", "gelu_new")
     block = Block(mixer, MLP(config.integer("n_inner", 4 * width), activation), norm)
     return read_model(

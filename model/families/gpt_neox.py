@@ -9,7 +9,7 @@ from model.blocks.ffn import MLP
 from model.blocks.norms import LayerNorm
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.rope import read_rope, write_scaling
 from model.families.tensors import Fused, Names
 
@@ -40,12 +40,12 @@ CONSTANTS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 def read(config: Reader) -> ModelConfig:
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    config.must_be("head_dim", width // heads)
+    config.must_be("head_dim", head_width(width, heads))
     norm = LayerNorm(config.number("layer_norm_eps", 1e-5))
     theta = config.number("rotary_emb_base", 10_000.0)
-    rope = read_rope(config, width // heads, theta=theta, fraction=0.25, fraction_key="rotary_pct")
+    rope = read_rope(config, head_width(width, heads), theta=theta, fraction=0.25, fraction_key="rotary_pct")
     bias = config.flag("attention_bias", True)
-    mixer = Attention(heads, heads, width // heads, rope, qkv_bias=bias, out_bias=bias)
+    mixer = Attention(heads, heads, head_width(width, heads), rope, qkv_bias=bias, out_bias=bias)
     ffn = MLP(config.integer("intermediate_size"), read_activation(config, default="gelu"))
     parallel = "two norms" if config.flag("use_parallel_residual", True) else "no"
     block = Block(mixer, ffn, norm, parallel=parallel)

@@ -11,7 +11,7 @@ from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.config import Block, ModelConfig
 from model.families.common import SILU, Family, Reader, read_activation, written_activation
-from model.families.decoders import ATTENTION, OUTSIDE, read_model, read_rms_norm
+from model.families.decoders import ATTENTION, OUTSIDE, head_width, read_model, read_rms_norm
 from model.families.experts import dense_of
 from model.families.mamba import mamba_names, read_rank
 from model.families.tensors import Names
@@ -50,8 +50,10 @@ def read(config: Reader) -> ModelConfig:
         config.integer("num_attention_heads"),
     )
     config.must_be("sliding_window", None)
-    config.must_be("head_dim", width // heads)
-    attention = Attention(heads, config.integer("num_key_value_heads", 8), width // heads, rope=None)
+    config.must_be("head_dim", head_width(width, heads))
+    attention = Attention(
+        heads, config.integer("num_key_value_heads", 8), head_width(width, heads), rope=None
+    )
     mamba = Mamba(
         int(config.number("mamba_expand", 2) * width),
         config.integer("mamba_d_state", 16),

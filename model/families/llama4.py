@@ -95,6 +95,7 @@ def _read_ffns(config: Reader, layers: int) -> list[GatedMLP | MoE]:
         sparse = list(range(every - 1, layers, every))
     if not isinstance(sparse, list) or any(type(i) is not int for i in sparse):
         raise ValueError(f"moe_layers={str(sparse)[:200]} is not a list of layers' numbers.")
+    sparse = set(sparse)
     return [moe if i in sparse else dense for i in range(layers)]
 
 

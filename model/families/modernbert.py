@@ -14,7 +14,7 @@ from model.blocks.norms import LayerNorm
 from model.blocks.positions import Rope
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
-from model.families.decoders import read_model, window_of, write_layer_types
+from model.families.decoders import head_width, read_model, window_of, write_layer_types
 from model.families.rope import read_rope, write_scaling
 from model.families.tensors import Fused, Names
 
@@ -102,7 +102,7 @@ def read(config: Reader) -> ModelConfig:
 def _read_mixers(config: Reader) -> dict[str, Attention]:
     """One for each kind of layer."""
     heads, bias = config.integer("num_attention_heads"), config.flag("attention_bias", False)
-    head_dim = config.integer("hidden_size") // heads
+    head_dim = head_width(config.integer("hidden_size"), heads)
     reach = config.integer("local_attention", 128) // 2  # to either side
     config.must_be("rope_scaling", None)
     both = config.part("rope_parameters")

@@ -10,7 +10,7 @@ from model.blocks.norms import LayerNorm
 from model.blocks.positions import Alibi
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.tensors import Fused, Names
 
 NAMES: Names = {
@@ -52,7 +52,7 @@ def read(config: Reader) -> ModelConfig:
     mixer = Attention(
         heads,
         heads,
-        width // heads,
+        head_width(width, heads),
         rope=None,
         alibi=Alibi(),
         scale=attention.number_or_none("softmax_scale", None),

@@ -13,7 +13,7 @@ from model.blocks.norms import RMSNorm
 from model.blocks.rglru import RGLRU
 from model.config import Block, ModelConfig
 from model.families.common import GELU_TANH, Family, Reader, read_activation, written_activation
-from model.families.decoders import read_model
+from model.families.decoders import head_width, read_model
 from model.families.mamba import MAX_LENGTH
 from model.families.rope import read_rope, write_rope
 from model.families.tensors import Conv, Names, Whole
@@ -56,7 +56,7 @@ def read(config: Reader) -> ModelConfig:
     config.get("w_init_variance_scale")
     config.get("final_w_init_variance_scale")
     width, heads = config.integer("hidden_size", 2560), config.integer("num_attention_heads", 10)
-    head_dim = config.integer("head_dim", width // heads)
+    head_dim = config.integer("head_dim", head_width(width, heads))
     norm = RMSNorm(config.number("rms_norm_eps", 1e-6), zero_centered=True)
     attention = Attention(
         heads,
@@ -67,14 +67,16 @@ def read(config: Reader) -> ModelConfig:
         out_bias=True,
         window=config.integer(config.alias("attention_window_size", "sliding_window"), 2048),
     )
-    recurrent = RGLRU(heads, config.integer("lru_width", width) // heads, config.integer("conv1d_width", 4))
+    recurrent = RGLRU(
+        heads, head_width(config.integer("lru_width", width), heads), config.integer("conv1d_width", 4)
+    )
     config.must_be("hidden_activation", *GELU_TANH)  # transformers has it in the recurrent layers too
     activation = read_activation(config, "hidden_activation", "gelu_pytorch_tanh")
     ffn = GatedMLP(config.integer("intermediate_size", 3 * 2560) // 2, activation, bias=True)
     mixers = {"recurrent": recurrent, "attention": attention}
     kinds = config.get("block_types") or ["recurrent", "recurrent", "attention"]
     config.get("layers_block_type")
-    if not isinstance(kinds, list | tuple) or set(kinds) - set(mixers):
+    if not isinstance(kinds, list | tuple) or any(kind not in ("recurrent", "attention") for kind in kinds):
         raise ValueError(f"block_types={str(kinds)[:200]} is not a list of 'recurrent' and 'attention'.")
     blocks = [Block(mixers[kinds[i % len(kinds)]], ffn, norm) for i in range(config.layers(default=26))]
     return read_model(

@@ -97,11 +97,11 @@ def _read_blocks(config: Reader, norm: RMSNorm, layers: int, *, decoder: bool) -
     ]
     *gated, activation = config.choice("feed_forward_proj", FEED_FORWARD, "relu").split()
     # these two repeat it; transformers goes by them where they differ
-    same = config.get("is_gated_act") in (None, bool(gated))
-    if not same or ACTIVATIONS.get(config.get("dense_act_fn", activation), activation) != activation:
+    same, named = config.get("is_gated_act") in (None, bool(gated)), config.get("dense_act_fn")
+    if not same or (named is not None and ACTIVATIONS.get(str(named)) != activation):
         raise ValueError(
             f"feed_forward_proj={config.get('feed_forward_proj')!r} disagrees with "
-            f"dense_act_fn={config.get('dense_act_fn')!r}, is_gated_act={config.get('is_gated_act')!r}."
+            f"dense_act_fn={str(named)[:100]!r}, is_gated_act={str(config.get('is_gated_act'))[:100]}."
         )
     width = config.integer("d_ff")
     ffn = GatedMLP(width, activation) if gated else MLP(width, activation, bias=False)
