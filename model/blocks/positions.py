@@ -57,9 +57,10 @@ class Llama3Scaling:
 
     def scale(self, frequencies_F: np.ndarray, theta: float) -> np.ndarray:
         wavelengths_F = 2 * math.pi / frequencies_F
-        ramp_F = (self.original_max_length / wavelengths_F - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
+        turns_F = self.original_max_length / wavelengths_F
+        width = self.high_freq_factor - self.low_freq_factor
+        # Llama 4 Scout has no ramp: the two bounds are one
+        ramp_F = (turns_F - self.low_freq_factor) / width if width else turns_F > self.high_freq_factor
         keep_F = np.clip(ramp_F, 0.0, 1.0)
         return frequencies_F * (keep_F + (1 - keep_F) / self.factor)
 
