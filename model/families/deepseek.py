@@ -42,6 +42,8 @@ def read_v2(config: Reader) -> ModelConfig:
     method = config.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method={method!r} is not supported; 'greedy' and 'group_limited_greedy' are.")
+    for key in ("aux_loss_alpha", "seq_aux", "ep_size"):
+        config.get(key)  # of training, and of where experts are
     config.must_be("norm_topk_prob", False)
     config.must_be("scoring_func", "softmax")
     config.must_be("mlp_bias", False)

@@ -107,7 +107,7 @@ def _read_gemma3_ropes(config: Reader) -> dict[str, Rope]:
             for key in ("rope_theta", "rope_scaling", "rope_parameters")
             if key in config.saved
         }
-        scaling = config.part("rope_scaling").saved
+        scaling = config.get("rope_scaling") or {}
         if "type" in scaling and "rope_type" not in scaling:
             raise ValueError(
                 f"rope_scaling.type={str(scaling['type'])[:100]!r} is not supported: transformers passes it over. "

@@ -113,9 +113,9 @@ def _read_llama3(config: Reader, rope: Reader, length_key: str) -> Llama3Scaling
         high_freq_factor=rope.number("high_freq_factor"),
         original_max_length=_original_length(config, rope, length_key),
     )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
+    if scaling.high_freq_factor < scaling.low_freq_factor:
         raise ValueError(
-            f"rope_parameters.high_freq_factor must be above low_freq_factor; given {dict(rope.saved)}."
+            f"rope_parameters.high_freq_factor must not be below low_freq_factor; given {dict(rope.saved)}."
         )
     return scaling
 

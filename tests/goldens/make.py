@@ -6,8 +6,8 @@
 
 Writes beside itself: a folder for each tiny random checkpoint as `save_pretrained` writes it, with `logits.npz`
 (tokens, mask, positions and what else goes in; logits or hidden states: what transformers computes in float32); two
-GGUF files of them, and one in parts; and `dequantize.npz` (random blocks of each type and what the gguf package makes of them).
-Everything is seeded.
+GGUF files of them, and one in parts; and `dequantize.npz` (random blocks of each type and what the gguf package makes of
+them). Everything is seeded.
 """
 
 from __future__ import annotations
@@ -104,6 +104,12 @@ def frequencies() -> dict[str, object]:
         "linear": {"factor": 3.0},
         "dynamic": {"factor": 4.0},
         "llama3": {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")},
+        "llama3_step": {  # Llama 4 Scout: the two bounds are one
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 256,
+        },
         "yarn": {"factor": 8.0, "original_max_position_embeddings": 512},
         "yarn_wide": {"factor": 4.0, "beta_fast": 64.0, "beta_slow": 0.5, "truncate": False}
         | {"original_max_position_embeddings": 512, "attention_factor": 1.3},

@@ -15,7 +15,7 @@ import safetensors.numpy
 from model import load, load_config, save
 from model.convert import convert
 from model.families import FAMILIES
-from model.families.wrapped import DEFAULTS, TEXT
+from model.families.wrapped import DEFAULTS, TEXT, text_config
 from model.fp8 import scaled
 
 from .conftest import GOLDENS
@@ -93,6 +93,17 @@ def test_what_is_wrong_with_a_wrapped_config_is_said(tmp_path):
         load(edit(folder, text_config=None))
     with pytest.raises(ValueError, match="text_config.model_type='qwen3' is not supported in mistral3"):
         load(edit(folder, text_config={"model_type": "qwen3"}))
+
+
+PUBLISHED = json.loads((GOLDENS / "published.json").read_text())
+
+
+@pytest.mark.parametrize("saved", PUBLISHED, ids=lambda saved: saved["model_type"])
+def test_configs_with_the_keys_of_published_folders_are_read(saved):
+    """What is strict with foreign keys must not refuse those that the folders of a family really have."""
+    of_text = text_config(saved) if saved["model_type"] in TEXT else saved
+    cfg = FAMILIES[of_text["model_type"]].read_config(of_text)
+    assert cfg.vocab_size == of_text["vocab_size"]
 
 
 def test_weights_in_eight_bits_give_the_logits_of_transformers():
