@@ -144,4 +144,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("bert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings)
+FAMILY = Family("bert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings, causal=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model import fp8
+from model.blocks.attention import Attention
 from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
 from model.families.foreign import NEUTRAL, changes_numbers
@@ -56,6 +57,7 @@ class Family:
     blocks_per_layer: int = 1  # of ours in one layer of theirs
     harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
     encoder_decoder: bool = False
+    causal: bool = True  # unless is_causal says otherwise
     # other names of keys, to those that `read` asks for: transformers' attribute_map
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
@@ -68,7 +70,8 @@ class Family:
         config.must_be("is_encoder_decoder", self.encoder_decoder)
         config.must_be("add_cross_attention", False)
         cfg = self.read(config)
-        config.must_be("is_causal", cfg.causal)
+        if config.flag("is_causal", self.causal) != self.causal:
+            cfg = _bidirectional(cfg)
         dtype = config.dtype()
         self._check_unread(config)
         return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
@@ -133,12 +136,35 @@ class Family:
 
     def write_config(self, cfg: ModelConfig) -> dict[str, Any]:
         """The config.json of a model for which `why_not` has nothing to say."""
-        return {
+        saved = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": cfg.vocab_size,
             "tie_word_embeddings": cfg.tied_head,
-        } | self.write(cfg)
+        }
+        if self.causal and not cfg.causal:
+            saved["is_causal"] = False
+        return saved | self.write(cfg)
+
+
+def _bidirectional(cfg: ModelConfig) -> ModelConfig:
+    """A decoder of which every token sees the whole text: an embedding model. Raises ValueError where that is not
+    known to be what transformers makes of `is_causal`."""
+    plain = cfg.encoder is None and cfg.byte_latent is None and cfg.future is None
+    for block in cfg.blocks:
+        mixer = block.mixer
+        plain = plain and isinstance(mixer, Attention) and mixer.causal and not (mixer.window or mixer.chunk)
+    if not plain:
+        raise ValueError(
+            "is_causal is only supported as it is in most models of this family; another is read where every layer is "
+            "attention to the whole text."
+        )
+    whole = {
+        mixer: dataclasses.replace(mixer, causal=False) for mixer in {block.mixer for block in cfg.blocks}
+    }
+    return cfg.replace(
+        blocks=tuple(dataclasses.replace(block, mixer=whole[block.mixer]) for block in cfg.blocks)
+    )
 
 
 # What a format need not say: how the function runs or is trained, not what it computes.

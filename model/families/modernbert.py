@@ -154,4 +154,6 @@ def write(cfg: Any) -> dict[str, Any]:
     return saved
 
 
-FAMILY = Family("modernbert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings)
+FAMILY = Family(
+    "modernbert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings, causal=False
+)

@@ -36,6 +36,7 @@ def read(config: Reader) -> ModelConfig:
     }.items():
         config.must_be(key, wanted)
     config.must_be("norm_type", "low_precision_layernorm", "layernorm")
+    config.must_be("is_causal", True)  # with another, transformers computes nothing
     for key in ("learned_pos_emb", "init_device", "verbose", "emb_pdrop", "resid_pdrop", "emb_init_std"):
         config.get(key)  # of no effect in transformers
     attention = config.part("attn_config")

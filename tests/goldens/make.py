@@ -6,8 +6,8 @@
 
 Writes beside itself: a folder for each tiny random checkpoint as `save_pretrained` writes it, with `logits.npz`
 (tokens, mask, positions and what else goes in; logits or hidden states: what transformers computes in float32); two
-GGUF files of them, and one in parts; and `dequantize.npz` (random blocks of each type and what the gguf package makes of
-them). Everything is seeded.
+GGUF files of them, and one in parts; and `dequantize.npz` (random blocks of each type and what the gguf package makes
+of them). Everything is seeded.
 """
 
 from __future__ import annotations

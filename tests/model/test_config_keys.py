@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
-from model import load
+from model import load, save
 from model.families import FAMILIES
 from model.families.common import HARMLESS_KEYS
 
@@ -146,7 +146,6 @@ FOREIGN = [
     {"layer_types": ["sliding_attention"] * 4},
     {"partial_rotary_factor": 0.5},
     {"rope_interleaved": True},
-    {"is_causal": False},
     {"attn_logit_softcapping": 30.0},
     {"num_local_experts": 8},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}},
@@ -188,6 +187,26 @@ def test_a_key_that_nobody_knows_is_passed_over_with_a_line_in_the_log(caplog):
     saved = config_of(GOLDENS / "llama_tied")
     FAMILIES["llama"].read_config(saved | {"trained_by": "somebody", "is_llama_config": True})
     assert "keys that llama does not know; passed over: is_llama_config, trained_by" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3", "falcon_rw"])
+def test_a_decoder_that_is_not_causal_is_read_and_saved_so(name, tmp_path):
+    """As embedding models have it; transformers' numbers."""
+    edits = [[["is_causal"], False]]
+    (numbers,) = [numbers for case, numbers in KEYS[name]["logits"] if case == edits]
+    assert np.abs(few(ours(name, edits, tmp_path / "model")) - numbers).max() < 1e-4
+    cfg, params = load(tmp_path / "model")
+    assert not cfg.causal and cfg.family == plain(name).family
+    save(tmp_path / "again", cfg, params, format="huggingface")
+    assert config_of(tmp_path / "again")["is_causal"] is False
+    assert load(tmp_path / "again")[0] == cfg
+
+
+def test_a_decoder_of_states_or_windows_cannot_be_other_than_causal():
+    for name in ("mamba", "mistral_windowed", "t5", "qwen3_next"):
+        saved = config_of(GOLDENS / name) | {"is_causal": False}
+        with pytest.raises(ValueError, match="is_causal is only supported"):
+            FAMILIES[saved["model_type"]].read_config(saved)
 
 
 @pytest.mark.slow
