@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.filters
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -88,6 +89,13 @@ def render(source: str, variables: Mapping[str, Any], marks: tuple[str, str] = (
 def uses_generation_tag(source: str) -> bool:
     """Whether the template itself marks what the assistant wrote."""
     return re.search(r"{%[-+]?\s*generation\b", source) is not None
+
+
+@functools.lru_cache(maxsize=32)
+def variables_of(source: str) -> frozenset[str]:
+    """The variables that a template reads and does not only set itself."""
+    _compile(source)  # raises ChatTemplateError for what is no template
+    return frozenset(jinja2.meta.find_undeclared_variables(_Environment().parse(source)))
 
 
 class _Budget:

@@ -16,11 +16,14 @@ from serve.request import MAX_LOGPROBS, RequestError, SamplingParams
 
 MAX_CHOICES = 16  # answers of one HTTP request: prompts times n
 MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+MAX_NESTING = 64  # levels of objects and lists in a body
 
-# Fields of OpenAI's API that change nothing here.
+# Fields of OpenAI's API that change no answer here, whatever their value: labels, where a copy is kept, how fast it is
+# wanted, and how many tools may be called at once, since no answer has tool calls.
 _IGNORED = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "parallel_tool_calls prediction verbosity reasoning_effort".split()
+    "parallel_tool_calls prediction".split()
 )
 # Fields that are not served: fine with the value that asks for nothing, refused with any other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -34,8 +37,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
+    "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 
@@ -104,15 +106,67 @@ class _Body(_Strict):
         )
 
 
-class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
-    name: str | None = None
+class FunctionCall(_Strict):
+    name: str
+    arguments: str  # JSON, as a model wrote it
 
-    def for_template(self, where: str) -> dict[str, str]:
-        """Role and text; "developer" is what newer clients call "system"."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": _text_of(self.content, f"{where}.content")}
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Message(_Strict):
+    """A message as clients send it, and as they send back what they were answered."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # vLLM's newer name of the same
+    refusal: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def for_template(self, where: str) -> dict[str, Any]:
+        """The fields that chat templates read; "developer" is what newer clients call "system".
+
+        What an assistant said may be nothing beside its tool calls or reasoning.
+        """
+        assistant = {key: getattr(self, key) for key in ("tool_calls", "reasoning_content", "reasoning")}
+        for key, value in (assistant | {"refusal": self.refusal}).items():
+            if value and self.role != "assistant":
+                raise ApiError(
+                    400, f"{where}.{key} is of role {self.role}; wanted assistant.", f"{where}.{key}"
+                )
+        if self.tool_call_id is not None and self.role != "tool":
+            name = f"{where}.tool_call_id"
+            raise ApiError(400, f"{name} is of role {self.role}; wanted tool.", name)
+        content = self.refusal if self.content is None else self.content
+        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
+        if content is not None or not any(assistant.values()):
+            shown["content"] = _text_of(content, f"{where}.content")
+        if self.tool_calls:
+            shown["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        rest = {"name": self.name, "tool_call_id": self.tool_call_id}
+        rest["reasoning_content"] = self.reasoning_content or self.reasoning
+        return shown | {key: value for key, value in rest.items() if value is not None}
+
+
+class Function(_Strict):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: Function
 
 
 class ChatBody(_Body):
@@ -120,9 +174,25 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Any = None
 
-    def dialogue(self) -> list[dict[str, str]]:
+    def dialogue(self) -> list[dict[str, Any]]:
         return [message.for_template(f"messages[{i}]") for i, message in enumerate(self.messages)]
+
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the prompt tells of, in the form that templates know; None for none."""
+        if self.tool_choice not in (None, "none", "auto"):
+            message = f"tool_choice={_shown(self.tool_choice)} is not supported: answers here are text alone."
+            raise ApiError(400, message, "tool_choice")
+        if self.tools and self.tool_choice != "none":
+            message = (
+                "tools: this server does not read tool calls out of an answer. Leave tools out, or give "
+                'tool_choice="none" to show them to the model and get its text.'
+            )
+            raise ApiError(400, message, "tools")
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()] or None
 
     def choices(self) -> list[SamplingParams]:
         limit, newer = self.max_tokens, self.max_completion_tokens
@@ -213,7 +283,17 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body must be a JSON object; it is {_shown(value)}.")
+    _check_nesting(value)
     return value
+
+
+def _check_nesting(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, (dict, list))]:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+        if depth > MAX_NESTING:
+            raise ApiError(400, f"the body is nested too deeply: more than {MAX_NESTING} levels.")
 
 
 def _first_reason(error: pydantic.ValidationError) -> ApiError:

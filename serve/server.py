@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from data import ChatTemplateError, Tokenizer
 from serve.api import ApiError, ChatBody, CompletionBody, parse_body, refusal
+from serve.chat_prompt import template_arguments
 from serve.connections import EventStream, KeyCheck, ServerConfig, read_body, unless_disconnected
 from serve.engine import Engine
 from serve.loop import EngineFailed, EngineLoop, Overloaded, Ticket
@@ -102,10 +103,11 @@ class Service:
     async def chat(self, http: fastapi.Request) -> Response:
         body = parse_body(await read_body(http, self.config), ChatBody)
         self.check_model(body.model)
-        dialogue = body.dialogue()
-        self._check_text("messages", sum(len(message["content"]) for message in dialogue))
         try:
-            prompt, _ = await asyncio.to_thread(self.tokenizer.apply_chat_template, dialogue)
+            arguments = await asyncio.to_thread(template_arguments, body, self.tokenizer)
+            self._check_text("messages", _characters(arguments["messages"]))
+            self._check_text("tools", _characters(arguments["tools"]))
+            prompt, _ = await asyncio.to_thread(self.tokenizer.apply_chat_template, **arguments)
         except ChatTemplateError as error:
             raise ApiError(400, str(error), "messages") from None
         reply = ChatReply(self.config.model_name, self.tokenizer, len(prompt), bool(body.logprobs))
@@ -193,6 +195,15 @@ class Service:
     def _cancel(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             self.loop.cancel(ticket)
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a dialogue or in tools; reasoning does not count, which templates leave out of earlier turns."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_characters(item) for key, item in value.items() if key != "reasoning_content")
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 async def _last_output(ticket: Ticket) -> Output:

@@ -154,6 +154,12 @@ def test_models_health_and_unknown_names(client, port):
     assert post(port, b"", "/v1/chat/completions", method="GET")[0] == 405
 
 
+CALLS = [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}]
+NESTED_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": json.loads('{"a":' * 400 + "1" + "}" * 400)},
+}
+
 BAD_CHATS = [
     {"temperature": -1},
     {"temperature": 2.5},
@@ -220,6 +226,21 @@ BAD_CHATS = [
     {"model": None},
     {"model": 7},
     {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
+    {"tools": [{"type": "function", "function": {}}], "tool_choice": "none"},
+    {"tools": [{"type": "custom", "custom": {"name": "f"}}], "tool_choice": "none"},
+    {"tools": [NESTED_TOOL], "tool_choice": "none"},
+    {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+    {"reasoning_effort": "low"},
+    {"reasoning_effort": "none"},
+    {"reasoning_effort": "enormous"},
+    {"verbosity": "low"},
+    {"messages": [{"role": "assistant", "tool_calls": []}]},
+    {"messages": [{"role": "user", "tool_calls": CALLS}]},
+    {"messages": [{"role": "user", "content": "hi", "tool_call_id": "c1"}]},
+    {"messages": [{"role": "tool", "tool_call_id": "c1"}]},
+    {"messages": [{"role": "user", "content": "hi", "reasoning_content": "Hm."}]},
     {"response_format": {"type": "json_object"}},
     {"logit_bias": {"5": 100}},
     {"frequency_penalty": 0.5},
