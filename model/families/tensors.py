@@ -216,17 +216,22 @@ def _ours(rule: Rule) -> tuple[str, ...]:
 def _groups(cfg: ModelConfig, blocks_per_layer: int) -> Iterator[tuple[Block | None, dict[str, int], Leaves]]:
     """(None, {}, everything outside the blocks), then (block, its numbers by the letters of `Names`, what is in it) for
     each block of a stack and each module of the future."""
-    scanned = cfg.replace(scan=True)  # one trace for each run of equal blocks
-    shapes, axes = param_shapes(scanned), logical_axes(scanned)
-    runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
+    kinds = tuple(dict.fromkeys(cfg.blocks))
+    small = cfg.replace(
+        scan=True, blocks=kinds
+    )  # one trace for each kind of block, however often it is there
+    shapes, axes = param_shapes(small), logical_axes(small)
+    runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in small.runs(stack)}
     modules = future_blocks(cfg.future)
     inside = runs.keys() | modules.keys()
     outside = [{key: value for key, value in tree.items() if key not in inside} for tree in (shapes, axes)]
     yield None, {}, _leaves(outside[0], outside[1], 0, "", ())
-    for run, (stack, block, numbers) in runs.items():
-        for i in numbers:
-            leaves = _leaves(shapes[run], axes[run], 1, PREFIXES[stack], (f"{stack}block_{i}",))
-            yield block, {"i": i // blocks_per_layer, "pair": i // 2}, leaves
+    run_of = {block: run for run, (stack, block, _) in runs.items() if stack == ""}
+    layers = [(run, stack, i) for run, (stack, _, numbers) in runs.items() if stack for i in numbers]
+    layers += [(run_of[block], "", i) for i, block in enumerate(cfg.blocks)]
+    for run, stack, i in layers:
+        leaves = _leaves(shapes[run], axes[run], 1, PREFIXES[stack], (f"{stack}block_{i}",))
+        yield runs[run][1], {"i": i // blocks_per_layer, "pair": i // 2}, leaves
     for k, (name, block) in enumerate(modules.items()):
         leaves = _leaves(shapes[name], axes[name], 0, FUTURE, (name,))
         yield block, {"k": k, "n": len(cfg.blocks) // blocks_per_layer + k}, leaves

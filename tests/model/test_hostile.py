@@ -194,6 +194,29 @@ def test_many_empty_tensors_are_no_layers(tmp_path):
     assert time.monotonic() - start < SECONDS
 
 
+def test_many_layers_of_two_kinds_in_turns_are_looked_at_in_no_time(tmp_path):
+    """Each kind is looked at once, however often it begins anew."""
+    kinds = ["sliding_attention", "full_attention"] * 2000
+    saved = config_of(GOLDENS / "gemma2") | {"num_hidden_layers": 4000, "layer_types": kinds}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    entries = {
+        f"model.layers.{i}.self_attn.q_proj.weight": {
+            "dtype": "F32",
+            "shape": [1],
+            "data_offsets": [4 * i, 4 * i + 4],
+        }
+        for i in range(4000)
+    }
+    entries["whole"] = {"dtype": "F32", "shape": [10_000], "data_offsets": [16_000, 56_000]}
+    header_file(tmp_path / "model.safetensors", entries)
+    with open(tmp_path / "model.safetensors", "ab") as file:
+        file.write(bytes(56_000))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="lacks 40002 tensors"):
+        load(tmp_path)
+    assert time.monotonic() - start < 4 * SECONDS
+
+
 @pytest.mark.parametrize(
     "file", ["../../etc/passwd", "/etc/passwd", "sub/model.safetensors", "..", "a\0.safetensors", 5]
 )
