@@ -217,7 +217,7 @@ def test_a_changed_key_gives_the_logits_of_transformers(name, tmp_path):
         try:
             difference = np.abs(few(ours(name, edits, tmp_path)) - numbers).max()
         except ValueError as error:  # the tensors of this checkpoint are not those of a tied head
-            assert "tie_word_embeddings is true, yet" in str(error)
+            assert "tie_word_embeddings is true, yet" in str(error) or "lacks 1 tensors" in str(error)
             continue
         if not difference < 2e-4 * max(1, np.abs(numbers).max()):
             wrong.append((edits, float(difference)))

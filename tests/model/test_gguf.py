@@ -294,7 +294,7 @@ LIES = [
     ({"llama.block_count": 4}, "lacks 9 tensors that its metadata calls for: blk.3"),
     ({"llama.block_count": 2}, "has 9 tensors that its model has no place for: blk.2"),
     ({"llama.embedding_length": 12}, r"'token_embd.weight' is \(61, 24\); wanted \(vocabulary, 12\)"),
-    ({"llama.feed_forward_length": 2**31 - 1}, r"'blk.0.ffn_down.weight' is \(24, 40\), but by the metadata"),
+    ({"llama.feed_forward_length": 44}, r"'blk.0.ffn_down.weight' is \(24, 40\), but by the metadata"),
     ({"llama.feed_forward_length": 40.0}, "llama.feed_forward_length is 40.0; wanted a positive int"),
     ({"llama.attention.head_count": 3}, "num_heads=3 is not a multiple of num_kv_heads=2"),
     ({"llama.attention.key_length": 5}, "attention.value_length is 6; wanted 5"),
