@@ -1,17 +1,66 @@
-"""Writing files so that a reader sees the old content or the new, never half of one."""
+"""Writing files so that a reader sees the old content or the new, never half of one.
+
+What a killed process was writing stays beside its target under a name of `temporary_beside`, which nothing reads;
+`remove_leftovers` takes it away.
+"""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.typed import to_dict
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
+
+
+def temporary_beside(path: Path, kind: Literal["tmp", "old"] = "tmp") -> Path:
+    """A new name in the folder of `path`: for what will take its place, or ("old") for what had it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.{kind}")
+
+
+def remove_leftovers(folder: str | os.PathLike) -> list[Path]:
+    """Takes away what killed processes left in a folder, at any depth, and beside it of the folder itself.
+
+    An old file or folder goes back to its place where that is empty. Returns what was found. Call it before anything
+    writes there: a name does not tell a killed process from a living one.
+    """
+    folder = Path(folder)
+    beside = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*"))
+    found = [path for path in beside if _target(path) == folder]
+    for path in found:
+        _clear(path)
+    for parent, folders, files in os.walk(folder):
+        left = [Path(parent, name) for name in (*folders, *files) if _LEFT.fullmatch(name)]
+        back = [target.name for path in left if (target := _clear(path)) is not None and target.is_dir()]
+        folders[:] = [name for name in folders if not _LEFT.fullmatch(name)] + back
+        found += left
+    return found
+
+
+def _target(left: Path) -> Path | None:
+    match = _LEFT.fullmatch(left.name)
+    return None if match is None else left.with_name(match["name"])
+
+
+def _clear(left: Path) -> Path | None:
+    """Removes one leftover, or puts it back; the place where it is then."""
+    target = _target(left)
+    if target is not None and left.suffix == ".old" and not target.exists():
+        return left.rename(target)
+    if left.is_dir() and not left.is_symlink():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
+    return None
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> Path:
@@ -21,7 +70,7 @@ def atomic_write(path: str | os.PathLike, content: str | bytes) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -41,8 +90,7 @@ def replacing(folder: Path, own: str = "config.json") -> Iterator[Path]:
     if folder.exists() and not (folder / own).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder}: is there and has no {own}; it is not replaced. Give another path.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    new, old = folder.with_name(f".{folder.name}.{mark}.tmp"), folder.with_name(f".{folder.name}.{mark}.old")
+    new, old = temporary_beside(folder), temporary_beside(folder, "old")
     new.mkdir()
     try:
         yield new

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from configs.files import temporary_beside
 from configs.gguf import BLOCKS, DEFAULT_ALIGNMENT, MAX_DIMS
 
 TYPES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
@@ -48,7 +48,7 @@ def write(
         offset = _aligned(offset + math.prod(shape) * DTYPES[kind].itemsize)
     start = _aligned(len(header))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(header)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import configs
+from configs.files import remove_leftovers
 from data.formats import (
     FORMATS,
     Dialogue,
@@ -222,6 +223,7 @@ def write_conversations(
         tokenizer = load_tokenizer(config.tokenizer)
         if tokenizer.chat_template is None:
             raise configs.ConfigError(f"{config.tokenizer} has no chat template to write dialogues with.")
+    remove_leftovers(workdir)
     configs.save(config, workdir / "config.json")
     manifests = {}
     for makes in kinds:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
+
+from configs.files import temporary_beside
 
 COLUMNS = ("id", "text", "source", "licence", "metadata")  # metadata is JSON
 DocumentType = Literal["any", "prose", "code", "html"]
@@ -74,7 +75,7 @@ def write_table(path: Path, columns: dict[str, Any], metadata: dict[str, str] | 
     if metadata:
         table = table.replace_schema_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_beside(path)
     try:
         pq.write_table(table, temporary, compression="zstd", row_group_size=4096)
         os.replace(temporary, path)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs.files import atomic_write
+from configs.files import atomic_write, temporary_beside
 from configs.typed import ConfigError
 
 FORMAT, VERSION = "crucible-dataset", 1
@@ -66,8 +66,7 @@ def write_dataset(
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; known are {', '.join(KINDS)}")
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_beside(folder)
     temporary.mkdir(parents=True)
     try:
         facts, lengths = _write_shards(temporary, records, kind, shard_bytes)
@@ -278,8 +277,7 @@ def _check_file(path: Path, size: int) -> None:
 def _replace_folder(new: Path, target: Path) -> None:
     """Puts `new` in the place of `target`. A reader may find nothing for a moment, never a mixture."""
     if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        old = temporary_beside(target, "old")
         os.rename(target, old)
         os.rename(new, target)
         shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.files import atomic_write
+from configs.files import atomic_write, remove_leftovers
 from configs.typed import to_dict
 from data.curation.config import CurationConfig
 from data.curation.ingest import ingest, parts, remove_stale
@@ -58,6 +58,7 @@ def curate(config: CurationConfig, workdir: str | os.PathLike, log: Log | None =
 
     `log` takes a line of progress (default: stderr). Raises ConfigError for sources that are missing.
     """
+    remove_leftovers(workdir)
     run = _Run(config, Layout(Path(workdir)), log or _stderr)
     run.read_sources()
     run.run_stages()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.files import remove_leftovers, temporary_beside
 from configs.typed import ConfigError
 from data.dedup.corpus import Rows, features_of
 from data.documents import write_table
@@ -66,7 +67,8 @@ def indexed_shingles(folders: Sequence[str], wanted: np.ndarray) -> tuple[np.nda
 def save(folder: Path, ids: Any, features: Any, shingles: Sequence[np.ndarray], sizes: np.ndarray) -> None:
     """Writes the documents that stay: their ids, keys (as `fixed` gives them), and shingles one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{SHINGLES}.tmp"
+    remove_leftovers(folder)
+    temporary = temporary_beside(folder / SHINGLES)
     with open(temporary, "wb") as file:
         np.save(file, np.concatenate([np.zeros(0, np.uint64), *shingles]))
     os.replace(temporary, folder / SHINGLES)

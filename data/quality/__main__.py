@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from configs.commands import Commands
-from configs.files import atomic_write
+from configs.files import atomic_write, remove_leftovers
 from configs.typed import ConfigError
 from data.quality import ngram_lm, perplexity
 from data.quality.classifier import load_classifier, model_file
@@ -96,6 +96,8 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_ngram(options: argparse.Namespace) -> int:
     config = _config(options, ngram_lm.NgramConfig)
+    folder = Path(options.out)
+    remove_leftovers(folder)
 
     def texts() -> Iterable[str]:
         return read_texts(options.texts, options.text_field)
@@ -107,7 +109,6 @@ def _train_ngram(options: argparse.Namespace) -> int:
         model = dataclasses.replace(model, percentiles=found)
         report |= {"head": found[0], "tail": found[1]}
         print(f"head: perplexity up to {found[0]:.1f}; tail: above {found[1]:.1f}")
-    folder = Path(options.out)
     ngram_lm.save_ngrams(model, folder / perplexity.NGRAMS)
     atomic_write(folder / REPORT, json.dumps(report, indent=2) + "\n")
     print(

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.files import temporary_beside
+
 KEEP_SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)  # of the negatives (the web), of which DCLM keeps 0.1
 
 
@@ -106,8 +108,8 @@ def picture(scores: np.ndarray, labels: np.ndarray, path: Path) -> None:
     right.set(xlabel="score", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1.02))
     right.set_title(f"calibration, expected error {calibration_error(scores, labels):.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    temporary = temporary_beside(path)
+    figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     temporary.replace(path)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.files import atomic_write
+from configs.files import atomic_write, remove_leftovers
 from configs.typed import ConfigError
 from data.quality import curves
 from data.quality.classifier import FORMAT, MODEL, Classifier
@@ -61,6 +61,7 @@ def train_classifier(
     the sets.
     """
     log = log or (lambda line: print(line, file=sys.stderr, flush=True))
+    remove_leftovers(folder)
     sets = [(text, label) for texts, label in ((positive, True), (negative, False)) for text in texts]
     sets = [(text, label) for text, label in sets if text.strip()]
     parts: dict[str, list[tuple[str, bool]]] = {"train": [], "calibration": [], "test": []}

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.files import atomic_write, save
+from configs.files import atomic_write, remove_leftovers, save
 from configs.typed import ConfigError, to_dict
 from data.documents import Document, make_document
 from data.endpoint import Cache, Reply, ask_all
@@ -45,6 +45,7 @@ def synthesise(config: SyntheticConfig, workdir: Path, log: Log | None = None) -
     """
     log = log or (lambda line: print(line, file=sys.stderr, flush=True))
     config.endpoint.check()
+    remove_leftovers(workdir)
     save(config, workdir / "config.json")
     run = _Run(config, Cache(workdir / "cache"), log)
     for number, recipe in enumerate(config.recipes):

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import zstandard
 
 from configs import ConfigError, build, to_dict
+from configs.files import temporary_beside
 from data import build_corpus, curate, load_tokenizer, make_batches, open_dataset
 from data.corpus import CorpusConfig, TokenizerConfig
 from data.curation import CurationConfig, Workers, split_of
@@ -215,6 +217,46 @@ def test_a_run_that_was_killed_between_two_files_goes_on_to_the_same_bytes(folde
         except KeyboardInterrupt:
             continue
     assert written(tmp_path / "w") == wanted
+
+
+def test_what_killed_writes_leave_is_gone_after_the_next_run(folder, tmp_path):
+    quiet = {"log": lambda line: None}
+    corpus = CorpusConfig(config(folder), TokenizerConfig(vocab_size=300))
+    build_corpus(corpus, tmp_path / "w", **quiet)
+    wanted = written(tmp_path / "w")
+    paths = [path for path in (tmp_path / "w").rglob("*") if path.is_file() or path.name == "train"]
+    for path in [*paths, tmp_path / "w"]:
+        left = temporary_beside(path)
+        if path.is_dir():
+            left.mkdir()
+            left /= "half.tmp"
+        left.write_text("half of")
+    os.rename(tmp_path / "w" / "text" / "train", temporary_beside(tmp_path / "w" / "text" / "train", "old"))
+    build_corpus(corpus, tmp_path / "w", **quiet)
+    assert written(tmp_path / "w") == wanted
+    assert sorted(os.listdir(tmp_path)) == ["raw", "w"]
+
+
+def test_a_kill_while_a_file_is_written_leaves_nothing_after_the_next_run(folder, tmp_path):
+    program = f"""
+import os, sys
+from data.curation import *; from data.sources import *
+rename = os.replace
+def dying(source, target):
+    if os.path.basename(target) == sys.argv[1]:
+        os.kill(os.getpid(), 9)
+    rename(source, target)
+os.replace = dying
+curate(CurationConfig(sources=(Folder({str(folder)!r}),), stages=(), test_fraction=0.0, validation_fraction=0.3,
+                      workers=Workers(processes=1)), sys.argv[2])
+"""
+    command = [sys.executable, "-c", program]
+    for name in ("timings.json", "manifest.json"):
+        killed = subprocess.run([*command, name, str(tmp_path / "w")], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL
+        assert len([path for path in (tmp_path / "w").rglob(".*") if name in path.name]) == 1
+    subprocess.run([*command, "none", str(tmp_path / "w")], check=True, capture_output=True)
+    assert list((tmp_path / "w").rglob(".*")) == []
 
 
 @pytest.mark.slow
