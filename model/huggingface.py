@@ -48,8 +48,9 @@ def load_config(folder: str | Path) -> ModelConfig:
     Raises ValueError for a family or a setting that is not supported.
     """
     folder = Path(folder)
-    family, cfg, _ = _read_config(folder)
-    names = _stored_names(folder)
+    family, cfg, saved = _read_config(folder)
+    of_names = cfg.future is not None or saved["model_type"] in wrapped.TEXT
+    names = _stored_names(folder) if of_names else None
     if names is None:
         return cfg
     cfg = _with_head_of(family, cfg, names)
@@ -96,7 +97,8 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
 def _tensors(folder: Path, stored: dict[str, StoredTensor], saved: dict[str, Any]) -> dict[str, Stored]:
     """What a folder has of the model, packed weights as the tensors that they stand for."""
     stored = mxfp4.join(stored)
-    if (block := fp8.block_of(saved.get("quantization_config"))) is not None:
+    of_text = wrapped.text_config(saved) if saved["model_type"] in wrapped.TEXT else saved
+    if (block := fp8.block_of(of_text.get("quantization_config"))) is not None:
         stored = fp8.join(stored, block)
     if not wrapped.is_wrapped(stored):
         return stored
@@ -173,7 +175,7 @@ def save(
 
 
 def _read_config(folder: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
-    """The family, the model, and what the file says of it."""
+    """The family, the model, and what the file says."""
     path = folder / "config.json" if folder.is_dir() else folder
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -192,7 +194,7 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
     try:
         of_text = wrapped.text_config(saved) if model_type in wrapped.TEXT else saved
         family = FAMILIES[of_text["model_type"]]
-        return family, family.read_config(of_text), of_text
+        return family, family.read_config(of_text), saved
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
