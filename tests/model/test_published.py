@@ -106,8 +106,16 @@ def test_configs_with_the_keys_of_published_folders_are_read(saved):
     assert cfg.vocab_size == of_text["vocab_size"]
 
 
-def test_weights_in_eight_bits_give_the_logits_of_transformers():
-    assert difference(WRAPPED / "deepseek_v3_fp8") < 1e-5
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2"])
+def test_weights_in_eight_bits_give_the_logits_of_transformers(model_type, tmp_path):
+    folder = shutil.copytree(WRAPPED / "deepseek_v3_fp8", tmp_path / "model")
+    edit(folder, model_type=model_type, auto_map={"AutoConfig": "own.Config"})
+    assert difference(folder) < 1e-5
+    cfg, params = load(folder)
+    assert cfg.param_dtype == "bfloat16"
+    save(tmp_path / "again", cfg, params, format="huggingface")
+    assert "quantization_config" not in config_of(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "again")[1], params)
 
 
 def test_eight_bits_are_scaled_block_by_block():
