@@ -35,17 +35,15 @@ def check_fits(
     stacks = [cfg.stack(name) for name in STACKS] + ([cfg.future.blocks] if cfg.future is not None else [])
     layers = sum(len(stack) for stack in stacks) // blocks_per_layer
     if layers > len(shapes):
-        raise ValueError(f"the config has {layers} layers, but the folder {len(shapes)} tensors.")
+        raise ValueError(f"the config has {layers} layers, but only {len(shapes)} tensors.")
     experts = sum(getattr(block.ffn, "num_experts", 0) for stack in stacks for block in stack)
     if experts_apart and experts > len(shapes):
-        raise ValueError(
-            f"the config has {experts} experts in all layers, but the folder {len(shapes)} tensors."
-        )
+        raise ValueError(f"the config has {experts} experts in all layers, but only {len(shapes)} tensors.")
     largest = max((math.prod(shape) for shape in shapes), default=0)
     for name, value in _sizes(cfg, set()):
         if value > largest:
             raise ValueError(
-                f"the config has {name}={value}, but the largest tensor of the folder has {largest} numbers."
+                f"the config has {name}={value}, but the largest of its tensors has {largest} numbers."
             )
 
 

@@ -69,7 +69,7 @@ CLAIMS = [
         {"num_hidden_layers": 2**31 - 1},
         "num_hidden_layers=2147483647 is not an integer from 1 to 4096",
     ),
-    ("llama_tied", {"num_hidden_layers": 4096}, "has 4096 layers, but the folder 38 tensors"),
+    ("llama_tied", {"num_hidden_layers": 4096}, "has 4096 layers, but only 38 tensors"),
     (
         "llama_tied",
         {"num_attention_heads": 2**30, "num_key_value_heads": 2**30},
@@ -78,23 +78,23 @@ CLAIMS = [
     (
         "llama_tied",
         {"head_dim": 2**30},
-        r"head_dim=1073741824, but the largest tensor of the folder has 2988 numbers",
+        r"head_dim=1073741824, but the largest of its tensors has 2988 numbers",
     ),
     ("llama_tied", {"vocab_size": 2**31 - 1}, "vocab_size=2147483647, but the largest"),
     ("llama_tied", {"hidden_size": 2**31 - 1, "head_dim": 6}, "width=2147483647, but the largest"),
     ("llama_tied", {"intermediate_size": 2**31 - 1}, "width=2147483647, but the largest"),
     ("llama_tied", {"max_position_embeddings": 2**31 - 1, "hidden_size": 38}, "would be"),
-    ("mixtral", {"num_local_experts": 100_000}, "has 400000 experts in all layers, but the folder"),
+    ("mixtral", {"num_local_experts": 100_000}, "has 400000 experts in all layers, but only"),
     ("gpt_oss", {"num_local_experts": 2**31 - 1}, "num_experts=2147483647, but the largest"),
     ("deepseek_v3_mtp", {"num_nextn_predict_layers": 2**31 - 1}, "is not an integer from 0 to 64"),
-    ("deepseek_v3_mtp", {"n_routed_experts": 100_000, "n_group": 1}, "experts in all layers, but the folder"),
-    ("glm4_moe_mtp", {"num_nextn_predict_layers": 64, "num_hidden_layers": 4096}, "layers, but the folder"),
+    ("deepseek_v3_mtp", {"n_routed_experts": 100_000, "n_group": 1}, "experts in all layers, but only"),
+    ("glm4_moe_mtp", {"num_nextn_predict_layers": 64, "num_hidden_layers": 4096}, "layers, but only"),
     ("gpt2", {"n_positions": 2**31 - 1}, "positions.length=2147483647, but the largest"),
     ("bert", {"type_vocab_size": 2**31 - 1}, "token_types=2147483647, but the largest"),
     ("mamba", {"state_size": 2**31 - 1}, "state_dim=2147483647, but the largest"),
     ("mamba2", {"conv_kernel": 2**31 - 1}, "conv_width=2147483647, but the largest"),
     ("t5", {"relative_attention_num_buckets": 2**31 - 1}, "buckets=2147483647"),
-    ("t5", {"num_layers": 4096}, "layers, but the folder"),
+    ("t5", {"num_layers": 4096}, "layers, but only"),
     ("blt", {"encoder_hash_byte_group_vocab": 2**31 - 1}, "buckets=2147483647"),
     ("rwkv7", {"decay_low_rank_dim": 2**31 - 1}, "decay_rank=2147483647, but the largest"),
     ("qwen3_next", {"linear_key_head_dim": 2**31 - 1}, "key_dim=2147483647, but the largest"),
@@ -189,7 +189,7 @@ def test_many_empty_tensors_are_no_layers(tmp_path):
     names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(4000)]
     header_file(tmp_path / "model.safetensors", dict.fromkeys(names, empty))
     start = time.monotonic()
-    with pytest.raises(ValueError, match="but the largest tensor of the folder has 0 numbers"):
+    with pytest.raises(ValueError, match="but the largest of its tensors has 0 numbers"):
         load(tmp_path)
     assert time.monotonic() - start < SECONDS
 
@@ -240,11 +240,11 @@ GGUF_CLAIMS = [
             f"llama.{key}": 2**31 - 2
             for key in ("attention.key_length", "attention.value_length", "rope.dimension_count")
         },
-        "head_dim=2147483646, but the largest tensor",
+        "head_dim=2147483646, but the largest of its tensors",
     ),
     ({"llama.block_count": 38}, "lacks"),
     ({"llama.context_length": 2**31 - 1, "llama.block_count": 2**31 - 1}, "block_count is 2147483647"),
-    ({"llama.feed_forward_length": 2**31 - 1}, "width=2147483647, but the largest tensor"),
+    ({"llama.feed_forward_length": 2**31 - 1}, "width=2147483647, but the largest of its tensors"),
     ({"split.count": 65535, "split.no": 0}, "is part 1 of 65535 of a model; wanted the name"),
     ({"split.count": 2, "split.no": 5}, "split.no and split.count are"),
     ({"split.count": "many"}, "split.no and split.count are"),
