@@ -386,7 +386,7 @@ def _special_ids(
     generation, config = _json(files, "generation_config.json"), _json(files, "tokenizer_config.json")
     kind = ((saved or {}).get("model") or {}).get("type")
     implied = _BERT_ROLES if kind == "WordPiece" else (saved or {}).get("roles", {})
-    names = implied | _named(config, _json(files, "special_tokens_map.json"))
+    names: dict[str, Any] = implied | _named(config, _json(files, "special_tokens_map.json"))
     says, before, after = _around(saved)
     names.setdefault("bos_token", before or names.get("cls_token"))
     names.setdefault("eos_token", after or names.get("sep_token"))

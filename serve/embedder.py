@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from configs import ConfigError
@@ -46,7 +47,7 @@ def embedder(model: str) -> Callable[[Sequence[str]], np.ndarray]:
         mask[:, 0] = 1
         for row, each in enumerate(ids):
             tokens[row, : len(each)], mask[row, : len(each)] = each, 1
-        return np.asarray(embed(cfg, params, tokens, mask, pooling))[: len(texts)]
+        return np.asarray(embed(cfg, params, jnp.asarray(tokens), jnp.asarray(mask), pooling))[: len(texts)]
 
     return vectors
 
