@@ -105,9 +105,11 @@ def make_batches(
         length = -(-examples // per_step) * per_step
     empty = empty_example(reading.kind, seq_len, reading.pad_id)
     place = opened.schedule.place
-    rows = grain.MapDataset.source(Mixed(list(opened.sources.values()), place, length, examples, empty))
+    mixed: Any = Mixed(list(opened.sources.values()), place, length, examples, empty)
+    rows = grain.MapDataset.source(mixed)  # takes whatever has __len__ and __getitem__
     rows = rows[start // rows_per_example :]
-    batches = rows.batch(per_step // process_count, batch_fn=stack)
+    stacked: Any = stack  # its argument is a list, where grain says Sequence
+    batches = rows.batch(per_step // process_count, batch_fn=stacked)
     batches = batches[process_index::process_count]
     options = grain.ReadOptions(
         num_threads=reading.num_threads, prefetch_buffer_size=reading.prefetch if reading.num_threads else 0

@@ -45,7 +45,7 @@ from data.templates import ChatTemplateError
 from data.tokenize import TokenCount, answer_record, chat_record, describe, fingerprint
 from data.tokenizer import Tokenizer
 
-DESCRIPTION = __doc__
+DESCRIPTION = __doc__ or ""
 FOLDERS: dict[Makes, str] = {
     "chat": "chat",
     "preference": "preferences",

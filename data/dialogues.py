@@ -13,10 +13,10 @@ from pathlib import Path
 import configs
 from data.load import load_tokenizer
 from data.shards import hash_of, is_current, read_manifest
-from data.tasks import INSTRUCTION, TaskSpec, dialogue, generate, preference_pairs
+from data.tasks import INSTRUCTION, Split, TaskSpec, dialogue, generate, preference_pairs
 from data.tokenize import fingerprint, write_chat_dataset, write_preference_dataset
 
-DESCRIPTION = __doc__
+DESCRIPTION = __doc__ or ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,11 @@ def write_dialogues(config: DialogueConfig, workdir: Path) -> dict[str, dict[str
     tokenizer = load_tokenizer(config.tokenizer)
     configs.save(config, workdir / "config.json")
     counts = {}
-    for split, dialogues, pairs in (
-        ("train", config.dialogues, config.pairs),
-        ("validation", config.validation, config.validation),
-    ):
+    sizes: dict[Split, tuple[int, int]] = {
+        "train": (config.dialogues, config.pairs),
+        "validation": (config.validation, config.validation),
+    }
+    for split, (dialogues, pairs) in sizes.items():
         key = hash_of("dialogues", configs.to_dict(config), fingerprint(tokenizer), split)
         facts = {"key": key, "sources": [{"name": "reasoning-gym", "licence": "Apache-2.0"}]}
         chat, preferences = workdir / "chat" / split, workdir / "preferences" / split

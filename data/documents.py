@@ -55,9 +55,7 @@ def write_documents(path: Path, documents: Sequence[Document], reasons: Sequence
 
 def read_documents(path: str | os.PathLike, rows: Iterable[int] | None = None) -> list[Document]:
     """The documents of a file that `write_documents` made, or those of the given rows, in their order."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=list(COLUMNS), partitioning=None)
+    table = read_parquet(path, COLUMNS)
     if rows is not None:
         table = table.take(list(rows))
     documents = table.to_pylist()
@@ -86,9 +84,15 @@ def write_table(path: Path, columns: dict[str, Any], metadata: dict[str, str] | 
 
 def read_table(path: str | os.PathLike) -> Any:
     """The Arrow table in a Parquet file, or None where there is none."""
+    return read_parquet(path) if os.path.exists(path) else None
+
+
+def read_parquet(path: str | os.PathLike, columns: Sequence[str] | None = None) -> Any:
+    """The Arrow table in a Parquet file. A folder of its path that is called a=b gives it no column."""
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, partitioning=None) if os.path.exists(path) else None
+    options: dict[str, Any] = {"partitioning": None}
+    return pq.read_table(path, columns=None if columns is None else list(columns), **options)
 
 
 def _strings(values: list[str]) -> Any:

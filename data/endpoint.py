@@ -193,7 +193,7 @@ def _ask_server(endpoint: Endpoint, request: Request) -> Reply:
             if error.code not in _RETRIED:
                 break
             with contextlib.suppress(TypeError, ValueError):
-                pause = min(float(error.headers.get("Retry-After")), _MOST_WAIT)
+                pause = min(float(error.headers["Retry-After"]), _MOST_WAIT)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
         if attempt < endpoint.retries:

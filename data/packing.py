@@ -51,7 +51,7 @@ def hashes(n: int, *seeds: int) -> np.ndarray:
     keys = np.arange(n, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for seed in seeds:
-            keys = _splitmix(keys ^ _splitmix(np.uint64(seed & 0xFFFF_FFFF_FFFF_FFFF)))
+            keys = _splitmix(keys ^ _splitmix(np.asarray(seed & 0xFFFF_FFFF_FFFF_FFFF, np.uint64)))
     return keys
 
 

@@ -15,7 +15,7 @@ from data.batches import BatchKind, OpenMixture, open_mixture, reading_of
 from data.mixture import BatchSpec
 from data.packing import Waste
 
-DESCRIPTION = __doc__
+DESCRIPTION = __doc__ or ""
 WORTH_REPEATING = 4.0  # epochs: up to here repeated tokens are nearly worth new ones, arXiv:2305.16264
 
 

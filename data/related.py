@@ -22,7 +22,7 @@ from configs.files import atomic_write
 from data.packing import ConcatAndSplit, Piece, shuffled
 from data.shards import Dataset, DatasetError, open_dataset
 
-DESCRIPTION = __doc__
+DESCRIPTION = __doc__ or ""
 GROUPS, ORDER, SCORES = "groups.npy", "order.npy", "scores.npy"
 
 

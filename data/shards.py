@@ -104,11 +104,12 @@ class Dataset(Sequence):
         if self.kind not in _JSON_KINDS:
             if not (self.folder / LENGTHS).is_file():
                 raise DatasetError(f"{self.folder}: {LENGTHS} is missing. Write the dataset again.")
-            self.lengths = np.load(self.folder / LENGTHS)
-            if len(self.lengths) != len(self):
+            lengths = np.load(self.folder / LENGTHS)
+            if len(lengths) != len(self):
                 raise DatasetError(
-                    f"{self.folder}: {LENGTHS} has {len(self.lengths)} entries for {len(self)} records"
+                    f"{self.folder}: {LENGTHS} has {len(lengths)} entries for {len(self)} records"
                 )
+            self.lengths = lengths
         self._source: Any = None
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.documents import Document, DocumentType, read_documents, type_of
+from data.documents import Document, DocumentType, read_documents, read_parquet, type_of
 
 Signals = Mapping[str, Any]  # name to number, bool or string; None where there is nothing to measure
 Verdict = tuple[str, str | None]  # (text, why the document goes or None)
@@ -118,9 +118,7 @@ class Corpus:
 
     def features(self, shard: str) -> Any:
         """The Arrow table that `features` made of this shard."""
-        import pyarrow.parquet as pq
-
-        return pq.read_table(self.features_path(shard), partitioning=None)
+        return read_parquet(self.features_path(shard))
 
     def documents(self, shard: str, rows: Iterable[int]) -> list[Document]:
         """The documents of these rows of a shard."""

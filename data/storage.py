@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from configs.typed import ConfigError
 
@@ -86,7 +86,7 @@ def open_bytes(path: str) -> BinaryIO:
     """The bytes, decompressed where the name ends in .gz, .zst, .bz2 or .xz."""
     raw = open_raw(path)
     if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if path.endswith(".zst"):
         import zstandard
 
@@ -95,11 +95,11 @@ def open_bytes(path: str) -> BinaryIO:
     if path.endswith(".bz2"):
         import bz2
 
-        return bz2.BZ2File(raw)
+        return cast(BinaryIO, bz2.BZ2File(raw))
     if path.endswith(".xz"):
         import lzma
 
-        return lzma.LZMAFile(raw)
+        return cast(BinaryIO, lzma.LZMAFile(raw))
     return raw
 
 

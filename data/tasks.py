@@ -23,7 +23,8 @@ Split = Literal["train", "validation", "test"]
 Messages = list[dict[str, str]]
 
 INSTRUCTION = "End with the final answer as <answer>...</answer>."
-_HELD_OUT = {"validation": (0, 10), "test": (10, 20)}  # of 100 parts; the rest is for training
+# Of 100 parts; the rest is for training.
+_HELD_OUT: dict[Split, tuple[int, int]] = {"validation": (0, 10), "test": (10, 20)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,10 @@ def generate(
 def split_of(question: str) -> Split:
     """The split that a question belongs to: letter case and white space make no difference."""
     part = _hash(" ".join(question.casefold().split())) % 100
-    return next((split for split, (low, high) in _HELD_OUT.items() if low <= part < high), "train")
+    for split, (low, high) in _HELD_OUT.items():
+        if low <= part < high:
+            return split
+    return "train"
 
 
 def score(problem: Problem, answer: str | None) -> float:

@@ -13,8 +13,8 @@ import json
 import re
 import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, cast
 
 import jinja2
 import jinja2.filters
@@ -293,12 +293,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
-            loop.iter = _filter(loop.iter, "_counted")
+            loop.iter = _filter(cast(nodes.Expr, loop.iter), "_counted")
         for compare in tree.find_all(nodes.Compare):
             compare.expr = _filter(compare.expr, "_sized")
             for operand in compare.ops:
                 operand.expr = _filter(operand.expr, "_sized")
-        return _without_concat(tree)
+        return cast(nodes.Template, _without_concat(tree))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in STRING_METHODS:
@@ -343,9 +343,9 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise TemplateLimitError("a product in the chat template is too large")
         elif operator == "*" and not numbers:
             sequence, times = (right, left) if isinstance(left, int) else (left, right)
-            if hasattr(sequence, "__len__") and isinstance(times, int):
+            if isinstance(sequence, Sized) and isinstance(times, int):
                 budget.fits(len(sequence) * times)
-        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+        elif operator == "+" and isinstance(left, Sized) and isinstance(right, Sized):
             budget.fits(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 

@@ -38,7 +38,8 @@ def score_math(problem: Problem, answer: str) -> float:
     """1 when the answer equals `problem.answer` as mathematics, by math-verify."""
     from math_verify import parse, verify
 
-    gold, given = (parse(f"${text}$", parsing_timeout=None) for text in (problem.answer, answer))
+    unlimited: Any = None  # where the types of math-verify know an int alone
+    gold, given = (parse(f"${text}$", parsing_timeout=unlimited) for text in (problem.answer, answer))
     return float(verify(gold, given, timeout_seconds=None))
 
 

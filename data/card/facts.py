@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from data.documents import read_parquet
 from data.shards import open_dataset
 
 _BINS = 30
@@ -89,11 +90,9 @@ class _Dropped:
         self._clusters: dict[str, list[tuple[str, str]]] = {}
 
     def add(self, folder: Path) -> None:
-        import pyarrow.parquet as pq
-
         stage = folder.name.removesuffix(".parquet")
         for file in sorted(folder.iterdir()):
-            for row in pq.read_table(file, partitioning=None).to_pylist():
+            for row in read_parquet(file).to_pylist():
                 self._add_row(stage, row)
 
     def _add_row(self, stage: str, row: dict[str, Any]) -> None:
@@ -152,7 +151,6 @@ def _signals(workdir: Path) -> Iterator[dict[str, Any]]:
     """Of each filter's signals: a histogram of numbers by whether the filter let the document pass, or the shares of
     its strings."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     manifest = json.loads((workdir / "manifest.json").read_text())
     taggers = {folder.name.rsplit("-", 1)[0]: folder for folder in sorted((workdir / "tags").glob("*"))}
@@ -162,9 +160,9 @@ def _signals(workdir: Path) -> Iterator[dict[str, Any]]:
             continue
         tables, passed = [], []
         for file in sorted(folder.iterdir()):
-            table = pq.read_table(file, partitioning=None)
+            table = read_parquet(file)
             verdicts = workdir / "stages" / stage["name"] / "verdicts" / file.name
-            gone = set(pq.read_table(verdicts, partitioning=None).column("row").to_pylist())
+            gone = set(read_parquet(verdicts).column("row").to_pylist())
             passed += [row not in gone for row in table.column("row").to_pylist()]
             tables.append(table.drop_columns(["row"]))
         table = pa.concat_tables(tables, promote_options="permissive")

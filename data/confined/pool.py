@@ -102,13 +102,14 @@ class Pool:
     def _collect(self, busy: dict[int, tuple[int, float]], outcomes: list[Outcome]) -> None:
         soonest = min(deadline for _, deadline in busy.values())
         poll = select.poll()
-        descriptors = {self._workers[number].replies: number for number in busy}
+        workers = {number: worker for number in busy if (worker := self._workers[number]) is not None}
+        descriptors = {worker.replies: number for number, worker in workers.items()}
         for descriptor in descriptors:
             poll.register(descriptor, select.POLLIN | select.POLLHUP)
         ready = {descriptors[d] for d, _ in poll.poll(max(0.0, soonest - time.monotonic()) * 1000)}
         for number, (index, deadline) in list(busy.items()):
             if number in ready:
-                outcomes[index] = self._receive(number)
+                outcomes[index] = self._receive(number, workers[number])
             elif time.monotonic() >= deadline:
                 outcomes[index] = Outcome(error="timeout")
                 self._replace(number)
@@ -116,9 +117,9 @@ class Pool:
                 continue
             del busy[number]
 
-    def _receive(self, number: int) -> Outcome:
+    def _receive(self, number: int, worker: _Worker) -> Outcome:
         try:
-            message = read_message(self._workers[number].replies, (self._limits.reply_kilobytes << 10) + 1024)
+            message = read_message(worker.replies, (self._limits.reply_kilobytes << 10) + 1024)
             reply = json.loads(message) if message else None
         except (OSError, ValueError):
             reply = None
@@ -128,7 +129,8 @@ class Pool:
         return Outcome(reply.get("value"), str(reply.get("error", "")))
 
     def _replace(self, number: int) -> None:
-        self._workers[number].kill()
+        if (worker := self._workers[number]) is not None:
+            worker.kill()
         self._workers[number] = None
 
 
@@ -150,17 +152,19 @@ class _Worker:
             start_new_session=True,
             bufsize=0,
         )
-        self.replies = self.process.stdout.fileno()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._requests, self._replies = self.process.stdin, self.process.stdout
+        self.replies = self._replies.fileno()
 
     def send(self, request: bytes) -> None:
         self._await_ready()
-        write_message(self.process.stdin.fileno(), request)
+        write_message(self._requests.fileno(), request)
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self._requests.close()
+        self._replies.close()
         self._said.close()
         self._folder.cleanup()
 

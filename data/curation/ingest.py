@@ -17,7 +17,7 @@ from typing import Any
 from configs.typed import ConfigError, to_dict
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.curation.shard import Counts, kind_of
-from data.documents import Document, Rejected, write_documents
+from data.documents import Document, Rejected, make_document, write_documents
 from data.shards import hash_of
 from data.sources import Source, file_state, parts_of
 
@@ -107,7 +107,7 @@ def _write(layout: Layout, name: str, items: list[Any], seconds: float) -> Count
     documents = [item for item in items if not isinstance(item, Rejected)]
     rejected = [item for item in items if isinstance(item, Rejected)]
     reasons = [item.reason for item in rejected]
-    empty = [{"id": r.id, "text": "", "source": r.source, "licence": "", "metadata": {}} for r in rejected]
+    empty = [make_document(r.id, "", r.source, "", {}) for r in rejected]
     write_documents(layout.documents(SOURCES, name), documents)
     write_documents(layout.dropped(SOURCES, name), empty, reasons)
     dropped = dict(sorted(Counter(map(kind_of, reasons)).items()))

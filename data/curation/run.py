@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from configs.files import atomic_write, remove_leftovers
 from configs.typed import to_dict
@@ -141,8 +141,11 @@ class _Run:
         for step in self.steps:
             counts = self.counts[step.name].values()
             dropped = sum((Counter(c.dropped) for c in counts), Counter())
-            totals = (sum(c[i] for c in counts) for i in range(3))
-            reports.append(StageReport(step.name, step.hash, *totals, dict(sorted(dropped.items()))))
+            came, left = sum(c.documents_in for c in counts), sum(c.documents_out for c in counts)
+            characters = sum(c.characters_out for c in counts)
+            reports.append(
+                StageReport(step.name, step.hash, came, left, characters, dict(sorted(dropped.items())))
+            )
             timings[step.name] = round(sum(c.seconds for c in counts), 3)
         atomic_write(self.layout.workdir / "timings.json", json.dumps(timings, indent=2) + "\n")
         return reports
@@ -199,7 +202,7 @@ class _Run:
             self.log,
         )
         total = 0
-        for shard, decisions in step.stage.resolve(corpus):
+        for shard, decisions in cast(Global, step.stage).resolve(corpus):
             total += len(decisions)
             _write_decisions(self.layout.decisions(step.name, shard), decisions)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from configs.typed import ConfigError
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
@@ -127,20 +127,21 @@ class Rows:
 
 
 def _filter(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
-    rows.enter(step.stage)
-    tags = _tags(step, rows, task)
+    stage = cast(Filter, step.stage)
+    rows.enter(stage)
+    tags = _tags(step, stage, rows, task)
     if step.attached:
         rows.attach(step, tags)
     gone: dict[int, str] = {}
     for row, signals in enumerate(tags):
         if rows.alive[row] and signals is not None:
-            reason = f"error: {signals['error']}" if signals.get("error") else step.stage.reason(signals)
+            reason = f"error: {signals['error']}" if signals.get("error") else stage.reason(signals)
             if reason is not None:
                 gone[row] = reason
     return _write_verdicts(step, rows, task, gone)
 
 
-def _tags(step: Step, rows: Rows, task: ShardTask) -> list[Signals | None]:
+def _tags(step: Step, stage: Filter, rows: Rows, task: ShardTask) -> list[dict[str, Any] | None]:
     """Signals by row, None where the stage does not look; those of an earlier run are taken from its file."""
     path = task.layout.tags(step.tagger, task.shard)
     known = _read_tags(path, rows)
@@ -148,17 +149,17 @@ def _tags(step: Step, rows: Rows, task: ShardTask) -> list[Signals | None]:
     missing = [
         i
         for i, document in enumerate(rows.documents)
-        if reach[i] and known[i] is None and step.stage.wants(document)
+        if reach[i] and known[i] is None and stage.wants(document)
     ]
     if missing:
-        found = _signals(step.stage, [rows.documents[i] for i in missing])
+        found = _signals(stage, [rows.documents[i] for i in missing])
         for i, signals in zip(missing, found, strict=True):
             known[i] = dict(signals)
     if missing or not path.exists():
-        tagged = [i for i, signals in enumerate(known) if signals is not None]
-        names = list(dict.fromkeys(name for i in tagged for name in known[i]))
-        columns = {name: [known[i].get(name) for i in tagged] for name in names}
-        write_table(path, {"row": _int32(tagged), **columns}, {"base": rows.base})
+        tagged = {i: signals for i, signals in enumerate(known) if signals is not None}
+        names = list(dict.fromkeys(name for signals in tagged.values() for name in signals))
+        columns = {name: [signals.get(name) for signals in tagged.values()] for name in names}
+        write_table(path, {"row": _int32(list(tagged)), **columns}, {"base": rows.base})
     return known
 
 
@@ -191,13 +192,14 @@ def _signals_of_one(stage: Filter, document: Document) -> Signals:
 
 
 def _transform(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
-    rows.enter(step.stage)
+    stage = cast(Transform, step.stage)
+    rows.enter(stage)
     kept, gone, reasons = [], [], []
     for document, alive in zip(rows.documents, rows.alive):
         if not alive:
             continue
         try:
-            changed, reason = step.stage.edit(document) if step.stage.wants(document) else (document, None)
+            changed, reason = stage.edit(document) if stage.wants(document) else (document, None)
         except Exception as error:  # a bad document goes with its reason, and the run goes on
             changed, reason = document, f"error: {type(error).__name__}: {error}"
         if reason is None:
@@ -210,10 +212,11 @@ def _transform(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
 
 def _decided(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
     """What a Global stage decided is done to the shard."""
-    rows.enter(step.stage)
+    stage = cast(Global, step.stage)
+    rows.enter(stage)
     table = read_table(task.layout.decisions(step.name, task.shard))
     decisions = [] if table is None else table.to_pylist()
-    if not step.stage.cuts:
+    if not stage.cuts:
         return _write_verdicts(step, rows, task, {d["row"]: d["reason"] for d in decisions})
     by_row = {d["row"]: d for d in decisions}
     kept, gone, reasons = [], [], []
@@ -225,7 +228,7 @@ def _decided(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
         if decision is not None:
             text, reason = cut_text(text, json.loads(decision["cut"])), decision["reason"]
             if reason is None and not text.strip():
-                reason = f"{type(step.stage).__name__}: nothing left"
+                reason = f"{type(stage).__name__}: nothing left"
         if reason is None:
             kept.append({**document, "text": text})
         else:
@@ -235,13 +238,14 @@ def _decided(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
 
 
 def _write_features(step: Step, rows: Rows, task: ShardTask) -> None:
-    rows.enter(step.stage)
+    stage = cast(Global, step.stage)
+    rows.enter(stage)
     wanted = [
         (row, document)
         for row, (document, alive) in enumerate(zip(rows.documents, rows.alive))
-        if alive and step.stage.wants(document)
+        if alive and stage.wants(document)
     ]
-    table = step.stage.features(wanted)
+    table = stage.features(wanted)
     columns = {name: table.column(name) for name in table.column_names}
     write_table(task.layout.features(step.name, task.shard), columns)
 

@@ -6,6 +6,7 @@ Results come in the order of the items and do not depend on who made them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -94,11 +95,9 @@ def _daft(workers: Workers) -> Any:
             'workers.runner="ray" needs ray, which is not installed: pip install "crucible-lm[ray]"'
         ) from error
     if not ray.is_initialized():
-        count = {"num_cpus": workers.processes or _cores()} if workers.ray_address is None else {}
         address = workers.ray_address or os.environ.get("RAY_ADDRESS")
-        ray.init(
-            address=address, include_dashboard=False, logging_level="ERROR", **({} if address else count)
-        )
+        count = None if address else workers.processes or _cores()
+        ray.init(address=address, num_cpus=count, include_dashboard=False, logging_level=logging.ERROR)
     daft.set_runner_ray(noop_if_initialized=True)
     return daft
 

@@ -66,8 +66,9 @@ def fixed(features: np.ndarray) -> Any:
 def gather(corpus: Corpus) -> tuple[Rows, np.ndarray]:
     """All rows, and their features as uint64 [N, k]."""
     import pyarrow as pa
-    import pyarrow.compute as pc
+    import pyarrow.compute
 
+    pc: Any = pyarrow.compute  # makes its functions when it is imported
     tables = [corpus.features(shard) for shard in corpus.shards]
     sizes = [len(table) for table in tables]
     table = pa.concat_tables(tables)

@@ -163,7 +163,7 @@ def _math_inside(whole: str) -> str | None:
     root = _fragment(whole[start.start() :]) if start else None
     element = next(root.iter("math"), None) if root is not None else None
     latex = latex_of(element) if element is not None else ""
-    if not latex:
+    if element is None or not latex:
         return None
     display = (
         element.get("display") == "block"
@@ -207,7 +207,7 @@ def _spans(page: str, name: str, replacement: Callable[[str], str | None]) -> st
         tries += 1
         stop = _end_of(page, start.end(), start[1].lower())
         new = None if stop is None else replacement(page[start.start() : stop])
-        if new is None:
+        if stop is None or new is None:
             parts.append(page[at : start.end()])
             at = start.end()
         else:
@@ -236,6 +236,7 @@ def _fragment(piece: str) -> Any:
     import lxml.html
 
     try:
-        return lxml.html.fragment_fromstring(piece, create_parent="div")
+        parent: Any = "div"  # a name, where lxml's own types know True alone
+        return lxml.html.fragment_fromstring(piece, create_parent=parent)
     except (lxml.etree.LxmlError, ValueError, AssertionError):
         return None

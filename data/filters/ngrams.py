@@ -6,7 +6,7 @@ Only a run whose two shorter runs repeat can repeat, so after the pairs there is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -97,7 +97,9 @@ def skipped_characters(n: int, starts: np.ndarray, which: np.ndarray, ends: np.n
     return total
 
 
-def _fraction(words: list[str], n: int, count: object) -> float:
+def _fraction(
+    words: list[str], n: int, count: Callable[[int, np.ndarray, np.ndarray, np.ndarray], int]
+) -> float:
     ends = ends_of(words)
     for m, starts, which in repeated_ngrams(words, n):
         if m == n and ends[-1]:

@@ -137,8 +137,9 @@ def train_ngrams(
         for each, part in zip((ngrams, shares, contexts, left), parts):
             each.append(part)
         log(f"order {n}: {len(keys):,} n-grams")
-    arrays = (tuple(each) for each in (ngrams, shares, contexts, left))
-    return NgramModel(config.unit, symbols, *arrays, config.bits)
+    return NgramModel(
+        config.unit, symbols, tuple(ngrams), tuple(shares), tuple(contexts), tuple(left), config.bits
+    )
 
 
 def save_ngrams(model: NgramModel, path: Path) -> None:

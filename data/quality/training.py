@@ -125,7 +125,7 @@ def _fit(texts: Sequence[str], labels: np.ndarray, config: ClassifierConfig, log
     return Classifier(full, float(found.x[-1]), 1.0, 0.0, config.bits, config.max_words)
 
 
-def _matrix_with_progress(texts: Sequence[str], config: ClassifierConfig, log: Log):
+def _matrix_with_progress(texts: Sequence[str], config: ClassifierConfig, log: Log) -> Any:
     from scipy.sparse import vstack
 
     began, parts = time.monotonic(), []
@@ -210,7 +210,7 @@ def _split(members: Sequence[tuple[str, bool]]) -> tuple[list[str], np.ndarray]:
 
 def _save(model: Classifier, folder: Path) -> None:
     file = io.BytesIO()
-    facts = {"bias": model.bias, "slope": model.slope, "offset": model.offset}
+    facts: dict[str, Any] = {"bias": model.bias, "slope": model.slope, "offset": model.offset}
     facts |= {"bits": model.bits, "max_words": model.max_words}
     np.savez_compressed(file, weights=model.weights, format=FORMAT, **facts)
     atomic_write(folder / MODEL, file.getvalue())

@@ -125,7 +125,7 @@ class SeqioTask(SourceBase):
 
     def _provider(self) -> Any:
         try:
-            import seqio
+            seqio: Any = importlib.import_module("seqio")
         except ImportError as error:
             raise ConfigError(
                 f"seqio is needed for {self.name!r} and can't be imported ({error}): "

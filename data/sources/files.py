@@ -157,7 +157,7 @@ class Folder(SourceBase):
         source = self.label()
         for path in self.files() if paths is None else paths:
             within = os.path.relpath(path, self.path).replace(os.sep, "/")
-            common = {"path": path, "licence": self.licence, "name": f"{source}/{within}"}
+            common: dict[str, Any] = {"path": path, "licence": self.licence, "name": f"{source}/{within}"}
             ending = storage.suffix(path)
             if ending in (".jsonl", ".json"):
                 reader = Jsonl(**common, text_field=self.text_field)

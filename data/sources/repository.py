@@ -82,7 +82,8 @@ class Repositories(SourceBase):
             yield Rejected(f"{repository}/end", f"unreadable from here on: {type(error).__name__}", source)
         if archived:
             top = _one_folder([*files, *gone])
-            files, gone = ({name.removeprefix(top): x for name, x in each.items()} for each in (files, gone))
+            files = {name.removeprefix(top): content for name, content in files.items()}
+            gone = {name.removeprefix(top): reason for name, reason in gone.items()}
         for name, reason in gone.items():
             yield Rejected(f"{repository}/{name}", reason, source)
         licences = _licences(files)

@@ -107,7 +107,9 @@ def _docstrings(text: str, name: str) -> str:
     """The docstrings of a module, its classes and functions, each under its qualified name."""
     parts: list[str] = []
 
-    def visit(node: ast.AST, qualified: str) -> None:
+    def visit(
+        node: ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, qualified: str
+    ) -> None:
         if doc := ast.get_docstring(node):
             parts.append(f"{qualified}\n\n{doc}")
         for child in node.body:

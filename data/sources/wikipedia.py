@@ -70,7 +70,7 @@ class Wikipedia(SourceBase):
 
 def _pages(path: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(the site's address, fields of a page); what was read is forgotten at once."""
-    from lxml import etree
+    import lxml.etree as etree
 
     site = ""
     with storage.open_bytes(path) as file:

@@ -157,14 +157,15 @@ def _byte_level_bpe(
             f"{where}: the pre-tokenizer tokenizer.ggml.pre={pre!r} is not known, so its ids would be wrong. "
             f"Known: {', '.join(sorted(GGUF_PRETOKENIZERS))}."
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in _strings(metadata, "tokenizer.ggml.merges", where)]
+    parts = (merge.partition(" ") for merge in _strings(metadata, "tokenizer.ggml.merges", where))
+    merges = [(left, right) for left, _, right in parts]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise GGUFTokenizerError(
             f"{where}: {len(tokens) - len(vocabulary)} tokens occur twice in the vocabulary"
         )
     unknown = next(
-        (m for m in merges if len(m) != 2 or any(p not in vocabulary for p in (*m, "".join(m)))), None
+        (m for m in merges if not all(m) or any(p not in vocabulary for p in (*m, "".join(m)))), None
     )
     if unknown is not None:
         raise GGUFTokenizerError(
@@ -190,7 +191,7 @@ def _byte_level_bpe(
 def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int], where: str, names: dict[str, Any]
 ) -> Tokenizer:
-    from sentencepiece import sentencepiece_model_pb2 as pb
+    from sentencepiece import sentencepiece_model_pb2
 
     from data.tokenizer.sentencepiece import SentencePieceTokenizer, Word
 
@@ -203,6 +204,7 @@ def _sentencepiece(
         raise GGUFTokenizerError(f"{where}: unknown_token_id {unknown} is outside the {len(tokens)} tokens")
     types = [UNUSED if kind == UNKNOWN else kind for kind in types]  # SentencePiece wants exactly one unknown
     types[unknown] = UNKNOWN
+    pb: Any = sentencepiece_model_pb2  # makes its classes when it is imported
     proto = pb.ModelProto()
     proto.trainer_spec.model_type = pb.TrainerSpec.BPE
     proto.trainer_spec.vocab_size = len(tokens)

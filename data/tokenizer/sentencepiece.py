@@ -208,8 +208,9 @@ def _cut(text: str, pattern: re.Pattern, words: Mapping[str, Word]) -> Iterator[
 def parse_model(model: bytes):
     """The ModelProto in `model`. Raises ValueError when it is none."""
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2 as pb
+    from sentencepiece import sentencepiece_model_pb2
 
+    pb: Any = sentencepiece_model_pb2  # makes its classes when it is imported
     try:
         proto = pb.ModelProto.FromString(model)
     except DecodeError as error:

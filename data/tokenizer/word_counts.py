@@ -164,8 +164,10 @@ class _Workers:
         root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
         command = [sys.executable, "-c", "from data.tokenizer.word_counts import serve; serve()"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+        self._processes = [
+            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for _ in range(count)
+        ]
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
