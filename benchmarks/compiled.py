@@ -102,7 +102,7 @@ def compile_step(
         ints = {key: of(jnp.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile(
-            training_options("tpu") | (tried or {})
+            training_options("tpu", case.chip) | (tried or {})
         )
 
 

@@ -13,7 +13,10 @@ from typing import Literal
 from configs.typed import ConfigError, nearest
 
 MARKER = Path("meta") / "model.json"  # in a native checkpoint; its "format" is "crucible"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "spm.model"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _is_step(name: str) -> bool:
 def _is_huggingface(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and "model_type" in config
 

@@ -35,7 +35,7 @@ from evals.results import PartResult, Row, average_row
 from evals.scoring import Scorer
 from evals.texts import read_texts, texts_state
 from serve import Engine
-from train.mesh import make_mesh, param_shardings
+from train.mesh import check_mesh, make_mesh, param_shardings
 
 _CODE_VERSION = 1  # raise it when a measurement gives other numbers for the same model and config
 _SHORTEST_ENGINE = 256  # tokens of prompt and answer
@@ -69,6 +69,7 @@ class Subject:
         spec = self.config.mesh
         sizes = [getattr(spec, axis) for axis in model.MESH_AXES]
         mesh = make_mesh(spec, jax.devices()[: None if -1 in sizes else int(np.prod(sizes))])
+        check_mesh(self.cfg, mesh, self.config.sharding)
         shardings = param_shardings(self.cfg, mesh, self.config.sharding) if mesh.size > 1 else None
         return model.load(self.config.model, cfg=self.cfg, shardings=shardings)[1]
 

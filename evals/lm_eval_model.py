@@ -49,6 +49,7 @@ class CrucibleLM(TemplateLM):
         super().__init__()
         self._scorer, self._engine_for, self._tokens, self._spec = scorer, engine_for, tokenizer, spec
         self._name = name
+        self.cut: dict[str, int] = {}  # "prompts" and "contexts" that lost their beginning
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile(f"{_MARK}({'|'.join(map(re.escape, names)) or '(?!)'}){_MARK}")
 
@@ -155,9 +156,7 @@ class CrucibleLM(TemplateLM):
             cut += len(tokens) > self.max_length + 1
             tokens = tokens[-(self.max_length + 1) :]
             spans.append(Span(tokens, len(tokens) - len(continuation_ids)))
-        if cut:
-            logger.warning("%d of %d contexts were longer than %d tokens and lost their beginning.", cut,
-                           len(requests), self.max_length)  # fmt: skip
+        self._say_cut("contexts", cut, len(requests))
         progress = None if disable_tqdm else ProgressLine("lm-eval log-likelihoods", "requests")
         answers = [
             (float(scored.logprobs.sum(dtype="float64")), bool(scored.greedy.all()))
@@ -172,9 +171,11 @@ class CrucibleLM(TemplateLM):
         and the same when everything is done again."""
         if not requests:
             return []
+        self._cut_prompts: list[bool] = []
         prepared = [self._generation(*request.args, i) for i, request in enumerate(requests)]
         longest = max(len(request.prompt) + request.sampling.max_tokens for request in prepared)
         progress = None if disable_tqdm else ProgressLine("lm-eval answers", "requests")
+        self._say_cut("prompts", sum(self._cut_prompts), len(requests))
         outputs = self._engine_for(longest).generate(prepared, progress)
         for request, output in zip(requests, outputs, strict=True):
             if output.finish_reason not in ("stop", "length"):
@@ -209,8 +210,16 @@ class CrucibleLM(TemplateLM):
         )
         prompt = self.tok_encode(context) or [self.prefix_token_id]
         in_chat = self._special.search(context) is not None
-        prompt = prompt[-(self.max_length - max_tokens) :]
+        room = self.max_length - max_tokens
+        self._cut_prompts.append(len(prompt) > room)
+        prompt = prompt[-room:]
         return Request(prompt, sampling, detokenize=True, continuation=not in_chat)
+
+    def _say_cut(self, what: str, cut: int, count: int) -> None:
+        self.cut[what] = self.cut.get(what, 0) + cut
+        if cut:
+            logger.warning("%d of %d %s did not fit the model's context of %d tokens and lost their beginning.", cut,
+                           count, what, self.max_length)  # fmt: skip
 
     def _marked(self, ids: list[int]) -> str:
         text, plain, names = "", [], {i: name for name, i in self._tokens.special_tokens.items()}

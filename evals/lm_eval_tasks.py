@@ -69,7 +69,16 @@ def run_lm_eval(spec: LMEval, lm: CrucibleLM) -> PartResult:
             process.stdin.close()
             process.stdout.close()
     items = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
-    return PartResult(_rows(found["results"]), items)
+    return PartResult(_rows(found["results"]) + _cut_rows(lm), items)
+
+
+def _cut_rows(lm: CrucibleLM) -> list[Row]:
+    """How many prompts and contexts lost their beginning, where some did: scores of these say less."""
+    return [
+        Row("lm-eval", f"{what} that were cut", float(count), None, count)
+        for what, count in getattr(lm, "cut", {}).items()
+        if count
+    ]
 
 
 def include_state(folder: str | None) -> list[Any]:

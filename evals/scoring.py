@@ -17,7 +17,6 @@ from model.logprobs import Ask
 
 Progress = Callable[[int, int], None]  # (done, all)
 
-_LOGITS_BYTES = 256 << 20  # of one batch in float32, unless a single row takes more
 _FIRST_LENGTH = 32  # tokens of the shortest bucket
 
 
@@ -57,7 +56,7 @@ class Scorer:
     ):
         self.context = context
         self._cfg, self._params, self._vocab_size = cfg, params, vocab_size
-        self._budget = min(batch_tokens, max(1, _LOGITS_BYTES // (4 * cfg.vocab_size)))
+        self._budget = batch_tokens  # whatever the vocabulary: large logits are never in memory, see `apply`
         lengths = [_FIRST_LENGTH]
         while lengths[-1] < context:
             lengths.append(lengths[-1] * 2)

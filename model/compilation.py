@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from model.kernels.backend import CHIPS
+
 
 def prepare_compiler() -> None:
     """For commands that compile large programs: keep them on disk, and no memory that the compiler has used."""
@@ -42,26 +44,28 @@ def _give_memory_back() -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
 
 
-def training_options(platform: str | None = None) -> dict[str, bool | int | str]:
+def training_options(platform: str | None = None, chip: str | None = None) -> dict[str, bool | int | str]:
     """XLA's options for programs that train; for `jax.jit(compiler_options=...)`.
 
-    On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products; on some
-    slices XLA says gathers as all-reduces, too, and makes gathers of them only as it emits code. On CPU, matrix
-    products go to Eigen instead of YNNPACK, which is slower there, and vectors are as wide as registers.
+    On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products. On a v5e
+    such a collective is fused with a product ("continuation fusion"); newer compilers call that unsafe on other chips,
+    and refuse it. On CPU, matrix products go to Eigen instead of YNNPACK, which is slower there, and vectors are as
+    wide as registers.
 
     Args:
       platform: None: that of the devices that are here.
+      chip: of `model.kernels.backend.CHIPS`' values; None: that of the devices that are here.
     """
-    return _TRAINING.get(platform or jax.default_backend(), {})
+    platform = platform or jax.default_backend()
+    if platform != "tpu":
+        return _TRAINING.get(platform, {})
+    if chip is None and jax.default_backend() == "tpu":
+        chip = CHIPS.get(jax.devices()[0].device_kind)
+    return _TRAINING["tpu"] | (_FUSED_COLLECTIVES if chip == "v5e" else {})
 
 
 _TRAINING: dict[str, dict[str, bool | int | str]] = {
     "tpu": {
-        "xla_tpu_enable_async_collective_fusion": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
-        "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
         "xla_enable_async_all_reduce": True,
@@ -72,4 +76,12 @@ _TRAINING: dict[str, dict[str, bool | int | str]] = {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20,
     },
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512},
+}
+
+_FUSED_COLLECTIVES: dict[str, bool | int | str] = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
 from typing import Any
 
 import jax.numpy as jnp
@@ -140,6 +142,7 @@ class ModelConfig:
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(DTYPES)}.")
         check_remat(self.remat)
+        _check_given(self, "ModelConfig")
         self._check_encoder()
         self._check_patches()
         if self.future is not None and not self.causal:
@@ -181,7 +184,7 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether no token sees those after it, so that text can be written one token after the other."""
         stacks = [self.stack(name) for name in STACKS if name != "encoder_"]
-        return all(getattr(block.mixer, "causal", True) for stack in stacks for block in stack)
+        return all(_is_causal(block.mixer) for stack in stacks for block in stack)
 
     @property
     def token_width(self) -> int:
@@ -274,3 +277,31 @@ def _from_jsonable(value: Any) -> Any:
             f"{cls.__name__} has no field {sorted(unknown)}; the file was written by another version."
         )
     return cls(**{k: _from_jsonable(v) for k, v in value.items() if k != "kind"})
+
+
+def _is_causal(mixer: Any) -> bool:
+    """Of a mixer, and of all mixers within it."""
+    within = [*getattr(mixer, "mixers", ()), *(block.mixer for block in getattr(mixer, "blocks", ()))]
+    return getattr(mixer, "causal", True) and all(map(_is_causal, within))
+
+
+def _check_given(part: Any, where: str) -> None:
+    """Raises ValueError for a None, anywhere within, that its field does not allow."""
+    if isinstance(part, tuple):
+        for i, each in enumerate(part):
+            _check_given(each, f"{where}[{i}]")
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
+        return
+    for name, allowed in _allows_none(type(part)).items():
+        value = getattr(part, name)
+        if value is None and not allowed:
+            raise ValueError(f"{where}.{name} is None, and a {type(part).__name__} can't do without it.")
+        _check_given(value, f"{where}.{name}")
+
+
+@functools.cache
+def _allows_none(cls: type) -> dict[str, bool]:
+    """Whether each field of a dataclass may be None, by its annotation."""
+    hints = typing.get_type_hints(cls)
+    may = lambda hint: hint in (Any, None, type(None)) or type(None) in typing.get_args(hint)
+    return {field.name: may(hints[field.name]) for field in dataclasses.fields(cls)}

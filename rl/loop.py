@@ -26,7 +26,7 @@ from rl.rollout import Rollout, Sampler, problems_of_step
 from rl.trajectory import batch_of
 from rl.verifiers import Verifiers
 from serve import Engine
-from train.mesh import make_mesh, param_shardings, place_batch
+from train.mesh import check_mesh, make_mesh, param_shardings, place_batch
 from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw
 from train.step import make_train_step
@@ -74,6 +74,7 @@ class _Run:
         source = workdir if has_checkpoint(workdir) else config.init_from
         self.tokenizer = data.load_tokenizer(source)
         self.cfg = config.run.of(model.load_config(source))
+        check_mesh(self.cfg, mesh, config.sharding)
         shardings = param_shardings(self.cfg, mesh, config.sharding)
         spec, updates = config.rollout, config.grpo.minibatches
         optimizer = adamw(config.optimizer, config.steps * updates, self.cfg)

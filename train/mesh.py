@@ -14,8 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import ConfigError
 from model import MESH_AXES, ModelConfig, ShardingRules, logical_axes, param_shapes
-from model.adapters import split_trained
+from model.blocks.future import future_blocks
+from model.blocks.moe import MoE
+from model.config import STACKS
 from model.function import Params
+from model.kernels import backend
 from model.sharding import check_divisible, named_sharding
 from train.config import MeshSpec
 
@@ -46,6 +49,9 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    except AssertionError:  # a v4 whose chips are two devices each: jax knows no order of these for a torus
+        _log.warning("mesh %s: devices are taken in the order that the platform has them.", shown)
+        return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
     except NotImplementedError:  # as of 64 by 4 on a torus of 16 by 16
         _log.info("mesh %s: an axis of the slice's torus is divided among axes of the mesh.", shown)
         placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -61,16 +67,105 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> Param
     )
 
 
+def check_mesh(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> None:
+    """Every axis of the mesh splits work of this model.
+
+    Raises:
+      ConfigError: an axis whose devices would all compute the same; says what splits instead.
+    """
+    blocks = [block for name in STACKS for block in cfg.stack(name)] + list(
+        future_blocks(cfg.future).values()
+    )
+    has_experts = any(isinstance(network, MoE) for block in blocks for network in block.networks)
+    reasons = {
+        "stage": "blocks are not yet handed from stage to stage",
+        "expert": None if has_experts else "this model has no experts",
+        "context": None
+        if backend.current().name == "tpu"
+        else "tokens of a row are split by the attention kernel for TPUs alone",
+    }
+    for axis, reason in reasons.items():
+        size = mesh.shape.get(axis, 1)
+        if size > 1 and reason is not None and axis not in (*rules.batch, *rules.embed, *rules.mlp):
+            raise ConfigError(
+                f"config.mesh.{axis}={size} splits no work: {reason}, so {size} devices would compute the same. Set "
+                f"config.mesh.{axis}=1, and give these devices to data, fsdp or tensor."
+            )
+
+
+def rows_here(mesh: Mesh, rules: ShardingRules, rows: int, process: int | None = None) -> tuple[int, int]:
+    """(index, count): this process loads part `index` of `count` equal parts of a batch's rows.
+
+    Processes whose devices have the same rows load the same part, as where `tensor` spans two hosts.
+
+    Args:
+      process: default: this one.
+
+    Raises:
+      ConfigError: a process' rows are not one such part.
+    """
+    process = jax.process_index() if process is None else process
+    sharding = NamedSharding(mesh, rules.spec(("batch",)))
+    taken: dict[int, set[tuple[int, int]]] = {}
+    for device, (of_rows,) in sharding.devices_indices_map((rows,)).items():
+        start, stop, _ = of_rows.indices(rows)
+        taken.setdefault(device.process_index, set()).add((start, stop))
+    size = rows // len({min(spans) for spans in taken.values()})
+    first = min(start for start, _ in taken[process])
+    for spans in taken.values():
+        covered = sorted({row for start, stop in spans for row in range(start, stop)})
+        if covered[0] % size or covered != list(range(covered[0], covered[0] + size)):
+            raise ConfigError(
+                f"the hosts' devices have rows {sorted(taken[process])} and others of {rows}, which are not equal "
+                "parts in a row each. Order config.mesh so that data and fsdp are spread over hosts first."
+            )
+    return first // size, rows // size
+
+
 def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
-    """Shardings of a whole train state: whatever has the tree of the parameters, or of those that are trained, is laid
-    out like them."""
-    layouts = {jax.tree.structure(tree): tree for tree in (shardings, split_trained(shardings)[0])}
+    """Shardings of a whole train state: what the optimizer keeps for a parameter is split as that parameter is.
+
+    An array belongs to the parameter whose path ends its own. One with fewer axes, such as a factored second moment, is
+    split along the axes that it has.
+    """
+    known = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
+    shapes = {
+        _keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state.params)
+    }
     whole = NamedSharding(mesh, PartitionSpec())
-    of = lambda x: layouts.get(jax.tree.structure(x))
-    return jax.tree.map(lambda x: of(x) or whole, abstract_state, is_leaf=lambda x: of(x) is not None)
+
+    def place(path, leaf):
+        keys = _keys(path)
+        for start in range(len(keys)):
+            if (name := keys[start:]) in known:
+                return _like(known[name], shapes[name], leaf.shape, mesh)
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    """The names of dicts along a path; fields and places in tuples say nothing of the parameter."""
+    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def _like(
+    sharding: NamedSharding, shape: tuple[int, ...], wanted: tuple[int, ...], mesh: Mesh
+) -> NamedSharding:
+    """That of an array which has some of a parameter's axes, in their order."""
+    spec, axes = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))], iter(enumerate(shape))
+    found = [next((spec[i] for i, n in axes if n == size), None) for size in wanted]
+    return NamedSharding(mesh, PartitionSpec(*found))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) -> dict[str, jax.Array]:
-    """This host's rows as its part of the global batch."""
+    """This process' rows, see `rows_here`, as its part of the global batch."""
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    rows = len(next(iter(batch.values())))
+    if jax.process_count() > 1:
+        local = {(s.indices(rows)[:2]) for (s,) in sharding.addressable_devices_indices_map((rows,)).values()}
+        parts = len({s.indices(rows)[:2] for (s,) in sharding.devices_indices_map((rows,)).values()})
+        rows = rows * parts // len(local)
+    return {
+        k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:])) for k, v in batch.items()
+    }

@@ -27,7 +27,7 @@ from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
 from train.config import TrainConfig
-from train.mesh import make_mesh, param_shardings, place_batch
+from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here
 from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw, learning_rate
 from train.sampling import draw_samples
@@ -93,6 +93,7 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
             cfg = cfg.replace(adapters=None)
     base_cfg, cfg = cfg, cfg if adapters is None else cfg.replace(adapters=adapters)
     _check_balance(config, cfg)
+    check_mesh(cfg, mesh, config.sharding)
     if cfg.vocab_size < tokenizer.vocab_size:
         raise configs.ConfigError(
             f"the tokenizer {source} has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size} rows for them. "
@@ -223,9 +224,13 @@ class _Run:
         if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
             self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
 
+    def _rows_here(self) -> dict[str, int]:
+        index, count = rows_here(self.setup.mesh, self.config.sharding, self.config.data.batch_size)
+        return {"process_index": index, "process_count": count}
+
     def _training_batches(self) -> Iterator[dict[str, np.ndarray]]:
         spec, kind, steps = self.config.data, self.config.batch_kind, self.config.steps
-        batches = data.make_run_batches(spec, steps, kind, start=self.examples, **_hosts())
+        batches = data.make_run_batches(spec, steps, kind, start=self.examples, **self._rows_here())
         if jax.process_index() == 0:
             per_step = spec.batch_size // (2 if kind == "preference" else 1)
             print(data.make_plan(batches.opened, per_step, steps, spec.balance.max_epochs).table())
@@ -234,7 +239,7 @@ class _Run:
     def _validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
         spec, reading = self.config.data, data.Reading(self.config.batch_kind)
         return data.make_batches(
-            spec.validation, spec.batch_size, spec.seq_len, spec.seed, reading, **_hosts()
+            spec.validation, spec.batch_size, spec.seq_len, spec.seed, reading, **self._rows_here()
         )
 
     def _validate(self, step: int) -> None:
@@ -288,10 +293,6 @@ class _Run:
         rate |= {} if last["mfu"] is None else {"MFU": f"{last['mfu']:.1%}"}
         skipped = {"skipped": str(int(self.state.skipped))} if last["skipped"] else {}
         progress.show(step, **shown, **rate, **skipped)
-
-
-def _hosts() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 class _Rate:

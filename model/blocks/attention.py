@@ -324,7 +324,9 @@ def attend_pages(
                 count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
             rows = info.page_table, info.cached, count_B
             return attend_on_mesh(q_BTHC, new, cache, *rows, kept, sight, scores, rules, first_B)
-        _say_that_rows_are_gathered()
+        say_that_rows_are_gathered(
+            "The kernel has no biases of the scores, and its tokens follow on those in the cache."
+        )
     if new is not None:
         cache = write_pages(cache, new, info)
     parts = {name: read_pages(cache, name, info, kept.heads, q_BTHC.dtype) for name in kept.names}
@@ -335,8 +337,6 @@ def attend_pages(
 
 
 @functools.cache
-def _say_that_rows_are_gathered() -> None:
-    _log.info(
-        "Some attention to a cache gathers whole rows: the kernel has no biases of the scores, and its tokens follow "
-        "on those in the cache."
-    )
+def say_that_rows_are_gathered(why: str) -> None:
+    """Once: attention to a cache does without the kernel for TPUs."""
+    _log.warning("Some attention to a cache gathers whole rows, in memory and in time. %s", why)

@@ -48,6 +48,10 @@ class Block:
     skip_scale: float = 1.0  # of what it is added to
 
     def __post_init__(self):
+        if self.mixer is None:
+            raise ValueError(
+                "a block needs a mixer, and mixer=None was given. Put its network beside another block's."
+            )
         if self.cross is not None and self.parallel != "no":
             raise ValueError(f"parallel={self.parallel!r} blocks have no place for cross attention.")
 

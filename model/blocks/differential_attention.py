@@ -20,6 +20,7 @@ from model.blocks.attention import (
     key_value_pages,
     project_heads,
     read_pages,
+    say_that_rows_are_gathered,
     sees_slots,
     sow_weights,
     write_pages,
@@ -27,6 +28,7 @@ from model.blocks.attention import (
 from model.blocks.common import Context, TokenInfo, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
+from model.kernels import backend
 from model.kernels.attention import Scores, Sight, attention
 from model.kernels.self_attention import self_attention
 
@@ -98,6 +100,8 @@ class DifferentialAttentionModule(nn.Module):
                 q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids, rules=self.ctx.rules
             )
         else:
+            if backend.current().name == "tpu":
+                say_that_rows_are_gathered("The kernel has no values that two heads share.")
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
             k_BSKC, v_BSKC = (
                 read_pages(cache, name, info, spec.num_kv_heads, q_BTHC.dtype) for name in ("k", "v")

@@ -55,6 +55,8 @@ class LatentAttention:
     }
 
     def __post_init__(self):
+        if self.rope is None:
+            raise ValueError("latent attention has channels that are rotated: give it a Rope, not rope=None.")
         if self.rope.rotated(self.rope_dim) % 2:
             raise ValueError(
                 f"rope_dim={self.rope_dim} is odd; rotary positions turn pairs, so use an even width."

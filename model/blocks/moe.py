@@ -58,6 +58,9 @@ class MoE:
     balance_rate: float = 0.0  # balancing without a loss: how far a step moves each expert's `choice_bias`
 
     def __post_init__(self):
+        for name in ("num_experts", "experts_per_token", "expert", "router"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None: a mixture of experts can't do without it.")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} is not in 1 to num_experts={self.num_experts}."

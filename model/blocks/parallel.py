@@ -26,6 +26,8 @@ class Parallel:
     out_norm: Norm | None = None  # of each mixer's result (Hymba), before its scale
 
     def __post_init__(self):
+        if not self.mixers:
+            raise ValueError(f"Parallel needs at least one mixer; given mixers={self.mixers}.")
         for name in ("in_scales", "out_scales"):
             scales = getattr(self, name)
             if scales is not None and len(scales) != len(self.mixers):

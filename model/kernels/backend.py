@@ -16,6 +16,7 @@ from typing import Literal
 
 import jax
 from absl import flags
+from jax.sharding import AxisType
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +76,12 @@ def current() -> Backend:
 def for_cpu() -> bool:
     """Whether what is traced is for a CPU, whose compiler wants some things said otherwise."""
     return current().name == "plain" and jax.default_backend() == "cpu"
+
+
+def for_one_cpu() -> bool:
+    """`for_cpu`, and no mesh splits what is traced: to cut an array that devices share sends its parts about."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return for_cpu() and all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 @contextlib.contextmanager

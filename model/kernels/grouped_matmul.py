@@ -67,7 +67,7 @@ def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Arra
         return y_NRO.at[n].set(x_NRI[n] @ w_EIO[group_N[n]])
 
     empty = order.zeros_after(x_MI, (*x_NRI.shape[:2], w_EIO.shape[2]), jnp.result_type(x_MI, w_EIO))
-    y_NRO = jax.lax.fori_loop(0, len(group_N), step, empty)
+    y_NRO = jax.lax.fori_loop(0, _blocks_of(sizes_E, R).sum(), step, empty)  # rows of no group have no block
     return _within(sizes_E, y_NRO.reshape(-1, w_EIO.shape[2])[slot_M])
 
 
@@ -88,7 +88,7 @@ def _backward(saved, dy_MO: jax.Array):
 
     empty = order.zeros_after(dy_MO, x_NRI.shape, jnp.result_type(dy_MO, w_EIO))
     zeros = order.zeros_after(dy_MO, w_EIO.shape, jnp.float32)
-    dx_NRI, dw_EIO = jax.lax.fori_loop(0, len(group_N), step, (empty, zeros))
+    dx_NRI, dw_EIO = jax.lax.fori_loop(0, _blocks_of(sizes_E, R).sum(), step, (empty, zeros))
     return dx_NRI.reshape(-1, x_MI.shape[1])[slot_M], dw_EIO.astype(w_EIO.dtype), None
 
 
@@ -109,12 +109,16 @@ def _layout(sizes_E: jax.Array, M: int) -> tuple[jax.Array, jax.Array, int]:
     """(where each row stands among the rows of all blocks [M], the group of each block [N], rows a block)."""
     E = len(sizes_E)
     R = min(max(MIN_BLOCK, 1 << (M // E).bit_length() - 1), MAX_BLOCK) if M >= E else MIN_BLOCK
-    blocks_E = -(-sizes_E // R)
+    blocks_E = _blocks_of(sizes_E, R)
     group_M = _groups(sizes_E, M)
     first_block_E = jnp.cumsum(blocks_E) - blocks_E
     first_row_E = jnp.cumsum(sizes_E) - sizes_E
     slot_M = first_block_E[group_M] * R + jnp.arange(M) - first_row_E[group_M]
     return slot_M, _groups(blocks_E, M // R + E), R
+
+
+def _blocks_of(sizes_E: jax.Array, R: int) -> jax.Array:
+    return -(-sizes_E // R)
 
 
 def _to_blocks(x_MI: jax.Array, slot_M: jax.Array, blocks: int, R: int) -> jax.Array:

@@ -74,27 +74,36 @@ class Split:
 
 
 def split_of(rules: ShardingRules | None, B: int, T: int) -> Split:
-    """How the mesh set with `jax.set_mesh` splits B rows of T tokens, where products are kernels.
+    """How the mesh set with `jax.set_mesh` splits B rows of T tokens: each device sorts its own.
 
-    Rows or tokens that the devices do not divide are whole on each of them: so one token of a row is, in decoding.
-    Axes that split tokens and experts alike gather the experts; to send the tokens to them instead, an all-to-all,
-    there is no kernel.
+    One token of a row is whole on the devices that split a row's tokens: so it is in decoding. Axes that split tokens
+    and experts alike gather the experts; to send the tokens to them instead, an all-to-all, there is no kernel.
 
     Args:
-      rules: None: every device of the mesh computes the whole.
+      rules: None: every device of the mesh computes the whole; without kernels that is left to the compiler.
+
+    Raises:
+      ValueError: the devices do not divide the rows or the tokens.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-    if not ours or backend.current().name != "tpu":
+    if not ours or (rules is None and backend.current().name != "tpu"):
         return Split()
     if rules is None:
         return Split(frozenset(ours))
 
-    def dividing(axes: Axes, size: int) -> Axes:
+    def dividing(axes: Axes, size: int, what: str) -> Axes:
         axes = tuple(axis for axis in axes if axis in ours)
-        return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            raise ValueError(
+                f"mesh axes {'*'.join(axes)} = {ways} do not divide the {size} {what}. Give a multiple of {ways}, or "
+                "sharding rules that keep them whole."
+            )
+        return axes
 
-    batch, length = dividing(rules.batch, B), dividing(rules.length, T)
+    batch = dividing(rules.batch, B, "rows of the batch")
+    length = dividing(rules.length, T, "tokens of a row") if T > 1 else ()
     experts = tuple(axis for axis in rules.experts if axis in ours and axis not in (*batch, *length))
     return Split(frozenset(ours), batch, length, experts, rules)
 

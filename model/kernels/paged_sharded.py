@@ -53,10 +53,20 @@ def attend_on_mesh(
     ways = math.prod(mesh.shape[axis] for axis in heads)
     if kept.heads == 1:
         kv_heads = ()
-    if q_BTHC.shape[2] % ways or kv_heads not in ((), heads) or (kept.heads > 1 and kept.heads % ways):
-        heads = kv_heads = ()  # whole on every device
-    elif kept.heads > 1 and not kv_heads:
-        heads = ()
+    H, K = q_BTHC.shape[2], kept.heads
+    if H % ways or (kv_heads and K % ways):
+        fitting = [n for n in range(1, H + 1) if H % n == 0 and (K == 1 or K % n == 0)]
+        raise ValueError(
+            f"mesh axes {'*'.join(heads)} = {ways} do not divide {H} heads of queries over {K} of keys and values. Use "
+            f"{', '.join(map(str, fitting))}, or keep heads whole with sharding.act_heads=() and act_kv_heads=()."
+        )
+    if kv_heads not in ((), heads):
+        raise ValueError(
+            f"sharding.act_kv_heads={kv_heads} splits keys and values otherwise than act_heads={heads} splits queries. "
+            "Give both the same mesh axes."
+        )
+    if K > 1 and not kv_heads:
+        heads = ()  # the rules keep pages whole
     kept = dataclasses.replace(kept, heads=kept.heads // math.prod(mesh.shape[axis] for axis in kv_heads))
 
     def part(q_BTHC, new, cache, sinks_H, page_table_BP, start_B, count_B, first_B):

@@ -99,7 +99,6 @@ class _Split:
 
 
 def _split(rules: ShardingRules | None, B: int, H: int) -> _Split:
-    """Rows that the devices do not divide are whole on each of them."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = frozenset(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
     if not ours or rules is None:
@@ -111,7 +110,12 @@ def _split(rules: ShardingRules | None, B: int, H: int) -> _Split:
             f"mesh axes {'*'.join(heads)} = {ways(heads)} do not divide the {H} heads. Use another size, or "
             "sharding.act_heads=()."
         )
-    return _Split(ours, batch if B % ways(batch) == 0 else (), heads, ways(heads))
+    if B % ways(batch):
+        raise ValueError(
+            f"mesh axes {'*'.join(batch)} = {ways(batch)} do not divide the {B} rows of the batch. Give a multiple of "
+            f"{ways(batch)}, or sharding rules that keep them whole."
+        )
+    return _Split(ours, batch, heads, ways(heads))
 
 
 def _options(sizes: dict[str, Sizes]) -> dict:

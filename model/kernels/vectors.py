@@ -45,7 +45,7 @@ for_rows.defvjp(
 
 def sum_of_squares(x: jax.Array) -> jax.Array:
     """Of all numbers."""
-    return _sum_of_squares(x, in_parts=backend.for_cpu() and x.ndim > 1)
+    return _sum_of_squares(x, in_parts=backend.for_one_cpu() and x.ndim > 1)
 
 
 # many parameters have a few shapes: each is traced once
@@ -69,11 +69,15 @@ def _folded(combine: Callable, of: Callable, *arrays_W: jax.Array) -> jax.Array:
 def _parts(x_W: jax.Array) -> list[jax.Array]:
     width = x_W.shape[-1]
     count = min(16, width // _FEW)
-    return jnp.split(x_W, count, axis=-1) if backend.for_cpu() and count > 1 and width % count == 0 else [x_W]
+    return (
+        jnp.split(x_W, count, axis=-1)
+        if backend.for_one_cpu() and count > 1 and width % count == 0
+        else [x_W]
+    )
 
 
 def _sum_of_rows(x_N: jax.Array) -> jax.Array:
     """[N, ...] to [...]; on a CPU by sixteenths of the rows."""
-    while backend.for_cpu() and len(x_N) > _FEW and len(x_N) % 16 == 0:
+    while backend.for_one_cpu() and len(x_N) > _FEW and len(x_N) % 16 == 0:
         x_N = functools.reduce(jnp.add, jnp.split(x_N, 16))
     return x_N.sum(0)

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compiled import Program
+from benchmarks.compiled import Case, Program, compile_step
+from model import decoder
 from model.compilation import training_options
 from tests.model.tpu import CHIPS, needs_libtpu, one_chip
+from train.config import MeshSpec
 
 PROGRAM = """
 %fused_computation.1 (p: bf16[64,128]) -> bf16[64,128] {
@@ -45,6 +47,18 @@ def test_a_transpose_that_leaves_the_axes_as_they_are_is_no_copy():
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compilers_know_the_options(chip):
-    options = training_options("tpu")
+    options = training_options("tpu", chip)
     function = jax.jit(jnp.tanh, compiler_options=options, in_shardings=one_chip(chip))
     assert options and function.lower(jax.ShapeDtypeStruct((8, 128), jnp.float32)).compile()
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_each_chip_has_a_train_step_with_options_that_its_compiler_calls_safe(chip):
+    """Newer compilers refuse fused collectives on any chip but v5e, since they may give wrong results or hang."""
+    options = training_options("tpu", chip)
+    assert any("async_collective_fusion" in name for name in options) == (chip == "v5e")
+    cfg = decoder(512, 256, 2, 2, 2, 128, 512)
+    cfg = cfg.replace(dtype="bfloat16", param_dtype="float32", scan=True, remat="full")
+    program = compile_step(cfg, Case({}, CHIPS[chip], MeshSpec(data=1, fsdp=-1), rows=8, length=256))
+    assert "flash_forward" in program.as_text()

@@ -15,6 +15,7 @@ from evals.bits import bits_per_byte, compressor_rows, score_texts
 from evals.results import Row, average_row, mean_row, proportion_row, ratio_row, value_text
 from evals.scoring import Scorer, Span, windows
 from evals.texts import read_texts
+from model import decoder
 from tests.evals.conftest import SENTENCES
 
 
@@ -214,3 +215,11 @@ def test_a_model_split_over_devices_scores_the_same(cfg, params, tokenizer, scor
     spans = [Span(tokenizer.encode(text)[:60]) for text in SENTENCES[:4]]
     for one, other in zip(scorer.score(spans), split.score(spans), strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+
+
+def test_batches_are_as_large_as_asked_whatever_the_vocabulary():
+    """Logits of 128k entries are not in memory, so they bound no batch."""
+    cfg = decoder(128_256, 16, 1, 2, 1, 8, 16, max_length=2048)
+    scorer = Scorer(cfg, None, 128_256, context=2048, batch_tokens=8192)
+    (batch,) = scorer._batches([Span(range(1025))] * 8)
+    assert batch == (1024, list(range(8)))

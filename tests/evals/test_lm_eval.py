@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from configs import ConfigError
+from evals import lm_eval_tasks
 from evals.config import EvalConfig, LMEval
 from evals.evaluate import evaluate
 from evals.lm_eval_model import CrucibleLM
@@ -87,6 +88,17 @@ def test_a_context_that_is_too_long_loses_its_beginning(lm, tokenizer, brute_for
     assert logprob == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(ValueError, match="context"):
         lm.loglikelihood([ask("x", context)], disable_tqdm=True)
+
+
+def test_a_prompt_that_is_too_long_is_counted_and_said(scorer, engine, tokenizer, caplog):
+    lm = CrucibleLM(scorer, lambda length: engine, tokenizer, SPEC)
+    long = " ".join(["The quick brown fox jumps over the lazy dog."] * 12)
+    lm.generate_until([ask(text, {"max_gen_toks": 4}) for text in (long, "short", long)], disable_tqdm=True)
+    assert "2 of 3 prompts did not fit the model's context of 64 tokens" in caplog.text
+    lm.loglikelihood([ask(long, " Paris"), ask("x", " y")], disable_tqdm=True)
+    assert lm.cut == {"prompts": 2, "contexts": 1}
+    rows = {(row.name, row.metric): row.value for row in lm_eval_tasks._cut_rows(lm)}
+    assert rows["lm-eval", "prompts that were cut"] == 2
 
 
 def test_multiple_choice_scores_are_those_of_the_likeliest_choices(lm, tokenizer, brute_force):

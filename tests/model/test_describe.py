@@ -68,7 +68,10 @@ EVERY_PART = ModelConfig(
             post_norm=NORM,
         ),
         Block(
-            LatentAttention(2, 4, 2, 5, 7, q_rank=6, bias=True), SwiGLU(20, bias=True), None, None, LAYER_NORM
+            LatentAttention(2, 4, 2, 5, 7, q_rank=6, bias=True),
+            SwiGLU(20, bias=True),
+            None,
+            post_norm=LAYER_NORM,
         ),
         Block(LatentAttention(2, 4, 2, 5, 7), None),
         Block(DifferentialAttention(4, 2, 6, 0.2, qkv_bias=True, out_bias=True, pair_norm=NORM), None),

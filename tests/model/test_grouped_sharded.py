@@ -84,19 +84,24 @@ def test_values_and_gradients_are_those_of_one_device(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), ours, wanted)
 
 
-def test_a_mesh_is_used_as_far_as_it_divides():
+def test_a_mesh_splits_what_it_divides_and_says_what_it_does_not():
     mesh = mesh_of(jax.devices(), data=2, context=2, expert=2)
     with jax.set_mesh(mesh):
-        assert not split_of(RULES, 4, 6).mesh  # left to the compiler, as long as products are no kernels
+        assert not split_of(None, 4, 6).mesh  # left to the compiler, as long as products are no kernels
         with backend.use("tpu"):
-            split = split_of(RULES, 4, 6)
-            assert (split.batch, split.length, split.experts) == (("data", "fsdp"), ("context",), ("expert",))
-            assert split.width("mlp") == ("tensor",) and split.width("embed") == ()
-            assert split.gathers("embed") is False  # over one device
-            decoding = split_of(RULES, 3, 1)
-            assert (decoding.batch, decoding.length, decoding.experts) == ((), (), ("expert",))
-            assert decoding.width("embed") == ("fsdp",)
-            assert split_of(ShardingRules(batch=("expert",)), 4, 6).experts == ()
+            assert split_of(None, 4, 6).mesh
+        split = split_of(RULES, 4, 6)
+        assert (split.batch, split.length, split.experts) == (("data", "fsdp"), ("context",), ("expert",))
+        assert split.width("mlp") == ("tensor",) and split.width("embed") == ()
+        assert split.gathers("embed") is False  # over one device
+        assert split_of(RULES, 4, 1).length == ()  # one token of a row, as in decoding
+        with pytest.raises(
+            ValueError, match=r"data\*fsdp = 2 do not divide the 3 rows of the batch. Give a multiple of 2"
+        ):
+            split_of(RULES, 3, 6)
+        with pytest.raises(ValueError, match="context = 2 do not divide the 5 tokens of a row"):
+            split_of(RULES, 4, 5)
+        assert split_of(ShardingRules(batch=("expert",)), 4, 6).experts == ()
     with jax.set_mesh(mesh_of(jax.devices(), fsdp=4, tensor=2)), backend.use("tpu"):
         split = split_of(RULES, 4, 6)
         assert split.gathers("embed") and not split.gathers("mlp") and not split.gathers(None)

@@ -181,7 +181,7 @@ def mesh_of(devices, **sizes):
 
 MESHES = {  # shape of the inputs, sizes of the mesh
     "ssd, each device one group": ("ssd", (2, 20, 2, 3, 2, 5), {"data": 2, "tensor": 2}),
-    "ssd, groups on several devices": ("ssd of scaled values", (1, 20, 4, 3, 2, 5), {"data": 2, "tensor": 4}),
+    "ssd, groups on several devices": ("ssd of scaled values", (2, 20, 4, 3, 2, 5), {"data": 2, "tensor": 4}),
     "delta rule": ("delta rule", (2, 20, 2, 7, 5), {"fsdp": 2, "context": 2, "tensor": 2}),
 }
 QUICK = "ssd, groups on several devices"
@@ -191,7 +191,7 @@ QUICK = "ssd, groups on several devices"
     "case", [c if c == QUICK else pytest.param(c, marks=pytest.mark.slow) for c in MESHES]
 )
 def test_a_mesh_that_splits_rows_and_heads_changes_no_value_or_gradient(case):
-    """Rows that the devices do not divide, and keys of fewer groups than devices, are whole on each."""
+    """Keys of fewer groups than devices are whole on each."""
     name, shape, sizes = MESHES[case]
     function, inputs = public(name, KERNELS[name][0](*shape), ShardingRules())
     direction = directions(KERNELS[name][2], inputs)
@@ -202,12 +202,17 @@ def test_a_mesh_that_splits_rows_and_heads_changes_no_value_or_gradient(case):
 
 
 @pytest.mark.parametrize(
-    "heads, groups, message", [(6, 1, "do not divide the 6 heads"), (12, 3, "neither divide the 3 groups")]
+    "rows, heads, groups, message",
+    [
+        (2, 6, 1, "do not divide the 6 heads"),
+        (2, 12, 3, "neither divide the 3 groups"),
+        (3, 8, 1, "do not divide the 3 rows of the batch"),
+    ],
 )
-def test_heads_that_a_mesh_does_not_divide_are_named(heads, groups, message):
-    function, inputs = public("ssd", ssd_draws(1, 20, heads, 3, groups, 5), ShardingRules())
+def test_rows_and_heads_that_a_mesh_does_not_divide_are_named(rows, heads, groups, message):
+    function, inputs = public("ssd", ssd_draws(rows, 20, heads, 3, groups, 5), ShardingRules())
     with (
-        jax.set_mesh(mesh_of(jax.devices()[:4], tensor=4)),
+        jax.set_mesh(mesh_of(jax.devices(), data=2, tensor=4)),
         backend.use("tpu", interpret=True),
         pytest.raises(ValueError, match=message),
     ):
