@@ -23,7 +23,7 @@ from rl.config import RLConfig
 from train.config import TrainConfig
 from train.metrics import clock
 
-DESCRIPTION = __doc__
+DESCRIPTION = __doc__ or ""
 
 
 @dataclasses.dataclass(frozen=True)

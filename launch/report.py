@@ -42,8 +42,9 @@ def _tiles(figures: dict[str, Any]) -> str:
         m: score(figures, "pretrain", m)
         for m in ("bits per byte", "gzip -9 bits per byte", "bzip2 -9 bits per byte")
     }
-    if all(bits.values()):
-        ours, gzip, bzip2 = (row["value"] for row in bits.values())
+    values = [row["value"] for row in bits.values() if row]
+    if len(values) == len(bits):
+        ours, gzip, bzip2 = values
         tiles.append((f"bits per byte of held-out text; gzip {gzip:.2f}, bzip2 {bzip2:.2f}", f"{ours:.2f}"))
     before, after = (score(figures, stage, "accuracy") for stage in ("sft", "rl"))
     if before and after:

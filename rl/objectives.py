@@ -8,12 +8,14 @@ and `advantages`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
 from model import ModelConfig, ShardingRules, WeightedSum
 from model.function import Params
-from model.logprobs import Ask
+from model.logprobs import Ask, TokenScores
 from train.objectives import Batch, Objective, scored, with_aux
 
 
@@ -34,7 +36,8 @@ def grpo(
 
     def objective(params: Params, batch: Batch):
         out = scored(cfg, params, batch, Ask(temperature, entropy=True), rules)
-        logprobs_BT = out.scores.logprobs  # taken at the sampling temperature
+        scores = cast(TokenScores, out.scores)
+        logprobs_BT = scores.logprobs  # taken at the sampling temperature
         weights_BT, advantages_BT = batch["loss_weights"], batch["advantages"]
         log_ratio_BT = jnp.where(weights_BT > 0, logprobs_BT - batch["sampler_logprobs"], 0.0)
         ratio_BT = jnp.exp(log_ratio_BT)
@@ -43,7 +46,7 @@ def grpo(
         metrics = {
             "mismatch_kl": WeightedSum.of(kl_k3(logprobs_BT, batch["sampler_logprobs"]), weights_BT),
             "clipped": WeightedSum.of(gain_BT < ratio_BT * advantages_BT, weights_BT),
-            "entropy": WeightedSum.of(jax.lax.stop_gradient(out.scores.entropy), weights_BT),
+            "entropy": WeightedSum.of(jax.lax.stop_gradient(cast(jax.Array, scores.entropy)), weights_BT),
         }
         return with_aux(WeightedSum.of(-gain_BT, weights_BT), metrics, out.aux)
 
