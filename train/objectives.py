@@ -8,6 +8,7 @@ A batch is a dict of [B, T] arrays: tokens, targets, loss_weights, segment_ids, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]
 def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: ShardingRules | None = None):
     """(log p of the targets, log-normaliser, the blocks' aux) of a packed batch; the first two [B, T] float32 nats."""
     out = scored(cfg, params, batch, Ask(), rules)
-    return out.scores.logprobs, out.scores.log_z, out.aux
+    scores = cast(TokenScores, out.scores)
+    return scores.logprobs, scores.log_z, out.aux
 
 
 def scored(
@@ -86,7 +88,8 @@ def language_modelling(
 
     def objective(params: Params, batch: Batch):
         out = scored(cfg, params, batch, ask, rules)
-        logprobs_BT, log_z_BT = out.scores.logprobs, out.scores.log_z
+        scores = cast(TokenScores, out.scores)
+        logprobs_BT, log_z_BT = scores.logprobs, scores.log_z
         weights_BT = batch["loss_weights"]
         nll = WeightedSum.of(-logprobs_BT, weights_BT)
         loss = WeightedSum(nll.total + z_loss * jnp.sum(weights_BT * log_z_BT**2), nll.weight)

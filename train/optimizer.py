@@ -47,11 +47,11 @@ def adamw(spec: OptimizerSpec, steps: int, cfg: ModelConfig) -> optax.GradientTr
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """As optax has it, of `global_norm`."""
 
-    def update(grads, state, params=None):
-        norm = global_norm(grads)
+    def update(updates, state, params=None):
+        norm = global_norm(updates)
         # one number, so that no divided gradients lie in memory
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -79,7 +79,8 @@ def balance_experts(
     def is_choice_bias(path) -> bool:
         return path[-1].key == "choice_bias"
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
+        grads = updates  # optax's name for what comes in as for what goes out
         hidden = jax.tree_util.tree_map_with_path(
             lambda path, g: jnp.zeros_like(g) if is_choice_bias(path) else g, grads
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -60,8 +61,12 @@ def make_train_step(
         wanted = finite & (loss.weight > 0)
         trained, opt_state = _updated(optimizer, wanted, mean_grads, trained, state.opt_state)
         bad = 1 - finite.astype(jnp.int32)
-        state = state.replace(
-            step=state.step + 1, params=join(trained, rest), opt_state=opt_state, skipped=state.skipped + bad
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=join(trained, rest),
+            opt_state=opt_state,
+            skipped=state.skipped + bad,
         )
         extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
         return state, metrics | extra
