@@ -34,6 +34,7 @@ from evals.progress import ProgressLine
 from evals.results import PartResult, Row, average_row
 from evals.scoring import Scorer
 from evals.texts import read_texts, texts_state
+from model.function import Params
 from serve import Engine
 from train.mesh import check_mesh, make_mesh, param_shardings
 
@@ -65,7 +66,7 @@ class Subject:
         self._engine: Engine | None = None
 
     @functools.cached_property
-    def params(self) -> model.function.Params:
+    def params(self) -> Params:
         spec = self.config.mesh
         sizes = [getattr(spec, axis) for axis in model.MESH_AXES]
         mesh = make_mesh(spec, jax.devices()[: None if -1 in sizes else int(np.prod(sizes))])

@@ -162,8 +162,8 @@ class CrucibleLM(TemplateLM):
             (float(scored.logprobs.sum(dtype="float64")), bool(scored.greedy.all()))
             for scored in self._scorer.score(spans, progress)
         ]
-        for (text, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", text, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
@@ -172,8 +172,8 @@ class CrucibleLM(TemplateLM):
         if not requests:
             return []
         self._cut_prompts: list[bool] = []
-        prepared = [self._generation(*request.args, i) for i, request in enumerate(requests)]
-        longest = max(len(request.prompt) + request.sampling.max_tokens for request in prepared)
+        prepared = [self._generation(*request.args, number=i) for i, request in enumerate(requests)]
+        longest = max(len(request.prompt) + (request.sampling.max_tokens or 0) for request in prepared)
         progress = None if disable_tqdm else ProgressLine("lm-eval answers", "requests")
         self._say_cut("prompts", sum(self._cut_prompts), len(requests))
         outputs = self._engine_for(longest).generate(prepared, progress)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from configs import ConfigError
 from data.confined.limits import warn_if_open
@@ -66,8 +66,8 @@ def run_lm_eval(spec: LMEval, lm: CrucibleLM) -> PartResult:
         finally:
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in _pipes(process):
+                pipe.close()
     items = [{"task": task, **sample} for task, samples in found["samples"].items() for sample in samples]
     return PartResult(_rows(found["results"]) + _cut_rows(lm), items)
 
@@ -107,9 +107,15 @@ def _start(spec: LMEval, folder: str) -> subprocess.Popen:
     )
 
 
+def _pipes(process: subprocess.Popen) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None and process.stdout is not None  # asked for in `_start`
+    return process.stdin, process.stdout
+
+
 def _serve(process: subprocess.Popen, spec: LMEval, lm: CrucibleLM) -> dict[str, Any]:
     """Answer the harness until it has its results."""
-    replies, seconds = process.stdout.fileno(), None  # loading datasets takes what it takes
+    requests, replies = (pipe.fileno() for pipe in _pipes(process))
+    seconds: float | None = None  # loading datasets takes what it takes
     poll = select.poll()
     poll.register(replies, select.POLLIN | select.POLLHUP)
     while True:
@@ -133,7 +139,7 @@ def _serve(process: subprocess.Popen, spec: LMEval, lm: CrucibleLM) -> dict[str,
         answer = _answer(said, lm)
         if said["method"] in _METHODS:
             seconds = spec.scoring_seconds
-        write_message(process.stdin.fileno(), json.dumps(answer).encode())
+        write_message(requests, json.dumps(answer).encode())
 
 
 def _answer(said: dict[str, Any], lm: CrucibleLM) -> Any:

@@ -31,7 +31,8 @@ class Row:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Row:
         """The inverse, after JSON made a list of the interval."""
-        return cls(**fields | {"interval": fields["interval"] and tuple(fields["interval"])})
+        interval = fields["interval"] and tuple(fields["interval"])
+        return cls(**{**fields, "interval": interval})
 
 
 @dataclasses.dataclass
@@ -44,10 +45,10 @@ class PartResult:
 
 def mean_row(name: str, metric: str, values: Sequence[float]) -> Row:
     """The mean and its standard error, s / sqrt(n); for 0 and 1 this is the binomial one, with n - 1."""
-    values = np.asarray(values, np.float64)
-    n = len(values)
-    stderr = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
-    return Row(name, metric, float(values.mean()), stderr, n)
+    numbers = np.asarray(values, np.float64)
+    n = len(numbers)
+    stderr = float(numbers.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    return Row(name, metric, float(numbers.mean()), stderr, n)
 
 
 def proportion_row(name: str, metric: str, successes: Sequence[bool]) -> Row:

@@ -7,13 +7,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from model import ModelConfig, apply
-from model.logprobs import Ask
+from model.logprobs import Ask, TokenScores
 
 Progress = Callable[[int, int], None]  # (done, all)
 
@@ -141,5 +141,6 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(cfg, vocab_size, params, tokens_BT, targets_BT, real_BT):
     ask = Ask(likeliest=True, choices=vocab_size)
-    scores = apply(cfg, params, tokens_BT, segment_ids=real_BT, targets=targets_BT, ask=ask).scores
+    out = apply(cfg, params, tokens_BT, segment_ids=real_BT, targets=targets_BT, ask=ask)
+    scores = cast(TokenScores, out.scores)
     return scores.logprobs, scores.likeliest == targets_BT
