@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -163,7 +164,8 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) 
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
     rows = len(next(iter(batch.values())))
     if jax.process_count() > 1:
-        local = {(s.indices(rows)[:2]) for (s,) in sharding.addressable_devices_indices_map((rows,)).values()}
+        here = cast(Mapping[Any, tuple[slice]], sharding.addressable_devices_indices_map((rows,)))
+        local = {(s.indices(rows)[:2]) for (s,) in here.values()}
         parts = len({s.indices(rows)[:2] for (s,) in sharding.devices_indices_map((rows,)).values()})
         rows = rows * parts // len(local)
     return {

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from configs.exits import Stopped
 from data import Tokenizer
 from model import ModelConfig
 from model.adapters import add_adapters
+from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
@@ -133,7 +134,7 @@ def _objective(config: TrainConfig, cfg: ModelConfig, load_initial, workdir: Pat
 
 def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:
     networks = [network for block in cfg.blocks for network in block.networks]
-    over_batch = any(getattr(n, "balance_over", "") == "batch" and n.balance_loss for n in networks)
+    over_batch = any(isinstance(n, MoE) and n.balance_over == "batch" and n.balance_loss for n in networks)
     if over_batch and config.microbatches > 1:
         raise configs.ConfigError(
             f"balance_over='batch' evens the load of a whole batch, and config.microbatches={config.microbatches} "
@@ -200,7 +201,8 @@ class _Run:
                 if step % config.log_every == 0 or step == stop_at:
                     bad_in_a_row = self._count_bad(window.add(pending), bad_in_a_row)
                     pending = None
-                    last = window.means() | clock.tick(step - start) | {"lr": float(self.schedule(step - 1))}
+                    rate = cast(jax.Array, self.schedule(step - 1))
+                    last = window.means() | clock.tick(step - start) | {"lr": float(rate)}
                     self.log.write(step, "train", last)
                     self._show(progress, step, last)
                 with clock.paused():
