@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,10 +98,10 @@ def score_trusted(problem: Problem, answer: str) -> float:
 
 def extract_answer(text: str) -> str | None:
     """What stands in `<answer>...</answer>`; None unless the text ends with exactly one such pair."""
-    match = re.fullmatch(r"(?s)(.*)<answer>(.*)</answer>\s*", text)
-    if match is None or any(tag in part for part in match.groups() for tag in ("<answer>", "</answer>")):
+    text = text.rstrip()
+    if not text.endswith("</answer>") or text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
-    return match[2].strip()
+    return text.partition("<answer>")[2].removesuffix("</answer>").strip()
 
 
 def prompt(problem: Problem, instruction: str = INSTRUCTION) -> Messages:

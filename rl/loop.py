@@ -256,8 +256,8 @@ class _Run:
 
 
 class _Rate:
-    """Trained-on tokens a second of the whole loop, sampling and verifying included; answers without signal are sampled
-    and not trained on."""
+    """Tokens a second of the whole loop, verifying included. Answers of groups without signal are sampled and not trained
+    on."""
 
     def __init__(self, cfg, seq_len: int, devices: int):
         self._sampling, self._training = (
@@ -277,7 +277,8 @@ class _Rate:
             return {}
         flops = self._sampled * self._sampling + self._trained * self._training
         return {
-            "tokens_per_second": self._trained / self._seconds,
+            "tokens_per_second": self._sampled / self._seconds,
+            "trained_tokens_per_second": self._trained / self._seconds,
             "mfu": mfu(flops / self._seconds, self._devices),
         }
 

@@ -51,7 +51,8 @@ def test_the_report_tells_of_every_stage(finished):
     for stage in report["stages"]:
         assert stage["seconds"] > 0 and stage["peak_memory"] > 1e6
         if stage["name"] in ("pretrain", "sft", "dpo", "rl"):
-            assert stage["figures"]["tokens_per_second"] > 0 and stage["figures"]["mfu"] > 0
+            mfu = stage["figures"]["mfu"]  # None: this machine is too busy to measure its peak
+            assert stage["figures"]["tokens_per_second"] > 0 and (mfu is None or 0 < mfu <= 1)
     page = (finished / "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page), (
         "the page needs nothing from elsewhere"
@@ -66,26 +67,43 @@ def test_nothing_is_redone(finished):
     assert before == {path: path.stat().st_mtime_ns for path in finished.glob("*/stage.json")}
 
 
+def test_a_stage_that_is_stopped_or_killed_goes_on_to_the_same_end(finished, tmp_path):
+    """A copy elsewhere, in which reinforcement learning is still to do."""
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    for stage in ("rl", "eval-rl"):
+        shutil.rmtree(workdir / stage)
+    codes = []
+    for signal_sent, step in ((signal.SIGTERM, 1), (signal.SIGKILL, 2), (None, None)):
+        process = subprocess.Popen(command(workdir), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 280
+        while (
+            signal_sent
+            and not list((workdir / "rl").glob(f"checkpoints/[{step}-9]"))
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.02)
+        if signal_sent:
+            process.send_signal(signal_sent)
+        codes.append(process.wait(timeout=280))
+        time.sleep(0.5 if signal_sent == signal.SIGKILL else 0)
+        assert set(done(workdir)) >= set(STAGES[:-2])
+    assert codes in ([75, -9, 0], [75, 0, 0])  # the last steps may be quicker than the second signal
+    ours, theirs = (model.load(folder / "rl")[1] for folder in (workdir, finished))
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), ours, theirs))
+
+
 @pytest.mark.slow
 def test_a_changed_stage_is_redone_with_what_follows(finished, tmp_path):
-    workdir = finished.parent / "changed"
-    shutil.copytree(finished, workdir)
-    # The folder's name is part of the stages' configs, so the copy takes the original's place.
-    finished.rename(tmp_path / "kept")
-    workdir.rename(finished)
-    try:
-        run = subprocess.run(
-            [*command(finished), "--config.rl.optimizer.peak_lr=1e-4"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-        assert run.stdout.count("done before") == len(STAGES) - 2
-        assert {p.name for p in (finished / "replaced").iterdir()} == {"rl", "eval-rl"}
-    finally:
-        shutil.rmtree(finished)
-        (tmp_path / "kept").rename(finished)
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    run = subprocess.run(
+        [*command(workdir), "--config.rl.optimizer.peak_lr=1e-4"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.stdout.count("done before") == len(STAGES) - 2
+    assert (
+        "rl: its config has changed: optimizer.peak_lr=0.0001 (was 0.00025), so it is done anew" in run.stdout
+    )
+    assert {p.name for p in (workdir / "replaced").iterdir()} == {"rl", "eval-rl"}
 
 
 @pytest.mark.slow

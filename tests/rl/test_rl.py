@@ -276,6 +276,7 @@ def test_dropped_answers_count_as_sampled_and_not_as_trained_on():
     for rate, trained in ((kept, 100), (dropped, 50)):
         rate.add(1.0, 100, 100)  # the first step compiles
         rate.add(1e6, 100, trained)
-    assert kept.overall()["tokens_per_second"] == 2 * dropped.overall()["tokens_per_second"]
+    assert kept.overall()["trained_tokens_per_second"] == 2 * dropped.overall()["trained_tokens_per_second"]
+    assert kept.overall()["tokens_per_second"] == dropped.overall()["tokens_per_second"]
     # sampling is one part, training three
     assert dropped.overall()["mfu"] / kept.overall()["mfu"] == pytest.approx((1 + 1.5) / 4)

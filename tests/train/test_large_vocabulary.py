@@ -31,8 +31,10 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name",
+    [name if i == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(OBJECTIVES)],
+)
 def test_a_mesh_in_tiles_gives_the_loss_and_gradient_of_whole_logits(name, monkeypatch):
     cfg, batch = model(1), rl_batch()
     params = fresh(cfg)

@@ -1,4 +1,4 @@
-"""Meshes: each axis divides the work of a device, rows follow the sharding, and the optimizer's state its parameters."""
+"""Meshes: each axis divides a device's work, rows follow the sharding, and the optimizer's state its parameters."""
 
 import dataclasses
 import functools

@@ -34,26 +34,25 @@ TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat s
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A tokenizer and a dataset of counting sequences: after n comes n + 1."""
+    """A tokenizer and counting sequences: after n comes n + 1, or n - 1, or pairs of which the first counts up.
+
+    Those of validation ("unseen_...") begin where none of the others does.
+    """
     root = tmp_path_factory.mktemp("corpus")
     tokenizer = data.train_tokenizer("bpe", TEXTS, 264)
     tokenizer.save(root / "tokenizer")
-    starts = np.random.default_rng(0).integers(5, 60, 200)
-    records = [TokenRecord(np.arange(s, s + 12, dtype=np.int32)) for s in starts]
-    write_dataset(root / "tokens", records, "tokens")
-    down = [TokenRecord(np.arange(s + 12, s, -1, dtype=np.int32)) for s in starts]
-    write_dataset(root / "down", down, "tokens")
-    chosen_and_rejected = [
-        tuple(
-            TokenRecord(tokens, np.arange(8) >= 4)
-            for tokens in (np.arange(s, s + 8), np.arange(s + 8, s, -1))
-        )
-        for s in starts
-    ]
-    pairs = [
-        tuple(TokenRecord(r.tokens.astype(np.int32), r.mask) for r in pair) for pair in chosen_and_rejected
-    ]
-    write_dataset(root / "pairs", pairs, "preference")
+    unseen = np.arange(7, 60, 6)
+    seen = np.setdiff1d(np.arange(5, 60), unseen)
+    for prefix, starts in (("", np.random.default_rng(0).choice(seen, 200)), ("unseen_", unseen.repeat(4))):
+        up = [np.arange(s, s + 12, dtype=np.int32) for s in starts]
+        down = [np.arange(s + 12, s, -1, dtype=np.int32) for s in starts]
+        write_dataset(root / f"{prefix}tokens", map(TokenRecord, up), "tokens")
+        write_dataset(root / f"{prefix}down", map(TokenRecord, down), "tokens")
+        pairs = [
+            tuple(TokenRecord(tokens[:8], np.arange(8) >= 4) for tokens in (rising, falling[4:]))
+            for rising, falling in zip(up, down, strict=True)
+        ]
+        write_dataset(root / f"{prefix}pairs", pairs, "preference")
     return root
 
 
@@ -72,7 +71,7 @@ def make_config(corpus, **changes):
         },
         "data": {
             "mixture": {str(corpus / "tokens"): 1.0},
-            "validation": {str(corpus / "tokens"): 1.0},
+            "validation": {str(corpus / "unseen_tokens"): 1.0},
             "seq_len": 24,
             "batch_size": 8,
             "validation_batches": 2,
@@ -121,7 +120,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, uninterrup
 def test_a_mixture_that_takes_over_midway_is_planned_learned_and_resumed(corpus, tmp_path, capsys):
     up, down = str(corpus / "tokens"), str(corpus / "down")
     mixture = {"phases": [{"weights": {down: 1.0}, "start": 0.5}], "packing": "best_fit"}
-    config = make_config(corpus, data=mixture | {"validation": {down: 1.0}})
+    config = make_config(corpus, data=mixture | {"validation": {str(corpus / "unseen_down"): 1.0}})
     whole = train(config, tmp_path / "whole")
     printed = capsys.readouterr().out
     shown = " ".join(printed.split())
@@ -165,7 +164,7 @@ def test_dpo_learns_to_prefer_the_chosen_answers(corpus, uninterrupted, tmp_path
         steps=15,
         data={
             "mixture": {str(corpus / "pairs"): 1.0},
-            "validation": {str(corpus / "pairs"): 1.0},
+            "validation": {str(corpus / "unseen_pairs"): 1.0},
             "batch_size": 16,
         },
         optimizer={"peak_lr": 1e-3},
@@ -242,7 +241,7 @@ def test_adapters_learn_another_task_while_all_else_stays_as_it_was(corpus, unin
         corpus,
         init_from=str(uninterrupted[0]),
         adapters={"rank": 8, "alpha": 16.0, "decomposed": True},
-        data={"mixture": {str(corpus / "down"): 1.0}, "validation": {str(corpus / "down"): 1.0}},
+        data={"mixture": {str(corpus / "down"): 1.0}, "validation": {str(corpus / "unseen_down"): 1.0}},
         steps=60,
         checkpoint={"every": 60},
     )
