@@ -256,8 +256,8 @@ class _Run:
 
 
 class _Rate:
-    """Tokens a second of the whole loop, verifying included. Answers of groups without signal are sampled and not trained
-    on."""
+    """Tokens a second of the whole loop, verifying included. Answers of groups without signal are sampled and not
+    trained on."""
 
     def __init__(self, cfg, seq_len: int, devices: int):
         self._sampling, self._training = (
