@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +162,7 @@ def peak_text() -> str:
     return f"peak {peak / 1e9:,.0f} GFLOP/s a device, {how}"
 
 
-def _devices_of_a_chip(device: jax.Device) -> int:
+def _devices_of_a_chip(device: Any) -> int:
     """A TPU v2, v3 or 7x is two devices, of one core each, at the same place of the slice."""
     coords = getattr(device, "coords", None)
     if coords is None:

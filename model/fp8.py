@@ -60,7 +60,7 @@ def block_of(quantization: Any) -> tuple[int, int] | None:
     whole = (
         isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)
     )
-    if not whole or kind != "e4m3":
+    if not isinstance(block, list) or not whole or kind != "e4m3":
         raise ValueError(
             f"quantization_config with fmt={kind!r} and weight_block_size={str(block)[:100]} is not supported; e4m3 in "
             "blocks of two lengths, such as [128, 128], is."

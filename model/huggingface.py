@@ -96,19 +96,19 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
 
 def _tensors(folder: Path, stored: dict[str, StoredTensor], saved: dict[str, Any]) -> dict[str, Stored]:
     """What a folder has of the model, packed weights as the tensors that they stand for."""
-    stored = mxfp4.join(stored)
+    joined: dict[str, Any] = mxfp4.join(stored)
     of_text = wrapped.text_config(saved) if saved["model_type"] in wrapped.TEXT else saved
     if (block := fp8.block_of(of_text.get("quantization_config"))) is not None:
-        stored = fp8.join(stored, block)
-    if not wrapped.is_wrapped(stored):
-        return stored
-    if others := wrapped.left_out(stored):
+        joined = fp8.join(joined, block)
+    if not wrapped.is_wrapped(joined):
+        return joined
+    if others := wrapped.left_out(joined):
         _log.warning(
             "%s: only the text is read; left out: %s.",
             folder,
             ", ".join(f"{part} ({count} tensors)" for part, count in sorted(others.items())),
         )
-    named = [(wrapped.text_name(name), tensor) for name, tensor in stored.items()]
+    named = [(wrapped.text_name(name), tensor) for name, tensor in joined.items()]
     return {name: tensor for name, tensor in named if name is not None}
 
 

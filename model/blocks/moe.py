@@ -154,9 +154,9 @@ class MoEModule(nn.Module):
         spec, ctx = self.spec, self.ctx
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
-        counts_BTE = sum(
-            jax.nn.one_hot(chosen_BTK[..., k], spec.num_experts) for k in range(spec.experts_per_token)
-        )
+        counts_BTE = jnp.zeros(logits_BTE.shape, jnp.float32)
+        for k in range(spec.experts_per_token):
+            counts_BTE += jax.nn.one_hot(chosen_BTK[..., k], spec.num_experts)
         if spec.dispatch == "dropless" or not ctx.train:
             return dropless(experts, x_BTD, chosen_BTK, weights_BTK, spec.weigh_input), counts_BTE, None
         slots_BTES, weights_BTE = capacity_slots(

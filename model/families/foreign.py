@@ -6,6 +6,7 @@ shapes repeat are not here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 # Key -> the values, beside null, that say nothing; the same number as an integer or a float is one value.
@@ -91,7 +92,7 @@ WINDOWS = ("sliding_window", "attention_window_size", "attention_chunk_size", "w
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
-def changes_numbers(key: str, value: Any, config: dict[str, Any]) -> bool:
+def changes_numbers(key: str, value: Any, config: Mapping[str, Any]) -> bool:
     """Whether a key that the config's own family does not know would change what a model computes in another."""
     if key not in NEUTRAL or value is None or value in NEUTRAL[key]:
         return False

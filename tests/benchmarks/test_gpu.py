@@ -19,7 +19,17 @@ def test_a_wrong_gradient_is_seen():
 
 @pytest.mark.parametrize("part", ["step", "decode"])
 def test_a_part_prints_a_line_of_json(part):
-    command = [sys.executable, "-m", "benchmarks.gpu", part, "--small", "--rows=2", "--length=32", "--batch", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        part,
+        "--small",
+        "--rows=2",
+        "--length=32",
+        "--batch",
+        "2",
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     said = json.loads(run.stdout.splitlines()[-1])
     assert said["part"] == part and said["device"] == "cpu" and said["tokens_per_second"] > 0
