@@ -46,8 +46,9 @@ class Checkpoints:
         if keep_every:
             policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
         every_call: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        self._folder = Path(folder).absolute()
         self._checkpointer = ocp.training.Checkpointer(
-            str(Path(folder).absolute()),
+            str(self._folder),
             save_decision_policy=every_call,
             preservation_policy=policy,
             cleanup_tmp_directories=True,
@@ -73,6 +74,10 @@ class Checkpoints:
         wanted = {"params": params, "optimizer": optimizer, "train": train}
         items = self._checkpointer.load_checkpointables(step, wanted)
         return items["params"], items["optimizer"], json.loads(train.files["state.json"])
+
+    def kept_beside(self, step: int) -> set[str]:
+        """What was saved as "optimizer" at `step`, by name."""
+        return set(ocp.metadata(str(self._folder / str(step)), "optimizer").metadata)
 
     def wait(self) -> None:
         """Until what was saved is on disk under its final name."""

@@ -56,7 +56,11 @@ class StateStore:
         wanted = jax.tree.map(
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
         )
-        params, rest, progress = self._checkpoints.restore(step, wanted.params, _all_but_params(wanted))
+        kept = self._checkpoints.kept_beside(step)
+        beside = {name: value for name, value in _all_but_params(wanted).items() if name in kept}
+        params, rest, progress = self._checkpoints.restore(step, wanted.params, beside)
+        if "rng" not in kept:  # a checkpoint of an earlier version of this code
+            rest["rng"] = jax.device_put(jax.random.key_data(jax.random.key(seed)), wanted.rng.sharding)
         return TrainState(params=params, **rest), progress
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
