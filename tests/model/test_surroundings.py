@@ -118,3 +118,16 @@ def test_documents_share_of_a_routers_capacity_is_its_own_in_training():
     tokens, segments, starts = rows_of(document, neighbour)
     for row, start in zip(trained(params, tokens, None, segments), starts, strict=True):
         np.testing.assert_allclose(row[start : start + DOCUMENT], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", pytest.param("modernbert", marks=pytest.mark.slow)])
+def test_an_encoder_reads_a_document_alike_whatever_is_around_it(name):
+    cfg, params = load(GOLDENS / name, dtype="float32")
+    document, neighbour = (random_tokens(cfg, (n,), seed=n) for n in (DOCUMENT, NEIGHBOUR))
+    alone = np.asarray(forward(cfg, params, document[None]).hidden[0])
+    tokens, segments, starts = rows_of(document, neighbour)
+    hidden = forward(cfg, params, tokens, segment_ids=segments).hidden
+    for row, start in zip(hidden, starts, strict=True):
+        np.testing.assert_allclose(
+            row[start : start + DOCUMENT], alone, atol=1e-4 * max(1.0, np.abs(alone).max())
+        )
