@@ -118,7 +118,7 @@ def step(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
-    from model import decoder, init
+    from model import init
     from model.compilation import training_options
     from model.flops import mfu, train_flops_per_token
     from model.kernels.backend import Kernels
@@ -129,18 +129,7 @@ def step(options: argparse.Namespace) -> None:
 
     L, shape = sizes(options), (options.rows, options.length)
     how = {"scan": not options.unrolled, "remat": options.remat, "kernels": Kernels(attention=options.form)}
-    cfg = decoder(
-        L["vocab"],
-        L["width"],
-        L["layers"],
-        L["heads"],
-        L["kv"],
-        L["head"],
-        L["ffn"],
-        tied_head=True,
-        rope_theta=5e5,
-    )
-    cfg = cfg.replace(dtype="bfloat16", **how)
+    cfg = llama(options).replace(**how)
     optimizer = adamw(OptimizerSpec(), 1000, cfg)
     state = jax.jit(lambda key: new_state(init(cfg, key), optimizer))(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), shape, 0, L["vocab"])
@@ -231,22 +220,11 @@ def decode(options: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from model import decoder, init
+    from model import init
     from serve import Engine, Request, SamplingParams
 
     L, new = sizes(options), 16 if options.small else 128
-    cfg = decoder(
-        L["vocab"],
-        L["width"],
-        L["layers"],
-        L["heads"],
-        L["kv"],
-        L["head"],
-        L["ffn"],
-        tied_head=True,
-        max_length=2048,
-    )
-    cfg = cfg.replace(dtype="bfloat16", param_dtype="bfloat16")
+    cfg = llama(options).replace(param_dtype="bfloat16")
     params = jax.jit(lambda key: init(cfg, key))(jax.random.key(0))
     weight_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
     for rows in options.batch:
@@ -267,6 +245,14 @@ def decode(options: argparse.Namespace) -> None:
             "tokens_per_terabyte_read": rows * 1e12 / weight_bytes,
         }
         say("decode", rows=rows, tokens_per_second=rows * new / seconds, seconds=seconds, **bound)
+
+
+def llama(options: argparse.Namespace) -> Any:
+    from model import decoder
+
+    L = sizes(options)
+    widths = (L[name] for name in ("vocab", "width", "layers", "heads", "kv", "head", "ffn"))
+    return decoder(*widths, tied_head=True, rope_theta=5e5, max_length=2048).replace(dtype="bfloat16")
 
 
 def sizes(options: argparse.Namespace) -> dict[str, int]:
