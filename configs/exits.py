@@ -9,8 +9,11 @@ from collections.abc import Iterator
 DONE, FAILED, MISTAKE, GATE, STOPPED = 0, 1, 2, 3, 75  # 75: EX_TEMPFAIL, "try again"
 
 
-class Stopped(RuntimeError):
-    """The command was asked to stop (SIGTERM: a preemption notice) and has saved what it did; not an error."""
+class Stopped(BaseException):
+    """The command was asked to stop (SIGTERM: a preemption notice) and has saved what it did; not an error.
+
+    Like KeyboardInterrupt it may come anywhere, and nothing that catches errors may take it for one.
+    """
 
 
 @contextlib.contextmanager

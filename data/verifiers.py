@@ -7,7 +7,6 @@ the others keep their scores.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,5 +89,4 @@ class Verifiers:
 
 def _share(value: Any) -> float:
     """A verifier's value; 0 for what is no number from 0 to 1."""
-    number = isinstance(value, int | float) and math.isfinite(value) and 0.0 <= value <= 1.0
-    return float(value) if number else 0.0
+    return float(value) if isinstance(value, int | float) and 0.0 <= value <= 1.0 else 0.0

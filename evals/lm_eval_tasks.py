@@ -7,10 +7,12 @@ JSON.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +66,8 @@ def run_lm_eval(spec: LMEval, lm: CrucibleLM) -> PartResult:
         try:
             found = _serve(process, spec, lm)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with what it forked, which can't leave the group
             process.wait()
             for pipe in _pipes(process):
                 pipe.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import resource
 import sys
@@ -40,8 +41,8 @@ class Limits:
 def confine(limits: Limits, folder: str | None = None, read: Iterable[str] = ()) -> None:
     """Hold this process to `limits`, without network and environment, from now until it ends.
 
-    Files can be read below the interpreter's folders, `sys.path` and `read`, and written in `folder` if
-    `file_megabytes` is above 0. Where the kernel has no Landlock nothing can be written.
+    Files can be read below the interpreter's folders, those of its libraries and of this code, and `read`, and written
+    in `folder` if `file_megabytes` is above 0. Where the kernel has no Landlock nothing can be written.
 
     Raises:
       OSError: on Linux, the kernel refuses a limit. Other systems keep time and memory only, see `warn_if_open`.
@@ -53,7 +54,7 @@ def confine(limits: Limits, folder: str | None = None, read: Iterable[str] = ())
         return
     write = limits.file_megabytes > 0 and folder is not None and landlock.version() > 0
     if landlock.version() > 0:
-        paths = [*_SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, *filter(None, sys.path), *read]
+        paths = [*_SYSTEM_FOLDERS, sys.prefix, sys.base_prefix, *_library_folders(), *read]
         landlock.restrict(paths, folder)
     seccomp.install(write=write, processes=limits.processes)
 
@@ -74,12 +75,33 @@ def _limit_resources(limits: Limits) -> None:
         resource.RLIMIT_AS: now + (limits.memory_megabytes << 20),
         resource.RLIMIT_FSIZE: limits.file_megabytes << 20,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 128 if limits.processes else 0,
+        resource.RLIMIT_NPROC: _threads_of_user() + 64 if limits.processes else 0,
+        resource.RLIMIT_CPU: math.ceil(limits.seconds) + 2,  # should nobody be left to kill it
     }
     for which, value in wanted.items():
         most = resource.getrlimit(which)[1]
         value = value if most == resource.RLIM_INFINITY else min(value, most)
         resource.setrlimit(which, (value, value))
+
+
+def _library_folders() -> list[str]:
+    """Of `sys.path`, what holds installed libraries, and this code's own packages: not a folder where a user works."""
+    installed = [entry for entry in sys.path if {"site-packages", "dist-packages"} & set(entry.split(os.sep))]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    return [*installed, *(os.path.join(root, name) for name in ("configs", "data", "model", "rl", "evals"))]
+
+
+def _threads_of_user() -> int:
+    """How many threads this user has by now: the limit counts them all."""
+    import psutil
+
+    mine, count = os.getuid(), 0
+    for process in psutil.process_iter():
+        try:
+            count += process.num_threads() if process.uids().real == mine else 0
+        except psutil.Error:
+            continue
+    return count
 
 
 def _address_space() -> int:

@@ -69,13 +69,18 @@ class Pool:
         outcomes = [Outcome(error="died")] * len(arguments)
         waiting = list(range(len(arguments)))[::-1]
         busy: dict[int, tuple[int, float]] = {}  # worker number -> (call number, deadline)
-        while waiting or busy:
-            for number in range(len(self._workers)):
-                if waiting and number not in busy:
-                    index = waiting.pop()
-                    self._send(number, pickle.dumps(arguments[index]))
-                    busy[number] = (index, time.monotonic() + self._limits.seconds + _GRACE_SECONDS)
-            self._collect(busy, outcomes)
+        try:
+            while waiting or busy:
+                for number in range(len(self._workers)):
+                    if waiting and number not in busy:
+                        index = waiting.pop()
+                        self._send(number, pickle.dumps(arguments[index]))
+                        busy[number] = (index, time.monotonic() + self._limits.seconds + _GRACE_SECONDS)
+                self._collect(busy, outcomes)
+        except BaseException:  # an interrupt, say: nobody waits for those that are at work
+            for number in busy:
+                self._replace(number)
+            raise
         return outcomes
 
     def close(self) -> None:
@@ -121,7 +126,7 @@ class Pool:
         try:
             message = read_message(worker.replies, (self._limits.reply_kilobytes << 10) + 1024)
             reply = json.loads(message) if message else None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
             self._replace(number)

@@ -20,7 +20,7 @@ _COMPUTE = {
     "pread64": (17, 67), "readv": (19, 65), "writev": (20, 66), "access": (21, None), "select": (23, None),
     "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23), "nanosleep": (35, 101),
     "getitimer": (36, 102), "alarm": (37, None), "setitimer": (38, 103), "getpid": (39, 172), "exit": (60, 93),
-    "uname": (63, 160), "fcntl": (72, 25), "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169),
+    "uname": (63, 160), "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169),
     "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153),
     "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
     "getppid": (110, 173), "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132), "statfs": (137, 43),
@@ -45,13 +45,15 @@ _PROCESSES = {
     "recvfrom": (45, 207), "sendmsg": (46, 211), "recvmsg": (47, 212), "shutdown": (48, 210), "bind": (49, 200),
     "listen": (50, 201), "getsockname": (51, 204), "getpeername": (52, 205), "socketpair": (53, 199),
     "setsockopt": (54, 208), "getsockopt": (55, 209), "clone": (56, 220), "fork": (57, None), "vfork": (58, None),
-    "wait4": (61, 260), "kill": (62, 129), "setpgid": (109, 154), "setsid": (112, 157), "epoll_wait": (232, None),
-    "epoll_ctl": (233, 21), "tgkill": (234, 131), "waitid": (247, 95), "epoll_pwait": (281, 22),
+    "wait4": (61, 260), "kill": (62, 129), "epoll_wait": (232, None), "epoll_ctl": (233, 21), "tgkill": (234, 131),
+    "waitid": (247, 95), "epoll_pwait": (281, 22),
     "accept4": (288, 242), "eventfd2": (290, 19), "epoll_create1": (291, 20), "dup3": (292, 24),
 }  # fmt: skip
 # Decided by an argument.
 _OPEN, _OPENAT, _CLONE, _CLONE3 = (2, None), (257, 56), (56, 220), (435, 435)
-_TGKILL, _PRLIMIT, _SOCKET = (234, 131), (302, 261), (41, 198)
+_TGKILL, _PRLIMIT, _SOCKET, _FCNTL = (234, 131), (302, 261), (41, 198), (72, 25)
+# Of fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX and F_NOTIFY, by which a file sends signals to whoever is named.
+_SIGNALLING = (8, 10, 15, 1026)
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -116,6 +118,9 @@ def _program(column: int, architecture: int, write: bool, processes: bool) -> li
     for call, flags in ((_OPEN[column], 1), (_OPENAT[column], 2)):
         allow = [_bpf(_RETURN, _ALLOW)] if write else _argument(flags, _ANY_BIT, _WRITING, then_allow=False)
         program += _where(call, allow)
+    refused = b"".join(_bpf(_EQUAL, command, 0, 1) + _refusal(errno.EPERM) for command in _SIGNALLING)
+    body = [_bpf(_LOAD, _ARGUMENTS + 8), *[refused[i : i + 8] for i in range(0, len(refused), 8)]]
+    program += _where(_FCNTL[column], [*body, _bpf(_RETURN, _ALLOW)])
     if processes:
         program += _where(_SOCKET[column], _argument(0, _EQUAL, _AF_UNIX))
     return [*program, _refusal(errno.EPERM)]

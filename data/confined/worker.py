@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pickle
+import secrets
 import select
 import shutil
 import signal
@@ -53,11 +54,12 @@ def _call(function: Callable, arguments: tuple, limits: Limits, folder: str, sec
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     ours, theirs = os.pipe()
+    nonce = secrets.token_hex(16)  # a reply that evaluated text wrote by itself lacks it
     child = os.fork()
     if not child:
         for descriptor in (ours, *secret):
             os.close(descriptor)
-        _confined_call(function, arguments, limits, folder, theirs)
+        _confined_call(function, arguments, limits, folder, theirs, nonce)
     os.close(theirs)
     try:
         data = _read_until(ours, time.monotonic() + limits.seconds, limits.reply_kilobytes << 10)
@@ -67,14 +69,19 @@ def _call(function: Callable, arguments: tuple, limits: Limits, folder: str, sec
         os.waitpid(child, 0)
     if isinstance(data, str):
         return {"error": data}
+    if not data.startswith(nonce.encode()):
+        return {"error": "died"}
     try:
-        return json.loads(data)
+        return json.loads(data[len(nonce) :])
     except (ValueError, RecursionError):
         return {"error": "died"}
 
 
-def _confined_call(function: Callable, arguments: tuple, limits: Limits, folder: str, out: int) -> None:
+def _confined_call(
+    function: Callable, arguments: tuple, limits: Limits, folder: str, out: int, nonce: str
+) -> None:
     try:
+        die_with_parent()
         os.setsid()
         os.chdir(folder)
         sys.addaudithook(_refuse_escapes)
@@ -84,6 +91,7 @@ def _confined_call(function: Callable, arguments: tuple, limits: Limits, folder:
     except BaseException as error:  # whatever an answer makes a verifier do is that answer's fault
         data = json.dumps({"error": f"{type(error).__name__}: {error}"[:200]}).encode()
     try:
+        data = nonce.encode() + data
         while data:
             data = data[os.write(out, data) :]
     finally:
@@ -121,9 +129,14 @@ def _refuse_escapes(event: str, arguments: tuple) -> None:
     if (
         event == "exec"
         and isinstance(code := arguments[0], types.CodeType)
-        and code.co_filename == "<string>"
+        and _is_evaluated(code.co_filename)
     ):
         _refuse_names(code)
+
+
+def _is_evaluated(filename: str) -> bool:
+    """Text has a name in angle brackets, such as "<string>"; so have modules that are a part of the interpreter."""
+    return filename.startswith("<") and not filename.startswith("<frozen ")
 
 
 def _refuse_names(code: types.CodeType) -> None:

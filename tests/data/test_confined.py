@@ -1,17 +1,23 @@
 """A corpus of hostile answers: nothing happens outside, each costs its own score, the rest are scored as ever."""
 
+import contextlib
+import fcntl
+import functools
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from data.confined import Limits, Pool, seccomp
 from data.confined.worker import read_message, write_message
 from data.tasks import Problem, TaskSpec, generate, score
 from data.verifiers import Verifiers, score_math, score_task
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(
     not seccomp.available(), reason="only Linux on x86_64 and aarch64 has the fence"
@@ -68,6 +74,21 @@ def test_hostile_answers_do_nothing_and_score_next_to_nothing(tmp_path, listener
         listener.accept()
 
 
+FORGED = """lambdify((), "[fd for fd in range(3, 64) if __import__('os').write(fd, b'{{}}')]", "math")()
+lambdify((), "__import__('os').write(4, b'{value}') and __import__('os')._exit(0)", "math")()"""
+
+
+@pytest.mark.parametrize(
+    "value", ['{"value": 1.0}', '{"value": 1' + "0" * 400 + "}", '{"value": ' + "[" * 2000]
+)
+def test_an_answer_writes_no_verdict_of_its_own(value):
+    problem = generate([TaskSpec("countdown")], "train", 1, 0)[0]
+    texts = FORGED.format(value=value).splitlines()
+    with Verifiers(timeout=10.0) as verifiers:
+        verdicts = verifiers.score([problem] * 3, [*texts, problem.answer])
+    assert [verdict.value >= 0.5 for verdict in verdicts] == [False, False, True]
+
+
 def test_answers_that_hang_or_fill_memory_cost_themselves_alone():
     problem = generate([TaskSpec("countdown")], "train", 1, 0)[0]
     texts = [*HANGS.splitlines(), problem.answer]
@@ -106,6 +127,22 @@ def probe(what, argument=None):
         return os.kill(argument, signal.SIGKILL)
     if what == "exec":
         return os.execv(sys.executable, [sys.executable, "-c", ""])
+    if what == "signal":  # by a file that says so when it can be read
+        ours, theirs = os.pipe()
+        fcntl.fcntl(ours, fcntl.F_SETSIG, signal.SIGKILL)
+        return fcntl.fcntl(ours, fcntl.F_SETOWN, argument)
+    if what == "pipe":  # as evaluated text may, without going through the function's own reply
+        for descriptor in range(3, 64):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, argument.encode())
+        os._exit(0)
+    if what == "huge":
+        return 10**400
+    if what == "deep":
+        return functools.reduce(lambda inner, _: [inner], range(990), [])
+    if what == "spin":
+        while True:
+            pass
     if what == "spoil":
         Problem.answer = "spoilt"
         return getattr(probe, "spoilt", None) or setattr(probe, "spoilt", True)
@@ -125,6 +162,51 @@ def test_a_confined_process_has_no_surroundings(tmp_path, monkeypatch, listener)
     assert outcomes[4].error == "flood"
     assert [outcomes[i].error.split(":")[0] for i in range(5, 10)] == ["PermissionError"] * 5
     assert outcomes[11].value is None and not outcomes[11].error  # nothing is left of the call before
+
+
+@pytest.mark.parametrize("reply", ['{"value": 1.0}', "[" * 3000, "x" * 100, ""])
+def test_what_a_call_writes_beside_its_reply_is_no_reply(reply):
+    with Pool(probe, limits=Limits(seconds=5)) as pool:
+        assert pool.map([("pipe", reply)])[0].error == "died"
+        huge, deep, signals = pool.map([("huge",), ("deep",), ("signal", os.getpid())])
+    assert huge.value == 10**400 and (deep.value or deep.error)
+    assert signals.error.startswith("PermissionError")
+
+
+def test_nothing_of_the_callers_own_folder_can_be_read(tmp_path):
+    (tmp_path / "token.txt").write_text("private")
+    script = f"""
+import sys; sys.path[:0] = ["", {str(ROOT)!r}]
+from data.confined import Pool
+from tests.data.test_confined import probe
+with Pool(probe) as pool:
+    print(pool.map([("read", {str(tmp_path / "token.txt")!r}), ("read", {str(ROOT / ".git" / "HEAD")!r})]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.count("PermissionError") == 2, run.stdout + run.stderr
+
+
+def test_a_call_ends_with_the_process_that_asked(tmp_path):
+    script = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}]
+from data.confined import Limits, Pool
+from tests.data.test_confined import probe
+pool = Pool(probe, limits=Limits(seconds=100))
+print(pool.map([("worker",)])[0].value, flush=True)
+pool.map([("spin",)])
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    worker = psutil.Process(int(process.stdout.readline()))
+    deadline = time.monotonic() + 60
+    while not (children := worker.children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs([worker, *children], timeout=30)
+    assert not alive
 
 
 def test_a_worker_that_dies_idle_is_replaced():

@@ -262,6 +262,9 @@ def test_the_sandbox_holds_memory_files_children_and_surroundings(tmp_path, monk
     ):
         assert run_python(hostile, box) == "PermissionError"
     assert not mark.exists()
+    assert run_python("import os; os._exit(0)", box) == "it left before its end"
+    deep = "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')"
+    assert run_python(deep, box) == ""  # and its folders are removed
     assert run_python("open('f', 'w').write('x'); assert open('f').read() == 'x'", box) == ""
     assert run_python("import threading; t = threading.Thread(target=print); t.start(); t.join()", box) == ""
 
