@@ -48,11 +48,15 @@ class Chosen(NamedTuple):
         if info.write_page is not None and info.write_slot is not None:
             page_BM = jnp.where(self.real_BM, self.take(info.write_page), NO_PAGE)
             pages = {"write_page": page_BM, "write_slot": self.take(info.write_slot)}
+        begins_B = info.begins
+        if begins_B is None:
+            begins_B = jnp.any((info.positions == 0) & real_tokens(info), axis=1)
         return dataclasses.replace(
             info,
             positions=self.take(info.positions),
             segment_ids=segments_BM,
             weights=None if info.weights is None else self.take(info.weights),
+            begins=begins_B,
             shared={},
             cached=None,
             **pages,

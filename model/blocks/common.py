@@ -114,6 +114,8 @@ class TokenInfo:
         default_factory=dict
     )  # from earlier blocks to later ones
     adapter: jax.Array | None = None  # [B] int32, see `Context`
+    # [B] bool, where a block passed tokens over: rows that begin a document among them; None: position 0 says so
+    begins: jax.Array | None = None
     weights: jax.Array | None = None  # [B, T] float32, of each token in what blocks add to the loss; None: 1
     # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
     slots_filled: jax.Array | None = None

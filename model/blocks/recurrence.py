@@ -30,6 +30,9 @@ class Walk:
     state: dict[str, jax.Array]  # of each batch row before its first token
     place_BT: jax.Array | None = None  # where the token at t of the caller stands in this order; None: at t
     order_BT: jax.Array | None = None  # the other way: where in the caller's order the token at t stands
+    begins_B: jax.Array | None = (
+        None  # bool: rows that begin a document, though perhaps not with one of these tokens
+    )
 
     def ordered(self, x_BTF: jax.Array) -> jax.Array:
         """From the caller's order to that of the walk."""
@@ -70,7 +73,8 @@ def begin(mixer: Mixer, x_BTD: jax.Array, info: TokenInfo, cache: dict | None) -
         x_BTD = jnp.take_along_axis(x_BTD, order_BT[..., None], axis=1)
         real_BT, positions_BT = (jnp.take_along_axis(x, order_BT, axis=1) for x in (real_BT, positions_BT))
     first_BT = real_BT & (positions_BT == 0)
-    return x_BTD, Walk(positions_BT, first_BT, real_BT, _read(cache, info, first_BT), place_BT, order_BT)
+    state = _read(cache, info, first_BT)
+    return x_BTD, Walk(positions_BT, first_BT, real_BT, state, place_BT, order_BT, info.begins)
 
 
 def finish(
@@ -85,7 +89,12 @@ def finish(
 
     def write(value_R: jax.Array, new_B: jax.Array) -> jax.Array:
         nowhere = value_R.shape[0]  # a batch row without real tokens may name a row that another one writes
-        to_B = rows_B if walk.real_BT is None else jnp.where(walk.real_BT.any(axis=1), rows_B, nowhere)
+        if walk.real_BT is None:
+            return value_R.at[rows_B].set(new_B.astype(value_R.dtype), mode="drop")
+        written_B = walk.real_BT.any(axis=1)
+        if walk.begins_B is not None:  # what another text left in the row goes, too
+            written_B |= walk.begins_B
+        to_B = jnp.where(written_B, rows_B, nowhere)
         return value_R.at[to_B].set(new_B.astype(value_R.dtype), mode="drop")
 
     return y_BTD, {name: write(value, state[name]) for name, value in cache.items()}
@@ -94,10 +103,11 @@ def finish(
 def _read(cache: dict, info: TokenInfo, first_BT: jax.Array) -> dict[str, jax.Array]:
     """The rows of the batch; zero, whatever was left there, for one that starts a document."""
     rows_B = cast(jax.Array, info.rows)  # set whenever there is a cache
+    fresh_B = first_BT[:, 0] if info.begins is None else first_BT[:, 0] | info.begins
 
     def read(value_R: jax.Array) -> jax.Array:
         state_B = value_R.at[rows_B].get(mode="clip")
-        return jnp.where(_like(first_BT[:, 0], state_B), 0, state_B)
+        return jnp.where(_like(fresh_B, state_B), 0, state_B)
 
     return {name: read(value) for name, value in cache.items()}
 

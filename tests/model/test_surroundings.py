@@ -11,6 +11,7 @@ import pytest
 
 from model import Block, ModelConfig, RMSNorm, SwiGLU, apply, init_cache, load
 from model.blocks.attention import Attention
+from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.mixture_of_recursions import MixtureOfRecursions, Narrowing
 from model.blocks.moe import MoE
@@ -80,14 +81,32 @@ def test_a_document_has_the_same_logits_whatever_is_around_it(name):
 NORM = RMSNorm()
 ATTENTION = Attention(4, 2, 6, Rope(100.0))
 BLOCK = Block(ATTENTION, SwiGLU(20), NORM)
+RECURRENT = Block(Mamba2(4, 6, 5), None, NORM)
 LONG = LongRopeScaling((1.0, 1.5, 2.0), (3.0, 5.0, 9.0), original_max_length=8)
 BUILT = {
     # the neighbour in the batch is beyond the original context, the document is not
     "LongRoPE": (Block(dataclasses.replace(ATTENTION, rope=Rope(100.0, LONG)), SwiGLU(20), NORM),),
     "a mixture of depths": (Block(MixtureOfDepths(BLOCK), None, None),),
     "a mixture of recursions": (Block(MixtureOfRecursions((BLOCK,), 2, Narrowing((0.7, 0.4))), None, None),),
+    "depths over a state": (Block(MixtureOfDepths(RECURRENT), None, None),),
+    "recursions over a state": (
+        Block(MixtureOfRecursions((RECURRENT,), 2, Narrowing((0.7, 0.4))), None, None),
+    ),
     "experts with slots": (Block(ATTENTION, MoE(4, 2, SwiGLU(8), dispatch="capacity"), NORM),),
 }
+
+
+@pytest.mark.parametrize("name", ["depths over a state", "recursions over a state"])
+def test_a_row_forgets_its_last_text_though_the_first_tokens_pass_by_the_block(name):
+    cfg, params = model_of(BUILT[name])
+    step = lambda tokens, cache: forward(cfg, params, np.array([[t] for t in tokens], np.int32), cache=cache)
+    empty = init_cache(cfg, 12, 8)
+    used = forward(cfg, params, np.full((12, 5), 7, np.int32), cache=empty).cache
+    reused = dataclasses.replace(used, length=jnp.zeros_like(used.length))
+    ours, fresh = (step(range(12), cache) for cache in (reused, empty))
+    for token in range(3):
+        np.testing.assert_allclose(ours.logits, fresh.logits, atol=1e-5)
+        ours, fresh = (step([token] * 12, out.cache) for out in (ours, fresh))
 
 
 def model_of(blocks):
