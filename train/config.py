@@ -152,6 +152,7 @@ class DataSpec(BatchSpec):
 
     validation: dict[str, float] = field(default_factory=dict)  # folder -> weight; empty: no validation loss
     validation_batches: int = 8
+    check_tokenizer: bool = True  # refuse datasets that were written with another tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

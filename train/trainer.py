@@ -27,6 +27,7 @@ from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
+from train.checks import check_datasets
 from train.config import TrainConfig
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here
 from train.metrics import MetricsLog, Progress, Window
@@ -100,6 +101,7 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
             f"the tokenizer {source} has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size} rows for them. "
             "Use the tokenizer that the model was trained with."
         )
+    check_datasets(config.data, tokenizer, source, cfg.vocab_size)
     shardings = param_shardings(cfg, mesh, config.sharding)
 
     def load_initial():

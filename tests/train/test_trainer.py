@@ -19,6 +19,7 @@ import configs
 import data
 import model
 from data.shards import TokenRecord, write_dataset
+from data.tokenize import write_chat_dataset
 from model.adapters import drop_adapters, merge_adapter, split_trained
 from model.generate import generate
 from model.logprobs import token_logprobs
@@ -301,6 +302,35 @@ def test_what_does_not_fit_is_met_at_the_door(corpus, tmp_path, changes, said):
         )
     with pytest.raises(ValueError, match=said):
         train(config, tmp_path)
+
+
+def written_with(tokenizer, folder):
+    conversations = [[{"role": "user", "content": "a cat"}, {"role": "assistant", "content": "sat"}]] * 40
+    return str(write_chat_dataset(conversations, tokenizer, folder).folder)
+
+
+@pytest.mark.parametrize("part", ["mixture", "validation"])
+def test_a_dataset_of_another_tokenizer_is_refused_before_anything_is_written(corpus, tmp_path, part):
+    other = data.train_tokenizer("bpe", ["entirely other words make other merges"] * 20, 264)
+    larger = data.train_tokenizer("bpe", [f"word{i} and {i * i} more" for i in range(400)], 340)
+    for name, tokenizer, said in (
+        ("other", other, r"other was written with another tokenizer .* 264 tokens\) .*check_tokenizer=False"),
+        ("larger", larger, r"larger was written with a tokenizer of 340 tokens, and the model has 320 rows"),
+    ):
+        folder = written_with(tokenizer, tmp_path / name)
+        with pytest.raises(configs.ConfigError, match=said):
+            train(make_config(corpus, data={part: {folder: 1.0}}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config = make_config(corpus, data={part: {str(tmp_path / "other"): 1.0}, "check_tokenizer": False})
+    prepare_run(config)
+
+
+def test_a_dataset_of_the_runs_own_tokenizer_is_taken(corpus, tmp_path, capsys):
+    own = written_with(data.load_tokenizer(corpus / "tokenizer"), tmp_path / "own")
+    prepare_run(make_config(corpus, data={"mixture": {own: 1.0}, "validation": {}}))
+    assert "not checked" not in capsys.readouterr().out
+    prepare_run(make_config(corpus))
+    assert "tokens does not say which tokenizer wrote it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
