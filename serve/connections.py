@@ -193,7 +193,10 @@ def make_server(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on host and port; port 0 takes a free one. OSError with the mend when that can't be."""
+    """A socket on host and port; port 0 takes a free one. OSError with the mend when that can't be, ValueError for a
+    number that is no port."""
+    if not 0 <= port <= 65535:  # the system would take it modulo 65536
+        raise ValueError(f"port={port}; wanted 0 to 65535, where 0 takes a free one.")
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -204,6 +207,6 @@ def bind(host: str, port: int) -> socket.socket:
         raise OSError(
             error.errno,
             f"can't listen on {host} port {port}: {error.strerror}. Is another server running? "
-            f"Stop it or give another port, e.g. --port={port + 1}.",
+            f"Stop it or give another port, e.g. --port={port + 1 if port < 65535 else 8000}.",
         ) from None
     return sock

@@ -108,3 +108,10 @@ def test_smollm2_names_the_installed_file_or_the_command_that_installs_it(monkey
 def test_sizes_that_can_not_be_are_errors_with_the_mend(run_folder, capsys, flag, words):
     assert main([f"--model={run_folder}", "--port=0", flag]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_that_no_machine_has_is_an_error_before_anything_is_loaded(port, run_folder, capsys):
+    assert main([f"--model={run_folder}", f"--port={port}"]) == 2
+    message = capsys.readouterr().err
+    assert f"port={port}; wanted 0 to 65535" in message and "Loading" not in message
