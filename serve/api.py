@@ -7,6 +7,7 @@ Chat completions and completions as in OpenAI's API reference, with vLLM's extra
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -257,12 +258,13 @@ def parse_body(raw: bytes, kind: type[BodyType]) -> BodyType:
 
 
 def refusal(error: RequestError) -> ApiError:
-    """The engine's reason as an answer with status 400."""
-    code = (
-        "context_length_exceeded"
-        if error.field in ("prompt", "max_tokens") and "tokens" in str(error)
-        else None
-    )
+    """The engine's reason as an answer with status 400.
+
+    On `context_length_exceeded` clients shorten the prompt, so it is for what counts the tokens ("40 tokens") alone:
+    not for a max_tokens that is no number of tokens, nor for an empty prompt.
+    """
+    too_long = error.field in ("prompt", "max_tokens") and re.search(r"\d tokens", str(error))
+    code = "context_length_exceeded" if too_long else None
     return ApiError(400, str(error), error.field, code)
 
 

@@ -289,6 +289,24 @@ BAD_BODIES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "path,change,code",
+    [
+        ("/v1/chat/completions", {"max_tokens": 0}, None),
+        ("/v1/chat/completions", {"max_completion_tokens": -5}, None),
+        ("/v1/chat/completions", {"max_tokens": 10**12}, "context_length_exceeded"),
+        ("/v1/completions", {"prompt": []}, None),
+        ("/v1/completions", {"prompt": [5] * 64}, "context_length_exceeded"),
+    ],
+)
+def test_the_code_on_which_clients_shorten_prompts_is_for_prompts_that_are_too_long(
+    server, path, change, code
+):
+    body = CHAT if path.endswith("chat/completions") else {"model": "tiny"}
+    status, answer = post(server[1], body | change, path)
+    assert (status, answer["error"]["code"]) == (400, code), answer
+
+
 def test_more_than_fifty_malformed_requests_get_a_reason_and_the_server_answers_the_next(server, client):
     engine, port = server
     cases = [("/v1/chat/completions", CHAT | change) for change in BAD_CHATS]
