@@ -236,12 +236,20 @@ def _open_source(
         rows = PreferencePairs if reading.kind == "preference" else LabelledRows
         source = rows(dataset, order, seq_len, reading.pad_id)
     if source.packer.rows_per_epoch == 0:
-        raise DatasetError(
-            f"{dataset.folder}: no row can be made of its {len(dataset)} records "
-            f"({source.packer.dropped} are longer than seq_len={seq_len}). Raise seq_len or set "
-            "too_long='truncate'."
-        )
+        raise DatasetError(f"{dataset.folder}: {_no_rows(dataset, source.packer.dropped, seq_len)}")
     return source
+
+
+def _no_rows(dataset: Dataset, dropped: int, seq_len: int) -> str:
+    if not dropped:
+        return (
+            f"no row can be made of its {len(dataset)} records: they hold no tokens. Write it from more data."
+        )
+    needed = int(_lengths(dataset).reshape(len(dataset), -1).max(axis=1).min())
+    return (
+        f"no row can be made of its {len(dataset)} records ({dropped} are longer than seq_len={seq_len}; the "
+        f"shortest needs {needed}). Raise seq_len (a run's config.data.seq_len)."
+    )
 
 
 def _concat(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:

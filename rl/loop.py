@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class _Run:
         else:
             self._evaluate(0)
         progress = Progress(config.steps, self.start)
-        with Preemption(self):
+        with contextlib.closing(self.store), Preemption(self):
             for step in range(self.start + 1, stop_at + 1):
                 last = self._step(step)
                 bad_in_a_row = bad_in_a_row + 1 if last["skipped"] else 0
@@ -141,13 +142,15 @@ class _Run:
                     seconds=f"{last['seconds_sampling']:.1f}+{last['seconds_training']:.1f}",
                 )
                 end = step == config.steps
-                if end or (config.evaluate_every and step % config.evaluate_every == 0):
-                    self._evaluate(step)
+                # Saved first: nothing that fails below may lose the steps.
                 if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
                     self.store.save(step, self.state, {"seed": config.seed})
+                if end or (config.evaluate_every and step % config.evaluate_every == 0):
+                    self._evaluate(step)
                 if self.stopping:
                     break
-        self.store.close()
+        if self.start == config.steps:  # all steps are saved; the last evaluation may have been cut short
+            self._evaluate(self.start)
         self.log.close()
         if self.stopping and step < stop_at:
             raise Stopped(f"stopped after step {step}; the same command goes on from here.")
@@ -228,14 +231,12 @@ class _Run:
 
     def _check(self, last: dict[str, float], bad_in_a_row: int) -> None:
         if last["mismatch_kl"] > self.config.max_mismatch_kl:
-            self.store.close()
             raise SamplerMismatch(
                 f"KL(sampler || trainer) is {last['mismatch_kl']:.2e} nats a token, above config.max_mismatch_kl="
                 f"{self.config.max_mismatch_kl:g}. Use one dtype for both, or raise the limit "
                 "if the cache is quantised."
             )
         if bad_in_a_row >= self.config.max_bad_steps:
-            self.store.close()
             raise TrainingDiverged(
                 f"{bad_in_a_row} steps in a row had no finite gradient. Lower config.optimizer.peak_lr "
                 f"(now {self.config.optimizer.peak_lr:g})."

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from configs import ConfigError
+from data.batches import BatchKind, Reading, open_mixture
 from data.mixture import Mixture, Phase, sources_of
 from data.shards import read_manifest
 from data.tokenize import fingerprint
@@ -41,6 +42,17 @@ def check_datasets(spec: DataSpec, tokenizer: Tokenizer, source: object, rows: i
                 "give the dataset's tokenizer. If they differ in the chat template or the end tokens alone, set "
                 "config.data.check_tokenizer=False."
             )
+
+
+def check_validation(spec: DataSpec, kind: BatchKind) -> None:
+    """Validation data give rows; else a run would learn it when it first validates, maybe at its end.
+
+    Raises:
+      DatasetError: a folder that is no dataset of this kind, or none of whose records fits a row.
+    """
+    if spec.validation:
+        per_step = spec.batch_size // (2 if kind == "preference" else 1)
+        open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, Reading(kind))
 
 
 def _folders(spec: DataSpec) -> Iterable[str]:

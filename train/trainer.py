@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -27,7 +28,7 @@ from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
-from train.checks import check_datasets
+from train.checks import check_datasets, check_validation
 from train.config import TrainConfig
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here
 from train.metrics import MetricsLog, Progress, Window
@@ -84,6 +85,8 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
         raise configs.ConfigError("give config.tokenizer (a tokenizer or run folder) or config.init_from.")
     tokenizer = data.load_tokenizer(source)
     _check_batch(config, mesh)
+    if config.objective == "dpo" and config.init_from is None:
+        raise configs.ConfigError("objective dpo compares with a frozen reference: give config.init_from.")
     adapters = config.adapters.build()
     if config.init_from is None:
         if adapters is not None:
@@ -102,6 +105,7 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
             "Use the tokenizer that the model was trained with."
         )
     check_datasets(config.data, tokenizer, source, cfg.vocab_size)
+    check_validation(config.data, config.batch_kind)
     shardings = param_shardings(cfg, mesh, config.sharding)
 
     def load_initial():
@@ -124,8 +128,7 @@ def _objective(config: TrainConfig, cfg: ModelConfig, load_initial, workdir: Pat
     if config.objective == "lm":
         objective = objectives.language_modelling(cfg, rules, config.z_loss, config.mtp_weight)
         return objective, lambda batch: batch
-    if config.init_from is None:
-        raise configs.ConfigError("objective dpo compares with a frozen reference: give config.init_from.")
+    assert config.init_from is not None
     reference = load_initial()
     if workdir is not None:
         check_reference(workdir, config.init_from, reference)
@@ -191,7 +194,7 @@ class _Run:
         self._announce(start)
         progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
         pending, bad_in_a_row, last = None, 0, {}
-        with Preemption(self):
+        with contextlib.closing(self.store), Preemption(self):
             batches = self._training_batches() if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
                 batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
@@ -211,7 +214,8 @@ class _Run:
                     self._occasionally(step, stop_at)
                 if self.stopping:
                     break
-        self.store.close()
+        if start == config.steps:  # all steps are saved; the last validation may have been cut short
+            self._validate(start)
         final = last | self._last_validation()
         self.log.close()
         if self.stopping and int(self.state.step) < stop_at:
@@ -220,13 +224,14 @@ class _Run:
 
     def _occasionally(self, step: int, stop_at: int) -> None:
         config, end = self.config, step == self.config.steps
+        # Saved first: nothing that fails below may lose the steps.
+        if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
+            self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
         if end or (config.validate_every and step % config.validate_every == 0):
             self._validate(step)
         if config.samples.prompts and (end or (config.samples.every and step % config.samples.every == 0)):
             for row in draw_samples(self.setup.cfg, self.state.params, self.setup.tokenizer, config.samples):
                 self.log.write_sample({"step": step} | row)
-        if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-            self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
 
     def _rows_here(self) -> dict[str, int]:
         index, count = rows_here(self.setup.mesh, self.config.sharding, self.config.data.batch_size)
@@ -268,7 +273,6 @@ class _Run:
             return 0
         in_a_row += 1
         if in_a_row >= self.config.max_bad_steps:
-            self.store.close()
             raise TrainingDiverged(
                 f"{in_a_row} steps in a row had no finite loss or gradient (last loss {means['loss']}); their updates "
                 f"were skipped. Lower config.optimizer.peak_lr (now {self.config.optimizer.peak_lr:g}), lengthen the "

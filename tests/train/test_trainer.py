@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 import configs
 import data
 import model
+from configs.paths import complete_steps
 from data.shards import TokenRecord, write_dataset
 from data.tokenize import write_chat_dataset
 from model.adapters import drop_adapters, merge_adapter, split_trained
 from model.generate import generate
 from model.logprobs import token_logprobs
-from train import store
+from train import store, trainer
 from train.config import OptimizerSpec, SampleSpec, TrainConfig
 from train.optimizer import adamw
 from train.sampling import draw_samples
@@ -331,6 +332,27 @@ def test_a_dataset_of_the_runs_own_tokenizer_is_taken(corpus, tmp_path, capsys):
     assert "not checked" not in capsys.readouterr().out
     prepare_run(make_config(corpus))
     assert "tokens does not say which tokenizer wrote it" in capsys.readouterr().out
+
+
+def test_validation_data_that_give_no_row_are_refused_before_the_first_step(corpus, tmp_path):
+    write_dataset(tmp_path / "empty", [], "tokens")
+    write_dataset(tmp_path / "long", [TokenRecord(np.arange(30, dtype=np.int32))], "chat")
+    for name, said in (("empty", "they hold no tokens"), ("long", r"shortest needs 30\)\. Raise seq_len")):
+        config = make_config(corpus, data={"validation": {str(tmp_path / name): 1.0}})
+        with pytest.raises(configs.ConfigError, match=said):
+            train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_last_validation_that_fails_loses_no_step_and_is_made_up_for(corpus, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk of the validation data is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(trainer._Run, "_validate", fail)
+        train(make_config(corpus, steps=3), tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == [3]
+    assert train(make_config(corpus, steps=3), tmp_path)["validation_loss"] > 0
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
