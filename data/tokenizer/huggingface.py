@@ -13,6 +13,7 @@ import tokenizers
 from configs.files import atomic_write
 from data.tokenizer.decoders import read_decoder
 from data.tokenizer.interface import Tokenizer
+from data.tokenizer.limits import check_limits, panics_as_errors
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -22,6 +23,7 @@ class HuggingFaceTokenizer(Tokenizer):
     `<think>`) are text like any other, as in transformers.
     """
 
+    @panics_as_errors()
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
@@ -37,8 +39,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """`special_tokens`: more names to treat as special than the backend marks itself. `roles` and `around` as the
         interface has them; what the backend's own post-processor puts around a text goes over `around`.
 
-        Raises ValueError for a name that the vocabulary lacks, or a decoder that does not give back bytes.
+        Raises ValueError for a name that the vocabulary lacks, a decoder that does not give back bytes, or steps that
+        make a text endless.
         """
+        check_limits(json.loads(backend.to_str()), "tokenizer")
         missing = [name for name in special_tokens if backend.token_to_id(name) is None]
         if missing:
             raise ValueError(f"special tokens {missing} are not in the vocabulary")
@@ -101,7 +105,8 @@ class HuggingFaceTokenizer(Tokenizer):
             text.encode("utf-8")
         backend = self._continuation if continuation else self._backend
         try:
-            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            with panics_as_errors():
+                return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
         except Exception as error:  # the library raises bare Exception
             if "unk_id" not in str(error):
                 raise

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from data.tokenizer.folder import Added, Description
 from data.tokenizer.huggingface import HuggingFaceTokenizer
 from data.tokenizer.interface import Tokenizer, read_json
+from data.tokenizer.limits import check_limits, panics_as_errors
 from data.tokenizer.pretokenizers import GGUF_PRETOKENIZERS, pattern
 from data.tokenizer.sentencepiece import SentencePieceTokenizer, Word, parse_model
 from data.tokenizer.spellings import byte_alphabet
@@ -42,8 +43,10 @@ def missing(folder: Path) -> str:
 
 
 def _from_json(file: Path, about: Description) -> Tokenizer:
+    check_limits(read_json(file) or {}, str(file))  # first: reading runs the normalizer on added tokens
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        with panics_as_errors():
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{file}: not a tokenizer that `tokenizers` can read: {error}") from error
     _as_its_class(backend, about)
