@@ -1,17 +1,20 @@
-"""What is held together before a run trains: its datasets and its tokenizer."""
+"""What is compared before a run trains: its datasets with its tokenizer, its model with that of its checkpoint."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from configs import ConfigError
+from configs import ConfigError, to_dict
 from data.batches import BatchKind, Reading, open_mixture
 from data.mixture import Mixture, Phase, sources_of
 from data.shards import read_manifest
 from data.tokenize import fingerprint
 from data.tokenizer import Tokenizer
-from train.config import DataSpec
+from model import ModelConfig
+from train.config import DataSpec, ModelSpec
 
 
 def check_datasets(spec: DataSpec, tokenizer: Tokenizer, source: object, rows: int) -> None:
@@ -53,6 +56,34 @@ def check_validation(spec: DataSpec, kind: BatchKind) -> None:
     if spec.validation:
         per_step = spec.batch_size // (2 if kind == "preference" else 1)
         open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, Reading(kind))
+
+
+def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, spec: ModelSpec) -> None:
+    """A run that goes on has the model of its checkpoint.
+
+    Raises:
+      ConfigError: names the keys of config.model that differ, or else the parts of the model.
+    """
+    if stored == wanted:
+        return
+    before = workdir / "config.json"
+    old = json.loads(before.read_text(encoding="utf-8")).get("model", {}) if before.is_file() else {}
+    changed = _changes("config.model", old, to_dict(spec)) if old else []
+    changed = changed or _changes("model", stored.to_dict(), wanted.to_dict())
+    raise ConfigError(
+        f"{workdir} holds a checkpoint of another model than the config builds: {', '.join(changed[:8])}. Give the "
+        "old values (and config.init_from, if the run began from a model), or begin anew in another --workdir."
+    )
+
+
+def _changes(key: str, old: Any, new: Any) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for name in new for line in _changes(f"{key}.{name}", old.get(name), new[name])]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for i in range(len(new)) for line in _changes(f"{key}[{i}]", old[i], new[i])]
+    if isinstance(old, list) and isinstance(new, list):
+        return [f"{key} has {len(new)} entries (was {len(old)})"]
+    return [] if old == new else [f"{key}={new!r} (was {old!r})"]
 
 
 def _folders(spec: DataSpec) -> Iterable[str]:

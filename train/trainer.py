@@ -28,7 +28,7 @@ from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
-from train.checks import check_datasets, check_validation
+from train.checks import check_datasets, check_same_model, check_validation
 from train.config import TrainConfig
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here
 from train.metrics import MetricsLog, Progress, Window
@@ -92,9 +92,16 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
         if adapters is not None:
             raise configs.ConfigError("config.adapters adapt a model: give config.init_from.")
         cfg = config.model.build(tokenizer.vocab_size, config.run)
+        if begun is not None:
+            check_same_model(config.run.of(model.load_config(begun)), cfg, begun, config.model)
     else:
         cfg = config.run.of(model.load_config(begun or config.init_from))
         if begun is not None and adapters is not None:
+            if cfg.adapters != adapters:
+                raise configs.ConfigError(
+                    f"{begun} trains {cfg.adapters or 'no adapters'}, and config.adapters asks for {adapters}. Give "
+                    "the old values, or begin anew in another --workdir."
+                )
             cfg = cfg.replace(adapters=None)
     base_cfg, cfg = cfg, cfg if adapters is None else cfg.replace(adapters=adapters)
     _check_balance(config, cfg)

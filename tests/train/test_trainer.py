@@ -322,7 +322,9 @@ def test_a_dataset_of_another_tokenizer_is_refused_before_anything_is_written(co
         with pytest.raises(configs.ConfigError, match=said):
             train(make_config(corpus, data={part: {folder: 1.0}}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    config = make_config(corpus, data={part: {str(tmp_path / "other"): 1.0}, "check_tokenizer": False})
+    config = make_config(
+        corpus, data={part: {str(tmp_path / "other"): 1.0}, "check_tokenizer": False, "seq_len": 256}
+    )
     prepare_run(config)
 
 
@@ -353,6 +355,20 @@ def test_a_last_validation_that_fails_loses_no_step_and_is_made_up_for(corpus, t
         train(make_config(corpus, steps=3), tmp_path)
     assert complete_steps(tmp_path / "checkpoints") == [3]
     assert train(make_config(corpus, steps=3), tmp_path)["validation_loss"] > 0
+
+
+def test_a_run_goes_on_with_its_own_model_alone(corpus, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted[0], tmp_path, dirs_exist_ok=True)
+    before = (tmp_path / "config.json").read_text()
+    narrow = {"width": 48, "layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "ffn_width": 48}
+    with pytest.raises(configs.ConfigError, match=r"another model .*: config\.model\.width=48 \(was 32\)\. "):
+        train(make_config(corpus, model=narrow), tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+    (tmp_path / "config.json").unlink()  # the checkpoint says it alone
+    with pytest.raises(configs.ConfigError, match=r"model\.width=48 \(was 32\)"):
+        train(make_config(corpus, model=narrow), tmp_path)
+    other_ways = {"run": {"remat": "full", "scan": True}}
+    assert prepare_run(make_config(corpus, **other_ways), tmp_path).cfg.remat == "full"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
