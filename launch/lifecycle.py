@@ -15,6 +15,7 @@ from dataclasses import field
 from pathlib import Path
 
 import configs
+from configs.exits import FAILED, MISTAKE
 from data.corpus import CorpusConfig
 from data.dialogues import DialogueConfig
 from evals.config import EvalConfig
@@ -96,7 +97,7 @@ def main(config: LifecycleConfig, workdir: Path) -> int:
         records = run_stages(plan(config, workdir), workdir)
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return MISTAKE if error.code == MISTAKE else FAILED
     report = write_report(workdir, records)
     print(
         f"\nDone in {clock(time.monotonic() - began)} now, {clock(sum(r.seconds for r in records.values()))} in all."

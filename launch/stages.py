@@ -37,7 +37,11 @@ _RECORD_SECONDS = 5.0  # how often the time and memory of a running stage are pu
 
 
 class StageFailed(RuntimeError):
-    """A stage's command ended with an error."""
+    """A stage's command ended with an error; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,8 @@ def _run(stage: Stage, workdir: Path, record: StageRecord, lock: int) -> None:
         raise StageFailed(
             f"stage {stage.name} ended with code {code}; its log is {folder / 'log.txt'}. It ends:\n  "
             + "\n  ".join(tail)
-            + "\nMend the cause and give the same command again; what is done is kept."
+            + "\nMend the cause and give the same command again; what is done is kept.",
+            code,
         )
     record.done = True
     _write_record(folder, record)

@@ -14,6 +14,7 @@ import pytest
 
 import configs
 from configs.exits import Stopped
+from launch import lifecycle
 from launch.stages import Stage, StageFailed, run_stages
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,11 +116,22 @@ def test_a_stage_that_was_asked_to_stop_is_not_done_and_goes_on(toy, monkeypatch
 
 
 def test_a_stage_that_fails_is_named_with_the_end_of_its_log_and_tried_again(toy):
-    with pytest.raises(StageFailed, match=r"stage two ended with code 7(.|\n)*counted"):
+    with pytest.raises(StageFailed, match=r"stage two ended with code 7(.|\n)*counted") as failed:
         run_stages(stages(two=Toy(code=7)), toy)
+    assert failed.value.code == 7
     assert starts(toy) == {"one": 1, "two": 1}
     run_stages(stages(), toy)
     assert starts(toy)["one"] == 1
+
+
+@pytest.mark.parametrize(("code", "given"), [(2, 2), (1, 1), (7, 1), (-9, 1)])
+def test_a_users_mistake_in_a_stage_is_one_of_the_whole_command(tmp_path, monkeypatch, code, given):
+    def fail(*_):
+        raise StageFailed("stage one ended", code)
+
+    monkeypatch.setattr(lifecycle, "run_stages", fail)
+    monkeypatch.setattr(lifecycle, "plan", lambda *_: [])
+    assert lifecycle.main(lifecycle.LifecycleConfig(), tmp_path) == given
 
 
 def test_two_runs_do_not_share_a_folder(toy):
