@@ -72,6 +72,7 @@ def parse(
         print(help_text(cls, mapping, description, program, flags or {}, default_config, workdir_required))
         raise SystemExit(0)
     if source is None:
+        _refuse_unknown_flags(argv, flags or {}, program)  # --confg=FILE is misspelt, not missing
         raise ConfigError(
             f"--config is missing. Give a file, e.g. {program} --config=configs/NAME.py; see --help."
         )
@@ -89,6 +90,8 @@ def parse(
             f"--workdir={workdir}: a run's folder lies in a file system. Mount the bucket (gcsfuse, mountpoint-s3) "
             "and give the folder that it is mounted at."
         )
+    if workdir and (file := next((p for p in [Path(workdir), *Path(workdir).parents] if p.is_file()), None)):
+        raise ConfigError(f"--workdir={workdir}: {file} is a file. Give a folder, or a path that is free.")
     return Parsed(build(cls, mapping), Path(workdir) if workdir else None, stage_flags)
 
 
@@ -182,9 +185,7 @@ def _parse_flags(
     try:
         rest = values([program, *argv])
     except absl_flags.UnrecognizedFlagError as error:
-        known = ["config", "workdir", "help", *stage]
-        hint = overrides.did_you_mean(error.flagname, known)
-        raise ConfigError(f"--{error.flagname} is not a flag of {program}. {hint}") from None
+        raise _unknown_flag(error.flagname, stage, program) from None
     except absl_flags.Error as error:
         raise ConfigError(_flag_error(str(error), wanted)) from None
     if rest[1:]:
@@ -193,6 +194,19 @@ def _parse_flags(
         )
     names = ["workdir", *stage]
     return config_flags.get_override_values(values["config"]), {name: values[name].value for name in names}
+
+
+def _refuse_unknown_flags(argv: list[str], stage: Mapping[str, Flag], program: str) -> None:
+    known = {"workdir", *stage, *(f"no{name}" for name, flag in stage.items() if flag.type is bool)}
+    for arg in argv:
+        match = re.match(r"--?([A-Za-z][^=]*)", arg)
+        if match and match[1] not in known and not match[1].startswith("config."):
+            raise _unknown_flag(match[1], stage, program)
+
+
+def _unknown_flag(name: str, stage: Mapping[str, Flag], program: str) -> ConfigError:
+    hint = overrides.did_you_mean(name, ["config", "workdir", "help", *stage])
+    return ConfigError(f"--{name} is not a flag of {program}. {hint}")
 
 
 def _flag_error(message: str, wanted: list[overrides.Override]) -> str:

@@ -245,6 +245,17 @@ def test_config_and_workdir_are_asked_for():
         configs.parse(Config, ["--workdir=x"])
     with pytest.raises(configs.ConfigError, match="--config needs a value"):
         configs.parse(Config, ["--config"])
+    with pytest.raises(configs.ConfigError, match=r"--confg is not a flag of .*config"):
+        configs.parse(Config, ["--confg=a.py", "--workdir", "-x"])
+    with pytest.raises(configs.ConfigError, match="--config is missing"):
+        configs.parse(Config, ["--config.steps", "3", "--workdir", "x"])
+
+
+def test_a_workdir_that_is_a_file_is_refused(file, tmp_path):
+    (tmp_path / "taken").write_text("")
+    for workdir in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        with pytest.raises(configs.ConfigError, match=r"--workdir=.*taken is a file"):
+            configs.parse(Config, [f"--config={file}", f"--workdir={workdir}"])
 
 
 def test_a_stage_may_do_without_workdir_and_have_a_default_config(file):
