@@ -95,6 +95,11 @@ class BatchSpec:
     batch_size: int = 16  # rows a step over all devices; for preferences two rows are one pair
     seed: int = 0  # of the shuffle
 
+    def __post_init__(self) -> None:
+        for name, value, least in (("seq_len", self.seq_len, 2), ("batch_size", self.batch_size, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value}; wanted at least {least}.")
+
     def whole_mixture(self) -> Mixture:
         return Mixture((Phase(self.mixture), *self.phases), self.balance)
 

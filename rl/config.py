@@ -6,7 +6,7 @@ import dataclasses
 
 from data.tasks import INSTRUCTION, TaskSpec
 from model import ShardingRules
-from train.config import CheckpointSpec, Execution, MeshSpec, OptimizerSpec
+from train.config import CheckpointSpec, Execution, MeshSpec, OptimizerSpec, check_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,10 @@ class RolloutSpec:
     max_new_tokens: int = 64
     temperature: float = 1.0
     seq_len: int = 256  # longest prompt and answer together, tokens: the rows that the trainer sees
+
+    def __post_init__(self):
+        check_at_least(1, prompts=self.prompts, group=self.group, max_new_tokens=self.max_new_tokens)
+        check_at_least(2, seq_len=self.seq_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +32,18 @@ class GRPOSpec:
     minibatches: int = 1  # updates from one set of rollouts
     normalise_std: bool = True  # divide advantages by the group's standard deviation
 
+    def __post_init__(self):
+        check_at_least(1, minibatches=self.minibatches)
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
     format_weight: float = 0.1  # added for an answer in the asked format, right or wrong
     timeout: float = 5.0  # seconds that a verifier may take for one answer, queueing not counted
     workers: int = 1  # verifier processes
+
+    def __post_init__(self):
+        check_at_least(1, workers=self.workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,3 +72,8 @@ class RLConfig:
     mesh: MeshSpec = MeshSpec(data=1)
     sharding: ShardingRules = ShardingRules()
     checkpoint: CheckpointSpec = CheckpointSpec(every=20)
+
+    def __post_init__(self):
+        check_at_least(1, problems=self.problems, steps=self.steps, microbatches=self.microbatches)
+        check_at_least(1, max_bad_steps=self.max_bad_steps, evaluate_problems=self.evaluate_problems)
+        check_at_least(0, evaluate_every=self.evaluate_every, log_samples=self.log_samples)

@@ -69,13 +69,13 @@ def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str
 class _Run:
     def __init__(self, config: RLConfig, workdir: Path, mesh, verifiers: Verifiers):
         self.config, self.mesh, self.stopping = config, mesh, False
-        workdir.mkdir(parents=True, exist_ok=True)
-        save_config(config, workdir)
         # A run that has begun says all about itself; the model that it began from may be gone.
         source = workdir if has_checkpoint(workdir) else config.init_from
         self.tokenizer = data.load_tokenizer(source)
         self.cfg = config.run.of(model.load_config(source))
         check_mesh(self.cfg, mesh, config.sharding)
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_config(config, workdir)
         shardings = param_shardings(self.cfg, mesh, config.sharding)
         spec, updates = config.rollout, config.grpo.minibatches
         optimizer = adamw(config.optimizer, config.steps * updates, self.cfg)

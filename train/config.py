@@ -17,6 +17,13 @@ from model.blocks.router import Router
 from model.kernels.backend import Kernels
 
 
+def check_at_least(least: int, **values: int) -> None:
+    """Raises ValueError that names the first key below `least`; a config's `build` says where the key is."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value}; wanted at least {least}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class MixtureSpec:
     """Experts in place of the blocks' feed-forward networks; the fields are those of `model.blocks.moe.MoE`."""
@@ -33,6 +40,15 @@ class MixtureSpec:
     balance_rate: float = (
         0.0  # above 0: sigmoid scores and a bias for choice, as in DeepSeek-V3; 1e-3 is usual
     )
+
+    def __post_init__(self):
+        check_at_least(0, num_experts=self.num_experts, shared_width=self.shared_width)
+        check_at_least(0, dense_layers=self.dense_layers)
+        check_at_least(1, experts_per_token=self.experts_per_token)
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token}; wanted at most num_experts={self.num_experts}."
+            )
 
     def put_into(self, cfg: ModelConfig, ffn_width: int) -> ModelConfig:
         router = Router("sigmoid", choice_bias=True) if self.balance_rate else Router()
@@ -62,9 +78,10 @@ class FutureSpec:
     tokens: int = 0  # after the next one that are foretold, each by a module of its own; 0: none
     kind: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3; as in Gloeckle et al. 2024
 
+    def __post_init__(self):
+        check_at_least(0, tokens=self.tokens)
+
     def put_into(self, cfg: ModelConfig) -> ModelConfig:
-        if self.tokens < 0:
-            raise ValueError(f"config.model.future.tokens={self.tokens} is negative; 0 foretells none.")
         if self.tokens == 0:
             return cfg
         blocks = cfg.blocks[-1:] * self.tokens
@@ -91,6 +108,20 @@ class ModelSpec:
     vocab_multiple: int = 64  # the vocabulary is padded up to this, so that it splits over devices
     mixture: MixtureSpec = MixtureSpec()
     future: FutureSpec = FutureSpec()
+
+    def __post_init__(self):
+        check_at_least(1, width=self.width, layers=self.layers, num_heads=self.num_heads)
+        check_at_least(1, num_kv_heads=self.num_kv_heads, ffn_width=self.ffn_width)
+        check_at_least(1, max_length=self.max_length, vocab_multiple=self.vocab_multiple)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: each serves equally "
+                "many heads."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim}; wanted an even number: RoPE turns pairs of channels."
+            )
 
     def build(self, vocab_size: int, run: Execution) -> ModelConfig:
         padded = -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -140,6 +171,10 @@ class AdapterSpec:
     rank_stabilized: bool = False
     decomposed: bool = False
 
+    def __post_init__(self):
+        check_at_least(0, rank=self.rank)
+        self.build()  # what LoRA refuses is refused here
+
     def build(self) -> LoRA | None:
         if not self.rank:
             return None
@@ -153,6 +188,10 @@ class DataSpec(BatchSpec):
     validation: dict[str, float] = field(default_factory=dict)  # folder -> weight; empty: no validation loss
     validation_batches: int = 8
     check_tokenizer: bool = True  # refuse datasets that were written with another tokenizer
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, validation_batches=self.validation_batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +208,9 @@ class OptimizerSpec:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+
+    def __post_init__(self):
+        check_at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +231,10 @@ class CheckpointSpec:
     keep: int = 2  # newest checkpoints kept
     keep_every: int = 0  # steps divisible by this are kept for good; 0: none
 
+    def __post_init__(self):
+        check_at_least(1, every=self.every, keep=self.keep)
+        check_at_least(0, keep_every=self.keep_every)
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
@@ -197,6 +243,10 @@ class SampleSpec:
     chat: bool = False
     max_new_tokens: int = 48
     temperature: float = 0.0
+
+    def __post_init__(self):
+        check_at_least(0, every=self.every)
+        check_at_least(1, max_new_tokens=self.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +279,11 @@ class TrainConfig:
     sharding: ShardingRules = ShardingRules()
     checkpoint: CheckpointSpec = CheckpointSpec()
     samples: SampleSpec = SampleSpec()
+
+    def __post_init__(self):
+        check_at_least(1, steps=self.steps, microbatches=self.microbatches, log_every=self.log_every)
+        check_at_least(1, max_bad_steps=self.max_bad_steps)
+        check_at_least(0, validate_every=self.validate_every)
 
     @property
     def batch_kind(self) -> Literal["lm", "preference"]:

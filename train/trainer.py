@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 import configs
@@ -23,7 +24,9 @@ import model
 from configs.exits import Stopped
 from data import Tokenizer
 from model import ModelConfig
-from model.adapters import add_adapters
+from model.adapters import add_adapters, is_adapter
+from model.blocks.linear import within_block
+from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
 from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
@@ -103,7 +106,7 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
                     "the old values, or begin anew in another --workdir."
                 )
             cfg = cfg.replace(adapters=None)
-    base_cfg, cfg = cfg, cfg if adapters is None else cfg.replace(adapters=adapters)
+    base_cfg, cfg = cfg, cfg if adapters is None else _with_adapters(config, cfg, adapters)
     _check_balance(config, cfg)
     check_mesh(cfg, mesh, config.sharding)
     if cfg.vocab_size < tokenizer.vocab_size:
@@ -142,6 +145,23 @@ def _objective(config: TrainConfig, cfg: ModelConfig, load_initial, workdir: Pat
     with_reference = jax.jit(functools.partial(objectives.with_reference, cfg, rules=rules))
     objective = objectives.dpo(cfg, rules, config.dpo_beta, config.dpo_label_smoothing)
     return objective, lambda batch: with_reference(reference, batch)
+
+
+def _with_adapters(config: TrainConfig, cfg: ModelConfig, adapters: LoRA) -> ModelConfig:
+    if cfg.adapters is not None:
+        raise configs.ConfigError(
+            f"config.adapters: {config.init_from} has adapters already ({cfg.adapters}). Leave out config.adapters to "
+            "train them further, or give config.init_from the model with its adapters merged."
+        )
+    with_them = cfg.replace(adapters=adapters)
+    paths = list(flatten_dict(model.param_shapes(with_them)))
+    if not any(map(is_adapter, paths)):
+        names = sorted({"/".join(within_block(path)) for path in paths if len(path) > 1})
+        raise configs.ConfigError(
+            f"config.adapters.targets={adapters.targets}: no linear map of the model is named so. Its parameters are "
+            f"{', '.join(names)}."
+        )
+    return with_them
 
 
 def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:

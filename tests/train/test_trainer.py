@@ -24,6 +24,7 @@ from data.tokenize import write_chat_dataset
 from model.adapters import drop_adapters, merge_adapter, split_trained
 from model.generate import generate
 from model.logprobs import token_logprobs
+from rl.config import RLConfig
 from train import store, trainer
 from train.config import OptimizerSpec, SampleSpec, TrainConfig
 from train.optimizer import adamw
@@ -369,6 +370,61 @@ def test_a_run_goes_on_with_its_own_model_alone(corpus, uninterrupted, tmp_path)
         train(make_config(corpus, model=narrow), tmp_path)
     other_ways = {"run": {"remat": "full", "scan": True}}
     assert prepare_run(make_config(corpus, **other_ways), tmp_path).cfg.remat == "full"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"model": {"num_heads": 4, "num_kv_heads": 3}},
+            r"config\.model: num_kv_heads=3 does not divide num_heads=4",
+        ),
+        ({"model": {"layers": 0}}, r"config\.model: layers=0"),
+        ({"model": {"head_dim": 15}}, r"config\.model: head_dim=15; wanted an even"),
+        ({"adapters": {"rank": -1}}, r"config\.adapters: rank=-1"),
+        ({"adapters": {"rank": 2, "targets": []}}, r"config\.adapters: .*targets=\(\)"),
+        ({"microbatches": 0}, "config: microbatches=0"),
+        ({"log_every": 0}, "config: log_every=0"),
+        ({"steps": 0}, "config: steps=0"),
+        ({"checkpoint": {"every": 0}}, r"config\.checkpoint: every=0"),
+        ({"data": {"batch_size": 0}}, r"config\.data: batch_size=0"),
+        ({"data": {"seq_len": 1}}, r"config\.data: seq_len=1"),
+        (
+            {"model": {"mixture": {"num_experts": 2, "experts_per_token": 3}}},
+            "experts_per_token=3; wanted at most",
+        ),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_with_its_key(changes, said):
+    with pytest.raises(configs.ConfigError, match=said):
+        configs.build(TrainConfig, configs.overlay(TrainConfig, changes))
+
+
+def test_a_run_without_prompts_or_updates_is_refused_with_its_key():
+    for part, key in (
+        ("rollout", "prompts"),
+        ("rollout", "group"),
+        ("grpo", "minibatches"),
+        ("reward", "workers"),
+    ):
+        with pytest.raises(configs.ConfigError, match=rf"config\.{part}: {key}=0; wanted at least 1"):
+            configs.build(RLConfig, configs.overlay(RLConfig, {part: {key: 0}}))
+
+
+def test_adapters_that_fit_no_map_or_come_twice_are_refused(corpus, uninterrupted, tmp_path):
+    spec = {"rank": 2, "targets": ["nosuch"]}
+    start = {"init_from": str(uninterrupted[0]), "tokenizer": None}
+    with pytest.raises(configs.ConfigError, match=r"targets=\('nosuch',\): no linear map .* mixer/q"):
+        train(make_config(corpus, adapters=spec, **start), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    spec = {"rank": 2, "targets": ["q"]}
+    train(make_config(corpus, adapters=spec, steps=1, **start), tmp_path / "adapted")
+    again = make_config(corpus, adapters=spec, init_from=str(tmp_path / "adapted"), tokenizer=None)
+    with pytest.raises(configs.ConfigError, match="has adapters already"):
+        train(again, tmp_path / "run")
+    wider = make_config(corpus, adapters=spec | {"rank": 4}, steps=2, **start)
+    with pytest.raises(configs.ConfigError, match="rank=2.* asks for .*rank=4"):
+        train(wider, tmp_path / "adapted")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
