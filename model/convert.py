@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from configs.paths import resolve_model
 from configs.typed import ConfigError
 from model import storage
 from model.adapters import merge_adapter
+from model.lazy import LAZY, named
 from model.peft import load_adapters
 
 FORMATS = ("huggingface", "native", "gguf")
@@ -51,7 +56,7 @@ def convert(
       the format that was written.
 
     Raises:
-      ValueError: a model that the format can't hold, or a destination that is not empty.
+      ValueError: a model that the format or the dtype can't hold, or a destination that is not empty.
     """
     destination = Path(destination).expanduser()
     if format is None:
@@ -62,14 +67,32 @@ def convert(
         raise ConfigError(f"{destination}: is there already. Remove it, or give another path.")
     tokenizer = tokenizer_files(source, gguf_tokenizer)
     cfg, params = storage.load_lazily(source, dtype)
+    params = jax.tree_util.tree_map_with_path(
+        lambda keys, array: named(array, f"{source}: {_path(keys)}"), params
+    )
     if dtype is not None:
         cfg = cfg.replace(dtype=dtype, param_dtype=dtype)
     if adapter is not None:
         cfg, params = load_adapters(cfg, params, [adapter])
     if adapter is not None or slot is not None:
         cfg, params = merge_adapter(cfg, params, slot or 0)
+        _check_merged(params)
     storage.save(destination, cfg, params, format, tokenizer=tokenizer)
     return format
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in keys)
+
+
+def _check_merged(params: Any) -> None:
+    """A merged parameter is computed, so its dtype is met after the sum: float16 ends at 65504."""
+    for keys, array in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(array, LAZY) and array.dtype == jnp.float16 and not jnp.isfinite(array).all():
+            raise ValueError(
+                f"{_path(keys)} with its adapter has values that float16 can't hold: its largest is 65504. Use "
+                "bfloat16."
+            )
 
 
 def tokenizer_files(source: str | Path, gguf_tokenizer: Callable[[Path], Files] | None) -> Files:

@@ -24,12 +24,13 @@ class Lazy:
     dtype: np.dtype
     make: Callable[[], np.ndarray]
     unpacked: bool = False  # `make` computes: what is wanted in parts is made once
+    name: str = "a parameter"  # in errors
 
     def __getitem__(self, index: int | Index) -> np.ndarray:
-        return self.make()[index].astype(self.dtype, copy=False)
+        return cast(self.make()[index], self.dtype, self.name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.make().astype(dtype or self.dtype, copy=bool(copy))
+        return cast(self.make(), dtype or self.dtype, self.name, copy=bool(copy))
 
     @property
     def nbytes(self) -> int:
@@ -46,15 +47,17 @@ class Sliced:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
+    name: str = "a parameter"  # in errors
 
     def __getitem__(self, index: int | Index) -> Any:
         if isinstance(index, int):  # a layer among stacked ones stays in its file too
             of_layer = lambda rest: self.read((slice(index, index + 1), *rest))[0]
-            return Sliced(self.shape[1:], self.dtype, of_layer)
-        return self.read(index).astype(self.dtype, copy=False)
+            return Sliced(self.shape[1:], self.dtype, of_layer, self.name)
+        return cast(self.read(index), self.dtype, self.name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read((slice(None),) * len(self.shape)).astype(dtype or self.dtype, copy=bool(copy))
+        whole = self.read((slice(None),) * len(self.shape))
+        return cast(whole, dtype or self.dtype, self.name, copy=bool(copy))
 
     @property
     def nbytes(self) -> int:
@@ -102,6 +105,28 @@ class Stacked:
 
 
 LAZY = (Lazy, Sliced, Stacked)
+
+
+def named(array: Any, name: str) -> Any:
+    """The same array, which errors call so; what is no lazy array is given back as it is."""
+    if isinstance(array, Stacked):
+        return Stacked([named(part, name) for part in array.parts])
+    return dataclasses.replace(array, name=name) if isinstance(array, (Lazy, Sliced)) else array
+
+
+def cast(values: np.ndarray, dtype: Any, name: str, *, copy: bool = False) -> np.ndarray:
+    """The values in another dtype; ValueError where float16, of which 65504 is the largest, can't hold one."""
+    if dtype != np.float16 or values.dtype == np.float16:
+        return values.astype(dtype, copy=copy)
+    with np.errstate(over="ignore"):
+        out = values.astype(dtype)
+    lost = np.isinf(out) & np.isfinite(values)
+    if lost.any():
+        largest = np.abs(values[lost].astype(np.float32)).max()
+        raise ValueError(
+            f"{name} has the value {largest:.4g}, which float16 can't hold: its largest is 65504. Use bfloat16."
+        )
+    return out
 
 
 def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:

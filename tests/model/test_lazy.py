@@ -2,14 +2,17 @@
 
 import math
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from benchmarks.loading import peak_memory, write_made_up
 from model import MESH_AXES, load, load_config, logical_axes, save
 from model.checkpoint import CHUNK_BYTES, stored_arrays
+from model.convert import convert
 from model.layout import relayout
 from model.lazy import Lazy, Sliced, Stacked, place
 from model.sharding import ShardingRules, named_sharding
@@ -101,6 +104,41 @@ def test_a_checkpoint_is_converted_without_reading_more_than_a_layer_at_once(sca
         assert ours.dtype == np.float32 and ours.shape == theirs.shape
         np.testing.assert_array_equal(np.asarray(ours), theirs.astype(np.float32))
         np.testing.assert_array_equal(ours[(slice(0, 2),) + (slice(None),) * (theirs.ndim - 1)], theirs[:2])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("source", ["native", "huggingface", "gguf"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_value_that_float16_can_not_hold_is_an_error_that_names_its_tensor(source, scan, tmp_path):
+    cfg = tiny(layers=2, scan=scan, dtype="float32", param_dtype="float32")
+    params = random_params(cfg)
+    path = tmp_path / ("model.gguf" if source == "gguf" else "model")
+    for largest, fits in [(65504, True), (-70000, False)]:
+        keys, leaf = jax.tree_util.tree_leaves_with_path(params)[-1]
+        changed = leaf.at[(0,) * leaf.ndim].set(largest)
+        leaves, tree = jax.tree.flatten(params)
+        save(path, cfg, jax.tree.unflatten(tree, [*leaves[:-1], changed]), source)
+        for name in ("hf", "native", "x.gguf"):
+            target = tmp_path / f"{fits}-{name}"
+            arguments = path, target, "native" if name == "native" else None, "float16", lambda _: {}
+            if fits:
+                convert(*arguments)
+                continue
+            with pytest.raises(ValueError, match=f"{keys[-1].key} has the value 7e\\+04.*Use bfloat16"):
+                convert(*arguments)
+            assert not target.exists()
+
+
+def test_a_merged_value_that_float16_can_not_hold_is_an_error_too(tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(GOLDENS / "adapters" / "llama_lora", adapter)
+    saved = safetensors.numpy.load_file(adapter / "adapter_model.safetensors")
+    safetensors.numpy.save_file(
+        {k: v * np.float32(1e4) for k, v in saved.items()}, adapter / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match="with its adapter has values that float16 can't hold.*Use bfloat16"):
+        convert(GOLDENS / "llama_tied", tmp_path / "merged", dtype="float16", adapter=adapter)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_is_unpacked_is_unpacked_once_for_all_devices():
