@@ -147,7 +147,7 @@ def test_a_config_makes_a_future_of_blocks_like_the_last():
     assert ModelSpec().build(64, Execution()).future is None
     parallel = ModelSpec(future=FutureSpec(1, "parallel")).build(64, Execution())
     assert parallel.future == ParallelFuture(parallel.blocks[-1:])
-    with pytest.raises(ValueError, match="config.model.future.tokens=-1 is negative"):
+    with pytest.raises(ValueError, match="tokens=-1; wanted at least 0"):
         FutureSpec(-1).put_into(cfg)
 
 
