@@ -38,6 +38,16 @@ class MetricsLog:
         for name, value in values.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def forget(self, step: int, split: str) -> None:
+        """Drop the rows of a step that is measured again."""
+        if not self._write:
+            return
+        self._file.close()
+        rows = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if not {"step": step, "split": split}.items() <= json.loads(row).items()]
+        configs.atomic_write(self._path, "".join(kept))
+        self._file = open(self._path, "a", encoding="utf-8")
+
     def write_sample(self, row: dict) -> None:
         """A row of samples.jsonl; it must have "step"."""
         if self._write:

@@ -242,6 +242,7 @@ class _Run:
                 if self.stopping:
                     break
         if start == config.steps:  # all steps are saved; the last validation may have been cut short
+            self.log.forget(start, "validation")
             self._validate(start)
         final = last | self._last_validation()
         self.log.close()

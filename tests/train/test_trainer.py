@@ -110,6 +110,14 @@ def test_a_tiny_model_learns_to_count(uninterrupted):
     assert all(r["tokens_per_second"] > 0 and (r["mfu"] is None or 0 < r["mfu"] <= 1) for r in rows)
 
 
+def test_a_finished_run_given_again_says_the_same_once(corpus, tmp_path):
+    config = make_config(corpus, steps=4)
+    first, again = train(config, tmp_path), train(config, tmp_path)
+    assert again["validation_loss"] == first["validation_loss"] and again["step"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [4]
+
+
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, uninterrupted, tmp_path):
     train(make_config(corpus), tmp_path, stop_at=13)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == ["10", "13"]
