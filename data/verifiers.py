@@ -73,15 +73,18 @@ class Verifiers:
         self.close()
 
     def score(self, problems: Sequence[Problem], answers: Sequence[str | None]) -> list[Verdict]:
-        """A verdict for each answer; None (no answer in the asked format) is 0 without asking."""
-        given = [
-            i for i, answer in enumerate(answers) if answer is not None and len(answer) <= _LONGEST_ANSWER
-        ]
-        outcomes = self._pool.map([(problems[i], answers[i]) for i in given])
-        verdicts = [Verdict(0.0)] * len(answers)
-        for i, outcome in zip(given, outcomes, strict=True):
-            verdicts[i] = Verdict(_share(outcome.value), outcome.error)
-        return verdicts
+        """A verdict for each answer; None (no answer in the asked format) is 0 without asking.
+
+        Equal answers to one problem, of which a group has many, are asked once.
+        """
+        asked: dict[tuple[int, str | None], tuple[Problem, str]] = {}
+        for problem, answer in zip(problems, answers, strict=True):
+            if answer is not None and len(answer) <= _LONGEST_ANSWER:
+                asked.setdefault((id(problem), answer), (problem, answer))
+        outcomes = zip(asked, self._pool.map(list(asked.values())), strict=True)
+        verdicts = {key: Verdict(_share(outcome.value), outcome.error) for key, outcome in outcomes}
+        pairs = zip(problems, answers, strict=True)
+        return [verdicts.get((id(problem), answer), Verdict(0.0)) for problem, answer in pairs]
 
     def close(self) -> None:
         self._pool.close()

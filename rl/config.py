@@ -40,7 +40,7 @@ class GRPOSpec:
 class RewardSpec:
     format_weight: float = 0.1  # added for an answer in the asked format, right or wrong
     timeout: float = 5.0  # seconds that a verifier may take for one answer, queueing not counted
-    workers: int = 1  # verifier processes
+    workers: int = 2  # verifier processes
 
     def __post_init__(self):
         check_at_least(1, workers=self.workers)

@@ -218,6 +218,22 @@ def test_a_worker_that_dies_idle_is_replaced():
     assert second.value not in (None, first.value)
 
 
+def is_the_answer(problem, answer):
+    return 1.0 if answer == problem.answer else 0.0
+
+
+def test_equal_answers_to_a_problem_are_asked_once(monkeypatch):
+    one, other = Problem("a", "t", "q", "1"), Problem("b", "t", "q", "2")
+    with Verifiers(is_the_answer) as verifiers:
+        calls, ask = [], verifiers._pool.map
+        monkeypatch.setattr(
+            verifiers._pool, "map", lambda arguments: calls.extend(arguments) or ask(arguments)
+        )
+        verdicts = verifiers.score([one, one, other, other, one], ["1", "1", "1", None, "2"])
+    assert [verdict.value for verdict in verdicts] == [1, 1, 0, 0, 0]
+    assert calls == [(one, "1"), (other, "1"), (one, "2")]
+
+
 def test_nothing_of_a_pool_is_left_behind():
     with Pool(probe, limits=Limits(seconds=5)) as pool:
         (worker,) = pool.map([("worker",)])
