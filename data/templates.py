@@ -184,7 +184,7 @@ def _indent_filter(value: str, width: int | str = 4, first: bool = False, blank:
 
 
 def _narrow(name: str) -> Callable[..., Any]:
-    """A filter of Jinja's whose first number says how much it makes."""
+    """A Jinja filter, bounded by its first number, which says how much it makes."""
     function = getattr(jinja2.filters, f"do_{name}")
 
     @functools.wraps(function)
@@ -302,7 +302,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr not in STRING_METHODS:
-            return False  # among them encode, whose bytes nothing here bounds
+            return False  # such as encode: nothing here bounds its bytes
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:

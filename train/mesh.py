@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -162,12 +161,8 @@ def _like(
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) -> dict[str, jax.Array]:
     """This process' rows, see `rows_here`, as its part of the global batch."""
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
-    rows = len(next(iter(batch.values())))
-    if jax.process_count() > 1:
-        here = cast(Mapping[Any, tuple[slice]], sharding.addressable_devices_indices_map((rows,)))
-        local = {(s.indices(rows)[:2]) for (s,) in here.values()}
-        parts = len({s.indices(rows)[:2] for (s,) in sharding.devices_indices_map((rows,)).values()})
-        rows = rows * parts // len(local)
+    ways = math.prod(mesh.shape[axis] for axis in rules.batch)
+    rows = len(next(iter(batch.values()))) * rows_here(mesh, rules, ways)[1]
     return {
         k: jax.make_array_from_process_local_data(sharding, v, (rows, *v.shape[1:])) for k, v in batch.items()
     }

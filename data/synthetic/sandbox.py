@@ -59,7 +59,7 @@ def run_python(program: str, sandbox: Sandbox) -> str:
             os.path.join(outer, "end"),
             secrets.token_hex(16),
         )  # which a program that leaves early lacks
-        # files, whose size is limited, and no pipe, whose is not
+        # The size of a file is limited; that of a pipe is not.
         with open(errors, "wb") as said, open(end, "wb") as ended:
             setting = json.dumps([path, dataclasses.asdict(limits), folder, ended.fileno(), nonce])
             process = subprocess.Popen(

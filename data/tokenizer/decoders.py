@@ -1,7 +1,7 @@
 """What bytes a token is, as the decoder of a tokenizer.json says it (huggingface/tokenizers, src/decoders).
 
 A decoder there turns all tokens of a text into one string. Here every id stands for bytes of its own, so that text can
-be streamed; a decoder whose steps need the whole text at once is refused by name.
+be streamed; a decoder that needs the whole text at once is refused by name.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def _add_tokens(
 
 
 def _as_its_class(backend: tokenizers.Tokenizer, about: Description) -> None:
-    """What transformers' class of the folder builds anew of tokenizer.json."""
+    """The parts of tokenizer.json that transformers' class for the folder replaces."""
     spec = json.loads(backend.to_str())
     byte_level = "ByteLevel" in json.dumps(spec["pre_tokenizer"]) + json.dumps(spec["decoder"])
     name = about.tokenizer_class or _CLASS_OF_MODEL.get(about.model_type or "")

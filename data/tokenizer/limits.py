@@ -1,5 +1,8 @@
-"""What a tokenizer.json may ask of the library that runs it. A file of a few KB could have it take all memory, which
-aborts the process, or panic, which no `except Exception` catches."""
+"""Limits on a tokenizer.json, checked before the library reads it.
+
+A file of a few KB could make the library take all memory, which aborts the process, or panic, which no
+`except Exception` catches.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from configs import ConfigError
 from model import MESH_AXES, ShardingRules, decoder, init, param_shapes
 from model.kernels import backend
+from tests.conftest import ROOT
 from tests.model.tpu import needs_libtpu
 from train.config import MeshSpec, MixtureSpec
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here, state_shardings
@@ -157,3 +162,35 @@ def test_one_process_loads_all_rows():
     placed = place_batch(packed_batch(), mesh_of(data=4), RULES)
     np.testing.assert_array_equal(placed["tokens"], packed_batch()["tokens"])
     assert jnp.asarray(placed["tokens"]).sharding.shard_shape((8, 16)) == (2, 16)
+
+
+HOST = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize("127.0.0.1:" + sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+from model import ShardingRules
+from train.config import MeshSpec
+from train.mesh import make_mesh, place_batch, rows_here
+whole = np.arange(48).reshape(16, 3)
+for axes, parts in (({"data": 4, "tensor": 2}, 2), ({"data": 1, "tensor": 8}, 1), ({"data": 2, "fsdp": 4}, 2)):
+    mesh = make_mesh(MeshSpec(**axes))
+    index, count = rows_here(mesh, ShardingRules(), 16)
+    assert count == parts, (axes, index, count)
+    placed = place_batch({"tokens": whole[index * 16 // count : (index + 1) * 16 // count]}, mesh, ShardingRules())
+    assert placed["tokens"].shape == whole.shape
+    for shard in placed["tokens"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole[shard.index])
+print("placed")
+"""
+
+
+def test_two_processes_place_the_rows_of_one_batch():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    start = lambda i: subprocess.Popen(
+        [sys.executable, "-c", HOST, port, str(i)], cwd=ROOT, env=environment, stdout=-1, stderr=-2, text=True
+    )
+    said = [process.communicate(timeout=200)[0] for process in [start(0), start(1)]]
+    assert all("placed" in text for text in said), said
