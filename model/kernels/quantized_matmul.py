@@ -122,11 +122,16 @@ def reference(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool = False) -> 
 
 def quantize_rows(x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """(fp8 values [M, I], scales [M, N] float32) of rows, each block of inputs by its own scale."""
-    form = FORMATS["fp8"]
     x_MNB = x_MI.astype(jnp.float32).reshape(x_MI.shape[0], -1, block)
-    scales_MN = jnp.max(jnp.abs(x_MNB), axis=2) / form.largest
-    scaled_MNB = x_MNB / jnp.where(scales_MN == 0, 1, scales_MN)[..., None]
-    return scaled_MNB.astype(form.dtype).reshape(x_MI.shape), scales_MN
+    values_MNB, scales_MN1 = round_block(x_MNB)
+    return values_MNB.reshape(x_MI.shape), scales_MN1[..., 0]
+
+
+def round_block(x_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(fp8 values [..., B], scale [..., 1] float32) of blocks of inputs, float32."""
+    form = FORMATS["fp8"]
+    scale_1 = jnp.max(jnp.abs(x_B), axis=-1, keepdims=True) / form.largest
+    return (x_B / jnp.where(scale_1 == 0, 1, scale_1)).astype(form.dtype), scale_1
 
 
 def widen(values: jax.Array, kind: Kind) -> jax.Array:
