@@ -112,9 +112,7 @@ def _rounded(plan: Plan, x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Ar
             jax.ShapeDtypeStruct((M, I), FORMATS["fp8"].dtype),
             jax.ShapeDtypeStruct((M, N), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=plan.memory
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.memory),
         interpret=plan.interpret,
         name="round_rows_fp8",
     )(x_MI)
@@ -123,7 +121,9 @@ def _rounded(plan: Plan, x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Ar
 def _round_kernel(block: int, x_RI, values_RI, scales_RN):
     number_RN = jax.lax.broadcasted_iota(jnp.int32, scales_RN.shape, 1)
     known_RN = jnp.zeros(scales_RN.shape, jnp.float32)
-    for i in range(scales_RN.shape[1]):  # written out: a slice that moves would have to begin at a row of lanes
+    for i in range(
+        scales_RN.shape[1]
+    ):  # written out: a slice that moves would have to begin at a row of lanes
         inputs = slice(i * block, (i + 1) * block)
         values_RI[:, inputs], scale_R1 = round_block(x_RI[:, inputs].astype(jnp.float32))
         known_RN = jnp.where(number_RN == i, scale_R1, known_RN)
