@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from evals.bits import bits_per_byte, compressor_rows, score_texts
 from evals.results import Row, average_row, mean_row, proportion_row, ratio_row, value_text
-from evals.scoring import Scorer, Span, windows
+from evals.scoring import Scorer, Span, _score, windows
 from evals.texts import read_texts
 from model import decoder
 from tests.evals.conftest import SENTENCES
+from tests.meshes import assert_divided, compiled
 
 
 def rows_by_metric(result):
@@ -215,6 +216,9 @@ def test_a_model_split_over_devices_scores_the_same(cfg, params, tokenizer, scor
     spans = [Span(tokenizer.encode(text)[:60]) for text in SENTENCES[:4]]
     for one, other in zip(scorer.score(spans), split.score(spans), strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+    arrays = [np.zeros((4, 64), dtype) for dtype in (np.int32, np.int32, bool)]
+    programs = [compiled(_score, cfg, tokenizer.vocab_size, p, *arrays) for p in (params, placed)]
+    assert_divided(*programs, 0.7, 0.8)  # the head is whole
 
 
 def test_batches_are_as_large_as_asked_whatever_the_vocabulary():

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from model import MESH_AXES, ShardingRules, apply, init, load_config, logical_axes, param_shapes
 from model.families import FAMILIES
+from tests.meshes import assert_divided, compiled
 
 from .conftest import GOLDENS, compiled_fast
 from .test_families import CHECKPOINTS, config_of
@@ -107,9 +108,13 @@ def test_a_model_on_eight_devices_has_every_matrix_split_and_the_same_loss(famil
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
     step = compiled_fast(jax.value_and_grad(loss, argnums=1), static_argnums=0)
-    alone, _ = step(cfg, params, tokens)
+    one = compiled(step, cfg, params, tokens)
+    alone, _ = one(params, tokens)
     with jax.set_mesh(mesh):
-        value, grads = step(cfg, jax.device_put(params, shardings), tokens)
+        placed = jax.device_put(params, shardings)
+        program = compiled(step, cfg, placed, tokens)
+        value, grads = program(placed, tokens)
+    assert_divided(one, program, 0.5, 0.9)
     np.testing.assert_allclose(value, alone, rtol=2e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 

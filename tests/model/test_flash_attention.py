@@ -16,9 +16,10 @@ from model.kernels.flash_attention import BLOCKS, flash_attention
 from model.kernels.flash_blocks import NO_KEY, Blocks, Plan, block_bounds
 from model.kernels.self_attention import self_attention
 from model.sharding import MESH_AXES, ShardingRules, named_sharding
+from tests.meshes import assert_divided, compiled
 
 from .conftest import compiled_fast as jit
-from .tpu import CHIPS, compile_for, needs_libtpu, sweep
+from .tpu import CHIPS, chips_of, compile_for, needs_libtpu, sweep
 
 SMALL = Blocks(128, 128)  # the smallest that a TPU has
 
@@ -353,25 +354,27 @@ def test_chips_have_a_program_for_each_kind(chip, widths):
 @needs_libtpu
 @pytest.mark.slow
 def test_four_chips_that_split_tokens_and_heads_have_a_program():
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5p"]).devices
-    mesh, rules = mesh_of(chips, context=2, tensor=2), ShardingRules()
-
-    def shaped(dtype, *sizes, heads=None):
-        names = ("batch", "length", heads, None)[: len(sizes)]
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(mesh, rules, names))
-
-    q = shaped(jnp.bfloat16, 2, 2048, 8, 128, heads="act_heads")
-    k = shaped(jnp.bfloat16, 2, 2048, 2, 128, heads="act_kv_heads")
-    numbers = shaped(jnp.int32, 2, 2048)
+    rules = ShardingRules()
 
     def step(q, k, v, positions, ids):
         out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, positions, ids, rules=rules), q, k, v)
         return pull(out)
 
-    with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
-        program = jax.jit(step).lower(q, k, k, numbers, numbers).compile().as_text()
+    def program_on(mesh):
+        def shaped(dtype, *sizes, heads=None):
+            names = ("batch", "length", heads, None)[: len(sizes)]
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(mesh, rules, names))
+
+        q = shaped(jnp.bfloat16, 2, 2048, 8, 128, heads="act_heads")
+        k = shaped(jnp.bfloat16, 2, 2048, 2, 128, heads="act_kv_heads")
+        numbers = shaped(jnp.int32, 2, 2048)
+        with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
+            return compiled(jax.jit(step), q, k, k, numbers, numbers)
+
+    split = program_on(chips_of("v5p", context=2, tensor=2))
+    # the chip with the later tokens sees three quarters of the pairs of its heads
+    assert_divided(program_on(chips_of("v5p")), split, 0.38, 0.5)
+    program = split.as_text()
     assert all(
         name in program for name in ("flash_query_gradients", "flash_key_value_gradients", "all-gather")
     )

@@ -15,9 +15,10 @@ from model.blocks.moe import MoE
 from model.kernels import backend
 from model.kernels.grouped_sharded import split_of
 from model.sharding import named_sharding
+from tests.meshes import assert_divided, compiled
 
 from .conftest import compiled_fast as jit
-from .tpu import CHIPS, needs_libtpu
+from .tpu import chips_of, needs_libtpu
 
 B, T, D, F, E = 4, 6, 16, 8, 4
 SPEC = MoE(E, 2, GatedMLP(F, bias=True))
@@ -110,32 +111,35 @@ def test_a_mesh_splits_what_it_divides_and_says_what_it_does_not():
 @needs_libtpu
 @pytest.mark.slow
 def test_four_chips_that_split_tokens_and_experts_have_a_program():
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5p"]).devices
     bfloat16 = jnp.dtype("bfloat16")
     spec, ctx = MoE(8, 2, GatedMLP(1024)), Context(512, 2, bfloat16, bfloat16, rules=RULES)
-    mesh, positions = mesh_of(chips, fsdp=2, expert=2), jnp.zeros((4, 256), jnp.int32)
+    positions = jnp.zeros((4, 256), jnp.int32)
     init = lambda: spec.module(ctx, "ffn").init(
         jax.random.key(0), jnp.zeros((4, 256, 512), bfloat16), TokenInfo(positions, None)
     )
 
-    def shaped(names, shape):
-        return jax.ShapeDtypeStruct(shape, bfloat16, sharding=named_sharding(mesh, RULES, names))
+    def step(params, x):
+        forward = lambda params, x: spec.module(ctx, "ffn").apply(
+            {"params": params}, x, TokenInfo(positions, None)
+        )[0]
+        y, pull = jax.vjp(forward, params, x)
+        return pull(y)
 
-    with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
-        boxes = jax.eval_shape(init)["params"]
-        params = jax.tree.map(
-            lambda box: shaped(box.names, box.value.shape), boxes, is_leaf=lambda leaf: hasattr(leaf, "names")
-        )
-        x = shaped(("batch", "length", None), (4, 256, 512))
+    def program_on(mesh):
+        def shaped(names, shape):
+            return jax.ShapeDtypeStruct(shape, bfloat16, sharding=named_sharding(mesh, RULES, names))
 
-        def step(params, x):
-            forward = lambda params, x: spec.module(ctx, "ffn").apply(
-                {"params": params}, x, TokenInfo(positions, None)
-            )[0]
-            y, pull = jax.vjp(forward, params, x)
-            return pull(y)
+        with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
+            boxes = jax.eval_shape(init)["params"]
+            params = jax.tree.map(
+                lambda box: shaped(box.names, box.value.shape),
+                boxes,
+                is_leaf=lambda leaf: hasattr(leaf, "names"),
+            )
+            return compiled(jax.jit(step), params, shaped(("batch", "length", None), (4, 256, 512)))
 
-        program = jax.jit(step).lower(params, x).compile().as_text()
+    split = program_on(chips_of("v5p", fsdp=2, expert=2))
+    # half the tokens; room is counted for all of them to be of a chip's experts, whatever is then multiplied
+    assert_divided(program_on(chips_of("v5p")), split, 0.55, 0.6)
+    program = split.as_text()
     assert all(name in program for name in ("grouped_products", "grouped_matrix_gradients", "all-reduce"))

@@ -24,6 +24,7 @@ from model.blocks.positions import Rope, YarnScaling
 from model.config import Block
 from model.flops import forward_flops_per_token
 from model.sharding import named_sharding
+from tests.meshes import assert_divided, compiled
 
 from .conftest import check_decoding, paged_cache, random_params, random_tokens
 from .conftest import compiled_fast as jit
@@ -160,7 +161,9 @@ def test_heads_split_over_devices(small):
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
         rules = ShardingRules(vocab=(), act_vocab=())
-        found = jit(functools.partial(apply, cfg, rules=rules))(placed, tokens).logits
+        split = compiled(jit(functools.partial(apply, cfg, rules=rules)), placed, tokens)
+        found = split(placed, tokens).logits
+    assert_divided(compiled(jit(functools.partial(apply, cfg)), params, tokens), split, 0.25, 0.35)
     assert placed["block_0"]["mixer"]["kv_b"].addressable_shards[0].data.shape == (7, 1, 11)
     np.testing.assert_allclose(found, forward(cfg, params, tokens).logits, atol=2e-5)
 

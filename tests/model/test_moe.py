@@ -18,6 +18,7 @@ from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.function import Transformer
 from model.layout import relayout
 from model.sharding import named_sharding
+from tests.meshes import assert_divided, compiled
 
 from .conftest import check_decoding, random_params, random_tokens
 from .conftest import compiled_fast as jit
@@ -365,7 +366,8 @@ def test_eight_devices_give_the_numbers_of_one(spec):
     loss = lambda ctx, p, x: (lambda y, aux: (jnp.sum(jnp.sin(y)) + aux["loss"].mean(), (y, aux)))(
         *spec.module(ctx, "ffn").apply({"params": p}, x, info(segments))
     )
-    wanted = jit(jax.grad(functools.partial(loss, CTX), has_aux=True))(params, x)
+    alone = compiled(jit(jax.grad(functools.partial(loss, CTX), has_aux=True)), params, x)
+    wanted = alone(params, x)
     sharded = dataclasses.replace(CTX, rules=rules)
     shardings = jax.tree.map(
         lambda box: named_sharding(mesh, rules, box.names), boxed(spec), is_leaf=lambda b: hasattr(b, "names")
@@ -373,7 +375,9 @@ def test_eight_devices_give_the_numbers_of_one(spec):
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
         x = jax.device_put(x, named_sharding(mesh, rules, ("batch", "length", "act_embed")))
-        found = jit(jax.grad(functools.partial(loss, sharded), has_aux=True))(placed, x)
+        split = compiled(jit(jax.grad(functools.partial(loss, sharded), has_aux=True)), placed, x)
+        found = split(placed, x)
+    assert_divided(alone, split, 0.4, 0.5)
     assert placed["experts"]["gate"].addressable_shards[0].data.shape == (E // 2, D, F // 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, wanted)
 

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from model.kernels import backend, delta_rule, delta_tpu, ssd, ssd_tpu
 from model.kernels.chunk_tiles import Sizes
 from model.sharding import MESH_AXES, ShardingRules
+from tests.meshes import assert_divided, compiled
 
 from .conftest import compiled_fast as jit
-from .tpu import CHIPS, compile_for, needs_libtpu, sweep
+from .tpu import CHIPS, chips_of, compile_for, needs_libtpu, sweep
 
 SMALL = Sizes(256, 128)
 
@@ -285,6 +287,32 @@ def test_chips_have_a_program_for_each_model(chip, model):
 @pytest.mark.parametrize("model", MAIN)
 def test_every_chip_has_a_program_for_float32(model):
     compiled_step(SMALLEST, model, T=1000, dtype=jnp.float32)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MAIN)
+def test_four_chips_that_split_rows_and_heads_have_a_quarter_of_the_work_each(model):
+    kind, sizes = MODELS[model]
+    inputs = arguments(kind, 2, 2048, sizes, jnp.bfloat16)
+    function, _ = public(kind, inputs, ShardingRules())
+
+    def spec(x):
+        heads = 2 if x.shape[1] == 2048 else 1
+        over = lambda i: (
+            "tensor" if i == heads and x.shape[i] == sizes[0] else None
+        )  # keys of one group are whole
+        return PartitionSpec("data", *map(over, range(1, x.ndim)))
+
+    programs = []
+    for ways in (1, 2):
+        mesh = chips_of("v5p", data=ways, tensor=ways)
+        placed = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))) for x in inputs
+        ]
+        with jax.set_mesh(mesh), backend.use("tpu", "v5p"):
+            programs.append(compiled(jax.jit(function), *placed))
+    assert_divided(*programs, 0.26, 0.4)
 
 
 @pytest.mark.slow

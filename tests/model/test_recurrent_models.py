@@ -34,6 +34,7 @@ from model.describe import describe
 from model.generate import generate
 from model.layout import relayout
 from model.sharding import named_sharding
+from tests.meshes import assert_divided, compiled
 
 from .conftest import check_decoding, random_tokens
 from .conftest import compiled_fast as jit
@@ -161,9 +162,10 @@ def test_a_model_split_over_eight_devices_gives_the_same_logits(name):
         lambda axes: named_sharding(mesh, rules, axes), logical_axes(cfg), is_leaf=is_names
     )
     with jax.set_mesh(mesh):
-        logits = jit(functools.partial(apply, cfg, rules=rules))(
-            jax.device_put(params, shardings), tokens
-        ).logits
+        placed = jax.device_put(params, shardings)
+        split = compiled(jit(functools.partial(apply, cfg, rules=rules)), placed, tokens)
+        logits = split(placed, tokens).logits
+    assert_divided(compiled(jit(functools.partial(apply, cfg)), params, tokens), split, 0.15, 0.25)
     np.testing.assert_allclose(logits, wanted, atol=5e-5)
 
 

@@ -6,6 +6,7 @@
 import functools
 import importlib.util
 import itertools
+import math
 import os
 import re
 import sys
@@ -13,8 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model.sharding import MESH_AXES
 
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -42,6 +46,16 @@ def one_chip(chip: str) -> NamedSharding:
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
     return NamedSharding(Mesh(topology.devices[:1], ("x",)), PartitionSpec())
+
+
+def chips_of(chip: str, **sizes: int) -> Mesh:
+    """A mesh of such chips with these sizes of its axes; four at most."""
+    from jax.experimental import topologies
+
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(np.asarray(devices[: math.prod(shape)]).reshape(shape), MESH_AXES, axis_types=kinds)
 
 
 def compile_for(chip: str, function, *arguments: jax.ShapeDtypeStruct):

@@ -9,6 +9,7 @@ from model import MESH_AXES, apply, init, logical_axes
 from model.generate import generate
 from model.sharding import ShardingRules, named_sharding
 from serve import CompilationAfterWarmup, Request, SamplingParams
+from tests.meshes import assert_divided
 
 PARAMS = [
     {"temperature": 0.0},
@@ -317,6 +318,8 @@ def test_the_engine_runs_where_its_parameters_are(make_engine, alone, params, cf
     sharded = make_engine(jax.device_put(params, shardings), **fewest)
     assert [out.tokens for out in sharded.generate(batch)] == expected
     assert "tensor" in str(jax.tree.leaves(sharded._programs.pages)[0].sharding.spec)
+    programs = [e._programs._steps.lower("prefill", 4, 32, 4).compile() for e in (third, sharded)]
+    assert_divided(*programs, 0.6, 0.9)
 
 
 def test_generate_reports_progress_and_refuses_to_lose_others_outputs(engine):

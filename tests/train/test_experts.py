@@ -15,6 +15,7 @@ from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.flops import forward_flops_per_token
+from tests.meshes import assert_divided, compiled
 from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import dpo, language_modelling, with_reference
@@ -121,12 +122,16 @@ def test_eight_devices_give_the_gradient_of_one(scan):
     cfg, rules = model(dataclasses.replace(PLAIN, shared=GatedMLP(8)), scan=scan), ShardingRules()
     params, batch = fresh(cfg), packed_batch()
     gradient = lambda rules: jit(lambda p, b: accumulate(language_modelling(cfg, rules), p, b, 2, rules))
-    wanted, (loss, _) = gradient(None)(params, batch)
+    alone = compiled(gradient(None), params, batch)
+    wanted, (loss, _) = alone(params, batch)
     mesh = make_mesh(MeshSpec(data=1, fsdp=2, expert=2, tensor=2))
     cut = dataclasses.replace(rules, kv_heads=(), act_kv_heads=())  # there is one
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(cfg, mesh, cut))
-        found, (sharded_loss, _) = gradient(cut)(placed, place_batch(batch, mesh, cut))
+        rows = place_batch(batch, mesh, cut)
+        split = compiled(gradient(cut), placed, rows)
+        found, (sharded_loss, _) = split(placed, rows)
+    assert_divided(alone, split, 0.35, 0.6)
     assert float(sharded_loss.total) == pytest.approx(float(loss.total), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), found, wanted)
 

@@ -8,6 +8,7 @@ import pytest
 
 from model import RMSNorm, ShardingRules, apply, decoder
 from model.blocks.future import ParallelFuture, SequentialFuture
+from tests.meshes import assert_divided, compiled
 from train.config import Execution, FutureSpec, MeshSpec, MixtureSpec, ModelSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import language_modelling
@@ -72,11 +73,15 @@ def test_cutting_and_splitting_the_batch_changes_neither_loss_nor_gradient():
     cfg, batch = model(2), packed_batch()
     params = fresh(cfg)
     gradient = lambda n, rules: jit(lambda p, b: accumulate(language_modelling(cfg, rules), p, b, n, rules))
-    wanted, (loss, metrics) = gradient(1, None)(params, batch)
+    alone = compiled(gradient(2, None), params, batch)
+    wanted, (loss, metrics) = alone(params, batch)
     mesh = make_mesh(MeshSpec(data=1, fsdp=2, tensor=2, context=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(cfg, mesh, RULES))
-        found, (split, split_metrics) = gradient(2, RULES)(placed, place_batch(batch, mesh, RULES))
+        rows = place_batch(batch, mesh, RULES)
+        program = compiled(gradient(2, RULES), placed, rows)
+        found, (split, split_metrics) = program(placed, rows)
+    assert_divided(alone, program, 0.3, 0.6)
     assert float(split.total) == pytest.approx(float(loss.total), rel=1e-5)
     assert float(split.weight) == float(loss.weight)
     for name, value in metrics.items():

@@ -7,6 +7,7 @@ import pytest
 from model import ShardingRules
 from model.kernels import cross_entropy_sharded
 from rl.objectives import grpo
+from tests.meshes import assert_divided, compiled
 from train.config import MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import language_modelling
@@ -39,12 +40,16 @@ def test_a_mesh_in_tiles_gives_the_loss_and_gradient_of_whole_logits(name, monke
     cfg, batch = model(1), rl_batch()
     params = fresh(cfg)
     gradient = lambda n, rules: jit(lambda p, b: accumulate(OBJECTIVES[name](rules), p, b, n, rules))
-    wanted, (loss, metrics) = gradient(1, None)(params, batch)
+    alone = compiled(gradient(2, None), params, batch)
+    wanted, (loss, metrics) = alone(params, batch)
     monkeypatch.setattr(cross_entropy_sharded, "WHOLE_LOGITS_BYTES", 0)
     mesh = make_mesh(MeshSpec(data=1, fsdp=2, tensor=2, context=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(cfg, mesh, RULES))
-        split, (split_loss, split_metrics) = gradient(2, RULES)(placed, place_batch(batch, mesh, RULES))
+        rows = place_batch(batch, mesh, RULES)
+        program = compiled(gradient(2, RULES), placed, rows)
+        split, (split_loss, split_metrics) = program(placed, rows)
+    assert_divided(alone, program, 0.3, 0.6)
     assert float(split_loss.total) == pytest.approx(float(loss.total), rel=1e-5)
     for key, value in metrics.items():
         assert float(split_metrics[key].total) == pytest.approx(float(value.total), rel=1e-5), key
