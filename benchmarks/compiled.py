@@ -31,8 +31,8 @@ from model import ModelConfig, ShardingRules
 from model.blocks.remat import POLICIES
 from model.compilation import training_options
 from model.families import FAMILIES
-from model.flops import train_flops_per_token
 from model.function import param_shapes
+from model.inspect.flops import train_flops_per_token
 from model.kernels import backend
 from train.config import OptimizerSpec
 from train.mesh import make_mesh, param_shardings, state_shardings

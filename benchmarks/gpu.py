@@ -120,7 +120,7 @@ def step(options: argparse.Namespace) -> None:
 
     from model import init
     from model.compilation import training_options
-    from model.flops import mfu, train_flops_per_token
+    from model.inspect.flops import mfu, train_flops_per_token
     from model.kernels.backend import Kernels
     from train.config import OptimizerSpec
     from train.objectives import language_modelling

@@ -92,7 +92,7 @@ import json, sys, threading, time
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from model import MESH_AXES, load, load_config, logical_axes
-from model.convert import convert
+from model.formats.convert import convert
 from model.sharding import ShardingRules, named_sharding
 
 def private():

@@ -183,7 +183,7 @@ WORKERS = {"steps": take_steps, "compile": compile_again, "product": take_produc
 def make_step(options: argparse.Namespace):
     """(the jitted step, its state, a batch, flops of a step)."""
     from model import init
-    from model.flops import train_flops_per_token
+    from model.inspect.flops import train_flops_per_token
     from train.config import OptimizerSpec
     from train.objectives import language_modelling
     from train.optimizer import adamw

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from launch.stages import StageRecord
-from model.flops import MFU_FORMULA
+from model.inspect.flops import MFU_FORMULA
 
 
 def gather(workdir: Path, records: dict[str, StageRecord]) -> dict[str, Any]:

@@ -63,21 +63,21 @@ __all__ = [
 
 
 def load(path, **options):
-    """Read (cfg, params) from a run folder, checkpoint, Hugging Face folder or GGUF file. See `model.storage`."""
-    from model.storage import load as load_model
+    """Reads (cfg, params) from a run folder, checkpoint, Hugging Face folder or GGUF file; see `model.formats.storage`."""
+    from model.formats.storage import load as load_model
 
     return load_model(path, **options)
 
 
 def load_config(path):
     """The `ModelConfig` of what `load` takes; reads no weights."""
-    from model.storage import load_config as load_model_config
+    from model.formats.storage import load_config as load_model_config
 
     return load_model_config(path)
 
 
 def save(path, cfg, params, format: Literal["native", "huggingface", "gguf"] = "native", **options):
-    """Write a model as "native", "huggingface" or "gguf". See `model.storage`."""
-    from model.storage import save as save_model
+    """Write a model as "native", "huggingface" or "gguf". See `model.formats.storage`."""
+    from model.formats.storage import save as save_model
 
     return save_model(path, cfg, params, format=format, **options)

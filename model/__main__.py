@@ -71,7 +71,7 @@ def _commands() -> Commands:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    from model.describe import describe, describe_json
+    from model.inspect.describe import describe, describe_json
 
     print((describe_json if options.json else describe)(_path(options.path), options.batch, options.context))
     return 0
@@ -79,8 +79,8 @@ def _describe(options: argparse.Namespace) -> int:
 
 def _trace(options: argparse.Namespace) -> int:
     from data import load_tokenizer
-    from model.storage import load, load_config
-    from model.trace_page import trace_page
+    from model.formats.storage import load, load_config
+    from model.inspect.trace_page import trace_page
 
     path = _path(options.path)
     tokenizer = load_tokenizer(path)
@@ -109,7 +109,7 @@ def _path(given: str) -> Path:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from model.convert import convert
+    from model.formats.convert import convert
 
     what = options.source, options.destination, options.format, options.dtype
     written = convert(*what, _gguf_tokenizer, adapter=options.adapter, slot=options.slot)

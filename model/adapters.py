@@ -1,6 +1,6 @@
 """Adapters of a whole model: put beside its linear maps, told apart from what they adapt, and merged into it.
 
-What one adapter is: model/blocks/lora.py. Folders of adapters, as PEFT writes them: model/peft.py.
+What one adapter is: model/blocks/lora.py. Folders of adapters, as PEFT writes them: model/formats/peft.py.
 """
 
 # L leading axes of an array (layers, experts), N adapters, I inputs, R rank, O outputs
@@ -105,7 +105,7 @@ def check_without_adapters(cfg: ModelConfig) -> None:
     if cfg.adapters is not None:
         raise ValueError(
             "the format has no place for adapters beside a model: merge its adapters (model.adapters.merge_adapter), "
-            'save them alone (model.peft.save_adapter), or save both with format="native".'
+            'save them alone (model.formats.peft.save_adapter), or save both with format="native".'
         )
 
 

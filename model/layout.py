@@ -11,8 +11,8 @@ import numpy as np
 
 from model.blocks.future import future_blocks
 from model.config import STACKS, ModelConfig
+from model.formats.lazy import LAZY, Stacked
 from model.function import Params
-from model.lazy import LAZY, Stacked
 
 
 def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConfig, Params]:

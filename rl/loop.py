@@ -19,7 +19,7 @@ from configs.exits import Stopped
 from data.packing import shuffled
 from data.tasks import generate
 from model.compilation import prepare_compiler, training_options
-from model.flops import forward_flops_per_token, mfu, train_flops_per_token
+from model.inspect.flops import forward_flops_per_token, mfu, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
 from rl.objectives import grpo

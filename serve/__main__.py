@@ -176,7 +176,7 @@ def _num_pages(cfg: Any, length: int, options: argparse.Namespace) -> int:
 
 def _page_bytes(cfg: Any) -> int:
     """Of one page over all blocks; at least 1, for a model whose every block is recurrent."""
-    from model.anatomy import cache_bytes_per_token
+    from model.inspect.anatomy import cache_bytes_per_token
 
     return max(1, _PAGE_SIZE * cache_bytes_per_token(cfg))
 

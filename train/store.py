@@ -19,7 +19,7 @@ from configs import ConfigError, atomic_write
 from configs.paths import complete_steps
 from data import Tokenizer
 from model import ModelConfig, ShardingRules
-from model.checkpoint import Checkpoints
+from model.formats.checkpoint import Checkpoints
 from model.function import Params
 from train.config import CheckpointSpec
 from train.mesh import param_shardings, state_shardings

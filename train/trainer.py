@@ -29,7 +29,7 @@ from model.blocks.linear import within_block
 from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
-from model.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
+from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
 from train.checks import check_datasets, check_same_model, check_validation
 from train.config import TrainConfig

@@ -263,7 +263,7 @@ def sow_weights(
     sight: Sight = Sight(),
     scores: Scores = Scores(),
 ) -> None:
-    """Leaves the weights of attention for whoever asks for them (model.trace), and is nothing for all others."""
+    """Sows the attention weights for `model.inspect.trace`; does nothing outside a trace."""
     if module.is_mutable_collection("intermediates"):
         weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, sight, scores)
         module.sow("intermediates", "attention", weights)

@@ -12,12 +12,12 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from model import fp8
 from model.blocks.attention import Attention
 from model.blocks.moe import MoE
 from model.config import DTYPES, ModelConfig
 from model.families.foreign import NEUTRAL, changes_numbers
 from model.families.tensors import Names, NamesOf
+from model.formats import fp8
 
 MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
 

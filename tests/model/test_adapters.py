@@ -25,7 +25,6 @@ from model import (
     save,
 )
 from model.adapters import add_adapters, drop_adapters, is_adapter, merge_adapter
-from model.anatomy import parameter_groups
 from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
 from model.blocks.latent_attention import LatentAttention
@@ -35,8 +34,9 @@ from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.blocks.positions import Rope
-from model.flops import train_flops_per_token
-from model.peft import HARMLESS_KEYS, load_adapters, save_adapter
+from model.formats.peft import HARMLESS_KEYS, load_adapters, save_adapter
+from model.inspect.anatomy import parameter_groups
+from model.inspect.flops import train_flops_per_token
 
 from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
 from .test_families import OTHER_PYTHON

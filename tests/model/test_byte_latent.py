@@ -42,14 +42,14 @@ from model.blocks.patches import (
 )
 from model.blocks.recurrence import begin
 from model.byte_latent import ByteLatent
-from model.describe import describe
 from model.families import FAMILIES
-from model.flops import forward_flops_per_token, train_flops_per_token
 from model.function import logical_axes
+from model.inspect.describe import describe
+from model.inspect.flops import forward_flops_per_token, train_flops_per_token
+from model.inspect.trace import trace
 from model.kernels.attention import attention
 from model.layout import relayout
 from model.patcher import with_patcher
-from model.trace import trace
 from train.config import OptimizerSpec
 from train.objectives import language_modelling
 from train.optimizer import adamw

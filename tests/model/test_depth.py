@@ -20,7 +20,6 @@ from model import (
     logical_axes,
     param_shapes,
 )
-from model.anatomy import anatomy
 from model.blocks.block import BlockModule
 from model.blocks.common import Context, TokenInfo
 from model.blocks.latent_attention import LatentAttention
@@ -32,7 +31,8 @@ from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.blocks.router import Router
 from model.cache import Cache
-from model.flops import forward_flops_per_token
+from model.inspect.anatomy import anatomy
+from model.inspect.flops import forward_flops_per_token
 from train.config import OptimizerSpec
 from train.optimizer import adamw
 

@@ -23,14 +23,6 @@ from model import (
     save,
 )
 from model.__main__ import main
-from model.anatomy import (
-    activation_bytes,
-    anatomy,
-    cache_bytes_per_token,
-    parameter_count,
-    parameter_groups,
-    state_bytes_per_row,
-)
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
@@ -49,7 +41,15 @@ from model.blocks.rglru import RGLRU
 from model.blocks.router import Router
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 from model.config import PARTS
-from model.describe import describe
+from model.inspect.anatomy import (
+    activation_bytes,
+    anatomy,
+    cache_bytes_per_token,
+    parameter_count,
+    parameter_groups,
+    state_bytes_per_row,
+)
+from model.inspect.describe import describe
 from model.logprobs import token_logprobs
 
 from .conftest import GOLDENS, random_params, tiny

@@ -9,7 +9,7 @@ from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.ffn import GatedMLP
 from model.blocks.positions import Rope
 from model.config import Block
-from model.flops import forward_flops_per_token
+from model.inspect.flops import forward_flops_per_token
 
 from .conftest import check_decoding, paged_cache, random_params, random_tokens
 from .conftest import compiled_fast as jit

@@ -13,12 +13,12 @@ import pytest
 import safetensors.numpy
 
 from model import Block, ModelConfig, apply, init_cache, load, logical_axes, param_shapes, save
-from model.anatomy import parameter_count
 from model.blocks.positions import RelativeBias
 from model.config import ClassHead, Encoder
-from model.describe import describe
 from model.embed import embed
 from model.generate import generate
+from model.inspect.anatomy import parameter_count
+from model.inspect.describe import describe
 
 from .conftest import GOLDENS, compiled_fast
 

@@ -15,7 +15,6 @@ import safetensors.numpy
 
 from model import ModelConfig, apply, init_cache, load, load_config, logical_axes, param_shapes, save
 from model.adapters import drop_adapters
-from model.anatomy import anatomy, parameter_groups
 from model.blocks.attention import Attention
 from model.blocks.block import Block
 from model.blocks.ffn import SwiGLU
@@ -25,9 +24,10 @@ from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm, RMSNorm
 from model.blocks.positions import LearnedPositions
 from model.blocks.rwkv7 import RWKV7
-from model.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
+from model.formats.peft import load_adapters, save_adapter
+from model.inspect.anatomy import anatomy, parameter_groups
+from model.inspect.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
 from model.layout import relayout, without_future
-from model.peft import load_adapters, save_adapter
 
 from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
 from .test_families import OTHER_PYTHON

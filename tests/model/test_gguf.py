@@ -26,8 +26,8 @@ from model import (
     load,
     save,
 )
-from model.dequantize import DECODERS, dequantize
-from model.gguf import halves_to_pairs, pairs_to_halves
+from model.formats.dequantize import DECODERS, dequantize
+from model.formats.gguf import halves_to_pairs, pairs_to_halves
 
 from .conftest import random_params, tiny
 

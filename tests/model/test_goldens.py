@@ -14,7 +14,7 @@ from configs import gguf
 from configs.gguf_write import write
 from data import load_tokenizer
 from model import apply, load, load_config
-from model.dequantize import dequantize
+from model.formats.dequantize import dequantize
 from model.generate import generate
 
 from .conftest import GOLDENS

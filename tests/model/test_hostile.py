@@ -11,7 +11,7 @@ import pytest
 
 from model import load
 from model.families import FAMILIES
-from model.huggingface import load_config
+from model.formats.huggingface import load_config
 
 from .conftest import GOLDENS
 from .test_families import config_of

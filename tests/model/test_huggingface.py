@@ -27,8 +27,8 @@ from model import (
     load_config,
     save,
 )
+from model.formats.safetensors_file import SafetensorsError, read_header
 from model.layout import relayout
-from model.safetensors_file import SafetensorsError, read_header
 
 from .conftest import GOLDENS, random_params, tiny
 

@@ -22,7 +22,7 @@ from model.blocks.ffn import GatedMLP
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.positions import Rope, YarnScaling
 from model.config import Block
-from model.flops import forward_flops_per_token
+from model.inspect.flops import forward_flops_per_token
 from model.sharding import named_sharding
 from tests.meshes import assert_divided, compiled
 

@@ -11,12 +11,12 @@ import safetensors.numpy
 
 from benchmarks.loading import peak_memory, write_made_up
 from model import MESH_AXES, load, load_config, logical_axes, save
-from model.checkpoint import CHUNK_BYTES, stored_arrays
-from model.convert import convert
+from model.formats.checkpoint import CHUNK_BYTES, stored_arrays
+from model.formats.convert import convert
+from model.formats.lazy import Lazy, Sliced, Stacked, place
+from model.formats.storage import load_lazily
 from model.layout import relayout
-from model.lazy import Lazy, Sliced, Stacked, place
 from model.sharding import ShardingRules, named_sharding
-from model.storage import load_lazily
 
 from .conftest import GOLDENS, random_params, tiny
 

@@ -11,7 +11,7 @@ from model import Attention, Block, ModelConfig, RMSNorm, Rope, load, save
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.moe import MoE
 from model.blocks.router import Router
-from model.mxfp4 import unpack
+from model.formats.mxfp4 import unpack
 
 from .conftest import GOLDENS, random_params
 

@@ -13,10 +13,10 @@ import pytest
 import safetensors.numpy
 
 from model import load, load_config, save
-from model.convert import convert
 from model.families import FAMILIES
 from model.families.wrapped import DEFAULTS, TEXT, text_config
-from model.fp8 import scaled
+from model.formats.convert import convert
+from model.formats.fp8 import scaled
 
 from .conftest import GOLDENS
 from .test_families import config_of, forward
@@ -203,7 +203,7 @@ def test_masks_of_old_checkpoints_are_passed_over(dtype, tmp_path):
 
 def test_an_index_may_name_a_tied_head_that_no_shard_has(tmp_path):
     cfg, params = load(GOLDENS / "llama_tied")
-    from model import huggingface
+    from model.formats import huggingface
 
     huggingface.save(tmp_path / "model", cfg, params, {}, max_shard_bytes=40_000)
     file = tmp_path / "model" / "model.safetensors.index.json"

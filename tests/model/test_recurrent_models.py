@@ -22,7 +22,6 @@ from model import (
     param_shapes,
     save,
 )
-from model.anatomy import cache_bytes_per_token, state_bytes_per_row
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -30,8 +29,9 @@ from model.blocks.norms import LayerNorm, RMSNorm
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
-from model.describe import describe
 from model.generate import generate
+from model.inspect.anatomy import cache_bytes_per_token, state_bytes_per_row
+from model.inspect.describe import describe
 from model.layout import relayout
 from model.sharding import named_sharding
 from tests.meshes import assert_divided, compiled

@@ -1,4 +1,4 @@
-"""What model.trace shows is what the model computes, and asking for nothing costs nothing."""
+"""What model.inspect.trace shows is what the model computes, and asking for nothing costs nothing."""
 
 import functools
 import json
@@ -20,8 +20,8 @@ from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
+from model.inspect.trace import likeliest, logit_lens, trace
 from model.layout import relayout
-from model.trace import likeliest, logit_lens, trace
 
 from .conftest import compiled_fast, random_params, random_tokens
 

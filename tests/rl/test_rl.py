@@ -14,7 +14,7 @@ import data
 import model
 from data.tasks import Problem, TaskSpec, generate
 from model import decoder, init
-from model.checkpoint import save_native
+from model.formats.checkpoint import save_native
 from rl import loop
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig

@@ -14,7 +14,7 @@ from model.blocks.ffn import GatedMLP
 from model.blocks.mixture_of_depths import MixtureOfDepths
 from model.blocks.moe import MoE
 from model.blocks.router import Router
-from model.flops import forward_flops_per_token
+from model.inspect.flops import forward_flops_per_token
 from tests.meshes import assert_divided, compiled
 from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch

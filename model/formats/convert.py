@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from configs.paths import resolve_model
 from configs.typed import ConfigError
-from model import storage
 from model.adapters import merge_adapter
-from model.lazy import LAZY, named
-from model.peft import load_adapters
+from model.formats import storage
+from model.formats.lazy import LAZY, named
+from model.formats.peft import load_adapters
 
 FORMATS = ("huggingface", "native", "gguf")
 

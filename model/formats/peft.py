@@ -17,7 +17,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs.files import replacing
-from model import safetensors_file
 from model.adapters import is_adapter
 from model.blocks.linear import column_lengths, within_block
 from model.blocks.lora import LoRA
@@ -25,12 +24,13 @@ from model.config import ModelConfig
 from model.families.common import Reader
 from model.families.tensors import Path as Place
 from model.families.tensors import Piece, Tensor, get, tensor_table
+from model.formats import safetensors_file
+from model.formats.huggingface import family_of
+from model.formats.peft_init import read_init, with_taken_out
+from model.formats.peft_targets import Patterns, check_targets, read_by_module
+from model.formats.safetensors_file import StoredTensor
 from model.function import Params, logical_axes, param_shapes
-from model.huggingface import family_of
 from model.layout import relayout
-from model.peft_init import read_init, with_taken_out
-from model.peft_targets import Patterns, check_targets, read_by_module
-from model.safetensors_file import StoredTensor
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}

@@ -153,7 +153,10 @@ def peak_text() -> str:
     """The peak and where it comes from, for a log."""
     peak = peak_flops_per_device()
     if peak is None:
-        return f"no peak is known for {jax.devices()[0].device_kind}, so no MFU is shown; see model.flops.PEAK_FLOPS"
+        return (
+            f"no peak is known for {jax.devices()[0].device_kind}, so no MFU is shown; see PEAK_FLOPS in "
+            "model/inspect/flops.py"
+        )
     how = (
         "measured by a float32 product when this run began"
         if is_measured()

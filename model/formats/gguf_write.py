@@ -18,8 +18,8 @@ from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling
 from model.config import Block, ModelConfig
 from model.families.common import difference
 from model.families.tensors import Tensor, get, name_of, tensor_table
+from model.formats.gguf import NAMES, ROPE_FACTORS, ROTATED_PAIRS, halves_to_pairs, heads_of, rope_factors
 from model.function import Params
-from model.gguf import NAMES, ROPE_FACTORS, ROTATED_PAIRS, halves_to_pairs, heads_of, rope_factors
 from model.layout import relayout, without_future
 
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # llama.cpp's llama_ftype

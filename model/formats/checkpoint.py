@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 
 from configs.files import replacing
 from model.config import ModelConfig
+from model.formats.lazy import Sliced, Stacked
 from model.function import Params, param_shapes
-from model.lazy import Sliced, Stacked
 
 FORMAT_VERSION = 1
 

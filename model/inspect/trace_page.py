@@ -17,7 +17,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.function import Params
-from model.trace import Trace, likeliest, trace
+from model.inspect.trace import Trace, likeliest, trace
 
 MAX_TOKENS = 256  # the maps of a longer text would make a page that no browser likes
 

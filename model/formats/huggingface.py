@@ -18,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.files import replacing
-from model import fp8, mxfp4, safetensors_file
 from model.adapters import check_without_adapters
 from model.config import ModelConfig, ScalarHead
 from model.families import FAMILIES, wrapped
 from model.families.common import Family
 from model.families.tensors import NamesOf, Tensor, get, name_of, tensor_table, unflatten
-from model.fits import check_fits
-from model.fp8 import ScaledTensor
+from model.formats import fp8, mxfp4, safetensors_file
+from model.formats.fits import check_fits
+from model.formats.fp8 import ScaledTensor
+from model.formats.lazy import Lazy, Stacked
+from model.formats.mxfp4 import PackedTensor
+from model.formats.safetensors_file import StoredTensor
 from model.function import Params
 from model.layout import relayout, without_future
-from model.lazy import Lazy, Stacked
-from model.mxfp4 import PackedTensor
-from model.safetensors_file import StoredTensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,7 +58,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters that are read when they are used, see `model.lazy`) of a folder.
+    """(cfg, parameters that are read when they are used, see `model.formats.lazy`) of a folder.
 
     Args:
       dtype: of parameters and computation; default: parameters as stored.

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from configs import gguf
 from configs.paths import resolve_model
-from model import checkpoint, huggingface, storage
-from model.anatomy import Anatomy, Group, anatomy
 from model.config import ModelConfig
+from model.formats import checkpoint, huggingface, storage
+from model.inspect.anatomy import Anatomy, Group, anatomy
 
 
 def describe(path: str | Path, batch: int = 1, context: int | None = None) -> str:
@@ -34,7 +34,7 @@ def describe(path: str | Path, batch: int = 1, context: int | None = None) -> st
 
 
 def describe_json(path: str | Path, batch: int = 1, context: int | None = None) -> str:
-    """The same figures as one JSON object; see `model.anatomy.Anatomy`."""
+    """The same figures as one JSON object; see `model.inspect.anatomy.Anatomy`."""
     cfg, stored = _find(Path(path).expanduser())
     figures = dataclasses.asdict(anatomy(cfg, batch, context))
     return json.dumps({"path": str(path), "stored": stored, "dtype": cfg.dtype, **figures}, indent=1)

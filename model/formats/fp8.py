@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from model.safetensors_file import SafetensorsError, StoredTensor
+from model.formats.safetensors_file import SafetensorsError, StoredTensor
 
 SCALES = "_scale_inv"
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -9,12 +9,12 @@ import jax
 from jax.sharding import Sharding
 
 from configs.paths import ModelPath, resolve_model
-from model import checkpoint
 from model.config import ModelConfig
+from model.formats import checkpoint
+from model.formats.lazy import LAZY, place
 from model.function import Params
 from model.kernels.backend import Kernels
 from model.layout import relayout
-from model.lazy import LAZY, place
 
 Format = Literal["native", "huggingface", "gguf"]
 
@@ -73,11 +73,11 @@ def save(
         write = checkpoint.save_native_lazily if lazy else checkpoint.save_native
         write(path, cfg, params, tokenizer or {})
     elif format == "huggingface":
-        from model import huggingface
+        from model.formats import huggingface
 
         huggingface.save(path, cfg, params, tokenizer or {})
     elif format == "gguf":
-        from model import gguf_write
+        from model.formats import gguf_write
 
         gguf_write.save(path, cfg, params, tokenizer or {})
     else:
@@ -85,8 +85,7 @@ def save(
 
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """As `load`, but each parameter is read only when it is used: what `save` and `model.lazy.place` take in turn never
-    is in memory whole."""
+    """As `load`, but each parameter is read when it is used, so `save` and `lazy.place` never hold the whole model."""
     return _load_lazily(resolve_model(path), dtype)
 
 
@@ -94,10 +93,10 @@ def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Para
     if found.kind == "native":
         return checkpoint.load_lazily(found.weights, dtype)
     if found.kind == "huggingface":
-        from model import huggingface
+        from model.formats import huggingface
 
         return huggingface.load(found.weights, dtype)
-    from model import gguf
+    from model.formats import gguf
 
     return gguf.load(found.weights, dtype)
 
@@ -121,10 +120,10 @@ def _load_config(found: ModelPath) -> ModelConfig:
     if found.kind == "native":
         return checkpoint.load_config(found.weights)
     if found.kind == "huggingface":
-        from model import huggingface
+        from model.formats import huggingface
 
         return huggingface.load_config(found.weights)
-    from model import gguf
+    from model.formats import gguf
 
     return gguf.load_config(found.weights)
 

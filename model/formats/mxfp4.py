@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from model.safetensors_file import SafetensorsError, StoredTensor
+from model.formats.safetensors_file import SafetensorsError, StoredTensor
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 BLOCKS, SCALES = "_blocks", "_scales"

@@ -16,8 +16,8 @@ from jax.extend.core import Var
 from model.blocks.future import Future, future_blocks
 from model.cache import cache_axes, init_pages
 from model.config import STACKS, ModelConfig
-from model.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
 from model.function import Params, apply, logical_axes, param_shapes
+from model.inspect.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
 from model.logprobs import token_logprobs
 
 ADAPTER_ROLES = {"a": "down to their rank", "b": "up from it", "magnitude": "each output's length"}

@@ -1,7 +1,7 @@
 """Models in GGUF files: metadata to `ModelConfig`, tensors to parameters, and back.
 
 Architectures llama, qwen2 and qwen3, as llama.cpp names them (gguf-py/gguf/constants.py). The container itself is
-read by `configs.gguf`, quantized blocks by `model.dequantize`.
+read by `configs.gguf`, quantized blocks by `model.formats.dequantize`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from model.blocks.ffn import SwiGLU
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling
 from model.config import Block, ModelConfig
-from model.dequantize import dequantize
 from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
-from model.fits import check_fits
+from model.formats.dequantize import dequantize
+from model.formats.fits import check_fits
+from model.formats.lazy import Lazy
 from model.function import Params
-from model.lazy import Lazy
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROTATED_PAIRS = ("llama",)  # stores queries and keys so that rotary pairs are neighbours: (0, 1), (2, 3), ...
