@@ -63,7 +63,7 @@ __all__ = [
 
 
 def load(path, **options):
-    """Reads (cfg, params) from a run folder, checkpoint, Hugging Face folder or GGUF file; see `model.formats.storage`."""
+    """Reads (cfg, params) from a run folder, checkpoint, Hugging Face folder or GGUF file. See `formats.storage`."""
     from model.formats.storage import load as load_model
 
     return load_model(path, **options)
