@@ -2,7 +2,7 @@
 
     python -m benchmarks.cross_entropy [--vocabulary=32768] [--width=512] [--bfloat16]
 
-On the platform that jax finds, on one device. `WHOLE_LOGITS_BYTES` (model/kernels/cross_entropy_sharded.py) is the size
+On the platform that jax finds, on one device. `WHOLE_LOGITS_BYTES` (model/kernels/cross_entropy/sharded.py) is the size
 of the logits from which tiles are taken on a CPU or GPU: set it to where they are no slower. On a TPU tiles are always
 taken; here too the kernels are timed beside the rest.
 """

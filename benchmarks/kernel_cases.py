@@ -20,14 +20,14 @@ import optax
 import model
 from model.function import param_shapes
 from model.kernels import backend, delta_rule, ssd
-from model.kernels.attention import Scores, Sight
+from model.kernels.attention import self_attention
+from model.kernels.attention.reference import Scores, Sight
 from model.kernels.cross_entropy import cross_entropy
 from model.kernels.cross_entropy import reference as all_logits
 from model.kernels.grouped_matmul import grouped_matmul
 from model.kernels.paged_attention import Kept, attend_in_rows, paged_attention
 from model.kernels.quantized_matmul import quantize, quantized_matmul
 from model.kernels.quantized_matmul import reference as widened_whole
-from model.kernels.self_attention import self_attention
 from train.config import OptimizerSpec
 from train.optimizer import adamw
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from model.blocks.block import Run
 from model.config import STACKS, ModelConfig
 from model.kernels import backend
-from model.kernels.pages import SCALE, check_cache_dtype, is_quantized
+from model.kernels.paged_attention.pages import SCALE, check_cache_dtype, is_quantized
 
 _KERNEL_PAGE = 128  # slots, of a dense cache for TPUs
 
@@ -47,7 +47,8 @@ def init_pages(
 
     Args:
       dtype: of keys and values; default: that of the computation. "int8" and "float8_e4m3fn": each head of each token
-        has a scale beside it; see model.kernels.pages. What is no page is in the dtype of the computation then.
+        has a scale beside it; see model.kernels.paged_attention.pages. What is no page is in the dtype of the
+        computation then.
       num_rows: of recurrent state, for the mixers that have one, and of what is remembered of an encoder.
       encoder_length: the most tokens that an encoder reads for a row; default: `cfg.max_length`.
 

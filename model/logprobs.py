@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from model.kernels import backend, vectors
+from model.kernels import backend, cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,11 @@ def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Arr
 def _forward(logits_BTV: jax.Array, tokens_BT: jax.Array):
     chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
     wide_BTV = logits_BTV.astype(jnp.float32)
-    top_BT1 = vectors.row_max(lambda x: x, wide_BTV)
+    top_BT1 = cpu.row_max(lambda x: x, wide_BTV)
     top_BT1 = jnp.maximum(top_BT1, chosen_BT[..., None])  # as it is, but so the chosen logits are read first
     top_BT1 = jnp.where(jnp.isfinite(top_BT1), top_BT1, 0)
     weights_BTV = jnp.exp(wide_BTV - top_BT1)  # in the place of the logits, which nothing reads any more
-    total_BT1 = vectors.row_sum(weights_BTV)
+    total_BT1 = cpu.row_sum(weights_BTV)
     log_z_BT = (jnp.log(total_BT1) + top_BT1)[..., 0]
     like_logits = jnp.zeros((), logits_BTV.dtype)
     return (chosen_BT - log_z_BT, log_z_BT), (weights_BTV, total_BT1, tokens_BT, like_logits)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
-from model.kernels.cross_entropy_sharded import cross_entropy_on_mesh, wants_tiles
+from model.kernels.cross_entropy.sharded import cross_entropy_on_mesh, wants_tiles
 from model.logprobs import Ask, TokenScores, scores_of_logits
 from model.sharding import ShardingRules, constrain
 

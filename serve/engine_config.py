@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from model import ModelConfig
-from model.kernels.pages import check_cache_dtype
+from model.kernels.paged_attention.pages import check_cache_dtype
 
 _FIRST_CHUNK = 32  # tokens of the smallest prefill chunk
 _FIRST_CONTEXT = 256  # tokens of the narrowest page table

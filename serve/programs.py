@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from model import Cache, ModelConfig, ShardingRules, apply, cache_axes, init_pages
 from model.kernels import backend
-from model.kernels.pages import row_by_row
+from model.kernels.paged_attention.pages import row_by_row
 from model.layout import relayout
 from serve.engine_config import EngineSizes
 from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS

@@ -8,10 +8,10 @@ import optax
 
 from model import Block, ModelConfig, logical_axes
 from model.adapters import split_trained
-from model.blocks.future import future_blocks
 from model.blocks.moe import MoE
 from model.config import STACKS
-from model.kernels import vectors
+from model.kernels import cpu
+from model.readouts.mtp import mtp_blocks
 from train.config import OptimizerSpec
 
 
@@ -58,7 +58,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 def global_norm(tree) -> jax.Array:
     """The root of the sum of all squares, float32."""
-    squares = (vectors.sum_of_squares(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
+    squares = (cpu.sum_of_squares(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
@@ -71,7 +71,7 @@ def balance_experts(
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
     runs = [run for stack in STACKS for run in cfg.runs(stack)]
-    blocks = {name: block for name, block, _ in runs} | future_blocks(cfg.future)
+    blocks = {name: block for name, block, _ in runs} | mtp_blocks(cfg.mtp)
     rates = {name: _balance_rate(block) for name, block in blocks.items()}
     if not any(rates.values()):
         return optimizer

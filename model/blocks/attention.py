@@ -23,11 +23,11 @@ from model.blocks.common import Context, More, TokenInfo, param
 from model.blocks.linear import Outputs, linear_out, linears
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
-from model.kernels import backend, pages
-from model.kernels.attention import Scores, Sight, attention, self_attention_weights
-from model.kernels.paged_attention import Kept
-from model.kernels.paged_sharded import attend_on_mesh
-from model.kernels.self_attention import self_attention
+from model.kernels import backend
+from model.kernels.attention import self_attention
+from model.kernels.attention.reference import Scores, Sight, attention, self_attention_weights
+from model.kernels.paged_attention import Kept, pages
+from model.kernels.paged_attention.sharded import attend_on_mesh
 from model.sharding import ShardingRules, constrain
 
 _log = logging.getLogger(__name__)
@@ -277,7 +277,7 @@ KEY_VALUE_AXES: dict[str, tuple[str | None, ...]] = {"k": PAGES, "v": PAGES}
 def key_value_pages(
     num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
-    """Empty pages of keys and values, [N, Z, K * C] each; see model.kernels.pages."""
+    """Empty pages of keys and values, [N, Z, K * C] each; see model.kernels.paged_attention.pages."""
     size = num_pages, page_size, num_kv_heads, head_dim, dtype
     return pages.empty_pages("k", *size) | pages.empty_pages("v", *size)
 

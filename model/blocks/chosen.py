@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from model.blocks.balance import token_weights
 from model.blocks.block import Block, BlockModule
 from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, param
-from model.kernels.pages import gather
+from model.kernels.paged_attention.pages import gather
 from model.weighted import WeightedSum
 
 FILLED = "filled"  # among a state: which slots of the pages hold a token that was chosen

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from model.blocks.attention import combine_heads, project_heads
 from model.blocks.common import Context, TokenInfo
-from model.kernels.attention import Scores, attention
+from model.kernels.attention.reference import Scores, attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ from model.blocks.common import Context, TokenInfo, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
 from model.kernels import backend
-from model.kernels.attention import Scores, Sight, attention
-from model.kernels.self_attention import self_attention
+from model.kernels.attention import self_attention
+from model.kernels.attention.reference import Scores, Sight, attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,14 @@ from model.blocks.common import Context, fan_in_normal, param
 from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
-from model.kernels.dispatch import Places, from_rows, sorted_by, to_rows
-from model.kernels.grouped_sharded import Split, grouped_on_mesh, once_on_mesh, split_of, spread_on_mesh
+from model.kernels.grouped_matmul.dispatch import Places, from_rows, sorted_by, to_rows
+from model.kernels.grouped_matmul.sharded import (
+    Split,
+    grouped_on_mesh,
+    once_on_mesh,
+    split_of,
+    spread_on_mesh,
+)
 from model.kernels.order import anew
 from model.sharding import ShardingRules, constrain
 

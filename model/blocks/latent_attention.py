@@ -19,10 +19,10 @@ from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
-from model.kernels.attention import Scores, Sight
+from model.kernels.attention import self_attention
+from model.kernels.attention.reference import Scores, Sight
 from model.kernels.paged_attention import Kept
-from model.kernels.pages import empty_pages, is_quantized
-from model.kernels.self_attention import self_attention
+from model.kernels.paged_attention.pages import empty_pages, is_quantized
 from model.sharding import constrain
 
 KEPT = Kept(1, ("latent", "k_rope"), "latent")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context
-from model.kernels import vectors
+from model.kernels import cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +68,19 @@ class NormModule(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.constant(value), self.axes)
         rows, shape = x.shape[: -len(self.axes)], x.shape[-len(self.axes) :]
         parameter = jnp.asarray(self.param(name, init, shape, self.ctx.param_dtype), jnp.float32)
-        return vectors.for_rows(parameter, rows)
+        return cpu.for_rows(parameter, rows)
 
 
 def _forward(x: jax.Array, axes: int, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(vectors.row_dot(x32, x32, axes) / math.prod(x.shape[-axes:]) + eps)
+    inverse = jax.lax.rsqrt(cpu.row_dot(x32, x32, axes) / math.prod(x.shape[-axes:]) + eps)
     return x32 * inverse, (x, inverse)
 
 
 def _backward(axes: int, eps: float, saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array]:
     x, inverse = saved
     x32 = x.astype(jnp.float32)
-    along = vectors.row_dot(d, x32, axes) * (inverse**2 / math.prod(x.shape[-axes:]))
+    along = cpu.row_dot(d, x32, axes) * (inverse**2 / math.prod(x.shape[-axes:]))
     return (((d - x32 * along) * inverse).astype(x.dtype),)
 
 

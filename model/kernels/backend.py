@@ -59,7 +59,7 @@ class Backend:
 class Kernels:
     """Which form of a kernel runs where there are several; "auto": the platform's own."""
 
-    attention: str = "auto"  # of model.kernels.self_attention.FORMS
+    attention: str = "auto"  # of model.kernels.attention.FORMS
     grouped: str = "auto"  # products of experts: of model.kernels.grouped_matmul.FORMS
     paged: str = "auto"  # attention to pages: of model.kernels.paged_attention.FORMS
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.kernels.chunks import scan_chunks
+from model.kernels.recurrence.chunks import scan_chunks
 
 LINEAR_CHUNK = 256
 SELECTIVE_CHUNK = 32

@@ -11,8 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.kernels.chunks import same_document, scan_chunks
 from model.kernels.delta_rule import CHUNK, decayed_products, fitting_chunk, heads_first, solve_unit_lower
+from model.kernels.recurrence.chunks import same_document, scan_chunks
 
 
 def rwkv7(

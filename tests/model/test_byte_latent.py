@@ -47,7 +47,7 @@ from model.function import logical_axes
 from model.inspect.describe import describe
 from model.inspect.flops import forward_flops_per_token, train_flops_per_token
 from model.inspect.trace import trace
-from model.kernels.attention import attention
+from model.kernels.attention.reference import attention
 from model.layout import relayout
 from model.patcher import with_patcher
 from train.config import OptimizerSpec

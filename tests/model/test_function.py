@@ -32,8 +32,8 @@ from model import (
     save,
 )
 from model.generate import generate
-from model.kernels.attention import Sight, attention
-from model.kernels.self_attention import self_attention
+from model.kernels.attention import self_attention
+from model.kernels.attention.reference import Sight, attention
 from model.layout import relayout
 from model.sharding import check_divisible, named_sharding
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from model import ShardingRules
-from model.kernels import cross_entropy_sharded
+from model.kernels.cross_entropy import sharded as cross_entropy_sharded
 from rl.objectives import grpo
 from tests.meshes import assert_divided, compiled
 from train.config import MeshSpec
@@ -14,7 +14,7 @@ from train.objectives import language_modelling
 from train.step import accumulate
 
 from .test_experts import fresh, jit
-from .test_future import model
+from .test_mtp import model
 from .test_step import packed_batch
 
 RULES = ShardingRules(kv_heads=(), act_kv_heads=())  # there is one

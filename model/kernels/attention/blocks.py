@@ -1,0 +1,179 @@
+"""Attention of tokens among themselves in plain jnp: each block of queries is given only the keys that some of it see.
+
+The backward pass, by hand, computes the weights anew instead of keeping them, as Dao et al. 2022, arXiv:2205.14135, do.
+"""
+
+# B batch, T queries, S keys, H query heads, K key/value heads, G query heads of one key/value head, N = G T of a block
+# C width of a query and a key, E width of a value
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from model.kernels import cpu, order
+from model.kernels.attention.reference import (
+    Scores,
+    Sight,
+    attend,
+    less,
+    queries_heads_first,
+    self_mask,
+    to_add,
+    tokens_first,
+)
+from model.kernels.names import ATTENTION
+
+MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
+MIN_QUERY_BLOCK = 128  # and into none shorter than this
+
+
+def in_query_blocks(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKE: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
+) -> jax.Array:
+    """See `self_attention.self_attention`, [B, T, H, E]. Where scores have no bias there is no forward-mode
+    derivative."""
+    q_BTHC, scores = _scaled(q_BTHC, scores)
+    inputs = q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
+    if scores.bias is not None:  # which may have parameters of its own
+        return _forward(sight, scores, scores.sinks_H, *inputs)[0]
+    return _by_hand(sight, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
+
+
+def _scaled(q_BTHC: jax.Array, scores: Scores) -> tuple[jax.Array, Scores]:
+    """Queries with the scores' scale in them, where that rounds no more: a pass less over all scores."""
+    scale = scores.scale_of(q_BTHC.shape[-1])
+    if q_BTHC.dtype != jnp.float32 and math.frexp(scale)[0] != 0.5:
+        return q_BTHC, scores
+    return q_BTHC * jnp.asarray(scale, q_BTHC.dtype), dataclasses.replace(scores, scale=1.0)
+
+
+def _blocks(T: int, sight: Sight) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and of the keys that some of them see."""
+    block, reach = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), sight.reach()
+    blocks = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        first = 0 if reach is None else max(0, start - reach + 1)
+        last = stop if sight.causal else T if reach is None else min(T, stop + reach - 1)
+        blocks.append((slice(start, stop), slice(first, last)))
+    return blocks
+
+
+def _forward(
+    sight: Sight, scores: Scores, sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
+) -> tuple[jax.Array, Any]:
+    """(what queries find [B, T, H, E], what the backward pass keeps)."""
+    scores = dataclasses.replace(scores, sinks_H=sinks_H)
+    blocks = _blocks(q_BTHC.shape[1], sight)
+    # values come as one axis and queries leave with G apart from T: on CPU copies that merge or split axes are slow
+    v_BTN = v_BTKE.reshape(*v_BTKE.shape[:2], -1)
+    laid_out = order.once(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTN)
+    qs_BKGTC, k_BKSC, v_BKSE = laid_out
+    qs_BKNC = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in qs_BKGTC]
+    inputs = qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT
+    outs, normalisers = [], []
+    for (at_T, at_S), q_BKGTC in zip(blocks, qs_BKGTC, strict=True):
+        mask_BTS = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
+        mask_BTS = mask_BTS if scores.bias is not None else to_add(mask_BTS)
+        queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
+        distance_BTS = (keys[None] - queries[:, None])[None]
+        seen = k_BKSC[:, :, at_S], v_BKSE[:, :, at_S]
+        out_BKGTE, *normaliser = attend(q_BKGTC, *seen, mask_BTS, scores, distance_BTS)
+        outs.append(tokens_first(out_BKGTE))
+        normalisers.append(tuple(checkpoint_name(x_BKGT1, ATTENTION) for x_BKGT1 in normaliser))
+    # in one form for both passes
+    out_BTHE = checkpoint_name(order.once(functools.partial(jnp.concatenate, axis=1))(outs), ATTENTION)
+    return out_BTHE, (sinks_H, inputs, out_BTHE, normalisers)
+
+
+def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTN: jax.Array):
+    """As products take them: of each block the queries [B, K, G, T, C]; keys and values [B, K, S, C or E].
+
+    Args:
+      v_BTN: heads and their widths as one axis.
+    """
+    K = k_BTKC.shape[2]
+    of_blocks = [queries_heads_first(q_BTHC[:, at_T], K) for at_T, _ in blocks]
+    v_BTKE = v_BTN.reshape(*k_BTKC.shape[:3], -1)
+    return of_blocks, k_BTKC.swapaxes(1, 2), v_BTKE.swapaxes(1, 2)
+
+
+def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
+    """Scores with keys before queries, so no weight is transposed."""
+    sinks_H, (qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
+    laid_out = functools.partial(queries_heads_first, K=k_BKSC.shape[1])
+    d_out_BTHE = d_out_BTHE.astype(jnp.float32)
+    delta_BTH1 = cpu.row_dot(d_out_BTHE, out_BTHE)
+    known_BK11 = laid_out(delta_BTH1)[:, :, 0, :1]
+    dqs_BTHC, d_sinks_KG = [], jnp.zeros(())
+    dk_BKSC, dv_BKSE = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSC, v_BKSE))
+    blocks = _blocks(d_out_BTHE.shape[1], sight)
+    for (at_T, at_S), q_BKNC, (top_BKGT1, total_BKGT1) in zip(blocks, qs_BKNC, normalisers, strict=True):
+        mask_BST = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight).swapaxes(1, 2)
+        d_out_BKGTE, delta_BKGT1 = (laid_out(x[:, at_T]) / total_BKGT1 for x in (d_out_BTHE, delta_BTH1))
+        # no weights are computed ahead, nor those of two blocks at a time
+        k_part, v_part = (order.not_before(known_BK11, x[:, :, at_S]) for x in (k_BKSC, v_BKSE))
+        dq_BTHC, dk_part, dv_part = _block_gradients(
+            scores, (k_part, v_part, mask_BST), q_BKNC, d_out_BKGTE, top_BKGT1, delta_BKGT1
+        )
+        dqs_BTHC.append(dq_BTHC)
+        known_BK11 = laid_out(dq_BTHC[:, :1, :, :1])[:, :, 0]
+        dk_BKSC, dv_BKSE = dk_BKSC.at[:, :, at_S].add(dk_part), dv_BKSE.at[:, :, at_S].add(dv_part)
+        if sinks_H is not None:
+            sinks_KG1 = sinks_H.astype(jnp.float32).reshape(*top_BKGT1.shape[1:3], 1)
+            d_sinks_KG -= jnp.sum(jnp.exp(sinks_KG1 - top_BKGT1[..., 0]) * delta_BKGT1[..., 0], axis=(0, 3))
+    d_q_BTHC = jnp.concatenate(dqs_BTHC, axis=1).astype(qs_BKNC[0].dtype)
+    d_k_BTKC, d_v_BTKE = (d.swapaxes(1, 2).astype(x.dtype) for d, x in ((dk_BKSC, k_BKSC), (dv_BKSE, v_BKSE)))
+    d_sinks_H = None if sinks_H is None else d_sinks_KG.reshape(-1).astype(sinks_H.dtype)
+    return d_sinks_H, d_q_BTHC, d_k_BTKC, d_v_BTKE, None, None
+
+
+_by_hand = jax.custom_vjp(lambda *arguments: _forward(*arguments)[0], nondiff_argnums=(0, 1))
+_by_hand.defvjp(_forward, _backward)
+
+
+def _block_gradients(
+    scores: Scores,
+    keys: tuple[jax.Array, jax.Array, jax.Array],
+    q_BKNC: jax.Array,
+    d_out_BKGTE: jax.Array,
+    top_BKGT1: jax.Array,
+    delta_BKGT1: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of a block's queries [B, T, H, C] and of its (keys, values, mask), float32; `d_out` and `delta` are divided by
+    the sum of weights already. Each query sees at least itself, so what is masked has a weight of exactly 0."""
+    k_BKSC, v_BKSE, mask_BST = keys
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # G and T as one dimension in products: XLA would transpose queries in memory to merge them
+    split = lambda x_N: x_N.reshape(*x_N.shape[:-1], *d_out_BKGTE.shape[2:4])
+    row = lambda x_BKGT1: x_BKGT1[..., 0][:, :, None]
+    d_out_BKNE = d_out_BKGTE.astype(v_BKSE.dtype).reshape(*q_BKNC.shape[:3], -1)
+    raw_BKSGT = split(einsum("BKSC,BKNC->BKSN", k_BKSC, q_BKNC)) * scores.scale_of(q_BKNC.shape[-1])
+    capped_BKSGT = (
+        raw_BKSGT if scores.softcap is None else scores.softcap * jnp.tanh(raw_BKSGT / scores.softcap)
+    )
+    weights_BKSGT = jnp.exp(less(capped_BKSGT, to_add(mask_BST[:, None, :, None]), row(top_BKGT1)))
+    weights_BKSN = weights_BKSGT.astype(v_BKSE.dtype).reshape(*weights_BKSGT.shape[:3], -1)
+    dv_BKSE = einsum("BKSN,BKNE->BKSE", weights_BKSN, d_out_BKNE)
+    d_weights_BKSGT = split(einsum("BKSE,BKNE->BKSN", v_BKSE, d_out_BKNE)) - row(delta_BKGT1)
+    d_scores_BKSGT = weights_BKSGT * d_weights_BKSGT
+    if scores.softcap is not None:
+        d_scores_BKSGT *= 1 - (capped_BKSGT / scores.softcap) ** 2
+    d_scores_BKSGT = (d_scores_BKSGT * scores.scale_of(q_BKNC.shape[-1])).astype(q_BKNC.dtype)
+    d_scores_BKSN = d_scores_BKSGT.reshape(weights_BKSN.shape)
+    dk_BKSC = einsum("BKSN,BKNC->BKSC", d_scores_BKSN, q_BKNC)
+    dq_BKCN = einsum("BKSC,BKSN->BKCN", k_BKSC, d_scores_BKSN)
+    return tokens_first(split(dq_BKCN).transpose(0, 1, 3, 4, 2)), dk_BKSC, dv_BKSE

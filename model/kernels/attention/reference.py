@@ -1,0 +1,203 @@
+"""Grouped-query attention in plain jnp, the reference that every faster form must equal.
+
+Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs. Sinks: Xiao et al.
+2023, arXiv:2309.17453, as one learned logit a head; soft-capping: Gemma 2, arXiv:2408.00118.
+"""
+
+# B batch, T queries, S keys, H query heads, K key/value heads, G query heads of one key/value head
+# C width of a query and a key, E width of a value
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from model.kernels import backend, cpu
+
+_MASKED = -1e30  # finite, so that a row with no key at all gives an average instead of NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys a query may look at, by position."""
+
+    causal: bool = True  # none ahead of it
+    window: int | None = (
+        None  # none `window` or more positions away; so a causal query sees `window` keys at most
+    )
+    chunk: int | None = None  # only those in its own chunk of so many positions
+
+    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """bool, for positions of any shapes that broadcast."""
+        seen = (
+            key <= query
+            if self.causal
+            else jnp.broadcast_to(True, jnp.broadcast_shapes(query.shape, key.shape))
+        )
+        if self.window is not None:
+            seen &= query - key < self.window
+            if not self.causal:
+                seen &= key - query < self.window
+        if self.chunk is not None:
+            seen &= query // self.chunk == key // self.chunk
+        return seen
+
+    def reach(self) -> int | None:
+        """How many keys a query sees at most, itself among them, to one side; None: all."""
+        return min((n for n in (self.window, self.chunk) if n is not None), default=None)
+
+
+@flax.struct.dataclass
+class Scores:
+    """How a query and a key become a score, beyond their product."""
+
+    scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: C ** -0.5
+    softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # scores stay within +-softcap
+    sinks_H: jax.Array | None = None  # a score that takes a share of the weights and gives nothing
+    # (key's position - query's position) [..., T, S] to what is added to the scores [..., H, T, S]
+    bias: Callable[[jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
+
+    def scale_of(self, width: int) -> float:
+        return width**-0.5 if self.scale is None else self.scale
+
+
+def attention(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKE: jax.Array,
+    mask_BTS: jax.Array,
+    scores: Scores = Scores(),
+    distance_BTS: jax.Array | None = None,
+) -> jax.Array:
+    """Attention with an explicit mask (True: may look).
+
+    Args:
+      distance_BTS: int32, key's position less query's; wanted where `scores.bias` is set.
+
+    Returns:
+      [B, T, H, E] in the dtype of `q`.
+    """
+    q_BKGTC, k_BKSC, v_BKSE = heads_first(q_BTHC, k_BSKC, v_BSKE)
+    return tokens_first(attend(q_BKGTC, k_BKSC, v_BKSE, mask_BTS, scores, distance_BTS)[0])
+
+
+def stretch_ids(
+    positions_BT: jax.Array, segment_ids_BT: jax.Array | None, chunk: int | None
+) -> jax.Array | None:
+    """One id for each chunk of each segment, [B, T] int32; None where the row is one stretch."""
+    if chunk is None:
+        return segment_ids_BT
+    chunk_BT = positions_BT // chunk
+    if segment_ids_BT is None:
+        return chunk_BT
+    return segment_ids_BT * (jnp.max(chunk_BT) + 1) + chunk_BT
+
+
+def self_attention_weights(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sight: Sight = Sight(),
+    scores: Scores = Scores(),
+) -> jax.Array:
+    """The weights with which `self_attention` mixes values, [B, H, T, S] float32: to be looked at."""
+    B, T, H = q_BTHC.shape[:3]
+    mask_BTS = self_mask(slice(0, T), slice(0, T), positions_BT, segment_ids_BT, sight)
+    distance_1TT = (jnp.arange(T)[None] - jnp.arange(T)[:, None])[None]
+    q_BKGTC, k_BKSC, _ = heads_first(q_BTHC, k_BTKC, k_BTKC)
+    weights_BKGTS, _, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_1TT)
+    return (weights_BKGTS / total_BKGT1).reshape(B, H, T, T)
+
+
+def self_mask(
+    queries: slice, keys: slice, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, sight: Sight
+) -> jax.Array:
+    """bool [B or 1, T, S], for two stretches of the row."""
+    at_T, at_S = (jnp.arange(s.start, s.stop) for s in (queries, keys))
+    mask_BTS = dataclasses.replace(sight, chunk=None).sees(at_T[:, None], at_S[None])[None]
+    if sight.chunk is not None:
+        chunk_BT = positions_BT // sight.chunk
+        mask_BTS = mask_BTS & (chunk_BT[:, queries, None] == chunk_BT[:, None, keys])
+    if segment_ids_BT is not None:
+        mask_BTS = mask_BTS & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
+    return mask_BTS
+
+
+def attend(
+    q_BKGTC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSE: jax.Array,
+    mask_BTS: jax.Array,
+    scores: Scores,
+    distance_BTS: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(what queries find, their scores' maximum, the sum of weights)."""
+    weights_BKGTS, top_BKGT1, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_BTS)
+    out_BKGTE = jnp.einsum(
+        "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32
+    )
+    out_BKGTE = (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
+    return out_BKGTE, top_BKGT1, total_BKGT1
+
+
+def _weights(
+    q_BKGTC: jax.Array,
+    k_BKSC: jax.Array,
+    mask_BTS: jax.Array,
+    scores: Scores,
+    distance_BTS: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(weights not yet divided, the scores' maximum, what to divide the weights by), float32."""
+    B, K, G, T, C = q_BKGTC.shape
+    scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
+    scores_BKGTS *= scores.scale_of(C)
+    if scores.softcap is not None:
+        scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
+    if scores.bias is not None:
+        if distance_BTS is None:
+            raise ValueError("a bias of the scores needs the distances of queries and keys; none were given.")
+        bias_BHTS = scores.bias(distance_BTS)
+        scores_BKGTS += bias_BHTS.reshape(bias_BHTS.shape[0], K, G, *bias_BHTS.shape[2:])
+    mask_B11TS = mask_BTS[:, None, None]
+    top_BKGT1 = cpu.row_max(lambda scores, mask: less(scores, mask, 0), scores_BKGTS, mask_B11TS)
+    if scores.sinks_H is not None:
+        sinks_KG11 = scores.sinks_H.astype(jnp.float32).reshape(K, G, 1, 1)
+        top_BKGT1 = jnp.maximum(top_BKGT1, sinks_KG11)
+    top_BKGT1 = jax.lax.stop_gradient(top_BKGT1)
+    weights_BKGTS = jnp.exp(less(scores_BKGTS, mask_B11TS, top_BKGT1))
+    total_BKGT1 = cpu.row_sum(weights_BKGTS)
+    if scores.sinks_H is not None:
+        total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1)
+    return weights_BKGTS, top_BKGT1, total_BKGT1
+
+
+def less(scores: jax.Array, mask: jax.Array, top: jax.Array | float) -> jax.Array:
+    """Scores less `top`, by a mask that is bool, or from `to_add`: that one is subtracted from first, so that XLA keeps
+    no masked scores for both their maximum and their exponentials."""
+    return jnp.where(mask, scores, _MASKED) - top if mask.dtype == bool else scores + (mask - top)
+
+
+def to_add(mask: jax.Array) -> jax.Array:
+    """On a CPU 0 and `_MASKED`, which vectors add sooner than they choose; it hides no NaN, and lets gradients pass to
+    the scores of a query that sees no key."""
+    return jnp.where(mask, 0.0, _MASKED) if backend.for_cpu() else mask
+
+
+def heads_first(q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKE: jax.Array):
+    q_BKGTC = queries_heads_first(q_BTHC, k_BSKC.shape[2])
+    return q_BKGTC, k_BSKC.transpose(0, 2, 1, 3), v_BSKE.transpose(0, 2, 1, 3)
+
+
+def queries_heads_first(x_BTHC: jax.Array, K: int) -> jax.Array:
+    B, T, H, C = x_BTHC.shape
+    return x_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+
+
+def tokens_first(out_BKGTE: jax.Array) -> jax.Array:
+    B, K, G, T, E = out_BKGTE.shape
+    return out_BKGTE.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, E)

@@ -1,0 +1,150 @@
+"""Flash attention for TPUs: exact attention in blocks, whose scores never leave the chip's fast memory.
+
+Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691. The kernels are in tpu_forward and tpu_backward. This file
+prepares their arguments: heads before tokens, lengths that are multiples of the blocks, and for each block of queries
+the first and the last block of keys that it needs.
+"""
+
+# B batch, T queries, S keys, H query heads, K key/value heads, C width of a query and a key, E width of a value
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from model.kernels.attention.tpu_backward import key_value_gradients, query_gradients
+from model.kernels.attention.tpu_blocks import LANES, NO_KEY, Blocks, Plan, block_bounds
+from model.kernels.attention.tpu_forward import forward
+from model.kernels.names import ATTENTION
+
+# Sizes by chip. A block of keys and values is read once for each block of queries, at about as many flops a byte as
+# the block has queries, so queries are as many as the chip has flops for a byte of its memory (v4 229, v5e 240,
+# v5p 166, v6e 560, tpu7x 312) or more; 512 x 512 scores and their gradients in float32 fit the 16 MiB that a kernel
+# is given on the smallest.
+BLOCKS = {
+    "v4": Blocks(512, 512),
+    "v5e": Blocks(512, 512),
+    "v5p": Blocks(512, 512),
+    "v6e": Blocks(1024, 512),
+    "tpu7x": Blocks(512, 512),
+}
+
+
+def flash_attention(
+    q_BTHC: jax.Array,
+    k_BSKC: jax.Array,
+    v_BSKE: jax.Array,
+    query_ids_BT: jax.Array | None = None,
+    key_ids_BS: jax.Array | None = None,
+    offset: int | jax.Array | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    reach: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    blocks: Blocks = Blocks(),
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(what each query finds [B, T, H, E] in the dtype of `q`, log-sum-exp of its scores [B, H, T] float32).
+
+    A query that sees no key finds zeros, and its log-sum-exp is `NO_KEY`; both results have gradients. Parts that were
+    computed for different keys become one by their log-sum-exps, and so do sinks: see `with_sinks`.
+
+    Args:
+      query_ids_BT, key_ids_BS: int32; a query sees only keys of its own id (segments, chunks: see
+      `attention.stretch_ids`).
+        None, both: all.
+      offset: query i stands where key i + offset stands; may be traced, and negative. None: queries are the last T of
+        the S keys.
+      window: a query sees no key `window` or more places away.
+      reach: nor is any `reach` or more places away of its id, which lets blocks of keys be skipped. None: unknown.
+    """
+    B, T, H, C = q_BTHC.shape
+    S, K = k_BSKC.shape[1:3]
+    _check(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS)
+    plan = Plan(
+        num_queries=T,
+        num_keys=S,
+        group=H // K,
+        blocks=Blocks(min(blocks.queries, _up(T, LANES)), min(blocks.keys, _up(S, LANES))),
+        causal=causal,
+        window=window,
+        reach=min((n for n in (window, reach) if n is not None), default=None),
+        scale=C**-0.5 if scale is None else scale,
+        softcap=softcap,
+        interpret=interpret,
+    )
+    at_queries = functools.partial(_padded, multiple=plan.blocks.queries)
+    at_keys = functools.partial(_padded, multiple=plan.blocks.keys)
+    q_BHTC, k_BKSC, v_BKSE = (x.swapaxes(1, 2) for x in (q_BTHC, k_BSKC, v_BSKE))
+    ids = None
+    if query_ids_BT is not None and key_ids_BS is not None:
+        ids = (
+            at_queries(query_ids_BT[:, None], axis=2, mode="edge"),
+            at_keys(key_ids_BS[:, None], axis=2, mode="edge"),
+        )
+    offset = jnp.asarray(S - T if offset is None else offset, jnp.int32)
+    arrays = at_queries(q_BHTC, axis=2), at_keys(k_BKSC, axis=2), at_keys(v_BKSE, axis=2)
+    out_BHTE, lse_BH1T = _flash(plan, *arrays, ids, offset)
+    return out_BHTE[:, :, :T].swapaxes(1, 2), lse_BH1T[:, :, 0, :T]
+
+
+def with_sinks(out_BTHE: jax.Array, lse_BHT: jax.Array, sinks_H: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The results of `flash_attention`, had each head a score `sinks_H` more that gives nothing. Xiao et al. 2023,
+    arXiv:2309.17453."""
+    sinks_H1 = sinks_H.astype(jnp.float32)[:, None]
+    share_BTH1 = jax.nn.sigmoid(lse_BHT - sinks_H1).swapaxes(1, 2)[..., None]
+    return (out_BTHE * share_BTH1).astype(out_BTHE.dtype), jnp.logaddexp(lse_BHT, sinks_H1)
+
+
+def _attend(plan: Plan, q_BHTC, k_BKSC, v_BKSE, ids, offset) -> tuple[jax.Array, jax.Array]:
+    return forward(plan, block_bounds(plan, ids, offset, len(q_BHTC)), q_BHTC, k_BKSC, v_BKSE, ids)
+
+
+_flash = jax.custom_vjp(_attend, nondiff_argnums=(0,))
+
+
+def _flash_forward(plan: Plan, q_BHTC, k_BKSC, v_BKSE, ids, offset):
+    found = _attend(plan, q_BHTC, k_BKSC, v_BKSE, ids, offset)
+    out_BHTE, lse_BH1T = (checkpoint_name(x, ATTENTION) for x in found)
+    return (out_BHTE, lse_BH1T), (q_BHTC, k_BKSC, v_BKSE, ids, offset, out_BHTE, lse_BH1T)
+
+
+def _flash_backward(plan: Plan, saved, gradients):
+    q_BHTC, k_BKSC, v_BKSE, ids, offset, out_BHTE, lse_BH1T = saved
+    dout_BHTE, dlse_BH1T = gradients
+    # d score = weight * (dout . value - dout . out + dlse); what does not depend on the key is summed here
+    delta_BHT = jnp.einsum("BHTE,BHTE->BHT", dout_BHTE, out_BHTE, preferred_element_type=jnp.float32)
+    delta_BH1T = delta_BHT[:, :, None] - dlse_BH1T
+    lse_BH1T = jnp.where(lse_BH1T == NO_KEY, -NO_KEY, lse_BH1T)  # so that exp(score - lse) is 0, not infinite
+    bounds = block_bounds(plan, ids, offset, len(q_BHTC))
+    inputs = q_BHTC, k_BKSC, v_BKSE, ids, dout_BHTE, lse_BH1T, delta_BH1T
+    return query_gradients(plan, bounds, *inputs), *key_value_gradients(plan, bounds, *inputs), None, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _check(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS) -> None:
+    H, K = q_BTHC.shape[2], k_BSKC.shape[2]
+    if H % K or k_BSKC.shape[:3] != v_BSKE.shape[:3] or q_BTHC.shape[3] != k_BSKC.shape[3]:
+        raise ValueError(
+            f"queries {q_BTHC.shape}, keys {k_BSKC.shape} and values {v_BSKE.shape} don't fit: [B, T, H, C], "
+            "[B, S, K, C] and [B, S, K, E] with H a multiple of K are wanted."
+        )
+    if (query_ids_BT is None) != (key_ids_BS is None):
+        raise ValueError("ids are given for queries or keys alone: give both or neither.")
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _padded(x: jax.Array, multiple: int, axis: int, mode: str = "constant") -> jax.Array:
+    short = -x.shape[axis] % multiple
+    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, mode=mode) if short else x

@@ -1,0 +1,64 @@
+"""JAX's ragged paged attention behind our arguments, to compare with.
+
+It only reads, and its pages hold keys and values beside each other, head by head: all pages are laid out anew for each
+call, so it is a second opinion on a chip, not a way to serve. What ours has and it has not: the write of new tokens in
+the same kernel, pages of int8 and fp8 with a scale a token, latent keys, sinks, chunks, heads that fill no vector.
+"""
+
+# T tokens of all rows, R rows, H query heads, K key/value heads, C channels; N pages, Z slots a page
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels.attention.reference import Scores, Sight
+from model.kernels.paged_attention.tpu_plan import LANES, Rows
+
+BLOCK_SLOTS, BLOCK_QUERIES = 512, 32  # of a step
+VMEM_BYTES = 32 << 20
+
+
+def ragged_refusal(
+    q_THC: jax.Array, cache: dict[str, jax.Array], names: tuple[str, ...], sight: Sight, scores: Scores
+) -> str | None:
+    """Why it can't serve, in a few words."""
+    if set(cache) != {"k", "v"} or set(names) != {"k", "v"}:
+        return f"it reads keys and values as they are, and these pages hold {', '.join(sorted(cache))}"
+    if q_THC.shape[-1] % LANES:
+        return f"its heads fill vectors of {LANES}, and these have {q_THC.shape[-1]} channels"
+    if scores.sinks_H is not None:
+        return "it has no sinks"
+    if sight.chunk is not None or not sight.causal:
+        return "its tokens see all before them or a window"
+    return None
+
+
+def ragged(
+    q_THC: jax.Array,
+    cache: dict[str, jax.Array],
+    page_table_RP: jax.Array,
+    rows: Rows,
+    heads: int,
+    sight: Sight,
+    scores: Scores,
+) -> jax.Array:
+    """[T, H, C] of pages that hold the new tokens already; what is found for tokens of no row may be anything."""
+    # here, since Pallas takes long to import
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
+
+    k_NZKC, v_NZKC = (cache[name].reshape(*cache[name].shape[:2], heads, -1) for name in "kv")
+    both_NZXC = jnp.stack([k_NZKC, v_NZKC], axis=3).reshape(*k_NZKC.shape[:2], 2 * heads, -1)
+    # its rows follow on each other: what lies between two of ours is read as the first one's last tokens
+    offsets_R1 = jnp.append(rows.first_R, rows.first_R[-1] + rows.count_R[-1]).astype(jnp.int32)
+    lengths_R = (rows.start_R + jnp.diff(offsets_R1)).astype(jnp.int32)
+    return kernel.ragged_paged_attention(
+        *(q_THC, both_NZXC, lengths_R, page_table_RP.astype(jnp.int32), offsets_R1),
+        jnp.asarray([len(lengths_R)], jnp.int32),
+        sm_scale=scores.scale_of(q_THC.shape[-1]),
+        sliding_window=sight.reach(),
+        soft_cap=scores.softcap,
+        num_kv_pages_per_block=max(1, min(BLOCK_SLOTS // k_NZKC.shape[1], page_table_RP.shape[1])),
+        num_queries_per_block=BLOCK_QUERIES,
+        vmem_limit_bytes=VMEM_BYTES,
+    )

@@ -1,0 +1,1 @@
+"""What the kernels of recurrences share: chunks of tokens, and how rows and heads are split on a mesh."""

@@ -1,0 +1,182 @@
+"""Multi-token prediction (MTP): the tokens after the next one.
+
+Modules one after the other: DeepSeek-V3, 2024, arXiv:2412.19437, section 2.2. Heads side by side on one trunk: Gloeckle
+et al. 2024, arXiv:2404.19737. Module (or head) k, counted from 1, gives at token i the logits of token i + 1 + k.
+"""
+
+# B batch, T tokens, D model width
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.block import Block, run_stack, runs_of
+from model.blocks.common import Context, TokenInfo, add_up
+from model.blocks.linear import linear
+from model.blocks.norms import Norm, RMSNorm
+from model.sharding import constrain
+from model.weighted import WeightedSum
+
+
+class Stream(NamedTuple):
+    """The residual stream at the points that multi-token prediction reads."""
+
+    embedded_BTD: jax.Array  # what the first block reads
+    trunk_BTD: jax.Array  # what the last block reads
+    hidden_BTD: jax.Array  # after the final norm
+    final_norm: Callable[[jax.Array], jax.Array]
+
+
+Read = tuple[
+    list[jax.Array], dict[str, WeightedSum]
+]  # what each module's logits are of, and their blocks' aux
+
+
+@dataclasses.dataclass(frozen=True)
+class SequentialMTP:
+    """h_k[i] = norm(block(join [norm(embedding of token i + k), norm(h_(k-1)[i])])), read by the model's own head.
+
+    h_0 is the model's hidden state after its final norm, and what module k hands on is after the module's own: so
+    transformers runs the released weights. (vLLM takes the same h_0, but hands DeepSeek's h_k on before
+    that norm, which differs from the second module on.) Where token i + k is in another segment or beyond the row,
+    zeros stand for its embedding, so nothing of another document is seen.
+    """
+
+    blocks: tuple[Block, ...]  # one a module
+    norm: Norm = RMSNorm()
+
+    roles = {
+        "embedding_norm": "the embedding of the token ahead",
+        "hidden_norm": "what the model, or the module before, made of the token",
+        "join": "one vector of the token ahead and of what is known so far",
+        "final_norm": "what this module's logits are read from",
+    }
+
+    def __post_init__(self):
+        _check(self.blocks)
+
+    def read(self, ctx: Context, stream: Stream, info: TokenInfo) -> Read:
+        """Call it within a compact method: the modules become submodules of the module that calls."""
+        states, aux, hidden_BTD = [], {}, stream.hidden_BTD
+        ctx = dataclasses.replace(ctx, adapter=info.adapter)
+        for name, block in mtp_blocks(self).items():
+            ahead_BTD = _embedding_ahead(stream.embedded_BTD, info.segment_ids, len(states) + 1)
+            hidden_BTD, new_aux = SequentialModule(self, block, ctx, name=name)(ahead_BTD, hidden_BTD, info)
+            states.append(hidden_BTD)
+            aux = add_up(aux, new_aux)
+        return states, aux
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """Of the forward pass but for the logits, in the mean over a row of `seq_len` tokens."""
+        return sum(block.flops_per_token(width, seq_len) + 2 * 2 * width**2 for block in self.blocks)
+
+    def roles_with(self, block: Block) -> dict[str, str]:
+        """What each parameter of a module does, in the order of the computation."""
+        before = {name: text for name, text in self.roles.items() if name != "final_norm"}
+        return before | _roles_in_module(block) | {"final_norm": self.roles["final_norm"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelMTP:
+    """Head k is a block that reads what the model's last block reads, then the model's own final norm and head.
+
+    The last block itself is the head of the next token.
+    """
+
+    blocks: tuple[Block, ...]  # one a head
+
+    def __post_init__(self):
+        _check(self.blocks)
+
+    def read(self, ctx: Context, stream: Stream, info: TokenInfo) -> Read:
+        """As `SequentialMTP.read`."""
+        states, aux = [], {}
+        for name, block in mtp_blocks(self).items():
+            x_BTD, new_aux = ParallelModule(block, ctx, name=name)(stream.trunk_BTD, info)
+            states.append(stream.final_norm(x_BTD))
+            aux = add_up(aux, new_aux)
+        return states, aux
+
+    def flops_per_token(self, width: int, seq_len: int) -> float:
+        """As `SequentialMTP.flops_per_token`."""
+        return sum(block.flops_per_token(width, seq_len) for block in self.blocks)
+
+    def roles_with(self, block: Block) -> dict[str, str]:
+        return _roles_in_module(block)
+
+
+MTP = SequentialMTP | ParallelMTP
+
+
+class SequentialModule(nn.Module):
+    spec: SequentialMTP
+    block: Block
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, ahead_BTD: jax.Array, hidden_BTD: jax.Array, info: TokenInfo):
+        norm, ctx, D = self.spec.norm, self.ctx, self.ctx.width
+        read = (
+            norm.module(ctx, "embedding_norm")(ahead_BTD),
+            norm.module(ctx, "hidden_norm")(hidden_BTD),
+        )
+        joined_BTE = jnp.concatenate(read, axis=-1)
+        x_BTD = linear(self, "join", joined_BTE, (D,), (None,))
+        x_BTD = constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
+        x_BTD, aux = _run_block(ctx, self.block, x_BTD, info)
+        return norm.module(ctx, "final_norm")(x_BTD), aux
+
+
+class ParallelModule(nn.Module):
+    block: Block
+    ctx: Context
+
+    @nn.compact
+    def __call__(self, trunk_BTD: jax.Array, info: TokenInfo):
+        return _run_block(self.ctx, self.block, trunk_BTD, info)
+
+
+def mtp_blocks(mtp: MTP | None) -> dict[str, Block]:
+    """The block of each module by the name of the module's parameters, nearest token first."""
+    return {} if mtp is None else {f"mtp_{k}": block for k, block in enumerate(mtp.blocks, 1)}
+
+
+def look_ahead(x: jax.Array, k: int) -> jax.Array:
+    """[B, T, ...]: at token i what `x` has at token i + k, zeros where the row ends before."""
+    ends = [(0, 0), (0, min(k, x.shape[1]))] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x[:, k:], ends)
+
+
+def same_segment(segment_ids_BT: jax.Array, k: int) -> jax.Array:
+    """[B, T] bool: whether token i + k is in the row and in the segment of token i."""
+    return (segment_ids_BT != 0) & (segment_ids_BT == look_ahead(segment_ids_BT, k))
+
+
+def _embedding_ahead(embedded_BTD: jax.Array, segment_ids_BT: jax.Array | None, k: int) -> jax.Array:
+    ahead_BTD = look_ahead(embedded_BTD, k)
+    if segment_ids_BT is None:
+        return ahead_BTD
+    return jnp.where(same_segment(segment_ids_BT, k)[:, :, None], ahead_BTD, 0)
+
+
+def _run_block(ctx: Context, block: Block, x_BTD: jax.Array, info: TokenInfo):
+    unrolled = dataclasses.replace(ctx, scan=False)
+    x_BTD, _, aux = run_stack(unrolled, runs_of((block,), "", scan=False), x_BTD, None, info)
+    return x_BTD, aux
+
+
+def _roles_in_module(block: Block) -> dict[str, str]:
+    return {f"block_0/{path}": text for path, text in block.roles.items()}
+
+
+def _check(blocks: tuple[Block, ...]) -> None:
+    if not blocks:
+        raise ValueError(
+            "multi-token prediction needs a block for each token that it predicts; use mtp=None for none."
+        )

@@ -1,0 +1,134 @@
+"""Forms of a kernel beside ours: the same numbers, and errors that say which form can."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import apply, init
+from model.kernels import backend
+from model.kernels.attention import FORMS, self_attention
+from model.kernels.attention.blocks import in_query_blocks
+from model.kernels.attention.reference import Scores, Sight
+from model.kernels.backend import Kernels
+from model.kernels.grouped_matmul import grouped_matmul, reference
+from train.config import Execution, ModelSpec
+
+from ..tpu import compile_for
+
+T = 160
+POSITIONS = jnp.concatenate([jnp.arange(70), jnp.arange(90)])[None].repeat(2, 0)
+SEGMENTS = jnp.concatenate([jnp.full(70, 1), jnp.full(90, 2)])[None].repeat(2, 0)
+KINDS = {
+    "causal": (None, Sight(), {}),
+    "packed": (SEGMENTS, Sight(), {}),
+    "window": (SEGMENTS, Sight(window=33), {}),
+    "chunks": (SEGMENTS, Sight(chunk=32), {}),
+    "both sides": (SEGMENTS, Sight(causal=False, window=20), {}),
+    "whole rows, both sides": (None, Sight(causal=False), {}),
+    "soft-cap": (None, Sight(), {"softcap": 5.0, "scale": 0.3}),
+    "sinks": (SEGMENTS, Sight(), {"sinks_H": jnp.array([0.5, -1.0, 2.0, 0.0])}),
+}
+CAN_NOT = {("cudnn", "both sides"), ("cudnn", "soft-cap"), ("cudnn", "sinks"), ("tokamax", "sinks")}
+
+
+def arrays(C=64):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, T, heads, C) for heads in (4, 2, 2, 4)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["splash", "cudnn", "tokamax"])
+def test_each_form_computes_what_the_plain_form_does(form, kind):
+    if form == "tokamax":
+        pytest.importorskip("tokamax")
+    q, k, v, d_out = arrays()
+    segments, sight, options = KINDS[kind]
+    rest = POSITIONS if segments is not None else jnp.arange(T)[None].repeat(2, 0), segments
+    scores = Scores(**options)
+    platform = FORMS[form].platforms[0]
+    with backend.use(platform, interpret=True), backend.prefer(Kernels(attention=form)):
+        if (form, kind) in CAN_NOT:
+            with pytest.raises(
+                ValueError, match=f"attention='{form}' can't serve this: .* These can: .*flash"
+            ):
+                self_attention(q, k, v, *rest, sight, scores)
+            return
+        out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, *rest, sight, scores), q, k, v)
+        found = (out, *pull(d_out))
+    out, pull = jax.vjp(lambda *qkv: in_query_blocks(*qkv, *rest, sight, scores), q, k, v)
+    for ours, wanted in zip(found, (out, *pull(d_out)), strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("key", [0, 100, T - 1])
+def test_the_plain_form_hides_no_key_that_is_not_a_number(key):
+    q, k, v, _ = arrays()
+    positions = jnp.arange(T)[None].repeat(2, 0)
+    out_BTHE = in_query_blocks(q, k.at[1, key, 0].set(jnp.nan), v, positions, None)
+    lost_BTH = np.isnan(out_BTHE).any(-1)
+    assert lost_BTH[1, key:, :2].all() and not lost_BTH[0].any() and not lost_BTH[1, :, 2:].any()
+
+
+def test_a_form_of_another_platform_is_an_error_that_says_which_can():
+    q, k, v, _ = arrays()
+    wanted = "it runs on tpu, and kernels here are for plain. These can: plain"
+    with backend.prefer(Kernels(attention="splash")), pytest.raises(ValueError, match=wanted):
+        self_attention(q, k, v, POSITIONS, None)
+    with (
+        backend.prefer(Kernels(attention="flask")),
+        pytest.raises(ValueError, match="is not one of auto, plain"),
+    ):
+        self_attention(q, k, v, POSITIONS, None)
+    with (
+        backend.prefer(Kernels(grouped="megablox")),
+        pytest.raises(ValueError, match="auto, blocks, ragged_dot"),
+    ):
+        grouped_matmul(jnp.zeros((4, 2)), jnp.zeros((2, 2, 2)), jnp.array([2, 2]))
+
+
+def test_the_platform_gives_way_to_a_form_that_can_and_says_so(caplog):
+    q, k, v, _ = arrays(C=20)
+    with backend.use("gpu"), caplog.at_level("INFO"):
+        out = self_attention(q, k, v, POSITIONS, SEGMENTS)
+        np.testing.assert_array_equal(out, in_query_blocks(q, k, v, POSITIONS, SEGMENTS))
+    assert "Attention runs in the form 'plain': 'cudnn' can't serve it" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["blocks", "ragged_dot", "megablox", "tokamax"])
+def test_each_form_of_grouped_products_computes_what_the_loop_does(form):
+    if form == "tokamax":
+        pytest.importorskip("tokamax")
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, dy = (jax.random.normal(key, s) for key, s in zip(keys, [(70, 24), (4, 24, 40), (70, 40)]))
+    sizes = jnp.array([30, 0, 25, 5])  # and ten rows of none
+    wanted, pull_wanted = jax.vjp(lambda x, w: reference(x, w, sizes), x, w)
+    with backend.use("tpu", interpret=True), backend.prefer(Kernels(grouped=form)):
+        found, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+        gradients = pull(dy)
+    for ours, theirs in zip((found, *gradients), (wanted, *pull_wanted(dy)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["splash"])
+def test_other_peoples_kernels_compile_for_the_chip_behind_our_arguments(form):
+    shapes = [(1, 2048, heads, 128) for heads in (8, 2, 2)]
+    qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def loss(q, k, v, ids):
+        out = self_attention(q, k, v, jnp.arange(2048)[None], ids)
+        return out.astype(jnp.float32).sum()
+
+    with backend.use("tpu", chip="v5p"), backend.prefer(Kernels(attention=form)):
+        text = compile_for("v5p", jax.grad(loss, (0, 1, 2)), *qkv, ids).as_text()
+    assert "splash" in text and "tpu_custom_call" in text
+
+
+def test_a_config_names_the_forms_of_a_run():
+    run = Execution(kernels=Kernels(attention="splash"), remat="products")
+    cfg = ModelSpec().build(64, run)
+    assert cfg.kernels.attention == "splash" and cfg.remat == "products"
+    with pytest.raises(ValueError, match="attention='splash' can't serve this: it runs on tpu"):
+        jax.eval_shape(lambda: apply(cfg, init(cfg, jax.random.key(0)), jnp.zeros((1, 8), jnp.int32)))
