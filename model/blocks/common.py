@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.lora import LoRA
+from model.blocks.param_box import Axes, ParamBox, input_axes_of, is_matrix, made_before
 from model.sharding import ShardingRules
 from model.weighted import WeightedSum
 
@@ -143,14 +144,34 @@ def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
     return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
 
 
+def in_float32(ctx: Context) -> Context:
+    """The same, computing in float32: for what must not be rounded."""
+    return dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
+
+
 def param(
     module: nn.Module,
     ctx: Context,
     name: str,
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    axes: Axes,
     init: Callable,
-):
-    """Declare a parameter with logical axis names and give it in the dtype of the computation."""
-    value = module.param(name, nn.with_logical_partitioning(init, axes), shape, ctx.param_dtype)
-    return jnp.asarray(value, ctx.dtype)
+    inputs: int | tuple[int, ...] = 0,
+    role: str = "",
+    decay: bool | None = None,
+) -> jax.Array:
+    """Declare a parameter and give it in the dtype of the computation.
+
+    Args:
+      axes: logical names.
+      inputs: of a linear map, how many of its axes after those of experts and adapters are inputs, or which ones.
+      role: what it does in the model, for readers of `python -m model describe`.
+      decay: whether weight decay shrinks it; default: where it is a matrix or more.
+    """
+
+    def boxed(key: jax.Array, *args) -> ParamBox:
+        decays = is_matrix(axes) if decay is None else decay
+        places = input_axes_of(axes, inputs)
+        return ParamBox(init(key, *args), axes, places, role, decays, made_before(module))
+
+    return jnp.asarray(module.param(name, boxed, shape, ctx.param_dtype), ctx.dtype)

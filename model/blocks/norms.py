@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context
+from model.blocks.common import Context, in_float32, param
 from model.kernels import cpu
 
 
@@ -21,10 +21,10 @@ class RMSNorm:
     zero_centered: bool = False  # the parameter is the scale minus one, so that weight decay pulls it to one
     scale: bool = True
 
-    def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1) -> nn.Module:
+    def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1, role: str = "") -> nn.Module:
         """A module for arrays whose last axes are `axes` (logical names; default: the model's width), each element
-        with its own scale; the mean is over the last `reduced` of them."""
-        return NormModule(self, ctx, axes or ("norm",), reduced, name=name)
+        with its own scale; the mean is over the last `reduced` of them. `role` says what is normalised."""
+        return NormModule(self, ctx, axes or ("norm",), reduced, role, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LayerNorm:
     bias: bool = True
     scale: bool = True
 
-    def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1) -> nn.Module:
+    def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1, role: str = "") -> nn.Module:
         """As `RMSNorm.module`."""
-        return NormModule(self, ctx, axes or ("norm",), reduced, name=name)
+        return NormModule(self, ctx, axes or ("norm",), reduced, role, name=name)
 
 
 Norm = RMSNorm | LayerNorm
@@ -48,6 +48,7 @@ class NormModule(nn.Module):
     ctx: Context
     axes: tuple[str, ...]
     reduced: int
+    role: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,9 +66,9 @@ class NormModule(nn.Module):
         return x32.astype(self.ctx.dtype)
 
     def _param(self, name: str, x: jax.Array, value: float) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.constant(value), self.axes)
         rows, shape = x.shape[: -len(self.axes)], x.shape[-len(self.axes) :]
-        parameter = jnp.asarray(self.param(name, init, shape, self.ctx.param_dtype), jnp.float32)
+        init, role = nn.initializers.constant(value), f"{name} of {self.role}" if self.role else ""
+        parameter = param(self, in_float32(self.ctx), name, shape, self.axes, init, 0, role, decay=False)
         return cpu.for_rows(parameter, rows)
 
 

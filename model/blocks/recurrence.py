@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.blocks.common import Context, Mixer, TokenInfo
+from model.blocks.common import Context, Mixer, TokenInfo, in_float32, param
 
 
 @flax.struct.dataclass
@@ -170,15 +170,15 @@ def param32(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     init: Callable,
+    role: str = "",
 ) -> jax.Array:
     """A number for each channel or head, of a decay, gate or norm: float32 whatever the dtype of the computation.
 
-    It is stored flat, split over devices along the first of `axes`: it is no matrix, and weight decay is for matrices.
+    It is stored flat, split over devices along the first of `axes`, and weight decay leaves it alone.
     """
     flat = lambda key, size, dtype: init(key, shape, dtype).reshape(size)
-    boxed = nn.with_logical_partitioning(flat, axes[:1])
-    value = module.param(name, boxed, (int(np.prod(shape)),), ctx.param_dtype)
-    return jnp.asarray(value, jnp.float32).reshape(shape)
+    size = (int(np.prod(shape)),)
+    return param(module, in_float32(ctx), name, size, axes[:1], flat, 0, role, decay=False).reshape(shape)
 
 
 def head_rms_norm(module: nn.Module, ctx: Context, o_BTHV: jax.Array, eps: float) -> jax.Array:

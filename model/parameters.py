@@ -1,0 +1,41 @@
+"""What a model says of each of its parameters, as its modules declare them with `model.blocks.common.param`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from model.blocks.param_box import Axes, ParamBox, leading_axes
+from model.config import ModelConfig
+from model.function import Params, _boxed_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """One parameter, as it is declared."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: Axes  # logical names
+    input_axes: tuple[int, ...]  # of a linear map, the places of its inputs; () of everything else
+    role: str  # what it does in the model
+    decays: bool  # whether weight decay shrinks it
+    order: int  # how many are made before it, in its block or, outside the blocks, in the model
+
+    @property
+    def lead(self) -> int:
+        """How many axes at the start are of layers, experts and adapters."""
+        return leading_axes(self.axes)
+
+
+def param_info(cfg: ModelConfig) -> Params:
+    """The tree of `init` with a `ParamInfo` at each leaf; allocates nothing."""
+    is_box = lambda leaf: isinstance(leaf, ParamBox)
+    return jax.tree.map(_info, _boxed_shapes(cfg), is_leaf=is_box)
+
+
+def _info(box: ParamBox) -> ParamInfo:
+    shape, dtype = box.value.shape, box.value.dtype
+    return ParamInfo(shape, dtype, tuple(box.names), box.input_axes, box.role, box.decays, box.order)
