@@ -16,7 +16,6 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP, SwiGLU
-from model.blocks.future import Future, ParallelFuture, SequentialFuture
 from model.blocks.heads import Transform
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.lora import LoRA
@@ -49,6 +48,7 @@ from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
 from model.byte_latent import ByteLatent
 from model.kernels.backend import Kernels
+from model.readouts.mtp import MTP, ParallelMTP, SequentialMTP
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
@@ -63,7 +63,7 @@ PARTS = {
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
         LoRA,
         *(Alibi, RelativeBias, LearnedPositions, SinusoidalPositions),
-        *(SequentialFuture, ParallelFuture),
+        *(SequentialMTP, ParallelMTP),
         *(PatchAttention, PatchPool, EntropyPatcher, SpacePatcher, StaticPatcher, NGrams),
     )
 }
@@ -134,7 +134,7 @@ class ModelConfig:
     # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
     family: str | None = dataclasses.field(default=None, compare=False)
     adapters: LoRA | None = None  # beside the linear maps of all blocks
-    future: Future | None = None  # what says the tokens after the next one: `out.future`
+    mtp: MTP | None = None  # multi-token prediction: `out.mtp_logits`
     byte_latent: ByteLatent | None = None  # `blocks` work on patches of bytes, `width` is that of a patch
 
     def __post_init__(self):
@@ -145,8 +145,10 @@ class ModelConfig:
         _check_given(self, "ModelConfig")
         self._check_encoder()
         self._check_patches()
-        if self.future is not None and not self.causal:
-            raise ValueError("an encoder sees the tokens that its future would foretell: it has none.")
+        if self.mtp is not None and not self.causal:
+            raise ValueError(
+                "mtp: an encoder sees the tokens that multi-token prediction would predict. Use mtp=None."
+            )
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
             raise ValueError(
                 "a head that reads what the pooler makes needs a pooler, and this model has none."
@@ -173,10 +175,8 @@ class ModelConfig:
             )
         if self.byte_latent is None:
             return
-        if self.encoder is not None or self.future is not None:
-            raise ValueError(
-                "a byte-latent model has no place for an encoder, nor for modules of the future."
-            )
+        if self.encoder is not None or self.mtp is not None:
+            raise ValueError("a byte-latent model can have neither an encoder nor multi-token prediction.")
         if not self.causal:
             raise ValueError("every block of a byte-latent model must be causal.")
 
@@ -205,7 +205,7 @@ class ModelConfig:
         Args:
           stack: one of STACKS, with which the names begin.
         """
-        last_alone = stack == "" and isinstance(self.future, ParallelFuture)
+        last_alone = stack == "" and isinstance(self.mtp, ParallelMTP)
         return runs_of(self.stack(stack), stack, self.scan, last_alone)
 
     def replace(self, **changes) -> ModelConfig:

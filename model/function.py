@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from model.blocks.block import run_part, run_stack
 from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param, write_places
-from model.blocks.future import Stream, look_ahead
 from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
 from model.kernels import backend
 from model.logprobs import Ask, TokenScores
+from model.readouts.mtp import Stream, look_ahead
 from model.sharding import ShardingRules, constrain
 from model.vocabulary_head import VocabularyHead
 
@@ -41,11 +41,13 @@ class Output:
     heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32, or [B, T, labels]
     # as `logits`, of the token after the next, of the one after that, ...; () with a cache. Under jit none of it is
     # computed for who does not use it
-    future: tuple[jax.Array, ...] = ()
-    future_aux: dict = flax.struct.field(default_factory=dict)  # as `aux`, of the blocks of the future alone
+    mtp_logits: tuple[jax.Array, ...] = ()
+    mtp_aux: dict = flax.struct.field(
+        default_factory=dict
+    )  # as `aux`, of the blocks of multi-token prediction alone
     scores: TokenScores | None = None  # of `targets`, [B, T] float32
-    # as `scores`, in place of `future`: module k's of the target k tokens ahead, of 0 beyond the row
-    future_scores: tuple[TokenScores, ...] = ()
+    # as `scores`, in place of `mtp_logits`: module k's of the target k tokens ahead, of 0 beyond the row
+    mtp_scores: tuple[TokenScores, ...] = ()
 
 
 class Source(NamedTuple):
@@ -111,10 +113,10 @@ def apply(
         raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
     if adapter is not None and cfg.adapters is None:
         raise ValueError("adapter was given to a model whose config has no adapters.")
-    if targets is not None and logits_at is not None and cfg.future is not None and cache is None:
+    if targets is not None and logits_at is not None and cfg.mtp is not None and cache is None:
         raise ValueError(
-            "targets at the tokens of logits_at say nothing of later ones, which this model's future is asked for. "
-            "Give targets of all tokens, or a config with future=None."
+            "targets at the tokens of logits_at say nothing of the later ones that multi-token prediction scores. "
+            "Give targets of all tokens, or a config with mtp=None."
         )
     source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules, train)
@@ -190,12 +192,12 @@ class Transformer(nn.Module):
         hidden_BTD = final_norm(x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
         head = self._vocabulary_head(ctx, embedding_VD, logits_at)
-        future, future_aux = [], {}
-        if cfg.future is not None and cache is None:
+        ahead_BTD, mtp_aux = [], {}
+        if cfg.mtp is not None and cache is None:
             stream = Stream(embedded_BTD, trunk_BTD, hidden_BTD, final_norm)
             after_blocks = dataclasses.replace(info, shared=more.shared)
-            future, future_aux = cfg.future.read(ctx, stream, after_blocks)
-        ahead = [] if targets is None else [look_ahead(targets, k) for k in range(1, len(future) + 1)]
+            ahead_BTD, mtp_aux = cfg.mtp.read(ctx, stream, after_blocks)
+        ahead = [] if targets is None else [look_ahead(targets, k) for k in range(1, len(ahead_BTD) + 1)]
         return Output(
             logits=head.logits(hidden_BTD) if targets is None else cast(jax.Array, None),
             hidden=hidden_BTD,
@@ -204,10 +206,10 @@ class Transformer(nn.Module):
             cache=_advance(cache, states, tokens, segment_ids),
             aux=add_up(aux, more.aux),
             heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
-            future=tuple(map(head.logits, future)) if targets is None else (),
-            future_aux=future_aux,
+            mtp_logits=tuple(map(head.logits, ahead_BTD)) if targets is None else (),
+            mtp_aux=mtp_aux,
             scores=None if targets is None else head.scores(hidden_BTD, targets, ask),
-            future_scores=tuple(head.scores(*pair, ask) for pair in zip(future, ahead)),
+            mtp_scores=tuple(head.scores(*pair, ask) for pair in zip(ahead_BTD, ahead)),
         )
 
     def _run_blocks(self, ctx: Context, x_BTD: jax.Array, tokens, layers: dict | None, info: TokenInfo):

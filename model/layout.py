@@ -1,6 +1,6 @@
 """Two layouts of the same parameters: one group a block (unrolled), or equal neighbours stacked (scanned).
 
-Also `without_future`, for formats that have no place for it.
+Also `without_mtp`, for formats that have no place for it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.blocks.future import future_blocks
 from model.config import STACKS, ModelConfig
 from model.formats.lazy import LAZY, Stacked
 from model.function import Params
+from model.readouts.mtp import mtp_blocks
 
 
 def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConfig, Params]:
@@ -34,11 +34,11 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
     return target, groups
 
 
-def without_future(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+def without_mtp(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     """The same model, unrolled, without what says the tokens after the next one; every other output stays as it is."""
     cfg, params = relayout(cfg, params, scan=False)
-    modules = future_blocks(cfg.future)
-    return cfg.replace(future=None), {key: value for key, value in params.items() if key not in modules}
+    modules = mtp_blocks(cfg.mtp)
+    return cfg.replace(mtp=None), {key: value for key, value in params.items() if key not in modules}
 
 
 def _stack(arrays):

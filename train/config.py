@@ -10,11 +10,11 @@ import jax
 
 from data.mixture import BatchSpec
 from model import GatedMLP, ModelConfig, RMSNorm, ShardingRules, decoder
-from model.blocks.future import ParallelFuture, SequentialFuture
 from model.blocks.lora import LoRA
 from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.kernels.backend import Kernels
+from model.readouts.mtp import ParallelMTP, SequentialMTP
 
 
 def check_at_least(least: int, **values: int) -> None:
@@ -72,8 +72,8 @@ class MixtureSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class FutureSpec:
-    """Multi-token prediction, see `model.blocks.future`; its blocks are as the model's last."""
+class MTPSpec:
+    """Multi-token prediction, see `model.readouts.mtp`; its blocks are as the model's last."""
 
     tokens: int = 0  # after the next one that are foretold, each by a module of its own; 0: none
     kind: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3; as in Gloeckle et al. 2024
@@ -86,8 +86,8 @@ class FutureSpec:
             return cfg
         blocks = cfg.blocks[-1:] * self.tokens
         if self.kind == "parallel":
-            return cfg.replace(future=ParallelFuture(blocks))
-        return cfg.replace(future=SequentialFuture(blocks, cfg.final_norm or RMSNorm()))
+            return cfg.replace(mtp=ParallelMTP(blocks))
+        return cfg.replace(mtp=SequentialMTP(blocks, cfg.final_norm or RMSNorm()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ModelSpec:
     max_length: int = 2048  # tokens of context that the model is meant for
     vocab_multiple: int = 64  # the vocabulary is padded up to this, so that it splits over devices
     mixture: MixtureSpec = MixtureSpec()
-    future: FutureSpec = FutureSpec()
+    mtp: MTPSpec = MTPSpec()
 
     def __post_init__(self):
         check_at_least(1, width=self.width, layers=self.layers, num_heads=self.num_heads)
@@ -141,7 +141,7 @@ class ModelSpec:
         )
         if self.mixture.num_experts:
             cfg = self.mixture.put_into(cfg, self.ffn_width)
-        return run.of(self.future.put_into(cfg))
+        return run.of(self.mtp.put_into(cfg))
 
 
 @dataclasses.dataclass(frozen=True)

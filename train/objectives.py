@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from model import ModelConfig, ShardingRules, WeightedSum, apply
 from model.blocks.balance import document_mean
 from model.blocks.common import add_up
-from model.blocks.future import look_ahead, same_segment
 from model.function import Output, Params
 from model.logprobs import Ask, TokenScores
+from model.readouts.mtp import look_ahead, same_segment
 
 Batch = dict[str, jax.Array]
 Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]]
@@ -84,7 +84,7 @@ def language_modelling(
     (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is cut.
     """
 
-    ask = Ask(likeliest=mtp_weight != 0 and cfg.future is not None)
+    ask = Ask(likeliest=mtp_weight != 0 and cfg.mtp is not None)
 
     def objective(params: Params, batch: Batch):
         out = scored(cfg, params, batch, ask, rules)
@@ -94,31 +94,33 @@ def language_modelling(
         nll = WeightedSum.of(-logprobs_BT, weights_BT)
         loss = WeightedSum(nll.total + z_loss * jnp.sum(weights_BT * log_z_BT**2), nll.weight)
         metrics, aux = {"nll": nll}, out.aux
-        if mtp_weight and out.future_scores:
-            later, total = future_losses(out.future_scores, batch)
-            loss = WeightedSum(loss.total + mtp_weight / len(out.future_scores) * total, loss.weight)
-            metrics, aux = metrics | later, add_up(aux, out.future_aux)
+        if mtp_weight and out.mtp_scores:
+            later, total = mtp_losses(out.mtp_scores, batch)
+            loss = WeightedSum(loss.total + mtp_weight / len(out.mtp_scores) * total, loss.weight)
+            metrics, aux = metrics | later, add_up(aux, out.mtp_aux)
         return with_aux(loss, metrics, aux)
 
     return objective
 
 
-def future_losses(future: tuple[TokenScores, ...], batch: Batch) -> tuple[dict[str, WeightedSum], jax.Array]:
+def mtp_losses(
+    scores_by_module: tuple[TokenScores, ...], batch: Batch
+) -> tuple[dict[str, WeightedSum], jax.Array]:
     """What each module loses and how often its likeliest token is right, by name; and the sum of all their losses.
 
     Module k is asked at token i for the target of token i + k, where that is in the same segment and counts.
 
     Args:
-      future: `Output.future_scores`, with the likeliest tokens.
+      scores_by_module: `Output.mtp_scores`, with the likeliest tokens.
     """
     metrics, total = {}, jnp.zeros((), jnp.float32)
-    for k, scores in enumerate(future, 1):
+    for k, scores in enumerate(scores_by_module, 1):
         weights_BT = look_ahead(batch["loss_weights"], k) * same_segment(batch["segment_ids"], k)
         nll = WeightedSum.of(-scores.logprobs, weights_BT)
         right_BT = scores.likeliest == look_ahead(batch["targets"], k)
         metrics |= {
-            f"future_{k}_nll": nll,
-            f"future_{k}_accuracy": WeightedSum.of(right_BT, weights_BT),
+            f"mtp_{k}_nll": nll,
+            f"mtp_{k}_accuracy": WeightedSum.of(right_BT, weights_BT),
         }
         total += nll.total
     return metrics, total

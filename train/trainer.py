@@ -338,7 +338,7 @@ class _Rate:
         spec = setup.config.data
         self._tokens = spec.batch_size * spec.seq_len
         foretells = setup.config.objective == "lm" and setup.config.mtp_weight
-        computed = setup.cfg if foretells else setup.cfg.replace(future=None)
+        computed = setup.cfg if foretells else setup.cfg.replace(mtp=None)
         self._flops, self._devices = train_flops_per_token(computed, spec.seq_len), setup.mesh.size
         self._mark, self._steps = time.monotonic(), 0
         self._seconds, self._counted = 0.0, 0

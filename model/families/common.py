@@ -150,7 +150,7 @@ class Family:
 def _bidirectional(cfg: ModelConfig) -> ModelConfig:
     """A decoder of which every token sees the whole text: an embedding model. Raises ValueError where that is not
     known to be what transformers makes of `is_causal`."""
-    plain = cfg.encoder is None and cfg.byte_latent is None and cfg.future is None
+    plain = cfg.encoder is None and cfg.byte_latent is None and cfg.mtp is None
     for block in cfg.blocks:
         mixer = block.mixer
         plain = plain and isinstance(mixer, Attention) and mixer.causal and not (mixer.window or mixer.chunk)

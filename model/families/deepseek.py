@@ -16,7 +16,7 @@ from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import GATED_MLP, NORMS, OUTSIDE, ROTARY, read_model, read_rms_norm
 from model.families.experts import EXPERTS, SHARED_EXPERTS, dense_of, first_sparse_layer, moe_of
-from model.families.future import nextn, read_future, write_future
+from model.families.mtp import nextn, read_mtp, write_mtp
 from model.families.rope import read_rope, write_rope, yarn_magnitude
 from model.families.tensors import Names
 
@@ -71,7 +71,7 @@ def read_v3(config: Reader) -> ModelConfig:
     cfg, block = _read(
         config, router, shared=1, experts=256, dense=3, width=2048, heads=128, interleaved=interleaved
     )
-    return cfg.replace(future=read_future(config, block, read_rms_norm(config)))
+    return cfg.replace(mtp=read_mtp(config, block, read_rms_norm(config)))
 
 
 def _groups(groups: int | None, of_token: int | None, score: str) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def write_v2(cfg: Any) -> dict[str, Any]:
 
 
 def write_v3(cfg: Any) -> dict[str, Any]:
-    return _write(cfg) | write_future(cfg) | {"rope_interleave": cfg.blocks[0].mixer.rope.interleaved}
+    return _write(cfg) | write_mtp(cfg) | {"rope_interleave": cfg.blocks[0].mixer.rope.interleaved}
 
 
 V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, NAMES, harmless=ROTARY)

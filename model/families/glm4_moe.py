@@ -20,7 +20,7 @@ from model.families.decoders import (
     write_attention,
 )
 from model.families.experts import EXPERTS, SHARED_EXPERTS, dense_of, first_sparse_layer, moe_of
-from model.families.future import nextn, read_future, write_future
+from model.families.mtp import nextn, read_mtp, write_mtp
 from model.families.rope import read_rope
 
 
@@ -57,8 +57,8 @@ def read(config: Reader) -> ModelConfig:
     plain = dataclasses.replace(block, ffn=GatedMLP(config.integer("intermediate_size"), activation))
     first = config.integer("first_k_dense_replace", 1, least=0)
     blocks = [plain if i < first else block for i in range(config.layers())]
-    future = read_future(config, block, norm)
-    return read_model(config, blocks, norm, max_length=131_072, future=future)
+    mtp = read_mtp(config, block, norm)
+    return read_model(config, blocks, norm, max_length=131_072, mtp=mtp)
 
 
 def write(cfg: Any) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def write(cfg: Any) -> dict[str, Any]:
         "topk_group": moe.router.groups_per_token,
         "first_k_dense_replace": first_sparse_layer(cfg),
         "partial_rotary_factor": mixer.rope.fraction,
-    } | (write_attention(mixer) | write_future(cfg))
+    } | (write_attention(mixer) | write_mtp(cfg))
 
 
 ALL_NAMES = NAMES | EXPERTS | SHARED_EXPERTS

@@ -19,7 +19,7 @@ from model.families.decoders import (
     write_attention,
 )
 from model.families.experts import EXPERTS, SHARED_EXPERT, moe_of, read_sparse_layers
-from model.families.future import mtp, read_future, write_future
+from model.families.mtp import mtp, read_mtp, write_mtp
 from model.families.qwen_moe import read_moe, write
 from model.families.rope import read_rope
 from model.families.tensors import Conv, Fused, Names
@@ -67,8 +67,8 @@ def read(config: Reader) -> ModelConfig:
         Block(attention if kind == "full_attention" else linear, sparse if has_experts else dense, norm)
         for kind, has_experts in zip(kinds, read_sparse_layers(config, layers, num_experts))
     ]
-    future = read_future(config, Block(attention, sparse or dense, norm), norm, most=1)
-    return read_model(config, blocks, norm, max_length=32768, future=future)
+    modules = read_mtp(config, Block(attention, sparse or dense, norm), norm, most=1)
+    return read_model(config, blocks, norm, max_length=32768, mtp=modules)
 
 
 def write_next(cfg: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def write_next(cfg: Any) -> dict[str, Any]:
     return (
         write(with_attention)
         | write_attention(attention)
-        | write_future(cfg)
+        | write_mtp(cfg)
         | {
             "attention_bias": attention.qkv_bias,
             "shared_expert_intermediate_size": moe_of(cfg).shared.width,

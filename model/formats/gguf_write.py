@@ -20,7 +20,7 @@ from model.families.common import difference
 from model.families.tensors import Tensor, get, name_of, tensor_table
 from model.formats.gguf import NAMES, ROPE_FACTORS, ROTATED_PAIRS, halves_to_pairs, heads_of, rope_factors
 from model.function import Params
-from model.layout import relayout, without_future
+from model.layout import relayout, without_mtp
 
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # llama.cpp's llama_ftype
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str, bytes]) -> None:
     """Write one file; matrices keep their dtype, vectors are float32 as llama.cpp wants them.
 
-    A future is left out, with a line in the log: llama.cpp's llama, qwen2 and qwen3 have no place for one.
+    Multi-token prediction is left out, with a line in the log: llama.cpp's llama, qwen2 and qwen3 have no place for it.
 
     Args:
       tokenizer: files of a Hugging Face tokenizer folder; {}: the file has no vocabulary.
@@ -39,8 +39,8 @@ def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str
       ValueError: no GGUF architecture can hold this model, or GGUF can't name this tokenizer.
     """
     check_without_adapters(cfg)
-    if cfg.future is not None:
-        cfg, params = without_future(cfg, params)
+    if cfg.mtp is not None:
+        cfg, params = without_mtp(cfg, params)
         _log.warning(
             "%s: written without multi-token prediction, for which GGUF's llama, qwen2 and qwen3 have no place.",
             path,

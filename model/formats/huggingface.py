@@ -30,7 +30,7 @@ from model.formats.lazy import Lazy, Stacked
 from model.formats.mxfp4 import PackedTensor
 from model.formats.safetensors_file import StoredTensor
 from model.function import Params
-from model.layout import relayout, without_future
+from model.layout import relayout, without_mtp
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,12 +49,12 @@ def load_config(folder: str | Path) -> ModelConfig:
     """
     folder = Path(folder)
     family, cfg, saved = _read_config(folder)
-    of_names = cfg.future is not None or saved["model_type"] in wrapped.TEXT
+    of_names = cfg.mtp is not None or saved["model_type"] in wrapped.TEXT
     names = _stored_names(folder) if of_names else None
     if names is None:
         return cfg
     cfg = _with_head_of(family, cfg, names)
-    return cfg if cfg.future is None or _has_future(family, cfg, names) else cfg.replace(future=None)
+    return cfg if cfg.mtp is None or _has_mtp(family, cfg, names) else cfg.replace(mtp=None)
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
@@ -75,8 +75,8 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     unjoined = read_headers(folder, may_lack=(head, f"language_model.{head}"))
     cfg = _with_head_of(family, cfg, unjoined.keys())
     headers = _tensors(folder, unjoined, saved)
-    if cfg.future is not None and not _has_future(family, cfg, headers.keys()):
-        cfg = cfg.replace(future=None)
+    if cfg.mtp is not None and not _has_mtp(family, cfg, headers.keys()):
+        cfg = cfg.replace(mtp=None)
         _log.warning("%s: has no tensors for multi-token prediction; the model is read without it.", folder)
     names = family.names_of(cfg)
     _check_fits(folder, family, cfg, headers)
@@ -142,7 +142,7 @@ def save(
 ) -> None:
     """Write a folder that transformers loads; parameters keep their dtype.
 
-    A future that no family can say is left out, with a line in the log.
+    Multi-token prediction that no family can express is left out, with a line in the log.
 
     Args:
       tokenizer: files to lie beside the weights, by name.
@@ -152,8 +152,8 @@ def save(
       ValueError: no family can hold this model, or `folder` holds something else than a model.
     """
     folder = Path(folder)
-    if cfg.future is not None and not _can_be_saved(cfg):
-        cfg, params = without_future(cfg, params)
+    if cfg.mtp is not None and not _can_be_saved(cfg):
+        cfg, params = without_mtp(cfg, params)
         _log.warning("%s: written without multi-token prediction, which no family can say so.", folder)
     family = family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
@@ -240,11 +240,11 @@ def _stored_names(folder: Path) -> set[str] | None:
     return set(_read_index(folder / INDEX)) if (folder / INDEX).is_file() else None
 
 
-def _has_future(family: Family, cfg: ModelConfig, stored: Collection[str]) -> bool:
+def _has_mtp(family: Family, cfg: ModelConfig, stored: Collection[str]) -> bool:
     """Whether the first module of multi-token prediction is there: transformers saves a model without them, whatever
     the config says, and Qwen3-Next's config says nothing."""
     layers = len(cfg.blocks) // family.blocks_per_layer
-    return name_of(family.names_of(cfg), "future/join").format(n=layers, k=0) in stored
+    return name_of(family.names_of(cfg), "mtp/join").format(n=layers, k=0) in stored
 
 
 def _read_index(path: Path) -> dict[str, str]:

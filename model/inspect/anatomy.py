@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Var
 
-from model.blocks.future import Future, future_blocks
 from model.cache import cache_axes, init_pages
 from model.config import STACKS, ModelConfig
 from model.function import Params, apply, logical_axes, param_shapes
-from model.inspect.flops import forward_flops_per_token, future_flops_per_token, train_flops_per_token
+from model.inspect.flops import forward_flops_per_token, mtp_flops_per_token, train_flops_per_token
 from model.logprobs import token_logprobs
+from model.readouts.mtp import MTP, mtp_blocks
 
 ADAPTER_ROLES = {"a": "down to their rank", "b": "up from it", "magnitude": "each output's length"}
 
@@ -28,9 +28,7 @@ class Group:
     """One array of parameters, or the same array of `count` equal blocks."""
 
     name: str
-    stack: (
-        str  # one of STACKS ("" in the model's own blocks), or "future_" in a module that says a later token
-    )
+    stack: str  # one of STACKS ("" in the model's own blocks), or "mtp_" in a module that says a later token
     blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
     shape: tuple[int, ...]  # of one block
     axes: tuple[str | None, ...]
@@ -53,12 +51,12 @@ class Anatomy:
     parameters: int
     active_parameters: int
     forward_flops_per_token: float  # the mean over the row
-    backward_flops_per_token: float  # that of the future too
+    backward_flops_per_token: float  # that of multi-token prediction too
     cache_bytes_per_token: int  # of pages, in the dtype of the computation
     state_bytes_per_row: int  # of recurrent mixers, however long the row is
     training: dict[str, int]  # what -> bytes
     serving: dict[str, int]
-    future_flops_per_token: float = 0.0  # of the forward pass, in training alone
+    mtp_flops_per_token: float = 0.0  # of the forward pass, in training alone
 
 
 def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Anatomy:
@@ -75,7 +73,7 @@ def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Ana
         raise ValueError(f"batch={batch} and context={context} must be at least 1.")
     groups = parameter_groups(cfg)
     parameters = sum(group.parameters for group in groups)
-    forward, future = forward_flops_per_token(cfg, context), future_flops_per_token(cfg, context)
+    forward, mtp = forward_flops_per_token(cfg, context), mtp_flops_per_token(cfg, context)
     return Anatomy(
         batch,
         context,
@@ -83,12 +81,12 @@ def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Ana
         parameters,
         sum(group.active for group in groups),
         forward,
-        train_flops_per_token(cfg, context) - forward - future,
+        train_flops_per_token(cfg, context) - forward - mtp,
         cache_bytes_per_token(cfg),
         state_bytes_per_row(cfg),
         training_memory(cfg, batch, context),
         serving_memory(cfg, batch, context),
-        future,
+        mtp,
     )
 
 
@@ -97,7 +95,7 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
     scanned = cfg.replace(scan=True)
     shapes, axes = _flat(param_shapes(scanned)), _flat(logical_axes(scanned))
     runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
-    modules = future_blocks(cfg.future)
+    modules = mtp_blocks(cfg.mtp)
     keyed = []
     for path, array in shapes.items():
         run, _, name = path.partition("/")
@@ -111,9 +109,9 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
             keyed.append(((order, numbers[0], place), Group(*what, size, active, role)))
         elif run in modules:
             block, k = modules[run], 1 + list(modules).index(run)
-            place, role = _role(cast(Future, cfg.future).roles_with(block), name)
+            place, role = _role(cast(MTP, cfg.mtp).roles_with(block), name)
             active = round(size * block.active_share(name.removeprefix("block_0/")))
-            what = name, "future_", (k, k), array.shape, axes[path]
+            what = name, "mtp_", (k, k), array.shape, axes[path]
             keyed.append(((2 + len(STACKS), k, place), Group(*what, size, active, role)))
         else:
             place, role = _role(roles(cfg), path)
@@ -225,7 +223,7 @@ def _residual_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     def loss(params: Params, tokens: jax.Array) -> jax.Array:
         source: dict[str, Any] = {"encoder_tokens": tokens} if cfg.encoder is not None else {}
         out = apply(cfg, params, tokens, **source)
-        read = [token_logprobs(logits, tokens)[0].sum() for logits in (out.logits, *out.future)]
+        read = [token_logprobs(logits, tokens)[0].sum() for logits in (out.logits, *out.mtp_logits)]
         return -jnp.stack(read).sum()
 
     tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32)

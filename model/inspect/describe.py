@@ -129,10 +129,8 @@ def _totals(cfg: ModelConfig, stored: str, found: Anatomy) -> list[str]:
         ("to train", _memory(found.training) + f" (float32, traced) for {rows}"),
         ("to serve", _memory(found.serving) + f" ({cfg.dtype}) for {rows}"),
     ]
-    if found.future_flops_per_token:
-        extra = (
-            f"{found.future_flops_per_token:.4g} more forward in training, for the tokens after the next one"
-        )
+    if found.mtp_flops_per_token:
+        extra = f"{found.mtp_flops_per_token:.4g} more forward in training, for the tokens after the next one"
         lines.insert(4, ("", extra))
     if found.active_parameters != found.parameters:
         share = _share(found.active_parameters, found.parameters)

@@ -98,11 +98,11 @@ def _stack_flops(blocks: tuple[Block, ...], width: int, seq_len: int) -> float:
     return sum(count * block.flops_per_token(width, seq_len) for block, count in counts.items())
 
 
-def future_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
+def mtp_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Of the forward pass of what says the tokens after the next one, each with logits of its own."""
-    if cfg.future is None:
+    if cfg.mtp is None:
         return 0.0
-    return cfg.future.flops_per_token(cfg.width, seq_len) + len(cfg.future.blocks) * _head_flops(cfg)
+    return cfg.mtp.flops_per_token(cfg.width, seq_len) + len(cfg.mtp.blocks) * _head_flops(cfg)
 
 
 def _head_flops(cfg: ModelConfig) -> float:
@@ -113,7 +113,7 @@ def _head_flops(cfg: ModelConfig) -> float:
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Three times the forward pass, but for a patcher, which has no backward pass; twice where adapters are trained,
     since the maps beside them need no gradients of their own (adapters' own work is small and not counted)."""
-    forward = forward_flops_per_token(cfg, seq_len) + future_flops_per_token(cfg, seq_len)
+    forward = forward_flops_per_token(cfg, seq_len) + mtp_flops_per_token(cfg, seq_len)
     times = 3 if cfg.adapters is None else 2
     return times * forward - (times - 1) * _patcher_flops(cfg, seq_len)
 

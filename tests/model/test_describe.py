@@ -27,7 +27,6 @@ from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP
-from model.blocks.future import future_blocks
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -51,6 +50,7 @@ from model.inspect.anatomy import (
 )
 from model.inspect.describe import describe
 from model.logprobs import token_logprobs
+from model.readouts.mtp import mtp_blocks
 
 from .conftest import GOLDENS, random_params, tiny
 
@@ -135,7 +135,7 @@ def test_every_parameter_of_every_part_has_a_role():
     used = {type(part).__name__ for block in EVERY_PART.blocks for part in (block.mixer, block.ffn)}
     # an expert; T5's and BLT's, among the published families
     elsewhere = {"ClampedSwiGLU", "CrossAttention", "PatchAttention"}
-    elsewhere |= {"SequentialFuture", "ParallelFuture"}  # tests/model/test_future.py
+    elsewhere |= {"SequentialMTP", "ParallelMTP"}  # tests/model/test_mtp.py
     assert {name for name, part in PARTS.items() if hasattr(part, "flops_per_token")} <= used | elsewhere
     assert not [group.name for group in parameter_groups(EVERY_PART) if not group.role]
 
@@ -149,7 +149,7 @@ def test_the_groups_of_a_published_family_are_its_arrays(path):
     assert sum(group.parameters for group in groups) == sum(x.size for x in jax.tree.leaves(params))
     idle = 0
     blocks = [(block, params[f"block_{i}"]) for i, block in enumerate(cfg.blocks)]
-    for name, block in future_blocks(cfg.future).items():
+    for name, block in mtp_blocks(cfg.mtp).items():
         blocks.append((block, params[name]["block_0"]))
     for block, of_block in blocks:
         if isinstance(block.ffn, MoE):

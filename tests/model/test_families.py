@@ -88,11 +88,11 @@ def test_logits_equal_those_of_transformers(name):
     pairs = [(getattr(out, key)[real], golden[key][real]) for key in ("logits", "hidden") if key in golden]
     if "classes" in golden:  # of the first token, where that is none of the padding
         pairs.append((out.heads["class"][real[:, 0], 0], golden["classes"][real[:, 0]]))
-    ahead = {int(key.removeprefix("future_")): golden[key] for key in golden if key.startswith("future_")}
-    assert len(out.future) == len(ahead)
+    ahead = {int(key.removeprefix("mtp_")): golden[key] for key in golden if key.startswith("mtp_")}
+    assert len(out.mtp_logits) == len(ahead)
     for k, theirs in ahead.items():  # where token i + k is real too
         there = real[:, :-k] & real[:, k:]
-        pairs.append((out.future[k - 1][:, :-k][there], theirs[:, :-k][there]))
+        pairs.append((out.mtp_logits[k - 1][:, :-k][there], theirs[:, :-k][there]))
     for ours, theirs in pairs:
         assert np.abs(theirs).max() > 1
         errors = np.abs(ours - theirs)  # of float32 sums in two orders

@@ -45,7 +45,7 @@ def test_a_part_runs_without_a_field_or_says_that_it_needs_it(kind):
     for field in dataclasses.fields(part):
         try:
             without = dataclasses.replace(part, **{field.name: None})
-            changed = cfg.replace(blocks=(dataclasses.replace(block, **{name: without}),), future=None)
+            changed = cfg.replace(blocks=(dataclasses.replace(block, **{name: without}),), mtp=None)
         except ValueError as error:
             assert "None" in str(error) or field.name in str(error), (field.name, error)
             continue
