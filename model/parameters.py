@@ -24,6 +24,13 @@ class ParamInfo:
     decays: bool  # whether weight decay shrinks it
     order: int  # how many are made before it, in its block or, outside the blocks, in the model
 
+    def of_layer(self) -> ParamInfo:
+        """The same without a leading axis of layers."""
+        if self.axes[:1] != ("layers",):
+            return self
+        input_axes = tuple(i - 1 for i in self.input_axes)
+        return dataclasses.replace(self, shape=self.shape[1:], axes=self.axes[1:], input_axes=input_axes)
+
     @property
     def lead(self) -> int:
         """How many axes at the start are of layers, experts and adapters."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import flax.linen as nn
@@ -24,9 +25,9 @@ from model.blocks.linear import Outputs, linear_out, linears
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels import backend
-from model.kernels.attention import self_attention
-from model.kernels.attention.reference import Scores, Sight, attention, self_attention_weights
-from model.kernels.paged_attention import Kept, pages
+from model.kernels.attention import Mask, Scores, self_attention
+from model.kernels.attention.reference import attention, self_attention_weights
+from model.kernels.paged_attention import KVLayout, pages
 from model.kernels.paged_attention.sharded import attend_on_mesh
 from model.sharding import ShardingRules, constrain
 
@@ -78,18 +79,6 @@ class Attention:
     # whose keys and values: the layer's own; its own, which layers after it may take; those of the last that gives them
     keys_values: Literal["own", "give", "take"] = "own"
 
-    roles = {
-        "q": "queries: what each head looks for",
-        "k": "keys: what each token offers to be found by",
-        "v": "values: what a token passes on when looked at",
-        "q_norm": "each head's query",
-        "k_norm": "each head's key",
-        "relative": "a number for each range of distances: what attention adds to its scores",
-        "sinks": "a score a head that takes a share of its attention and gives nothing",
-        "gate": "how much of each head's finding goes on",
-        "o": "adds the heads' findings to the residual stream",
-    }
-
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -123,14 +112,14 @@ class Attention:
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
         return {} if self.keys_values == "take" else KEY_VALUE_AXES
 
-    def sight(self) -> Sight:
-        return Sight(self.causal, self.window, self.chunk)
+    def mask(self) -> Mask:
+        return Mask(self.causal, self.window, self.chunk)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
         """Of the forward pass, in the mean over a row of `seq_len` tokens."""
         kv_heads = 0 if self.keys_values == "take" else self.num_kv_heads
         projections = 2 * width * self.head_dim * ((2 + self.gate) * self.num_heads + 2 * kv_heads)
-        reach = min(self.sight().reach() or seq_len, seq_len)
+        reach = min(self.mask().span() or seq_len, seq_len)
         if not self.causal:
             seen = float(min(2 * reach - 1, seq_len))
         elif self.chunk is not None and reach == self.chunk:
@@ -147,26 +136,27 @@ class AttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, shared = self.spec, self._relative_bias(info)
-        own = ("q",) if spec.keys_values == "take" else ("q", "k", "v")
-        projected = project_heads(self, x_BTD, *own)
+        own = QUERIES if spec.keys_values == "take" else QUERIES | KEYS_VALUES
+        projected = project_heads(self, x_BTD, own)
         q_BTHC, keys_values = self._queries(projected["q"], info), self._keys_values(projected, info)
         scores = self._scores(shared)
         if cache is None:
             k_BTKC, v_BTKC = keys_values["k"], keys_values["v"]
-            sow_weights(self, q_BTHC, k_BTKC, info, spec.sight(), scores)
-            stretches = info.positions, info.segment_ids, spec.sight()
+            sow_weights(self, q_BTHC, k_BTKC, info, spec.mask(), scores)
+            stretches = info.positions, info.segment_ids, spec.mask()
             out_BTHC = self_attention(q_BTHC, k_BTKC, v_BTKC, *stretches, scores, self.ctx.rules)
         else:
-            kept, rest = Kept(spec.num_kv_heads), (info, spec.sight(), scores, self.ctx.rules)
+            kv_layout, rest = KVLayout(spec.num_kv_heads), (info, spec.mask(), scores, self.ctx.rules)
             if spec.keys_values == "take":
-                out_BTHC, _ = attend_pages(q_BTHC, None, keys_values, kept, *rest)
+                out_BTHC, _ = attend_pages(q_BTHC, None, keys_values, kv_layout, *rest)
             else:
-                out_BTHC, cache = attend_pages(q_BTHC, keys_values, cache, kept, *rest)
+                out_BTHC, cache = attend_pages(q_BTHC, keys_values, cache, kv_layout, *rest)
                 keys_values = cache
         if spec.keys_values == "give":
             shared |= {GIVEN + name: value for name, value in keys_values.items()}
         if spec.gate:
-            out_BTHC = out_BTHC * nn.sigmoid(project_heads(self, x_BTD, "gate")["gate"])
+            gates = {"gate": "how much of each head's finding goes on"}
+            out_BTHC = out_BTHC * nn.sigmoid(project_heads(self, x_BTD, gates)["gate"])
         return combine_heads(self, out_BTHC), cache, More(shared=shared)
 
     def _queries(self, q_BTHC: jax.Array, info: TokenInfo) -> jax.Array:
@@ -211,8 +201,10 @@ class AttentionModule(nn.Module):
         if norm is None:
             return x_BTHC
         axes = ("head_dim",) if over == "head" else (axis, "head_dim")
-        reduced = 2 if over == "all heads" else 1
-        return norm.module(self.ctx, f"{name}_norm", *axes, reduced=reduced)(x_BTHC)
+        reduced, what = 2 if over == "all heads" else 1, "query" if name == "q" else "key"
+        return norm.module(self.ctx, f"{name}_norm", *axes, reduced=reduced, role=f"each head's {what}")(
+            x_BTHC
+        )
 
     def _relative_bias(self, info: TokenInfo) -> dict[str, jax.Array]:
         """The table of `spec.relative`, of this block or of the one before it that has it: for later blocks too."""
@@ -222,12 +214,16 @@ class AttentionModule(nn.Module):
         if not spec.relative.own:
             return {"relative_bias": info.shared["relative_bias"]}
         shape, init = (spec.relative.buckets, spec.num_heads), nn.initializers.normal(self.ctx.width**-0.5)
-        return {"relative_bias": param(self, self.ctx, "relative", shape, ("norm", "heads"), init)}
+        role = "a number for each range of distances: what attention adds to its scores"
+        declared = self.ctx, "relative", shape, ("norm", "heads"), init, 0, role
+        return {"relative_bias": param(self, *declared, decay=False)}
 
     def _scores(self, shared: dict[str, jax.Array]) -> Scores:
         spec, sinks_H, bias = self.spec, None, None
         if spec.sinks:
-            sinks_H = param(self, self.ctx, "sinks", (spec.num_heads,), ("heads",), nn.initializers.zeros)
+            role = "a score a head that takes a share of its attention and gives nothing"
+            declared = "sinks", (spec.num_heads,), ("heads",), nn.initializers.zeros
+            sinks_H = param(self, self.ctx, *declared, role=role)
         if spec.alibi is not None:
             slopes_H = spec.alibi.slopes(spec.num_heads)
             bias = lambda distance: slopes_H[:, None, None] * distance[..., None, :, :].astype(jnp.float32)
@@ -236,13 +232,22 @@ class AttentionModule(nn.Module):
         return Scores(spec.scale, spec.softcap, sinks_H, bias)
 
 
-def project_heads(module: Any, x_BTD: jax.Array, *names: str) -> dict[str, jax.Array]:
-    """[B, T, D] to {name: [B, T, H or K, C]} by the `head_dim` and `qkv_bias` of the module's spec: "k" and "v" are of
-    its key/value heads, others of its query heads."""
+QUERIES = {"q": "queries: what each head looks for"}
+KEYS_VALUES = {
+    "k": "keys: what each token offers to be found by",
+    "v": "values: what a token passes on when looked at",
+}
+
+
+def project_heads(module: Any, x_BTD: jax.Array, roles: Mapping[str, str]) -> dict[str, jax.Array]:
+    """[B, T, D] to {name: [B, T, H or K, C]} for each map that `roles` names, by the `head_dim` and `qkv_bias` of the
+    module's spec: "k" and "v" are of its key/value heads, others of its query heads."""
     spec, ctx = module.spec, module.ctx
-    axes = {name: "kv_heads" if name in ("k", "v") else "heads" for name in names}
+    axes = {name: "kv_heads" if name in ("k", "v") else "heads" for name in roles}
     heads = {"heads": spec.num_heads, "kv_heads": spec.num_kv_heads}
-    outs: Outputs = {name: ((heads[axis], spec.head_dim), (axis, "head_dim")) for name, axis in axes.items()}
+    outs: Outputs = {
+        name: ((heads[axis], spec.head_dim), (axis, "head_dim"), roles[name]) for name, axis in axes.items()
+    }
     projected = linears(module, x_BTD, outs, spec.qkv_bias)
     return {
         name: constrain(y_BTHC, ctx.rules, "batch", "length", f"act_{axes[name]}", None)
@@ -250,9 +255,11 @@ def project_heads(module: Any, x_BTD: jax.Array, *names: str) -> dict[str, jax.A
     }
 
 
-def combine_heads(module: Any, out_BTHC: jax.Array) -> jax.Array:
+def combine_heads(
+    module: Any, out_BTHC: jax.Array, role: str = "adds the heads' findings to the residual stream"
+) -> jax.Array:
     """What the heads found, as wide as the model."""
-    return linear_out(module, out_BTHC, ("heads", "head_dim"), module.spec.out_bias)
+    return linear_out(module, out_BTHC, ("heads", "head_dim"), role, bias=module.spec.out_bias)
 
 
 def sow_weights(
@@ -260,12 +267,12 @@ def sow_weights(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     info: TokenInfo,
-    sight: Sight = Sight(),
+    mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> None:
     """Sows the attention weights for `model.inspect.trace`; does nothing outside a trace."""
     if module.is_mutable_collection("intermediates"):
-        weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, sight, scores)
+        weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, mask, scores)
         module.sow("intermediates", "attention", weights)
 
 
@@ -292,9 +299,9 @@ def read_pages(cache: dict, name: str, info: TokenInfo, heads: int, dtype: jnp.d
     return pages.read(cache, name, cast(jax.Array, info.page_table), heads, dtype)
 
 
-def sees_slots(info: TokenInfo, sight: Sight, num_slots: int) -> jax.Array:
+def sees_slots(info: TokenInfo, mask: Mask, num_slots: int) -> jax.Array:
     """Which slots of its row each token sees, [B, T, S] bool."""
-    mask_BTS = sight.sees(info.positions[:, :, None], jnp.arange(num_slots))
+    mask_BTS = mask.allows(info.positions[:, :, None], jnp.arange(num_slots))
     return mask_BTS if info.slots_filled is None else mask_BTS & info.slots_filled[:, None]
 
 
@@ -302,9 +309,9 @@ def attend_pages(
     q_BTHC: jax.Array,
     new: dict[str, jax.Array] | None,
     cache: dict,
-    kept: Kept,
+    kv_layout: KVLayout,
     info: TokenInfo,
-    sight: Sight,
+    mask: Mask,
     scores: Scores,
     rules: ShardingRules | None,
 ) -> tuple[jax.Array, dict]:
@@ -312,7 +319,7 @@ def attend_pages(
     elsewhere, and where the kernel can't: scores with a bias, and tokens that don't follow on those in the cache.
 
     Args:
-      new: what `kept` names, of these tokens; None: the cache holds them already.
+      new: what `kv_layout` names, of these tokens; None: the cache holds them already.
     """
     if backend.current().name == "tpu":
         if scores.bias is None and info.cached is not None and info.page_table is not None:
@@ -323,17 +330,17 @@ def attend_pages(
                 first_B = jnp.argmax(real_BT, axis=1).astype(jnp.int32) if T > 1 else None
                 count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
             rows = info.page_table, info.cached, count_B
-            return attend_on_mesh(q_BTHC, new, cache, *rows, kept, sight, scores, rules, first_B)
+            return attend_on_mesh(q_BTHC, new, cache, *rows, kv_layout, mask, scores, rules, first_B)
         say_that_rows_are_gathered(
             "The kernel has no biases of the scores, and its tokens follow on those in the cache."
         )
     if new is not None:
         cache = write_pages(cache, new, info)
-    parts = {name: read_pages(cache, name, info, kept.heads, q_BTHC.dtype) for name in kept.names}
-    k_BSKC = kept.key_of(parts)
+    parts = {name: read_pages(cache, name, info, kv_layout.heads, q_BTHC.dtype) for name in kv_layout.names}
+    k_BSKC = kv_layout.key_of(parts)
     distance_BTS = jnp.arange(k_BSKC.shape[1]) - info.positions[:, :, None]
-    mask_BTS = sees_slots(info, sight, k_BSKC.shape[1])
-    return attention(q_BTHC, k_BSKC, parts[kept.values], mask_BTS, scores, distance_BTS), cache
+    mask_BTS = sees_slots(info, mask, k_BSKC.shape[1])
+    return attention(q_BTHC, k_BSKC, parts[kv_layout.values], mask_BTS, scores, distance_BTS), cache
 
 
 @functools.cache

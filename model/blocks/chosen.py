@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from model.blocks.balance import token_weights
 from model.blocks.block import Block, BlockModule
-from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, param
+from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, in_float32, param
 from model.kernels.paged_attention.pages import gather
 from model.weighted import WeightedSum
 
@@ -56,6 +56,8 @@ class Chosen(NamedTuple):
             positions=self.take(info.positions),
             segment_ids=segments_BM,
             weights=None if info.weights is None else self.take(info.weights),
+            tokens=None if info.tokens is None else self.take(info.tokens),
+            rope_positions=None if info.rope_positions is None else self.take(info.rope_positions),
             begins=begins_B,
             shared={},
             cached=None,
@@ -112,11 +114,10 @@ def membership(chosen: Chosen, length: int) -> jax.Array:
     )
 
 
-def router_scores(module: Any, x_BTD: jax.Array, name: str = "router") -> jax.Array:
+def router_scores(module: Any, x_BTD: jax.Array, name: str, role: str) -> jax.Array:
     """[B, T] float32, a linear map of each token to one number: the parameter `name` [D]."""
-    ctx, D = module.ctx, x_BTD.shape[-1]
-    float32 = dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
-    w_D = param(module, float32, name, (D,), ("norm",), fan_in_normal(D))
+    D = x_BTD.shape[-1]
+    w_D = param(module, in_float32(module.ctx), name, (D,), ("norm",), fan_in_normal(D), 1, role)
     return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), w_D, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import flax.linen as nn
@@ -19,17 +19,7 @@ from model.sharding import ShardingRules
 from model.weighted import WeightedSum
 
 
-class Part(Protocol):
-    """What a block's mixers and networks have in common."""
-
-    @property
-    def roles(self) -> Mapping[str, str]:
-        """What each parameter does, by its path within the part; that of a norm says what is normalised, and a bias
-        needs none."""
-        ...
-
-
-class Mixer(Part, Protocol):
+class Mixer(Protocol):
     """What mixes tokens with each other: attention, or a recurrence."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
@@ -48,7 +38,7 @@ class Mixer(Part, Protocol):
     def flops_per_token(self, width: int, seq_len: int) -> float: ...
 
 
-class FeedForward(Part, Protocol):
+class FeedForward(Protocol):
     """What works on each token alone."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
@@ -101,6 +91,8 @@ class TokenInfo:
 
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array | None  # [B, T] int32, 0 is padding
+    tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
+    rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
     page_table: jax.Array | None = None  # [B, P] int32, set when there is a cache
     write_page: jax.Array | None = (
         None  # [B, T] int32 page of the cache that takes this token; out of range: none
@@ -147,6 +139,20 @@ def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
 def in_float32(ctx: Context) -> Context:
     """The same, computing in float32: for what must not be rounded."""
     return dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
+
+
+def bias_param(
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    shape: tuple[int, ...],
+    axes: Axes,
+    init: Callable = nn.initializers.zeros,
+    role: str | None = None,
+) -> jax.Array:
+    """Declare a bias, by default the one that `name` says ("q_bias"), which weight decay leaves alone."""
+    role = f"bias of {name.removesuffix('_bias')}" if role is None else role
+    return param(module, ctx, name, shape, axes, init, 0, role, decay=False)
 
 
 def param(

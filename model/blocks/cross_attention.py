@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from model.blocks.attention import combine_heads, project_heads
 from model.blocks.common import Context, TokenInfo
-from model.kernels.attention.reference import Scores, attention
+from model.kernels.attention import Scores
+from model.kernels.attention.reference import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,6 @@ class CrossAttention:
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None  # of the scores; None: head_dim ** -0.5
-
-    roles = {
-        "q": "queries to the encoder",
-        "k": "keys of the encoder's tokens",
-        "v": "values of the encoder's tokens",
-        "o": "adds what was found in the encoder to the residual stream",
-    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         """Called as a mixer is; its cache is its own part of the block's."""
@@ -65,9 +59,10 @@ class CrossAttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         scores, new = Scores(self.spec.scale), {}
-        q_BTHC = project_heads(self, x_BTD, "q")["q"]
+        q_BTHC = project_heads(self, x_BTD, {"q": "queries to the encoder"})["q"]
         if info.encoder is not None:
-            keys_values = project_heads(self, info.encoder, "k", "v")
+            roles = {"k": "keys of the encoder's tokens", "v": "values of the encoder's tokens"}
+            keys_values = project_heads(self, info.encoder, roles)
             new = {f"cross_{name}": value for name, value in keys_values.items()}
             new["cross_real"] = _real(info.encoder, info.encoder_segment_ids)
         seen, segments_BS = new, info.encoder_segment_ids
@@ -81,7 +76,9 @@ class CrossAttentionModule(nn.Module):
         if info.segment_ids is not None and segments_BS is not None:
             mask_BTS &= info.segment_ids[:, :, None] == segments_BS[:, None]
         k_BSKC, v_BSKC = (seen[name].astype(q_BTHC.dtype) for name in ("cross_k", "cross_v"))
-        return combine_heads(self, attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores)), cache
+        found_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores)
+        role = "adds what was found in the encoder to the residual stream"
+        return combine_heads(self, found_BTHC, role), cache
 
 
 def _real(encoder_BSD: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array:

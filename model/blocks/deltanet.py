@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from model.blocks.common import Context, TokenInfo, fan_in_normal, param
 from model.blocks.linear import linear, linear_out
 from model.blocks.recurrence import (
+    HEAD_FORGETTING,
+    OUTPUT_GATE,
+    READ_OUT,
     Walk,
     begin,
     causal_conv,
@@ -44,22 +47,6 @@ class GatedDeltaNet:
     conv_width: int = 4
     norm_eps: float = 1e-6  # of the RMS norm over a head's output, before the gate
     negative_eigenvalues: bool = False  # the step size beta is in (0, 2) instead of (0, 1)
-
-    roles = {
-        "q": "queries: where a token reads the state",
-        "k": "keys: where it writes",
-        "v": "values: what it writes",
-        "conv_q": "mixes queries with those of the last few tokens",
-        "conv_k": "mixes keys with those of the last few tokens",
-        "conv_v": "mixes values with those of the last few tokens",
-        "b": "how much of what the state held at the key is replaced",
-        "z": "gate: opens each channel of the output",
-        "a": "how much of the state each head keeps",
-        "dt_bias": "where that starts from",
-        "A_log": "how fast a head forgets, as a logarithm",
-        "norm": "scale of each head's output",
-        "o": "adds what was read from the state to the residual stream",
-    }
 
     def __post_init__(self):
         if self.num_heads % self.num_key_heads:
@@ -102,15 +89,15 @@ class GatedDeltaNetModule(nn.Module):
         spec, ctx, state = self.spec, self.ctx, {}
         keys, values = (spec.num_key_heads, spec.key_dim), (spec.num_heads, spec.value_dim)
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        q_BTGK, k_BTGK = (
-            _short_conv(self, ctx, name, x_BTD, keys, KEYS, spec.conv_width, walk, state) for name in "qk"
+        q_BTGK, k_BTGK = (_short_conv(self, name, x_BTD, keys, KEYS, walk, state) for name in "qk")
+        v_BTHV = _short_conv(self, "v", x_BTD, values, VALUES, walk, state)
+        z_BTHV = linear(self, "z", x_BTD, values, VALUES, OUTPUT_GATE)
+        beta_BTH = jax.nn.sigmoid(
+            linear(self, "b", x_BTD, values[:1], VALUES[:1], REPLACED).astype(jnp.float32)
         )
-        v_BTHV = _short_conv(self, ctx, "v", x_BTD, values, VALUES, spec.conv_width, walk, state)
-        z_BTHV = linear(self, "z", x_BTD, values, VALUES)
-        beta_BTH = jax.nn.sigmoid(linear(self, "b", x_BTD, values[:1], VALUES[:1]).astype(jnp.float32))
         beta_BTH = beta_BTH * (2.0 if spec.negative_eigenvalues else 1.0)
-        a_BTH = linear(self, "a", x_BTD, values[:1], VALUES[:1])
-        log_decay_BTH = _log_decay(self, ctx, a_BTH, VALUES[:1])
+        a_BTH = linear(self, "a", x_BTD, values[:1], VALUES[:1], "how much of the state each head keeps")
+        log_decay_BTH = _log_decay(self, ctx, a_BTH, VALUES[:1], role="where that starts from")
 
         group = spec.num_heads // spec.num_key_heads
         q_BTHK, k_BTHK = (jnp.repeat(_unit(x), group, axis=2) for x in (q_BTGK, k_BTGK))
@@ -126,7 +113,7 @@ class GatedDeltaNetModule(nn.Module):
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTHV, VALUES), state, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, VALUES, READ_OUT), state, walk, info, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,24 +127,6 @@ class KimiDeltaAttention:
     decay_lower_bound: float | None = (
         None  # log decay = bound * sigmoid(...), instead of -exp(A_log) softplus(...)
     )
-
-    roles = {
-        "q": "queries: where a token reads the state",
-        "k": "keys: where it writes",
-        "v": "values: what it writes",
-        "conv_q": "mixes queries with those of the last few tokens",
-        "conv_k": "mixes keys with those of the last few tokens",
-        "conv_v": "mixes values with those of the last few tokens",
-        "b": "how much of what the state held at the key is replaced",
-        "f_a": "the token to the low rank of its decay",
-        "f_b": "the low rank to how much each channel keeps",
-        "g_a": "the token to the low rank of its gate",
-        "g_b": "the low rank to the gate of each channel of the output",
-        "dt_bias": "where the decay starts from",
-        "A_log": "how fast a head forgets, as a logarithm",
-        "norm": "scale of each head's output",
-        "o": "adds what was read from the state to the residual stream",
-    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return KimiDeltaAttentionModule(self, ctx, name=name)
@@ -193,12 +162,14 @@ class KimiDeltaAttentionModule(nn.Module):
         heads = (spec.num_heads, spec.head_dim)
         x_BTD, walk = begin(spec, x_BTD, info, cache)
         q_BTHK, k_BTHK, v_BTHV = (
-            _short_conv(self, ctx, name, x_BTD, heads, VALUES, spec.conv_width, walk, state) for name in "qkv"
+            _short_conv(self, name, x_BTD, heads, VALUES, walk, state) for name in "qkv"
         )
-        beta_BTH = jax.nn.sigmoid(linear(self, "b", x_BTD, heads[:1], VALUES[:1]).astype(jnp.float32))
-        log_decay_BTHK = _log_decay(
-            self, ctx, self._low_rank("f", x_BTD, heads), VALUES, spec.decay_lower_bound
+        beta_BTH = jax.nn.sigmoid(
+            linear(self, "b", x_BTD, heads[:1], VALUES[:1], REPLACED).astype(jnp.float32)
         )
+        f_BTHK = self._low_rank("f", x_BTD, heads, "decay", "how much each channel keeps")
+        bound, role = spec.decay_lower_bound, "where the decay starts from"
+        log_decay_BTHK = _log_decay(self, ctx, f_BTHK, VALUES, bound, role)
         o_BTHV, state["state"] = delta_rule(
             _unit(q_BTHK) * spec.head_dim**-0.5,
             _unit(k_BTHK),
@@ -209,40 +180,57 @@ class KimiDeltaAttentionModule(nn.Module):
             walk.state["state"],
             rules=ctx.rules,
         )
-        gate_BTHV = jax.nn.sigmoid(self._low_rank("g", x_BTD, heads).astype(jnp.float32))
+        g_BTHV = self._low_rank("g", x_BTD, heads, "gate", "the gate of each channel of the output")
+        gate_BTHV = jax.nn.sigmoid(g_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTHV, VALUES), state, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, VALUES, READ_OUT), state, walk, info, cache)
 
-    def _low_rank(self, name: str, x_BTD: jax.Array, heads: tuple[int, int]) -> jax.Array:
-        low_BTK = linear(self, f"{name}_a", x_BTD, (self.spec.head_dim,), (None,))
-        return linear(self, f"{name}_b", low_BTK, heads, VALUES, in_axes=(None,))
+    def _low_rank(self, name: str, x_BTD: jax.Array, heads: tuple[int, int], of: str, to: str) -> jax.Array:
+        down, up = f"the token to the low rank of its {of}", f"the low rank to {to}"
+        low_BTK = linear(self, f"{name}_a", x_BTD, (self.spec.head_dim,), (None,), down)
+        return linear(self, f"{name}_b", low_BTK, heads, VALUES, up, in_axes=(None,))
+
+
+REPLACED = "how much of what the state held at the key is replaced"
+# The map's role and its convolution's.
+SHORT_CONVS = {
+    "q": ("queries: where a token reads the state", "mixes queries with those of the last few tokens"),
+    "k": ("keys: where it writes", "mixes keys with those of the last few tokens"),
+    "v": ("values: what it writes", "mixes values with those of the last few tokens"),
+}
 
 
 def _short_conv(
-    module: nn.Module,
-    ctx: Context,
+    module: GatedDeltaNetModule | KimiDeltaAttentionModule,
     name: str,
     x_BTD: jax.Array,
     shape: tuple[int, int],
     axes: Axes,
-    taps: int,
     walk: Walk,
     state: dict,
 ) -> jax.Array:
     """silu(conv(x W)); the convolution's new tail goes into `state`."""
-    x_BTHK = linear(module, name, x_BTD, shape, axes)
-    w_WHK = param(module, ctx, f"conv_{name}", (taps, *shape), (None, *axes), fan_in_normal(taps))
+    ctx, taps, (role, conv_role) = module.ctx, module.spec.conv_width, SHORT_CONVS[name]
+    x_BTHK = linear(module, name, x_BTD, shape, axes, role)
+    declared = (taps, *shape), (None, *axes), fan_in_normal(taps)
+    w_WHK = param(module, ctx, f"conv_{name}", *declared, role=conv_role)
     y_BTHK, state[f"conv_{name}"] = causal_conv(x_BTHK, w_WHK, walk.state[f"conv_{name}"], walk)
     return constrain(nn.silu(y_BTHK), ctx.rules, "batch", "length", f"act_{axes[0]}", None)
 
 
 def _log_decay(
-    module: nn.Module, ctx: Context, a_BTHC: jax.Array, axes: Axes, lower_bound: float | None = None
+    module: nn.Module,
+    ctx: Context,
+    a_BTHC: jax.Array,
+    axes: Axes,
+    lower_bound: float | None = None,
+    role: str = "",
 ) -> jax.Array:
     """-exp(A_log) softplus(a + dt_bias) in float32, with one A_log a head; [B, T, H] or [B, T, H, K] as given."""
     start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
-    shift = param32(module, ctx, "dt_bias", a_BTHC.shape[2:], axes, start)
-    A_log_H = param32(module, ctx, "A_log", a_BTHC.shape[2:3], axes[:1], log_uniform(1.0, 16.0))
+    shift = param32(module, ctx, "dt_bias", a_BTHC.shape[2:], axes, start, role)
+    heads = a_BTHC.shape[2:3], axes[:1]
+    A_log_H = param32(module, ctx, "A_log", *heads, log_uniform(1.0, 16.0), HEAD_FORGETTING)
     rate = jnp.exp(A_log_H).reshape(-1, *(1,) * (a_BTHC.ndim - 3))
     if lower_bound is not None:
         return lower_bound * jax.nn.sigmoid(rate * (a_BTHC.astype(jnp.float32) + shift))

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from model.blocks.attention import (
     KEY_VALUE_AXES,
+    KEYS_VALUES,
+    QUERIES,
     combine_heads,
     key_value_pages,
     project_heads,
@@ -25,12 +27,12 @@ from model.blocks.attention import (
     sow_weights,
     write_pages,
 )
-from model.blocks.common import Context, TokenInfo, param
+from model.blocks.common import Context, TokenInfo, in_float32, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
 from model.kernels import backend
-from model.kernels.attention import self_attention
-from model.kernels.attention.reference import Scores, Sight, attention
+from model.kernels.attention import Mask, Scores, self_attention
+from model.kernels.attention.reference import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +47,6 @@ class DifferentialAttention:
     qkv_bias: bool = False
     out_bias: bool = False
     pair_norm: RMSNorm = RMSNorm(scale=False)  # of each pair's difference
-
-    roles = {
-        "q": "queries: what each head looks for",
-        "k": "keys: what each token offers to be found by",
-        "v": "values: what a token passes on when looked at",
-        "o": "adds the pairs' findings to the residual stream",
-        "lambda_q1": "how much of the second head of a pair is taken away",
-        "lambda_k1": "how much of the second head of a pair is taken away",
-        "lambda_q2": "how much of the second head of a pair is taken away",
-        "lambda_k2": "how much of the second head of a pair is taken away",
-        "pair_norm": "each pair's difference",
-    }
 
     def __post_init__(self):
         if self.num_kv_heads % 2 or self.num_heads % self.num_kv_heads:
@@ -90,7 +80,7 @@ class DifferentialAttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
-        projected = project_heads(self, x_BTD, "q", "k", "v")
+        projected = project_heads(self, x_BTD, QUERIES | KEYS_VALUES)
         q_BTHC, k_BTKC = (spec.rope(projected[name], info.positions, info.segment_ids) for name in "qk")
         v_BTKC = projected["v"]
         if cache is None:
@@ -106,19 +96,20 @@ class DifferentialAttentionModule(nn.Module):
             k_BSKC, v_BSKC = (
                 read_pages(cache, name, info, spec.num_kv_heads, q_BTHC.dtype) for name in ("k", "v")
             )
-            mask_BTS = sees_slots(info, Sight(), k_BSKC.shape[1])
+            mask_BTS = sees_slots(info, Mask(), k_BSKC.shape[1])
             out_BTHE = attention(q_BTHC, k_BSKC, _shared_values(v_BSKC), mask_BTS, Scores())
         first_BTPE, second_BTPE = jnp.split(out_BTHE, 2, axis=2)
         difference_BTPE = first_BTPE - self._lambda().astype(out_BTHE.dtype) * second_BTPE
-        pairs_BTPE = spec.pair_norm.module(self.ctx, "pair_norm", "head_dim")(difference_BTPE)
-        return combine_heads(self, (1 - spec.lambda_init) * pairs_BTPE), cache
+        norm = spec.pair_norm.module(self.ctx, "pair_norm", "head_dim", role="each pair's difference")
+        found_BTPE = (1 - spec.lambda_init) * norm(difference_BTPE)
+        return combine_heads(self, found_BTPE, "adds the pairs' findings to the residual stream"), cache
 
     def _lambda(self) -> jax.Array:
         """exp(q1 . k1) - exp(q2 . k2) + lambda_init, float32 scalar."""
-        ctx = dataclasses.replace(self.ctx, dtype=jnp.dtype("float32"))
-        init, shape = nn.initializers.normal(0.1), (self.spec.head_dim,)
+        declared = (self.spec.head_dim,), ("head_dim",), nn.initializers.normal(0.1)
+        role = "how much of the second head of a pair is taken away"
         q1, k1, q2, k2 = (
-            param(self, ctx, f"lambda_{name}", shape, ("head_dim",), init)
+            param(self, in_float32(self.ctx), f"lambda_{name}", *declared, role=role)
             for name in ("q1", "k1", "q2", "k2")
         )
         return jnp.exp(jnp.sum(q1 * k1)) - jnp.exp(jnp.sum(q2 * k2)) + self.spec.lambda_init

@@ -20,19 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from model.blocks.common import Context, fan_in_normal, param
-from model.blocks.ffn import ACTIVATIONS, MLP, GatedMLP
+from model.blocks.common import Context, bias_param, fan_in_normal, param
+from model.blocks.ffn import ACTIVATIONS, DOWN, GATE, MLP, UP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
 from model.kernels.grouped_matmul.dispatch import Places, from_rows, sorted_by, to_rows
 from model.kernels.grouped_matmul.sharded import (
     Split,
+    first_part_on_mesh,
     grouped_on_mesh,
-    once_on_mesh,
     split_of,
     spread_on_mesh,
 )
-from model.kernels.order import anew
+from model.kernels.order import recompute
 from model.sharding import ShardingRules, constrain
 
 
@@ -55,12 +55,6 @@ class ClampedSwiGLU:
     alpha: float = 1.702
     bias: bool = True
 
-    roles = {
-        "gate": "what opens each feature",
-        "up": "value of each feature",
-        "down": "adds the open features to the residual stream",
-    }
-
     def flops_per_token(self, width: int) -> float:
         """Of the forward pass."""
         return 2 * 3 * width * self.width
@@ -80,26 +74,26 @@ class Experts(nn.Module):
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
         """Apply the experts to the rows of `x`."""
         spec, width, depth = self.spec, self.ctx.width, self.ctx.num_blocks
-        up = self._linear(layout, "up", x, (width, spec.width), ("embed", "mlp"))
+        up = self._linear(layout, "up", x, (width, spec.width), ("embed", "mlp"), UP)
         if isinstance(spec, MLP):
-            h = anew(ACTIVATIONS[spec.activation])(up)
+            h = recompute(ACTIVATIONS[spec.activation])(up)
         else:
-            gate = self._linear(layout, "gate", x, (width, spec.width), ("embed", "mlp"))
+            gate = self._linear(layout, "gate", x, (width, spec.width), ("embed", "mlp"), GATE)
             activate = functools.partial(_clamped if isinstance(spec, ClampedSwiGLU) else _gated, spec)
-            h = anew(lambda gate_and_up: activate(*gate_and_up))((gate, up))
-        y = self._linear(layout, "down", h, (spec.width, width), ("mlp", "embed"), (2 * depth) ** -0.5)
+            h = recompute(lambda gate_and_up: activate(*gate_and_up))((gate, up))
+        y = self._linear(layout, "down", h, (spec.width, width), ("mlp", "embed"), DOWN, (2 * depth) ** -0.5)
         return y * spec.down_scale if isinstance(spec, GatedMLP) else y
 
-    def _linear(self, layout: Layout, name: str, x, sizes, axes, scale: float = 1.0) -> jax.Array:
-        E, axes = self.num_experts, ("experts", *axes)
-        weights = param(self, self.ctx, name, (E, *sizes), axes, fan_in_normal(sizes[0], scale))
+    def _linear(self, layout: Layout, name: str, x, sizes, axes, role: str, scale: float = 1.0) -> jax.Array:
+        E, axes, init = self.num_experts, ("experts", *axes), fan_in_normal(sizes[0], scale)
+        weights = param(self, self.ctx, name, (E, *sizes), axes, init, 1, f"in each expert: {role}")
         y = layout.multiply(x, weights, axes[1:])
         adapters = adapters_of(self, name, weights, 1, axes, experts=1)
         if adapters is not None:
             y = self._adapted(layout, axes[1:], x, y, *adapters)
         if self.spec.bias:
             bias_axes = ("experts", "mlp" if axes[-1] == "mlp" else "norm")
-            bias = param(self, self.ctx, f"{name}_bias", (E, sizes[1]), bias_axes, nn.initializers.zeros)
+            bias = bias_param(self, self.ctx, f"{name}_bias", (E, sizes[1]), bias_axes)
             bias_of_rows = layout.spread(bias, bias_axes[1])
             y += layout.once(bias_of_rows) if axes[1] == "mlp" else bias_of_rows
         return y
@@ -143,7 +137,7 @@ def dropless(
     layout = Layout(
         lambda x, weights_EIO, names: grouped_on_mesh(split, x, weights_EIO, sorted_.sizes_E, names),
         lambda vectors_EO, name: spread_on_mesh(split, vectors_EO, sorted_.expert_M, name),
-        functools.partial(once_on_mesh, split),
+        functools.partial(first_part_on_mesh, split),
         sorted_.adapter_M1,
     )
     add_up = functools.partial(_added_up, split, experts.num_experts, weigh_input)

@@ -38,17 +38,12 @@ class GatedMLP:
     gate_scale: float = 1.0  # muP: of what the activation takes
     down_scale: float = 1.0  # muP: of the result
 
-    roles = {
-        "gate": "what opens each feature",
-        "up": "value of each feature",
-        "down": "adds the open features to the residual stream",
-    }
-
     def __post_init__(self):
         check_activation(self.activation)
 
-    def module(self, ctx: Context, name: str) -> nn.Module:
-        return GatedMLPModule(self, ctx, name=name)
+    def module(self, ctx: Context, name: str, where: str = "") -> nn.Module:
+        """`where` stands before the roles of its parameters."""
+        return GatedMLPModule(self, ctx, where, name=name)
 
     def flops_per_token(self, width: int) -> float:
         """Of the forward pass."""
@@ -63,16 +58,12 @@ class MLP:
     activation: str = "gelu"
     bias: bool = True
 
-    roles = {
-        "up": "value of each feature",
-        "down": "adds the open features to the residual stream",
-    }
-
     def __post_init__(self):
         check_activation(self.activation)
 
-    def module(self, ctx: Context, name: str) -> nn.Module:
-        return MLPModule(self, ctx, name=name)
+    def module(self, ctx: Context, name: str, where: str = "") -> nn.Module:
+        """As `GatedMLP.module`."""
+        return MLPModule(self, ctx, where, name=name)
 
     def flops_per_token(self, width: int) -> float:
         """Of the forward pass."""
@@ -84,15 +75,20 @@ GeGLU = functools.partial(GatedMLP, activation="gelu_tanh")
 ReGLU = functools.partial(GatedMLP, activation="relu")
 
 
+GATE, UP = "what opens each feature", "value of each feature"
+DOWN = "adds the open features to the residual stream"
+
+
 class GatedMLPModule(nn.Module):
     spec: GatedMLP
     ctx: Context
+    where: str = ""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, dict]:
-        spec = self.spec
-        gate_BTF = linear(self, "gate", x_BTD, (spec.width,), ("mlp",), spec.bias)
-        up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), spec.bias)
+        spec, features = self.spec, ((self.spec.width,), ("mlp",))
+        gate_BTF = linear(self, "gate", x_BTD, *features, self.where + GATE, bias=spec.bias)
+        up_BTF = linear(self, "up", x_BTD, *features, self.where + UP, bias=spec.bias)
         activation = ACTIVATIONS[spec.activation]
         open_features = lambda gate_and_up: activation(gate_and_up[0] * spec.gate_scale) * gate_and_up[1]
         return _down(self, open_features, (gate_BTF, up_BTF)) * spec.down_scale, {}
@@ -101,18 +97,20 @@ class GatedMLPModule(nn.Module):
 class MLPModule(nn.Module):
     spec: MLP
     ctx: Context
+    where: str = ""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, dict]:
-        up_BTF = linear(self, "up", x_BTD, (self.spec.width,), ("mlp",), self.spec.bias)
-        return _down(self, ACTIVATIONS[self.spec.activation], up_BTF), {}
+        spec = self.spec
+        up_BTF = linear(self, "up", x_BTD, (spec.width,), ("mlp",), self.where + UP, bias=spec.bias)
+        return _down(self, ACTIVATIONS[spec.activation], up_BTF), {}
 
 
 def _down(module: GatedMLPModule | MLPModule, activate: Callable, x: Any) -> jax.Array:
     """Of the features [B, T, F] that `activate` makes of x."""
     spec, rules = module.spec, module.ctx.rules
     features = lambda x: constrain(activate(x), rules, "batch", "length", "act_mlp")
-    y_BTD = map_out(module, (spec.width,), ("mlp",), "down").of(features, x)
+    y_BTD = map_out(module, (spec.width,), ("mlp",), module.where + DOWN, "down").of(features, x)
     return add_bias(module, "down", y_BTD, ("embed",)) if spec.bias else y_BTD
 
 

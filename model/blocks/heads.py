@@ -11,7 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 
-from model.blocks.common import Context, fan_in_normal, param
+from model.blocks.common import Context, bias_param, fan_in_normal, param
 from model.blocks.ffn import ACTIVATIONS, check_activation
 from model.blocks.norms import LayerNorm, Norm
 
@@ -27,19 +27,23 @@ class Transform:
     def __post_init__(self):
         check_activation(self.activation)
 
-    def module(self, ctx: Context, name: str) -> nn.Module:
-        return TransformModule(self, ctx, name=name)
+    def module(self, ctx: Context, name: str, role: str = "") -> nn.Module:
+        """`role` says what it makes."""
+        return TransformModule(self, ctx, role, name=name)
 
 
 class TransformModule(nn.Module):
     spec: Transform
     ctx: Context
+    role: str = ""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         spec, D = self.spec, x_BTD.shape[-1]
-        y_BTD = x_BTD @ param(self, self.ctx, "dense", (D, D), ("embed", None), fan_in_normal(D))
+        y_BTD = x_BTD @ param(
+            self, self.ctx, "dense", (D, D), ("embed", None), fan_in_normal(D), 1, self.role
+        )
         if spec.bias:
-            y_BTD += param(self, self.ctx, "dense_bias", (D,), ("norm",), nn.initializers.zeros)
+            y_BTD += bias_param(self, self.ctx, "dense_bias", (D,), ("norm",))
         y_BTD = ACTIVATIONS[spec.activation](y_BTD)
-        return y_BTD if spec.norm is None else spec.norm.module(self.ctx, "norm")(y_BTD)
+        return y_BTD if spec.norm is None else spec.norm.module(self.ctx, "norm", role=self.role)(y_BTD)

@@ -19,13 +19,12 @@ from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.positions import Rope
-from model.kernels.attention import self_attention
-from model.kernels.attention.reference import Scores, Sight
-from model.kernels.paged_attention import Kept
+from model.kernels.attention import Mask, Scores, self_attention
+from model.kernels.paged_attention import KVLayout
 from model.kernels.paged_attention.pages import empty_pages, is_quantized
 from model.sharding import constrain
 
-KEPT = Kept(1, ("latent", "k_rope"), "latent")
+KV_LAYOUT = KVLayout(1, ("latent", "k_rope"), "latent")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +41,6 @@ class LatentAttention:
     norm: Norm = RMSNorm(1e-6)  # of both latents
     bias: bool = False  # of the maps from and to the model's width, save that of queries without a latent
     scale: float | None = None  # of the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
-
-    roles = {
-        "q": "queries: what each head looks for",
-        "q_a": "the token to the queries' latent",
-        "q_a_norm": "the queries' latent",
-        "q_b": "that latent to each head's query",
-        "kv_a": "the token to the latent that is cached, and to the rotated key",
-        "kv_a_norm": "the cached latent",
-        "kv_b": "the latent to each head's key and value",
-        "o": "adds the heads' findings to the residual stream",
-    }
 
     def __post_init__(self):
         if self.rope is None:
@@ -101,29 +89,35 @@ class LatentAttentionModule(nn.Module):
         q_BTHR = spec.rope(q_BTHR, info.positions, info.segment_ids)
         latent_BTL, k_BTR = self._latent(x_BTD, info)
         heads = (spec.num_heads, spec.nope_dim + spec.v_dim)
-        kv_b = linear_map(self, "kv_b", (spec.kv_rank,), heads, ("norm", "heads", "head_dim"))
+        role = "the latent to each head's key and value"
+        kv_b = linear_map(self, "kv_b", (spec.kv_rank,), heads, ("norm", "heads", "head_dim"), role)
         if cache is None:
             out_BTHE = self._attend(q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info)
         else:
             new = {"latent": latent_BTL, "k_rope": k_BTR}
             out_BTHE, cache = self._attend_pages(q_BTHN, q_BTHR, new, cache, kv_b, info)
-        return linear_out(self, out_BTHE, ("heads", "head_dim"), spec.bias), cache
+        role = "adds the heads' findings to the residual stream"
+        return linear_out(self, out_BTHE, ("heads", "head_dim"), role, bias=spec.bias), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
         spec, ctx = self.spec, self.ctx
-        source, name = x_BTD, "q"
-        if spec.q_rank is not None:
-            source, name = spec.norm.module(ctx, "q_a_norm")(self._linear("q_a", x_BTD, spec.q_rank)), "q_b"
-        in_axes = ("embed",) if spec.q_rank is None else ("norm",)
-        heads = (spec.num_heads, spec.nope_dim + spec.rope_dim)
-        q_BTHC = linear(self, name, source, heads, ("heads", "head_dim"), in_axes=in_axes)
+        heads, axes = (spec.num_heads, spec.nope_dim + spec.rope_dim), ("heads", "head_dim")
+        if spec.q_rank is None:
+            q_BTHC = linear(self, "q", x_BTD, heads, axes, "queries: what each head looks for")
+        else:
+            latent_BTQ = self._linear("q_a", x_BTD, spec.q_rank, "the token to the queries' latent")
+            latent_BTQ = spec.norm.module(ctx, "q_a_norm", role="the queries' latent")(latent_BTQ)
+            role = "that latent to each head's query"
+            q_BTHC = linear(self, "q_b", latent_BTQ, heads, axes, role, in_axes=("norm",))
         return constrain(q_BTHC, ctx.rules, "batch", "length", "act_heads", None)
 
     def _latent(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array]:
         """(the normalised latent, the rotated key)."""
         spec = self.spec
-        both = self._linear("kv_a", x_BTD, spec.kv_rank + spec.rope_dim)
-        latent_BTL = spec.norm.module(self.ctx, "kv_a_norm")(both[..., : spec.kv_rank])
+        role = "the token to the latent that is cached, and to the rotated key"
+        both = self._linear("kv_a", x_BTD, spec.kv_rank + spec.rope_dim, role)
+        norm = spec.norm.module(self.ctx, "kv_a_norm", role="the cached latent")
+        latent_BTL = norm(both[..., : spec.kv_rank])
         k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.positions, info.segment_ids)
         return latent_BTL, k_BT1R[:, :, 0]
 
@@ -136,7 +130,7 @@ class LatentAttentionModule(nn.Module):
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
         v_BTHE = kv[..., spec.nope_dim :]
         sow_weights(self, q_BTHC, k_BTHC, info, scores=self._scores())
-        stretches = info.positions, info.segment_ids, Sight()
+        stretches = info.positions, info.segment_ids, Mask()
         return self_attention(q_BTHC, k_BTHC, v_BTHE, *stretches, self._scores(), self.ctx.rules)
 
     def _attend_pages(self, q_BTHN, q_BTHR, new: dict, cache: dict, kv_b: LinearMap, info: TokenInfo):
@@ -144,13 +138,13 @@ class LatentAttentionModule(nn.Module):
         spec = self.spec
         keys, values = kv_b.part(slice(0, spec.nope_dim)), kv_b.part(slice(spec.nope_dim, None))
         q_BTHX = jnp.concatenate([keys.einsum("BTHN,LHN->BTHL", q_BTHN), q_BTHR], -1)
-        rest = info, Sight(), self._scores(), self.ctx.rules
-        out_BTHL, cache = attend_pages(q_BTHX, new, cache, KEPT, *rest)
+        rest = info, Mask(), self._scores(), self.ctx.rules
+        out_BTHL, cache = attend_pages(q_BTHX, new, cache, KV_LAYOUT, *rest)
         return values.einsum("BTHL,LHE->BTHE", out_BTHL), cache
 
     def _scores(self) -> Scores:
         spec = self.spec
         return Scores((spec.nope_dim + spec.rope_dim) ** -0.5 if spec.scale is None else spec.scale)
 
-    def _linear(self, name: str, x_BTD: jax.Array, features: int) -> jax.Array:
-        return linear(self, name, x_BTD, (features,), ("norm",), self.spec.bias)
+    def _linear(self, name: str, x_BTD: jax.Array, features: int, role: str) -> jax.Array:
+        return linear(self, name, x_BTD, (features,), ("norm",), role, bias=self.spec.bias)

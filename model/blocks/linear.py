@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.blocks import lora
-from model.blocks.common import Context, fan_in_normal, param
+from model.blocks.common import Context, bias_param, fan_in_normal, param
 from model.blocks.lora import LoRA, LowRank
 from model.kernels import backend, order
 
 Axes = tuple[str | None, ...]
-# of maps by name: the outputs' shape and the logical names of its axes
-Outputs = dict[str, tuple[tuple[int, ...], Axes]]
+# of maps by name: the outputs' shape, the logical names of its axes, and the map's role
+Outputs = dict[str, tuple[tuple[int, ...], Axes, str]]
+ADAPTER_ROLES = {"a": "down to their rank", "b": "up from it", "magnitude": "each output's length"}
 
 INPUTS, OUTPUTS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
 
@@ -58,11 +59,11 @@ class LinearMap(NamedTuple):
         return (x_BTI.reshape(B * T, I) @ weight_IO).reshape(B, T, outputs)
 
     def of(self, function: Callable, x: Any) -> jax.Array:
-        """The map of `function(x)`, neither of which the backward pass finds kept, but x; see `order.anew`."""
+        """The map of `function(x)`, neither of which the backward pass finds kept, but x; see `order.recompute`."""
         if self.adapter is None and backend.for_cpu():
             product = lambda x, weight: LinearMap(weight, self.inputs)(function(x))
-            return order.anew(product)(x, self.weight)
-        return self(order.anew(function)(x))
+            return order.recompute(product)(x, self.weight)
+        return self(order.recompute(function)(x))
 
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """`spec` is of x, whose first letter is the row, and of the weight; "R" is the adapters' rank."""
@@ -95,19 +96,20 @@ def linear(
     x: jax.Array,
     shape: tuple[int, ...],
     axes: Axes,
+    role: str = "",
+    *,
     bias: bool = False,
     in_axes: Axes = ("embed",),
-    init: Callable | None = None,
 ) -> jax.Array:
     """[B, T, *inputs] to [B, T, *shape] by the parameter `name` and, if asked for, `name`_bias.
 
     Args:
       module: of a block; its `ctx` says which adapters there are, and which of them each row has.
       axes: logical names of the outputs; those of the inputs are `in_axes`.
-      init: of the map; default: normal with deviation 1 / sqrt(inputs).
+      role: what the map does, for readers of `python -m model describe`.
     """
     in_shape = x.shape[x.ndim - len(in_axes) :]
-    y = linear_map(module, name, in_shape, shape, (*in_axes, *axes), init)(x)
+    y = linear_map(module, name, in_shape, shape, (*in_axes, *axes), role)(x)
     return add_bias(module, name, y, axes) if bias else y
 
 
@@ -117,8 +119,8 @@ def linears(module: Any, x: jax.Array, outs: Outputs, bias: bool = False) -> dic
     On a CPU many tokens pass them in one product, since narrow ones are slow there.
     """
     maps, biases = {}, {}
-    for name, (shape, axes) in outs.items():
-        maps[name] = linear_map(module, name, x.shape[2:], shape, ("embed", *axes))
+    for name, (shape, axes, role) in outs.items():
+        maps[name] = linear_map(module, name, x.shape[2:], shape, ("embed", *axes), role)
         if bias:
             biases[name] = bias_of(module, name, shape, axes)
     ys = _together(maps, x)
@@ -139,17 +141,21 @@ def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def linear_out(module: Any, y: jax.Array, in_axes: Axes, bias: bool = False, name: str = "o") -> jax.Array:
+def linear_out(
+    module: Any, y: jax.Array, in_axes: Axes, role: str = "", *, bias: bool = False, name: str = "o"
+) -> jax.Array:
     """All axes after tokens to the model's width, small at first: the deeper the model, the smaller."""
-    y = map_out(module, y.shape[2:], in_axes, name)(y)
+    y = map_out(module, y.shape[2:], in_axes, role, name)(y)
     return add_bias(module, name, y, ("embed",)) if bias else y
 
 
-def map_out(module: Any, in_shape: tuple[int, ...], in_axes: Axes, name: str = "o") -> LinearMap:
+def map_out(
+    module: Any, in_shape: tuple[int, ...], in_axes: Axes, role: str = "", name: str = "o"
+) -> LinearMap:
     """As `linear_out` has it."""
     ctx: Context = module.ctx
     init = fan_in_normal(math.prod(in_shape), scale=(2 * ctx.num_blocks) ** -0.5)
-    return linear_map(module, name, in_shape, (ctx.width,), (*in_axes, "embed"), init)
+    return linear_map(module, name, in_shape, (ctx.width,), (*in_axes, "embed"), role, init)
 
 
 def linear_map(
@@ -158,12 +164,17 @@ def linear_map(
     in_shape: tuple[int, ...],
     out_shape: tuple[int, ...],
     axes: Axes,
+    role: str = "",
     init: Callable | None = None,
 ) -> LinearMap:
-    """Declares the parameter `name` [*in_shape, *out_shape] and its adapters."""
+    """Declares the parameter `name` [*in_shape, *out_shape] and its adapters.
+
+    Args:
+      init: default: normal with deviation 1 / sqrt(inputs).
+    """
     ctx: Context = module.ctx
     init = init or fan_in_normal(math.prod(in_shape))
-    weight = param(module, ctx, name, (*in_shape, *out_shape), axes, init)
+    weight = param(module, ctx, name, (*in_shape, *out_shape), axes, init, len(in_shape), role)
     if len(in_shape) > 1:
         # or XLA for TPUs, of a run's stacked weights, gathers [1, *in_shape, *out_shape] and copies it to drop the 1
         weight = jax.lax.optimization_barrier(weight)
@@ -182,7 +193,7 @@ def add_bias(module: Any, name: str, y: jax.Array, axes: Axes) -> jax.Array:
 def bias_of(module: Any, name: str, shape: tuple[int, ...], axes: Axes) -> jax.Array:
     """Declares the parameter `name`_bias; that of the model's width is not sharded."""
     axes = tuple("norm" if axis == "embed" else axis for axis in axes)
-    return param(module, module.ctx, f"{name}_bias", shape, axes, nn.initializers.zeros)
+    return bias_param(module, module.ctx, f"{name}_bias", shape, axes)
 
 
 def adapters_of(
@@ -204,13 +215,16 @@ def adapters_of(
     split = lambda whole: (whole[:experts], whole[experts : experts + inputs], whole[experts + inputs :])
     (lead, ins, outs), (lead_axes, in_axes, out_axes) = split(weight.shape), split(axes)
     lead, lead_axes = (*lead, spec.slots), (*lead_axes, "adapters")
-    declare = lambda end, shape, names, init: param(
-        module, ctx, f"{name}_lora_{end}", (*lead, *shape), (*lead_axes, *names), init
-    )
+
+    def declare(end: str, shape: tuple[int, ...], names: Axes, init: Callable, inputs: int = 0) -> jax.Array:
+        of_end = f"{name}_lora_{end}", (*lead, *shape), (*lead_axes, *names)
+        role = f"adapters of {name}: {ADAPTER_ROLES[end]}"
+        return param(module, ctx, *of_end, init, inputs, role, decay=inputs > 0)
+
     in_places, lead_places = range(len(lead), len(lead) + inputs), range(len(lead))
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_places, -1, lead_places)
-    a = declare("a", (*ins, spec.rank), (*in_axes, None), uniform)
-    b = declare("b", (spec.rank, *outs), (None, *out_axes), nn.initializers.zeros)
+    a = declare("a", (*ins, spec.rank), (*in_axes, None), uniform, inputs)
+    b = declare("b", (spec.rank, *outs), (None, *out_axes), nn.initializers.zeros, 1)
     if not spec.decomposed:
         return a, b, None
     lengths = jnp.expand_dims(column_lengths(weight, inputs, experts), experts)

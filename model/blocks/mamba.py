@@ -8,15 +8,20 @@ With norms on time step, B and C: Jamba, arXiv:2403.19887 (learned scales), Falc
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, bias_param, fan_in_normal, param
 from model.blocks.linear import linear, linear_out
 from model.blocks.norms import Norm
 from model.blocks.recurrence import (
+    FORGETTING,
+    OUTPUT_GATE,
+    READ_OUT,
+    TIME_STEP,
     Walk,
     begin,
     causal_conv,
@@ -39,23 +44,6 @@ class Mamba:
     conv_bias: bool = True
     bias: bool = False  # of the maps from and to the model width
     norm: Norm | None = None  # of the low-rank time step, B and C
-
-    roles = {
-        "in_x": "what enters the convolution and the state",
-        "in_z": "gate: opens each channel of the output",
-        "conv": "mixes each channel with its last few tokens",
-        "dt_low": "the token to the low rank of its time step",
-        "dt": "the low rank to each channel's time step",
-        "B": "how the token is written to the state",
-        "C": "how the token reads the state",
-        "dt_bias": "where a token's time step starts from",
-        "A_log": "how fast the state forgets, as a logarithm",
-        "D": "what passes by the state",
-        "dt_low_norm": "the low-rank time step",
-        "B_norm": "B",
-        "C_norm": "C",
-        "o": "adds what was read from the state to the residual stream",
-    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return MambaModule(self, ctx, name=name)
@@ -86,37 +74,43 @@ class MambaModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx, state, inner = self.spec, self.ctx, {}, (self.spec.width,)
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        x_BTF = linear(self, "in_x", x_BTD, inner, ("mlp",), spec.bias)
-        z_BTF = linear(self, "in_z", x_BTD, inner, ("mlp",), spec.bias)
-        w_KF = param(
-            self, ctx, "conv", (spec.conv_width, *inner), (None, "mlp"), fan_in_normal(spec.conv_width)
-        )
+        role = "what enters the convolution and the state"
+        x_BTF = linear(self, "in_x", x_BTD, inner, ("mlp",), role, bias=spec.bias)
+        z_BTF = linear(self, "in_z", x_BTD, inner, ("mlp",), OUTPUT_GATE, bias=spec.bias)
+        declared = (spec.conv_width, *inner), (None, "mlp"), fan_in_normal(spec.conv_width)
+        w_KF = param(self, ctx, "conv", *declared, role="mixes each channel with its last few tokens")
         x_BTF, state["conv"] = causal_conv(x_BTF, w_KF, walk.state["conv"], walk)
         if spec.conv_bias:
-            x_BTF += param(self, ctx, "conv_bias", inner, ("mlp",), nn.initializers.zeros)
+            x_BTF += bias_param(self, ctx, "conv_bias", inner, ("mlp",))
         x_BTF = constrain(nn.silu(x_BTF), ctx.rules, "batch", "length", "act_mlp")
         y_BTF, state["ssm"] = self._scan(x_BTF, walk)
         y_BTF = (y_BTF * nn.silu(z_BTF.astype(jnp.float32))).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTF, ("mlp",), spec.bias), state, walk, info, cache)
+        y_BTD = linear_out(self, y_BTF, ("mlp",), READ_OUT, bias=spec.bias)
+        return finish(y_BTD, state, walk, info, cache)
 
     def _scan(self, x_BTF: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
         spec, ctx, (F, N) = self.spec, self.ctx, (self.spec.width, self.spec.state_dim)
-        low_BTR = self._selected("dt_low", x_BTF, spec.dt_rank)
-        k_BTN, q_BTN = (self._selected(name, x_BTF, N) for name in ("B", "C"))
-        dt_BTF = linear(self, "dt", low_BTR, (F,), ("mlp",), in_axes=(None,)).astype(jnp.float32)
+        select = functools.partial(self._selected, x_BTF)
+        low_BTR = select(
+            "dt_low", spec.dt_rank, "the token to the low rank of its time step", "the low-rank time step"
+        )
+        k_BTN = select("B", N, "how the token is written to the state", "B")
+        q_BTN = select("C", N, "how the token reads the state", "C")
+        role = "the low rank to each channel's time step"
+        dt_BTF = linear(self, "dt", low_BTR, (F,), ("mlp",), role, in_axes=(None,)).astype(jnp.float32)
         start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
-        dt_BTF = jax.nn.softplus(dt_BTF + param32(self, ctx, "dt_bias", (F,), ("mlp",), start))
-        A_FN = -jnp.exp(param32(self, ctx, "A_log", (F, N), ("mlp", None), _log_of_count))
-        D_F = param32(self, ctx, "D", (F,), ("mlp",), nn.initializers.ones)
+        dt_BTF = jax.nn.softplus(dt_BTF + param32(self, ctx, "dt_bias", (F,), ("mlp",), start, TIME_STEP))
+        A_FN = -jnp.exp(param32(self, ctx, "A_log", (F, N), ("mlp", None), _log_of_count, FORGETTING))
+        D_F = param32(self, ctx, "D", (F,), ("mlp",), nn.initializers.ones, "what passes by the state")
         y_BTF, state_BFN = selective_scan(
             x_BTF, walk.only_real(dt_BTF), A_FN, k_BTN, q_BTN, walk.first_BT, walk.state["ssm"]
         )
         return y_BTF + D_F * x_BTF.astype(jnp.float32), state_BFN
 
-    def _selected(self, name: str, x_BTF: jax.Array, size: int) -> jax.Array:
+    def _selected(self, x_BTF: jax.Array, name: str, size: int, role: str, what: str) -> jax.Array:
         """What the token chooses for itself: the low-rank time step, B or C."""
-        y = linear(self, name, x_BTF, (size,), (None,), in_axes=("mlp",))
-        return y if self.spec.norm is None else self.spec.norm.module(self.ctx, f"{name}_norm")(y)
+        y, norm = linear(self, name, x_BTF, (size,), (None,), role, in_axes=("mlp",)), self.spec.norm
+        return y if norm is None else norm.module(self.ctx, f"{name}_norm", role=what)(y)
 
 
 def _log_of_count(key, shape: tuple[int, ...], dtype) -> jax.Array:

@@ -10,14 +10,19 @@ Dao and Gu 2024, arXiv:2405.21060. With the options of its descendants: multipli
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, bias_param, fan_in_normal, param
 from model.blocks.linear import Axes, add_bias, bias_of, linear_map, map_out
 from model.blocks.recurrence import (
+    FORGETTING,
+    OUTPUT_GATE,
+    READ_OUT,
+    TIME_STEP,
     Walk,
     begin,
     causal_conv,
@@ -52,22 +57,6 @@ class Mamba2:
     in_multiplier: float = 1.0
     multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)  # of z, x, B, C, dt
     out_multiplier: float = 1.0
-
-    roles = {
-        "in_z": "gate: opens each channel of the output",
-        "in_x": "values: what a token writes to the state",
-        "in_B": "keys: where it writes",
-        "in_C": "queries: where it reads",
-        "in_dt": "each head's time step: how much it writes and forgets",
-        "conv_x": "mixes values with those of the last few tokens",
-        "conv_B": "mixes keys with those of the last few tokens",
-        "conv_C": "mixes queries with those of the last few tokens",
-        "dt_bias": "where a token's time step starts from",
-        "A_log": "how fast the state forgets, as a logarithm",
-        "D": "what passes by the state",
-        "norm": "scale of the gated output",
-        "o": "adds what was read from the state to the residual stream",
-    }
 
     def __post_init__(self):
         if self.num_heads % self.num_groups:
@@ -116,24 +105,27 @@ class Mamba2Module(nn.Module):
         x_BTD, walk = begin(spec, x_BTD, info, cache)
         x_BTD = x_BTD * spec.in_multiplier
         heads, groups = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.state_dim)
-        z_BTF = self._project("z", x_BTD, heads, HEADS)
-        x_BTF = self._project("x", x_BTD, heads, HEADS)
-        k_BTF = self._project("B", x_BTD, groups, GROUPS)
-        q_BTF = self._project("C", x_BTD, groups, GROUPS)
-        dt_BTH = self._project("dt", x_BTD, (spec.num_heads,), ("heads",))
+        project = functools.partial(self._project, x_BTD)
+        z_BTF = project("z", heads, HEADS, OUTPUT_GATE)
+        x_BTF = project("x", heads, HEADS, "values: what a token writes to the state")
+        k_BTF = project("B", groups, GROUPS, "keys: where it writes")
+        q_BTF = project("C", groups, GROUPS, "queries: where it reads")
+        time_step = "each head's time step: how much it writes and forgets"
+        dt_BTH = project("dt", (spec.num_heads,), ("heads",), time_step)
 
         state = {}
-        x_BTF = self._conv("conv_x", x_BTF, heads, HEADS, walk, state)
-        k_BTF = self._conv("conv_B", k_BTF, groups, GROUPS, walk, state)
-        q_BTF = self._conv("conv_C", q_BTF, groups, GROUPS, walk, state)
+        conv = functools.partial(self._conv, walk, state)
+        x_BTF = conv("conv_x", x_BTF, heads, HEADS, "mixes values with those of the last few tokens")
+        k_BTF = conv("conv_B", k_BTF, groups, GROUPS, "mixes keys with those of the last few tokens")
+        q_BTF = conv("conv_C", q_BTF, groups, GROUPS, "mixes queries with those of the last few tokens")
         y_BTF, state["ssm"] = self._scan(x_BTF, k_BTF, q_BTF, dt_BTH, walk)
         y_BTF = self._gate(y_BTF, z_BTF)
-        y_BTD = map_out(self, heads, HEADS).flat(y_BTF)
+        y_BTD = map_out(self, heads, HEADS, READ_OUT).flat(y_BTF)
         y_BTD = add_bias(self, "o", y_BTD, ("embed",)) if spec.out_bias else y_BTD
         return finish(y_BTD * spec.out_multiplier, state, walk, info, cache)
 
-    def _project(self, name: str, x_BTD: jax.Array, shape: Shape, axes: Axes) -> jax.Array:
-        y_BTF = linear_map(self, f"in_{name}", x_BTD.shape[2:], shape, ("embed", *axes)).flat(x_BTD)
+    def _project(self, x_BTD: jax.Array, name: str, shape: Shape, axes: Axes, role: str) -> jax.Array:
+        y_BTF = linear_map(self, f"in_{name}", x_BTD.shape[2:], shape, ("embed", *axes), role).flat(x_BTD)
         if self.spec.in_bias:
             y_BTF += bias_of(self, f"in_{name}", shape, axes).reshape(-1)
         y_BTF *= self.spec.multipliers[("z", "x", "B", "C", "dt").index(name)]
@@ -142,24 +134,26 @@ class Mamba2Module(nn.Module):
         )
 
     def _conv(
-        self, name: str, x_BTF: jax.Array, shape: Shape, axes: Axes, walk: Walk, state: dict
+        self, walk: Walk, state: dict, name: str, x_BTF: jax.Array, shape: Shape, axes: Axes, role: str
     ) -> jax.Array:
-        K, init = self.spec.conv_width, nn.initializers.zeros
-        w_KF = param(self, self.ctx, name, (K, *shape), (None, *axes), fan_in_normal(K)).reshape(K, -1)
+        K = self.spec.conv_width
+        w_KF = param(self, self.ctx, name, (K, *shape), (None, *axes), fan_in_normal(K), role=role).reshape(
+            K, -1
+        )
         tail_BKF = walk.state[name].reshape(x_BTF.shape[0], K - 1, x_BTF.shape[2])
         y_BTF, tail_BKF = causal_conv(x_BTF, w_KF, tail_BKF, walk)
         state[name] = tail_BKF.reshape(*tail_BKF.shape[:2], *shape)
         if self.spec.conv_bias:
-            y_BTF += param(self, self.ctx, f"{name}_bias", shape, axes, init).reshape(-1)
+            y_BTF += bias_param(self, self.ctx, f"{name}_bias", shape, axes).reshape(-1)
         return nn.silu(y_BTF)
 
     def _scan(self, x_BTF, k_BTF, q_BTF, dt_BTH, walk: Walk) -> tuple[jax.Array, jax.Array]:
         spec, ctx, shape, axes = self.spec, self.ctx, (self.spec.num_heads,), ("heads",)
         B, T, F = x_BTF.shape
         start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
-        dt_bias_H = param32(self, ctx, "dt_bias", shape, axes, start)
-        A_H = -jnp.exp(param32(self, ctx, "A_log", shape, axes, log_uniform(1.0, 16.0)))
-        D_H = param32(self, ctx, "D", shape, axes, nn.initializers.ones)
+        dt_bias_H = param32(self, ctx, "dt_bias", shape, axes, start, TIME_STEP)
+        A_H = -jnp.exp(param32(self, ctx, "A_log", shape, axes, log_uniform(1.0, 16.0), FORGETTING))
+        D_H = param32(self, ctx, "D", shape, axes, nn.initializers.ones, "what passes by the state")
         dt_BTH = jax.nn.softplus(dt_BTH.astype(jnp.float32) + dt_bias_H)
         dt_BTH = walk.only_real(jnp.clip(dt_BTH, spec.dt_min, spec.dt_max))
         y_BTHP, state_BHPN = ssd(
@@ -183,7 +177,8 @@ class Mamba2Module(nn.Module):
         if spec.norm_eps is not None:
             y_BTGF = y_BTF.reshape(*y_BTF.shape[:2], spec.num_groups, -1)
             y_BTGF *= jax.lax.rsqrt(jnp.mean(y_BTGF * y_BTGF, axis=-1, keepdims=True) + spec.norm_eps)
-            scale_F = param32(self, self.ctx, "norm", y_BTF.shape[2:], ("heads",), nn.initializers.ones)
+            declared = y_BTF.shape[2:], ("heads",), nn.initializers.ones
+            scale_F = param32(self, self.ctx, "norm", *declared, "scale of the gated output")
             y_BTF = y_BTGF.reshape(y_BTF.shape) * scale_F
             if spec.norm_before_gate:
                 y_BTF = y_BTF * gate_BTF

@@ -56,11 +56,6 @@ class MixtureOfDepths:
     def blocks(self) -> tuple[Block, ...]:
         return (self.block,)
 
-    @property
-    def roles(self) -> dict[str, str]:
-        of_block = {f"block/{path}": role for path, role in self.block.roles.items()}
-        return {"router": "which tokens pass through the block, and how much they change", **of_block}
-
     def active_share(self, path: str) -> float:
         return self.block.active_share(path.removeprefix("block/"))
 
@@ -90,7 +85,8 @@ class MixtureOfDepthsModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, real_BT = self.spec, real_tokens(info)
-        scores_BT = router_scores(self, x_BTD)
+        role = "which tokens pass through the block, and how much they change"
+        scores_BT = router_scores(self, x_BTD, "router", role)
         chosen = self._choose(scores_BT, real_BT, info)
         block = BlockModule(spec.block, self.ctx, name="block")
         change_BMD, cache, aux = run_chosen(block, chosen, x_BTD, cache, info)

@@ -29,7 +29,7 @@ from model.blocks.chosen import (
     run_chosen,
     state_axes,
 )
-from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param
+from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, in_float32, param
 from model.blocks.mixture_of_depths import predict
 from model.weighted import WeightedSum
 
@@ -76,19 +76,6 @@ class MixtureOfRecursions:
                 f"capacities={shares}: wanted a share of the tokens, above 0 and at most 1, for each of "
                 f"{self.times} times."
             )
-
-    @property
-    def roles(self) -> dict[str, str]:
-        routers = {
-            f"router_{r}": f"which tokens go through recursion {r}, and how much they change"
-            for r in range(self.times)
-        }
-        of_blocks = {
-            f"block_{i}/{path}": role
-            for i, block in enumerate(self.blocks)
-            for path, role in block.roles.items()
-        }
-        return routers | {"router": "how many recursions a token goes through"} | of_blocks
 
     def active_share(self, path: str) -> float:
         name, _, rest = path.partition("/")
@@ -154,7 +141,8 @@ class MixtureOfRecursionsModule(nn.Module):
     def _narrow(self, router: Narrowing, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
         left_BT, aux, length = walk.real_BT, {}, x_BTD.shape[1]
         for r in range(self.spec.times):
-            scores_BT = router_scores(self, x_BTD, f"router_{r}")
+            role = f"which tokens go through recursion {r}, and how much they change"
+            scores_BT = router_scores(self, x_BTD, f"router_{r}", role)
             if router.capacities is None or not self.ctx.train:
                 chosen = choose_positive(scores_BT, left_BT)
             else:
@@ -181,8 +169,9 @@ class MixtureOfRecursionsModule(nn.Module):
     def _depths(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(probabilities of each number of recursions [B, T, R] float32, the last recursion of each token [B, T])."""
         D, R = x_BTD.shape[-1], self.spec.times
-        float32 = dataclasses.replace(self.ctx, dtype=jnp.dtype("float32"))
-        w_DR = param(self, float32, "router", (D, R), ("embed", None), fan_in_normal(D))
+        declared = "router", (D, R), ("embed", None), fan_in_normal(D)
+        role = "how many recursions a token goes through"
+        w_DR = param(self, in_float32(self.ctx), *declared, inputs=1, role=role)
         logits_BTR = jnp.einsum(
             "BTD,DR->BTR", x_BTD.astype(jnp.float32), w_DR, precision=jax.lax.Precision.HIGHEST
         )

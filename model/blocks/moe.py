@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.balance import Over, balance_of_tokens, token_weights
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, bias_param, fan_in_normal, in_float32, param
 from model.blocks.experts import (
     Expert,
     Experts,
@@ -83,17 +83,6 @@ class MoE:
         return self.experts_per_token * self.expert.flops_per_token(width) + shared + routing
 
     @property
-    def roles(self) -> dict[str, str]:
-        shared = {} if self.shared is None else self.shared.roles
-        return {
-            "router": "which experts suit a token",
-            "choice_bias": "evens the experts' loads; decides who is chosen, not with what weight",
-            **{f"experts/{name}": f"in each expert: {role}" for name, role in self.expert.roles.items()},
-            **{f"shared/{name}": f"in the shared expert: {role}" for name, role in shared.items()},
-            "shared_gate": "how much of the shared expert's output goes on",
-        }
-
-    @property
     def has_choice_bias(self) -> bool:
         return isinstance(self.router, Router) and self.router.choice_bias
 
@@ -132,20 +121,22 @@ class MoEModule(nn.Module):
         return y_BTD, _aux(spec, logits_BTE, counts_BTE, held, bias_E, real_BT, info)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
-        E, D, ctx = self.spec.num_experts, self.ctx.width, _float32(self.ctx)
-        w_DE = param(self, ctx, "router", (D, E), ("embed", "norm"), fan_in_normal(D))
+        E, D, ctx = self.spec.num_experts, self.ctx.width, in_float32(self.ctx)
+        role = "which experts suit a token"
+        w_DE = param(self, ctx, "router", (D, E), ("embed", "norm"), fan_in_normal(D), 1, role)
         # TPUs would round both to bfloat16, and close choices would flip
         highest = jax.lax.Precision.HIGHEST
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE, precision=highest)
         if self.spec.router.bias:
-            logits_BTE += param(self, ctx, "router_bias", (E,), ("norm",), nn.initializers.zeros)
+            logits_BTE += bias_param(self, ctx, "router_bias", (E,), ("norm",))
         return logits_BTE
 
     def _choice_bias(self) -> jax.Array | None:
         if not self.spec.has_choice_bias:
             return None
-        shape = (self.spec.num_experts,)
-        return param(self, _float32(self.ctx), "choice_bias", shape, ("norm",), nn.initializers.zeros)
+        role = "evens the experts' loads; decides who is chosen, not with what weight"
+        declared = in_float32(self.ctx), "choice_bias", (self.spec.num_experts,), ("norm",)
+        return bias_param(self, *declared, role=role)
 
     def _tokens_choose(
         self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT, info: TokenInfo
@@ -178,14 +169,11 @@ class MoEModule(nn.Module):
         return y_BTD, slots_BTES.sum(3, dtype=jnp.float32), None
 
     def _shared(self, spec: GatedMLP | MLP, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
-        y_BTD, _ = spec.module(self.ctx, "shared")(x_BTD, info)
+        y_BTD, _ = spec.module(self.ctx, "shared", "in the shared expert: ")(x_BTD, info)
         if not self.spec.shared_gate:
             return y_BTD
-        return nn.sigmoid(linear(self, "shared_gate", x_BTD, (1,), ("norm",))) * y_BTD
-
-
-def _float32(ctx: Context) -> Context:
-    return dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
+        role = "how much of the shared expert's output goes on"
+        return nn.sigmoid(linear(self, "shared_gate", x_BTD, (1,), ("norm",), role)) * y_BTD
 
 
 def _aux(

@@ -33,8 +33,6 @@ class NGrams:
     buckets: int = 500_002
     functions: int = 1
 
-    roles = {"table": "vectors of the short strings that end at a byte, by their hash"}
-
     def __post_init__(self):
         if not self.sizes or min(self.sizes) < 1 or self.functions < 1:
             raise ValueError(f"n-grams need sizes of at least 1 and a function; given {self}.")
@@ -61,7 +59,8 @@ class NGramsModule(nn.Module):
         spec, ctx = self.spec, self.ctx
         kinds = [(PRIMES[i % len(PRIMES)], size) for i in range(spec.functions) for size in spec.sizes]
         shape, init = (len(kinds) * spec.buckets, ctx.width), nn.initializers.normal(ctx.width**-0.5)
-        table_VD = param(self, ctx, "table", shape, ("vocab", "embed"), init)
+        role = "vectors of the short strings that end at a byte, by their hash"
+        table_VD = param(self, ctx, "table", shape, ("vocab", "embed"), init, 0, role)
         buckets_BTN = polynomial_hashes(jnp.stack(back_BT, axis=-1), kinds, spec.buckets)
         sum_BTD = jnp.zeros((*back_BT[0].shape, ctx.width), ctx.dtype)
         for i in range(len(kinds)):

@@ -33,14 +33,6 @@ class Parallel:
             if scales is not None and len(scales) != len(self.mixers):
                 raise ValueError(f"{name} has {len(scales)} numbers for {len(self.mixers)} mixers.")
 
-    @property
-    def roles(self) -> dict[str, str]:
-        roles = {}
-        for i, mixer in enumerate(self.mixers):
-            of_mixer = {f"mixer_{i}/{path}": role for path, role in mixer.roles.items()}
-            roles |= of_mixer | {f"norm_{i}": f"what {type(mixer).__name__} gives"}
-        return roles
-
     def module(self, ctx: Context, name: str) -> nn.Module:
         return ParallelModule(self, ctx, name=name)
 
@@ -78,7 +70,8 @@ class ParallelModule(nn.Module):
             y_BTD, own, *own_more = mixer.module(self.ctx, f"mixer_{i}")(read_BTD, info, own)
             more = more.join(*own_more)
             if spec.out_norm is not None:
-                y_BTD = spec.out_norm.module(self.ctx, f"norm_{i}")(y_BTD)
+                role = f"what {type(mixer).__name__} gives"
+                y_BTD = spec.out_norm.module(self.ctx, f"norm_{i}", role=role)(y_BTD)
             total_BTD += y_BTD * (spec.out_scales or (1.0,) * count)[i]
             new_cache |= {prefix + key: value for key, value in (own or {}).items()}
         return total_BTD, None if cache is None else new_cache, more

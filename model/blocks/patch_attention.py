@@ -43,17 +43,6 @@ class PatchPool:
     qkv_bias: bool = False
     out_bias: bool = False
 
-    roles = {
-        "pooled": "the largest values in a patch to its queries",
-        "q": "queries of a patch to its bytes",
-        "k": "keys of the bytes",
-        "v": "values of the bytes",
-        "q_norm": "a patch's queries",
-        "k_norm": "what a patch reads of its bytes",
-        "o": "adds what a patch found in its bytes",
-        "latent": "a patch's vectors to the latent transformer",
-    }
-
     def module(self, ctx: Context, name: str, latent_width: int) -> nn.Module:
         """Called with (h_BTD, patches, walk, info, cache or None); gives ([B, P, W], new state)."""
         return PatchPoolModule(self, dataclasses.replace(ctx, adapters=None), latent_width, name=name)
@@ -89,20 +78,24 @@ class PatchPoolModule(nn.Module):
         spec, ctx, (B, _, D) = self.spec, self.ctx, h_BTD.shape
         P, N = patches.segment_BP.shape[1], spec.vectors
         pooled_BPD, pooled_BD = _pool(h_BTD, patches, walk)
-        q_BPND = linear(self, "pooled", pooled_BPD, (N, D), (None, None))
-        read_BTD = spec.norm.module(ctx, "k_norm")(h_BTD)
-        bytes_ = project_heads(self, read_BTD, "k", "v")
+        q_BPND = linear(
+            self, "pooled", pooled_BPD, (N, D), (None, None), "the largest values in a patch to its queries"
+        )
+        read_BTD = spec.norm.module(ctx, "k_norm", role="what a patch reads of its bytes")(h_BTD)
+        bytes_ = project_heads(self, read_BTD, {"k": "keys of the bytes", "v": "values of the bytes"})
         patch_BS = patches.patch_BT
         if cache is not None:
             cache = write_pages({name: cache[name] for name in "kv"}, bytes_, info) | {"pooled": pooled_BD}
             bytes_ = {name: read_pages(cache, name, info, spec.num_kv_heads, h_BTD.dtype) for name in "kv"}
             patch_BS = _patch_of_slots(patches, walk, bytes_["k"].shape[1])
         q_BPD = q_BPND.reshape(B, P * N, D)
-        q_BPHC = project_heads(self, spec.norm.module(ctx, "q_norm")(q_BPD), "q")["q"]
+        normed_BPD = spec.norm.module(ctx, "q_norm", role="a patch's queries")(q_BPD)
+        q_BPHC = project_heads(self, normed_BPD, {"q": "queries of a patch to its bytes"})["q"]
         found_BPNHC = attend_own_bytes(
             q_BPHC.reshape(B, P, N, *q_BPHC.shape[2:]), bytes_["k"], bytes_["v"], patch_BS
         )
-        found_BPD = combine_heads(self, found_BPNHC.reshape(q_BPHC.shape))
+        role = "adds what a patch found in its bytes"
+        found_BPD = combine_heads(self, found_BPNHC.reshape(q_BPHC.shape), role)
         y_BPND = (2 * q_BPD + found_BPD).reshape(B, P, N, D)  # added by the attention, and once more after it
         return self._latent(y_BPND), cache
 
@@ -111,7 +104,9 @@ class PatchPoolModule(nn.Module):
         if N * D == W:
             return y_BPND.reshape(B, P, W)
         axes, init = (None, "embed", None), fan_in_normal(N * D)
-        return jnp.einsum("BPND,NDW->BPW", y_BPND, param(self, self.ctx, "latent", (N, D, W), axes, init))
+        role = "a patch's vectors to the latent transformer"
+        w_NDW = param(self, self.ctx, "latent", (N, D, W), axes, init, 2, role)
+        return jnp.einsum("BPND,NDW->BPW", y_BPND, w_NDW)
 
 
 def _pool(h_BTD: jax.Array, patches: Patches, walk: Walk) -> tuple[jax.Array, jax.Array]:
@@ -172,14 +167,6 @@ class PatchAttention:
     qkv_bias: bool = False
     out_bias: bool = False
 
-    roles = {
-        "q": "queries to the last whole patch",
-        "k": "keys of a patch's vectors",
-        "v": "values of a patch's vectors",
-        "k_norm": "what is read of a patch's vectors",
-        "o": "adds what was found in the patch to the residual stream",
-    }
-
     def module(self, ctx: Context, name: str) -> nn.Module:
         """Finds in `info.shared` the "patches" [B, P, N, D], and as "patch_read" [B, T] the patch for each byte."""
         return PatchAttentionModule(self, ctx, name=name)
@@ -211,14 +198,17 @@ class PatchAttentionModule(nn.Module):
         spec, (B, T, D) = self.spec, x_BTD.shape
         vectors_BPND, read_BT = info.shared["patches"], info.shared["patch_read"]
         (_, P, N, _), K, C = vectors_BPND.shape, spec.num_kv_heads, spec.head_dim
-        q_BTHC = project_heads(self, x_BTD, "q")["q"]
-        read_BPD = spec.norm.module(self.ctx, "k_norm")(vectors_BPND).reshape(B, P * N, D)
+        q_BTHC = project_heads(self, x_BTD, {"q": "queries to the last whole patch"})["q"]
+        norm = spec.norm.module(self.ctx, "k_norm", role="what is read of a patch's vectors")
+        read_BPD = norm(vectors_BPND).reshape(B, P * N, D)
+        roles = {"k": "keys of a patch's vectors", "v": "values of a patch's vectors"}
         k_BTNKC, v_BTNKC = (
             jax.vmap(lambda x, i: jnp.take(x, i, axis=0))(x_BPKC.reshape(B, P, N, K, C), read_BT)
-            for x_BPKC in project_heads(self, read_BPD, "k", "v").values()
+            for x_BPKC in project_heads(self, read_BPD, roles).values()
         )
         q_BTKGC = q_BTHC.reshape(B, T, K, spec.num_heads // K, C)
         scores_BTKGN = jnp.einsum("BTKGC,BTNKC->BTKGN", q_BTKGC, k_BTNKC, preferred_element_type=jnp.float32)
         weights_BTKGN = jax.nn.softmax(scores_BTKGN * C**-0.5).astype(v_BTNKC.dtype)
         out_BTKGC = jnp.einsum("BTKGN,BTNKC->BTKGC", weights_BTKGN, v_BTNKC)
-        return combine_heads(self, out_BTKGC.reshape(q_BTHC.shape)), cache
+        role = "adds what was found in the patch to the residual stream"
+        return combine_heads(self, out_BTKGC.reshape(q_BTHC.shape), role), cache

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.blocks.common import Context, param
-from model.kernels import backend, order
+from model.kernels import backend, cpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _last_position(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) ->
 
 def _cos_and_sin(angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
     """Computed once: XLA on CPU would take up cosines in the loop over heads and compute them for each anew."""
-    return order.once(lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x)))(angles)
+    return cpu.materialize(lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x)))(angles)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -296,8 +296,6 @@ class LearnedPositions:
 
     length: int
 
-    roles = {"table": "a vector for each position"}
-
     def module(self, ctx: Context, name: str) -> nn.Module:
         return LearnedPositionsModule(self, ctx, name=name)
 
@@ -309,7 +307,8 @@ class LearnedPositionsModule(nn.Module):
     @nn.compact
     def __call__(self, positions_BT: jax.Array) -> jax.Array:
         shape, init = (self.spec.length, self.ctx.width), nn.initializers.normal(0.1 * self.ctx.width**-0.5)
-        table_PD = param(self, self.ctx, "table", shape, ("norm", "embed"), init)
+        role = "a vector for each position"
+        table_PD = param(self, self.ctx, "table", shape, ("norm", "embed"), init, 0, role)
         return jnp.take(table_PD, positions_BT, axis=0, mode="clip")
 
 

@@ -19,6 +19,14 @@ import numpy as np
 
 from model.blocks.common import Context, Mixer, TokenInfo, in_float32, param
 
+# Roles of parameters that several recurrent mixers have.
+READ_OUT = "adds what was read from the state to the residual stream"
+OUTPUT_GATE = "gate: opens each channel of the output"
+HEAD_FORGETTING = "how fast a head forgets, as a logarithm"
+FORGETTING = "how fast the state forgets, as a logarithm"
+TIME_STEP = "where a token's time step starts from"
+HEAD_NORM = "scale of each head's output"
+
 
 @flax.struct.dataclass
 class Walk:
@@ -184,7 +192,8 @@ def param32(
 def head_rms_norm(module: nn.Module, ctx: Context, o_BTHV: jax.Array, eps: float) -> jax.Array:
     """RMS norm of each head's output in float32, with a scale "norm" that all heads share."""
     o_BTHV = o_BTHV.astype(jnp.float32)
-    scale_V = param32(module, ctx, "norm", o_BTHV.shape[-1:], ("head_dim",), nn.initializers.ones)
+    size, ones = o_BTHV.shape[-1:], nn.initializers.ones
+    scale_V = param32(module, ctx, "norm", size, ("head_dim",), ones, HEAD_NORM)
     return o_BTHV * jax.lax.rsqrt(jnp.mean(o_BTHV * o_BTHV, axis=-1, keepdims=True) + eps) * scale_V
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import linear, linear_out
 from model.blocks.positions import Rope
-from model.blocks.recurrence import begin, finish, head_rms_norm
+from model.blocks.recurrence import OUTPUT_GATE, READ_OUT, begin, finish, head_rms_norm
 from model.kernels.ssd import ssd
 from model.sharding import constrain
 
@@ -34,15 +34,6 @@ class Retention:
     value_dim: int
     rope: Rope = Rope()
     norm_eps: float = 1e-5  # of the RMS norm over a head's output, before the gate
-
-    roles = {
-        "q": "queries: where a token reads the state",
-        "k": "keys: where it writes",
-        "v": "values: what it writes",
-        "z": "gate: opens each channel of the output",
-        "norm": "scale of each head's output",
-        "o": "adds what was read from the state to the residual stream",
-    }
 
     def __post_init__(self):
         if self.key_dim % 2:
@@ -80,10 +71,11 @@ class RetentionModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx = self.spec, self.ctx
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        q_BTHK, k_BTHK = (
-            spec.rope(self._project(name, x_BTD, spec.key_dim), walk.positions_BT) for name in "qk"
-        )
-        v_BTHV, z_BTHV = (self._project(name, x_BTD, spec.value_dim) for name in "vz")
+        q_BTHK = self._project("q", x_BTD, spec.key_dim, "queries: where a token reads the state")
+        k_BTHK = self._project("k", x_BTD, spec.key_dim, "keys: where it writes")
+        q_BTHK, k_BTHK = (spec.rope(x_BTHK, walk.positions_BT) for x_BTHK in (q_BTHK, k_BTHK))
+        v_BTHV = self._project("v", x_BTD, spec.value_dim, "values: what it writes")
+        z_BTHV = self._project("z", x_BTD, spec.value_dim, OUTPUT_GATE)
         log_decay_BTH = jnp.broadcast_to(spec.log_decay(), (*x_BTD.shape[:2], spec.num_heads))
         o_BTHV, state_BHVK = ssd(
             walk.only_real(v_BTHV),
@@ -96,8 +88,8 @@ class RetentionModule(nn.Module):
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTHV, HEADS), {"state": state_BHVK}, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, HEADS, READ_OUT), {"state": state_BHVK}, walk, info, cache)
 
-    def _project(self, name: str, x_BTD: jax.Array, width: int) -> jax.Array:
-        y_BTHC = linear(self, name, x_BTD, (self.spec.num_heads, width), HEADS)
+    def _project(self, name: str, x_BTD: jax.Array, width: int, role: str) -> jax.Array:
+        y_BTHC = linear(self, name, x_BTD, (self.spec.num_heads, width), HEADS, role)
         return constrain(y_BTHC, self.ctx.rules, "batch", "length", "act_heads", None)

@@ -13,9 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, bias_param, fan_in_normal, param
 from model.blocks.linear import linear, linear_out
-from model.blocks.recurrence import Walk, begin, causal_conv, finish, param32
+from model.blocks.recurrence import (
+    OUTPUT_GATE,
+    READ_OUT,
+    Walk,
+    begin,
+    causal_conv,
+    finish,
+    param32,
+)
 from model.kernels.linear_scan import linear_scan
 from model.sharding import constrain
 
@@ -30,16 +38,6 @@ class RGLRU:
     num_heads: int
     head_dim: int
     conv_width: int = 4
-
-    roles = {
-        "y": "gate: opens each channel of the output",
-        "x": "what enters the convolution and the state",
-        "conv": "mixes each channel with its last few tokens",
-        "a": "how fast each channel forgets",
-        "a_gate": "how much of that the token asks for",
-        "x_gate": "how much of the token enters the state",
-        "o": "adds what was read from the state to the residual stream",
-    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RGLRUModule(self, ctx, name=name)
@@ -71,33 +69,39 @@ class RGLRUModule(nn.Module):
         spec, ctx, state = self.spec, self.ctx, {}
         heads, K = (spec.num_heads, spec.head_dim), spec.conv_width
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        y_BTHC = nn.gelu(linear(self, "y", x_BTD, heads, HEADS, bias=True), approximate=True)
-        x_BTHC = linear(self, "x", x_BTD, heads, HEADS, bias=True)
-        w_KHC = param(self, ctx, "conv", (K, *heads), (None, *HEADS), fan_in_normal(K))
+        y_BTHC = nn.gelu(linear(self, "y", x_BTD, heads, HEADS, OUTPUT_GATE, bias=True), approximate=True)
+        role = "what enters the convolution and the state"
+        x_BTHC = linear(self, "x", x_BTD, heads, HEADS, role, bias=True)
+        declared = (K, *heads), (None, *HEADS), fan_in_normal(K)
+        w_KHC = param(self, ctx, "conv", *declared, role="mixes each channel with its last few tokens")
         x_BTHC, state["conv"] = causal_conv(x_BTHC, w_KHC, walk.state["conv"], walk)
-        x_BTHC += param(self, ctx, "conv_bias", heads, HEADS, nn.initializers.zeros)
+        x_BTHC += bias_param(self, ctx, "conv_bias", heads, HEADS)
         x_BTHC = constrain(x_BTHC, ctx.rules, "batch", "length", "act_heads", None)
         h_BTHC, state["state"] = self._recur(x_BTHC, walk)
-        y_BTD = linear_out(self, h_BTHC.astype(ctx.dtype) * y_BTHC, HEADS, bias=True)
+        y_BTD = linear_out(self, h_BTHC.astype(ctx.dtype) * y_BTHC, HEADS, READ_OUT, bias=True)
         return finish(y_BTD, state, walk, info, cache)
 
     def _recur(self, x_BTHC: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
         """Float32 states of every token, and the last."""
-        a_HC = param32(self, self.ctx, "a", x_BTHC.shape[2:], HEADS, _between_decays(0.9, 0.999))
-        log_decay_BTHC = -SHARPNESS * self._gate("a_gate", x_BTHC) * jax.nn.softplus(a_HC)
+        declared = x_BTHC.shape[2:], HEADS, _between_decays(0.9, 0.999)
+        a_HC = param32(self, self.ctx, "a", *declared, "how fast each channel forgets")
+        asked_BTHC = self._gate("a_gate", x_BTHC, "how much of that the token asks for")
+        log_decay_BTHC = -SHARPNESS * asked_BTHC * jax.nn.softplus(a_HC)
         # sqrt(1 - decay^2) keeps the state's size; a document's first token has nothing before it to make room for.
         # Not by expm1: Griffin's own code and transformers subtract, and their rounding is seen in the logits.
         room_BTHC = jnp.sqrt(jnp.maximum(1 - jnp.exp(2 * log_decay_BTHC), 1e-30))
         room_BTHC = jnp.where(walk.first_BT[..., None, None], 1.0, room_BTHC)
-        input_BTHC = x_BTHC.astype(jnp.float32) * self._gate("x_gate", x_BTHC) * room_BTHC
+        let_in_BTHC = self._gate("x_gate", x_BTHC, "how much of the token enters the state")
+        input_BTHC = x_BTHC.astype(jnp.float32) * let_in_BTHC * room_BTHC
         return linear_scan(
             walk.only_real(input_BTHC), walk.only_real(log_decay_BTHC), walk.first_BT, walk.state["state"]
         )
 
-    def _gate(self, name: str, x_BTHC: jax.Array) -> jax.Array:
+    def _gate(self, name: str, x_BTHC: jax.Array, role: str) -> jax.Array:
         H, C = x_BTHC.shape[2:]
-        w_HCC = param(self, self.ctx, name, (H, C, C), ("heads", None, "head_dim"), fan_in_normal(C))
-        bias_HC = param(self, self.ctx, f"{name}_bias", (H, C), HEADS, nn.initializers.zeros)
+        declared = (H, C, C), ("heads", None, "head_dim"), fan_in_normal(C)
+        w_HCC = param(self, self.ctx, name, *declared, inputs=(1,), role=role)
+        bias_HC = bias_param(self, self.ctx, f"{name}_bias", (H, C), HEADS)
         return jax.nn.sigmoid((jnp.einsum("BTHI,HIC->BTHC", x_BTHC, w_HCC) + bias_HC).astype(jnp.float32))
 
 

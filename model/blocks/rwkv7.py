@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, More, TokenInfo, fan_in_normal, param
-from model.blocks.linear import linear, linear_out
-from model.blocks.recurrence import Walk, begin, causal_conv, finish, param32
+from model.blocks.common import Context, More, TokenInfo, bias_param, fan_in_normal, param
+from model.blocks.linear import linear, linear_map, linear_out
+from model.blocks.recurrence import HEAD_NORM, READ_OUT, Walk, begin, causal_conv, finish, param32
 from model.kernels.rwkv7 import rwkv7
 from model.sharding import constrain
 
@@ -41,34 +41,6 @@ class RWKV7:
     first: bool = False
     norm_eps: float = 64e-5  # of the norm over each head's output
 
-    roles = {
-        "x_r": "how much of the token before is mixed in for the reading",
-        "x_w": "how much of the token before is mixed in for the decay",
-        "x_k": "how much of the token before is mixed in for the key",
-        "x_v": "how much of the token before is mixed in for the value",
-        "x_a": "how much of the token before is mixed in for the rate",
-        "x_g": "how much of the token before is mixed in for the gate",
-        "r": "receptance: where a token reads the state",
-        "k": "keys: where it writes",
-        "v": "values: what it writes",
-        "w_a": "the token to the low rank of its decay",
-        "a_a": "the token to the low rank of its rate",
-        "v_a": "the token to the low rank of its share of the first layer's values",
-        "g_a": "the token to the low rank of its gate",
-        "w_b": "the low rank to how much each channel keeps",
-        "a_b": "the low rank to how much of the state is replaced",
-        "v_b": "the low rank to the share of the first layer's values",
-        "g_b": "the low rank to the gate of each channel of the output",
-        "w_bias": "where the decay starts from",
-        "a_bias": "where the rate starts from",
-        "v_bias": "where that share starts from",
-        "k_k": "scale of the key that erases",
-        "k_a": "how far the rate weakens the key that writes",
-        "r_k": "how much of itself a token reads at once",
-        "norm": "scale of each head's output",
-        "o": "adds what was read from the state to the residual stream",
-    }
-
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RWKV7Module(self, ctx, name=name)
 
@@ -91,6 +63,28 @@ class RWKV7:
         return 2 * (4 * width * width + 2 * width * ranks) + 8 * width * self.head_dim
 
 
+# What each share of the token before is for.
+SHIFTS = {
+    "r": "for the reading",
+    "w": "for the decay",
+    "k": "for the key",
+    "v": "for the value",
+    "a": "for the rate",
+    "g": "for the gate",
+}
+# Of the maps of low rank: what they make of the token, what the second gives, where its bias starts from.
+LOW_RANKS = {
+    "w": ("decay", "how much each channel keeps", "where the decay starts from"),
+    "a": ("rate", "how much of the state is replaced", "where the rate starts from"),
+    "v": (
+        "share of the first layer's values",
+        "the share of the first layer's values",
+        "where that share starts from",
+    ),
+    "g": ("gate", "the gate of each channel of the output", ""),
+}
+
+
 class RWKV7Module(nn.Module):
     spec: RWKV7
     ctx: Context
@@ -104,8 +98,10 @@ class RWKV7Module(nn.Module):
                 f"is not {ctx.width}."
             )
         x_BTD, walk = begin(spec, x_BTD, info, cache)
-        mixed, state["shift"] = _token_shift(self, ctx, x_BTD, "rwkvag", walk)
-        r_BTHC, k_BTHC, v_BTHC = (self._project(name, mixed[name]) for name in "rkv")
+        mixed, state["shift"] = _token_shift(self, ctx, x_BTD, SHIFTS, walk)
+        r_BTHC = self._project("r", mixed["r"], "receptance: where a token reads the state")
+        k_BTHC = self._project("k", mixed["k"], "keys: where it writes")
+        v_BTHC = self._project("v", mixed["v"], "values: what it writes")
         shared = {"v_first": v_BTHC} if spec.first else {}
         if not spec.first:
             mix_BTHC = jax.nn.sigmoid(self._low_rank("v", mixed["v"], spec.value_rank, 0.73))
@@ -116,8 +112,11 @@ class RWKV7Module(nn.Module):
         gate_BTHC = self._low_rank("g", mixed["g"], spec.gate_rank, None, jax.nn.sigmoid)
 
         k_BTHC = k_BTHC.astype(jnp.float32)
-        erase_BTHC = walk.only_real(_unit(k_BTHC * self._channels("k_k", 0.71)))
-        k_BTHC = k_BTHC * (1 + (rate_BTHC - 1) * self._channels("k_a", 1.02))
+        erase_BTHC = walk.only_real(
+            _unit(k_BTHC * self._channels("k_k", 0.71, "scale of the key that erases"))
+        )
+        weaken_HC = self._channels("k_a", 1.02, "how far the rate weakens the key that writes")
+        k_BTHC = k_BTHC * (1 + (rate_BTHC - 1) * weaken_HC)
         o_BTHC, state["state"] = rwkv7(
             r_BTHC,
             walk.only_real(log_decay_BTHC),
@@ -128,36 +127,41 @@ class RWKV7Module(nn.Module):
             walk.first_BT,
             walk.state["state"],
         )
-        own_BTH1 = jnp.sum(r_BTHC * k_BTHC * self._channels("r_k", -0.04), axis=-1, keepdims=True)
+        own_HC = self._channels("r_k", -0.04, "how much of itself a token reads at once")
+        own_BTH1 = jnp.sum(r_BTHC * k_BTHC * own_HC, axis=-1, keepdims=True)
         y_BTHC = (self._norm(o_BTHC) + own_BTH1 * v_BTHC.astype(jnp.float32)).astype(ctx.dtype) * gate_BTHC
-        y_BTD, cache = finish(linear_out(self, y_BTHC, HEADS), state, walk, info, cache)
+        y_BTD, cache = finish(linear_out(self, y_BTHC, HEADS, READ_OUT), state, walk, info, cache)
         return y_BTD, cache, More(shared=shared)
 
-    def _project(self, name: str, x_BTD: jax.Array) -> jax.Array:
+    def _project(self, name: str, x_BTD: jax.Array, role: str) -> jax.Array:
         heads = (self.spec.num_heads, self.spec.head_dim)
-        y_BTHC = linear(self, name, x_BTD, heads, HEADS)
+        y_BTHC = linear(self, name, x_BTD, heads, HEADS, role)
         return constrain(y_BTHC, self.ctx.rules, "batch", "length", "act_heads", None)
 
     def _low_rank(self, name: str, x_BTD: jax.Array, rank: int, bias, between=None) -> jax.Array:
         """between(x `name`_a) `name`_b + `name`_bias; `bias` is the bias's start, None for no bias."""
         heads, small = (self.spec.num_heads, self.spec.head_dim), fan_in_normal(rank, 0.1)
-        low_BTR = linear(self, f"{name}_a", x_BTD, (rank,), (None,), init=nn.initializers.zeros)
+        (of, to, from_), zeros = LOW_RANKS[name], nn.initializers.zeros
+        down, up = f"the token to the low rank of its {of}", f"the low rank to {to}"
+        low_BTR = linear_map(self, f"{name}_a", x_BTD.shape[2:], (rank,), ("embed", None), down, zeros)(x_BTD)
         low_BTR = low_BTR if between is None else between(low_BTR)
-        y_BTHC = linear(self, f"{name}_b", low_BTR, heads, HEADS, in_axes=(None,), init=small)
+        y_BTHC = linear_map(self, f"{name}_b", (rank,), heads, (None, *HEADS), up, small)(low_BTR)
         if bias is not None:
             start = bias if callable(bias) else nn.initializers.constant(bias)
-            y_BTHC += param(self, self.ctx, f"{name}_bias", heads, HEADS, start)
+            y_BTHC += bias_param(self, self.ctx, f"{name}_bias", heads, HEADS, start, from_)
         return y_BTHC
 
-    def _channels(self, name: str, start: float) -> jax.Array:
+    def _channels(self, name: str, start: float, role: str) -> jax.Array:
         heads = (self.spec.num_heads, self.spec.head_dim)
-        return param32(self, self.ctx, name, heads, HEADS, nn.initializers.constant(start))
+        return param32(self, self.ctx, name, heads, HEADS, nn.initializers.constant(start), role)
 
     def _norm(self, o_BTHC: jax.Array) -> jax.Array:
         """Layer norm of each head by itself."""
         o_BTHC = o_BTHC - jnp.mean(o_BTHC, axis=-1, keepdims=True)
         o_BTHC *= jax.lax.rsqrt(jnp.mean(o_BTHC * o_BTHC, axis=-1, keepdims=True) + self.spec.norm_eps)
-        return o_BTHC * self._channels("norm", 1.0) + self._channels("norm_bias", 0.0)
+        return o_BTHC * self._channels("norm", 1.0, HEAD_NORM) + self._channels(
+            "norm_bias", 0.0, "bias of norm"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +170,6 @@ class RWKV7ChannelMix:
 
     width: int
     model_width: int  # of the token that a row's state keeps
-
-    roles = {
-        "x_k": "how much of the token before is mixed in",
-        "k": "value of each feature",
-        "o": "adds the open features to the residual stream",
-    }
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RWKV7ChannelMixModule(self, ctx, name=name)
@@ -198,22 +196,26 @@ class RWKV7ChannelMixModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         ctx = self.ctx
         x_BTD, walk = begin(self.spec, x_BTD, info, cache)
-        mixed, tail = _token_shift(self, ctx, x_BTD, "k", walk)
-        h_BTF = jnp.square(nn.relu(linear(self, "k", mixed["k"], (self.spec.width,), ("mlp",))))
+        mixed, tail = _token_shift(self, ctx, x_BTD, {"k": ""}, walk)
+        role = "value of each feature"
+        h_BTF = jnp.square(nn.relu(linear(self, "k", mixed["k"], (self.spec.width,), ("mlp",), role)))
         h_BTF = constrain(h_BTF, ctx.rules, "batch", "length", "act_mlp")
-        return finish(linear_out(self, h_BTF, ("mlp",)), {"shift": tail}, walk, info, cache)
+        y_BTD = linear_out(self, h_BTF, ("mlp",), "adds the open features to the residual stream")
+        return finish(y_BTD, {"shift": tail}, walk, info, cache)
 
 
 def _token_shift(
-    module: nn.Module, ctx: Context, x_BTD: jax.Array, names: str, walk: Walk
+    module: nn.Module, ctx: Context, x_BTD: jax.Array, shifts: dict[str, str], walk: Walk
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """For each name, x moved towards the token before it by the shares "x_`name`" [D]; and the new last token."""
+    """For each name of `shifts`, which says what for, x moved towards the token before it by the shares "x_`name`"
+    [D]; and the new last token."""
     before_BTD, tail = causal_conv(x_BTD, jnp.array([[1.0], [0.0]]), walk.state["shift"], walk)
     delta_BTD, D = before_BTD - x_BTD, x_BTD.shape[-1]
     start = lambda key, shape, dtype: (1 - jnp.sqrt(jnp.arange(D) / D)).astype(dtype)
-    mixed = {
-        name: x_BTD + delta_BTD * param(module, ctx, f"x_{name}", (D,), ("norm",), start) for name in names
-    }
+    mixed = {}
+    for name, purpose in shifts.items():
+        role = f"how much of the token before is mixed in {purpose}".rstrip()
+        mixed[name] = x_BTD + delta_BTD * param(module, ctx, f"x_{name}", (D,), ("norm",), start, 0, role)
     return mixed, tail
 
 

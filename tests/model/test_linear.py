@@ -12,7 +12,11 @@ from model.blocks.common import Context
 from model.blocks.linear import linear, linears
 
 CTX = Context(16, 2, jnp.dtype("float32"), jnp.dtype("float32"))
-OUTS = {"q": ((4, 8), ("heads", "head_dim")), "k": ((2, 8), ("kv_heads", "head_dim")), "v": ((3,), ("mlp",))}
+OUTS = {
+    "q": ((4, 8), ("heads", "head_dim"), ""),
+    "k": ((2, 8), ("kv_heads", "head_dim"), ""),
+    "v": ((3,), ("mlp",), ""),
+}
 
 
 class Maps(nn.Module):
