@@ -2,7 +2,7 @@
 
     python -m benchmarks.cross_entropy [--vocabulary=32768] [--width=512] [--bfloat16]
 
-On the platform that jax finds, on one device. `WHOLE_LOGITS_BYTES` (model/kernels/cross_entropy/sharded.py) is the size
+On the platform that jax finds, on one device. `WHOLE_LOGITS_BYTES` (model/kernels/cross_entropy/) is the size
 of the logits from which tiles are taken on a CPU or GPU: set it to where they are no slower. On a TPU tiles are always
 taken; here too the kernels are timed beside the rest.
 """
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
-from model.kernels.cross_entropy import cross_entropy, reference
+from model.kernels.cross_entropy import cross_entropy
+from model.kernels.cross_entropy.reference import from_all_logits
 
 TOKENS = (256, 1024, 4096, 8192, 16384)
 
@@ -52,11 +53,11 @@ def forms(stripe_megabytes) -> dict:
     plain = {name: functools.partial(_plainly, score) for name, score in striped.items()}
     kernels = {f"kernel, {name}": score for name, score in striped.items()}
     on_tpu = backend.current().name == "tpu"
-    return {"all logits": reference} | plain | (kernels if on_tpu else {})
+    return {"all logits": from_all_logits} | plain | (kernels if on_tpu else {})
 
 
 def _plainly(score, *arguments):
-    with backend.use("plain"):
+    with backend.use("plain"), backend.prefer(backend.Kernels(cross_entropy="stripes")):
         return score(*arguments)
 
 

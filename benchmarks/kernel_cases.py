@@ -20,14 +20,14 @@ import optax
 import model
 from model.function import param_shapes
 from model.kernels import backend, delta_rule, ssd
-from model.kernels.attention import self_attention
-from model.kernels.attention.reference import Scores, Sight
+from model.kernels.attention import Mask, Scores, self_attention
 from model.kernels.cross_entropy import cross_entropy
-from model.kernels.cross_entropy import reference as all_logits
+from model.kernels.cross_entropy import from_all_logits as all_logits
 from model.kernels.grouped_matmul import grouped_matmul
-from model.kernels.paged_attention import Kept, attend_in_rows, paged_attention
-from model.kernels.quantized_matmul import quantize, quantized_matmul
-from model.kernels.quantized_matmul import reference as widened_whole
+from model.kernels.paged_attention import KVLayout, attend_in_rows, paged_attention
+from model.kernels.quantized_matmul import quantized_matmul
+from model.kernels.quantized_matmul.formats import quantize
+from model.kernels.quantized_matmul.reference import widened_whole
 from train.config import OptimizerSpec
 from train.optimizer import adamw
 
@@ -97,7 +97,7 @@ def attention_flops(seen: int, H: int, C: int, E: int) -> float:
 
 
 def flash_case(
-    name: str, H: int, K: int, C: int, E: int, sight: Sight = Sight(), softcap=None, sinks: bool = False
+    name: str, H: int, K: int, C: int, E: int, mask: Mask = Mask(), softcap=None, sinks: bool = False
 ) -> Case:
     """One row, packed: its ids are given, and counted as one document."""
     floats = shaped(1, T, H, C), shaped(1, T, K, C), shaped(1, T, K, E), *([numbers(H)] if sinks else [])
@@ -105,9 +105,9 @@ def flash_case(
     def run(floats, rest):
         q, k, v, *sinks_H = floats
         scores = Scores(softcap=softcap, sinks_H=sinks_H[0] if sinks_H else None)
-        return self_attention(q, k, v, *rest, sight, scores)
+        return self_attention(q, k, v, *rest, mask, scores)
 
-    rest, flops = (ints(1, T), ints(1, T)), attention_flops(pairs(T, sight.window), H, C, E)
+    rest, flops = (ints(1, T), ints(1, T)), attention_flops(pairs(T, mask.window), H, C, E)
     return Case(
         f"{name}: {T} tokens, {H}/{K} heads of {C if C == E else f'{C}/{E}'}",
         flops,
@@ -118,8 +118,8 @@ def flash_case(
 def flash() -> list[Case]:
     return [
         flash_case("Llama 8B", 32, 8, 128, 128),
-        flash_case("Gemma 2, window 4096, soft-cap", 32, 16, 128, 128, Sight(window=4096), 50.0),
-        flash_case("gpt-oss, window 128, sinks", 64, 8, 64, 64, Sight(window=128), sinks=True),
+        flash_case("Gemma 2, window 4096, soft-cap", 32, 16, 128, 128, Mask(window=4096), 50.0),
+        flash_case("gpt-oss, window 128, sinks", 64, 8, 64, 64, Mask(window=128), sinks=True),
         flash_case("DeepSeek-V3, latent", 128, 128, 192, 128),
     ]
 
@@ -151,7 +151,7 @@ def vocabulary() -> list[Case]:
     return [Case(f"Llama 8B: {N} tokens x {D} x {V}", 2.0 * N * D * V, forms)]
 
 
-HEADS = Kept(8)  # of Llama 8B: 32 query heads, keys and values of 128
+HEADS = KVLayout(8)  # of Llama 8B: 32 query heads, keys and values of 128
 THEIR_BLOCK = 1024, 32  # tokens in pages and queries of a step: what JAX's table has for these heads
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from model import ModelConfig, apply
-from model.logprobs import Ask, TokenScores
+from model.logprobs import ScoreOptions, TokenScores
 
 Progress = Callable[[int, int], None]  # (done, all)
 
@@ -140,7 +140,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(cfg, vocab_size, params, tokens_BT, targets_BT, real_BT):
-    ask = Ask(likeliest=True, choices=vocab_size)
+    ask = ScoreOptions(likeliest=True, choices=vocab_size)
     out = apply(cfg, params, tokens_BT, segment_ids=real_BT, targets=targets_BT, ask=ask)
     scores = cast(TokenScores, out.scores)
     return scores.logprobs, scores.likeliest == targets_BT

@@ -20,7 +20,7 @@ from model.byte_latent import run_byte_latent
 from model.cache import Cache, page_size_of
 from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
 from model.kernels import backend
-from model.logprobs import Ask, TokenScores
+from model.logprobs import ScoreOptions, TokenScores
 from model.readouts.mtp import Stream, look_ahead
 from model.sharding import ShardingRules, constrain
 from model.vocabulary_head import VocabularyHead
@@ -73,7 +73,7 @@ def apply(
     *,
     logits_at: jax.Array | None = None,
     targets: jax.Array | None = None,
-    ask: Ask = Ask(),
+    ask: ScoreOptions = ScoreOptions(),
     token_types: jax.Array | None = None,
     encoder_tokens: jax.Array | None = None,
     encoder_positions: jax.Array | None = None,
@@ -95,7 +95,7 @@ def apply(
       logits_at: [B, N] int32 indices into T: logits at these tokens only.
       targets: [B, T] int32 ([B, N] with `logits_at`): `out.scores`, their log-probabilities, in place of logits, which
         are not in memory where they would be large.
-      ask: what the scores of targets are to hold.
+      score_options: what the scores of targets are to hold.
       token_types: [B, T] int32, below `cfg.token_types`; default: 0.
       encoder_tokens: [B, S] int32, what an encoder-decoder answers. A cache remembers them: they are given with the
         first tokens of a row and not again.
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         source=Source(),
         adapter=None,
         targets=None,
-        ask=Ask(),
+        ask=ScoreOptions(),
         token_weights=None,
     ) -> Output:
         cfg = self.cfg

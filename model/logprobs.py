@@ -17,13 +17,16 @@ from model.kernels import backend, cpu
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """What is asked of the distributions that targets are scored under."""
+class ScoreOptions:
+    """How targets are scored, and which scores are wanted beside log-probabilities."""
 
     temperature: float = 1.0  # logits are divided by it, after any soft-cap
     entropy: bool = False
     likeliest: bool = False  # the token with the highest logit; the first of equals
     choices: int | None = None  # tokens from this one on are never the likeliest; None: all may be
+
+    def choices_of(self, vocab_size: int) -> int:
+        return vocab_size if self.choices is None else self.choices
 
 
 class TokenScores(NamedTuple):
@@ -35,15 +38,15 @@ class TokenScores(NamedTuple):
     likeliest: jax.Array | None = None  # int32
 
 
-def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, ask: Ask = Ask()) -> TokenScores:
+def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, score_options: ScoreOptions = ScoreOptions()) -> TokenScores:
     """From logits [..., V] and targets [...]."""
-    if ask.temperature != 1:
-        logits_BTV = logits_BTV / ask.temperature
+    if score_options.temperature != 1:
+        logits_BTV = logits_BTV / score_options.temperature
     logprobs_BT, log_z_BT = token_logprobs(logits_BTV, targets_BT)
-    entropy_BT = entropy(logits_BTV) if ask.entropy else None
+    entropy_BT = entropy(logits_BTV) if score_options.entropy else None
     likeliest_BT = None
-    if ask.likeliest:
-        likeliest_BT = jnp.argmax(logits_BTV[..., : ask.choices], axis=-1).astype(jnp.int32)
+    if score_options.likeliest:
+        likeliest_BT = jnp.argmax(logits_BTV[..., : score_options.choices], axis=-1).astype(jnp.int32)
     return TokenScores(logprobs_BT, log_z_BT, entropy_BT, likeliest_BT)
 
 

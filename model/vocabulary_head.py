@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
-from model.kernels.cross_entropy.sharded import cross_entropy_on_mesh, wants_tiles
-from model.logprobs import Ask, TokenScores, scores_of_logits
+from model.kernels.cross_entropy.sharded import cross_entropy_on_mesh
+from model.logprobs import ScoreOptions, TokenScores
 from model.sharding import ShardingRules, constrain
 
 
@@ -33,12 +33,13 @@ class VocabularyHead:
         """[B, T, V] float32 ([B, N, V] at chosen positions)."""
         return self._logits(self._read(hidden_BTD))
 
-    def scores(self, hidden_BTD: jax.Array, targets_BT: jax.Array, ask: Ask = Ask()) -> TokenScores:
-        """Of targets [B, T] ([B, N] at chosen positions). See `wants_tiles` for when there are no logits."""
+    def scores(
+        self, hidden_BTD: jax.Array, targets_BT: jax.Array, score_options: ScoreOptions = ScoreOptions()
+    ) -> TokenScores:
+        """Of targets [B, T] ([B, N] at chosen positions)."""
         hidden_BTD = self._read(hidden_BTD)
-        if not wants_tiles(targets_BT.size, len(self.head_VD), self.rules):
-            return scores_of_logits(self._logits(hidden_BTD), targets_BT, ask)
-        options = {"scale": self.scale, "softcap": self.softcap, "ask": ask}
+        options = {"scale": self.scale, "softcap": self.softcap, "score_options": score_options}
+        options |= {"logits": self._logits}
         return cross_entropy_on_mesh(hidden_BTD, self.head_VD, targets_BT, self.bias_V, self.rules, **options)
 
     def _read(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from model import ModelConfig, ShardingRules, WeightedSum
 from model.function import Params
-from model.logprobs import Ask, TokenScores
+from model.logprobs import ScoreOptions, TokenScores
 from train.objectives import Batch, Objective, scored, with_aux
 
 
@@ -35,7 +35,7 @@ def grpo(
     """
 
     def objective(params: Params, batch: Batch):
-        out = scored(cfg, params, batch, Ask(temperature, entropy=True), rules)
+        out = scored(cfg, params, batch, ScoreOptions(temperature, entropy=True), rules)
         scores = cast(TokenScores, out.scores)
         logprobs_BT = scores.logprobs  # taken at the sampling temperature
         weights_BT, advantages_BT = batch["loss_weights"], batch["advantages"]

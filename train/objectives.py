@@ -17,7 +17,7 @@ from model import ModelConfig, ShardingRules, WeightedSum, apply
 from model.blocks.balance import document_mean
 from model.blocks.common import add_up
 from model.function import Output, Params
-from model.logprobs import Ask, TokenScores
+from model.logprobs import ScoreOptions, TokenScores
 from model.readouts.mtp import look_ahead, same_segment
 
 Batch = dict[str, jax.Array]
@@ -26,13 +26,13 @@ Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]
 
 def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: ShardingRules | None = None):
     """(log p of the targets, log-normaliser, the blocks' aux) of a packed batch; the first two [B, T] float32 nats."""
-    out = scored(cfg, params, batch, Ask(), rules)
+    out = scored(cfg, params, batch, ScoreOptions(), rules)
     scores = cast(TokenScores, out.scores)
     return scores.logprobs, scores.log_z, out.aux
 
 
 def scored(
-    cfg: ModelConfig, params: Params, batch: Batch, ask: Ask, rules: ShardingRules | None = None
+    cfg: ModelConfig, params: Params, batch: Batch, ask: ScoreOptions, rules: ShardingRules | None = None
 ) -> Output:
     """The output of a packed batch with the scores of its targets, and no logits."""
     arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
@@ -84,7 +84,7 @@ def language_modelling(
     (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is cut.
     """
 
-    ask = Ask(likeliest=mtp_weight != 0 and cfg.mtp is not None)
+    ask = ScoreOptions(likeliest=mtp_weight != 0 and cfg.mtp is not None)
 
     def objective(params: Params, batch: Batch):
         out = scored(cfg, params, batch, ask, rules)

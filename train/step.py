@@ -14,7 +14,7 @@ import optax
 from model import ShardingRules, WeightedSum
 from model.adapters import join, split_trained
 from model.function import Params
-from model.kernels import order
+from model.kernels import cpu
 from model.sharding import constrain
 from train.objectives import Batch, Objective
 from train.optimizer import global_norm
@@ -84,7 +84,7 @@ def _updated(
         updates, _ = optimizer.update(grads(), opt_state, params)
         return keep(optax.apply_updates(params, updates), params)
 
-    new, (opt_state,) = order.first(new_params, opt_state)
+    new, (opt_state,) = cpu.compute_first(new_params, opt_state)
     return new, keep(optimizer.update(grads(), opt_state, params)[1], opt_state)
 
 

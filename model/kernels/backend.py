@@ -1,7 +1,7 @@
-"""Which form of a kernel runs: the platform's own, or the one that `use` names.
+"""Which platform and chip kernels are traced for: the one that is here, or the one that `use` names.
 
 Programs that are compiled for a TPU on a machine that has none name it: `with backend.use("tpu", chip="v5p"): ...`. The
-choice is part of what `jax.jit` caches by, so a function traced under one back end is traced anew under another.
+back end is part of what `jax.jit` caches by, so a function that was traced under one is traced again under another.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
-from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
-from absl import flags
 from jax.sharding import AxisType
 
 _log = logging.getLogger(__name__)
@@ -33,6 +31,9 @@ CHIPS = {
 }
 
 
+T = TypeVar("T")
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """Where kernels run."""
@@ -44,6 +45,10 @@ class Backend:
         None  # of CHIPS' values, whose block sizes are taken; None: sizes that serve every chip
     )
     interpret: bool = False  # Pallas kernels step by step on any platform: right numbers, slowly
+
+    def of_chip(self, table: dict[str, T], default: T) -> T:
+        """This chip's entry; the default where no chip is named."""
+        return table[self.chip] if self.chip else default
 
     def __post_init__(self):
         if self.name not in ("plain", "tpu", "gpu"):
@@ -57,11 +62,16 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Which form of a kernel runs where there are several; "auto": the platform's own."""
+    """Which implementation of an operation runs, by its name in that operation's table; "auto": the platform's."""
 
-    attention: str = "auto"  # of model.kernels.attention.FORMS
-    grouped: str = "auto"  # products of experts: of model.kernels.grouped_matmul.FORMS
-    paged: str = "auto"  # attention to pages: of model.kernels.paged_attention.FORMS
+    attention: str = "auto"  # model.kernels.attention
+    paged: str = "auto"  # model.kernels.paged_attention
+    cross_entropy: str = "auto"  # model.kernels.cross_entropy
+    grouped: str = "auto"  # products of experts: model.kernels.grouped_matmul
+    quantized: str = "auto"  # model.kernels.quantized_matmul
+    quantized_grouped: str = "auto"  # model.kernels.grouped_matmul.quantized
+    ssd: str = "auto"  # model.kernels.ssd
+    delta_rule: str = "auto"  # model.kernels.delta_rule
 
 
 _context = jax.make_user_context(default_value=None)
@@ -101,20 +111,9 @@ def kernels() -> Kernels:
 
 @contextlib.contextmanager
 def prefer(kernels: Kernels) -> Iterator[None]:
-    """What is traced within takes these forms."""
+    """What is traced within takes these implementations."""
     with _kernels(kernels):
         yield
-
-
-def tokamax() -> ModuleType:
-    """The library, whose own settings are absl flags: where the command has not read any, they keep their defaults."""
-    try:
-        import tokamax as library
-    except ImportError as error:
-        raise ImportError('a kernel named "tokamax" needs tokamax: pip install "crucible-lm[gpu]"') from error
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    return library
 
 
 @functools.cache

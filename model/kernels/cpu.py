@@ -1,4 +1,7 @@
-"""Sums and maxima that a CPU takes as whole vectors, where XLA would take windows of numbers; elsewhere XLA's own."""
+"""What XLA's compiler for CPUs must be told: which values to keep in memory, and how to sum in whole vectors.
+
+On other platforms each function is the plain one that its name says.
+"""
 
 # N, W what is summed
 
@@ -6,13 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
-from model.kernels import backend
+from model.kernels import backend, order
 
-_FEW = 32  # numbers that are left to XLA
+_LEFT_TO_XLA = 32  # numbers that are left to XLA
 
 
 def row_max(of: Callable[..., jax.Array], *arrays_W: jax.Array) -> jax.Array:
@@ -68,7 +73,7 @@ def _folded(combine: Callable, of: Callable, *arrays_W: jax.Array) -> jax.Array:
 
 def _parts(x_W: jax.Array) -> list[jax.Array]:
     width = x_W.shape[-1]
-    count = min(16, width // _FEW)
+    count = min(16, width // _LEFT_TO_XLA)
     return (
         jnp.split(x_W, count, axis=-1)
         if backend.for_one_cpu() and count > 1 and width % count == 0
@@ -78,6 +83,35 @@ def _parts(x_W: jax.Array) -> list[jax.Array]:
 
 def _sum_of_rows(x_N: jax.Array) -> jax.Array:
     """[N, ...] to [...]; on a CPU by sixteenths of the rows."""
-    while backend.for_one_cpu() and len(x_N) > _FEW and len(x_N) % 16 == 0:
+    while backend.for_one_cpu() and len(x_N) > _LEFT_TO_XLA and len(x_N) % 16 == 0:
         x_N = functools.reduce(jnp.add, jnp.split(x_N, 16))
     return x_N.sum(0)
+
+
+def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros for what is made of x [..., n] in place; without x XLA for CPUs makes all of a program's such arrays as it
+    begins. They are NaN where x begins with one."""
+    if not backend.for_cpu():
+        return jnp.zeros(shape, dtype)
+    return jnp.broadcast_to(order.order_after(x[(0,) * x.ndim], jnp.zeros((), dtype)), shape)
+
+
+def materialize(function: Callable) -> Callable:
+    """`function`, whose result lies in memory once; XLA for CPUs would compute and keep it in each form read."""
+    if not backend.for_cpu():
+        return function
+
+    def inside(*args):
+        with set_xla_metadata(inlineable=None):
+            return function(*args)
+
+    return set_xla_metadata(inlineable="false")(jax.jit(inside))
+
+
+def compute_first(function: Callable, *args: Any) -> tuple[Any, tuple]:
+    """(function(*args), args), where on CPU what becomes of these args comes after the result.
+
+    Where a state is updated in place, all that reads it as it was has then done so. XLA for CPUs copies such a state
+    beforehand instead, unless data flow forbids it; other compilers find the order by themselves.
+    """
+    return materialize(lambda *args: (function(*args), args))(*args)

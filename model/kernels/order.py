@@ -1,19 +1,17 @@
-"""When things are computed, where that saves memory; said so that XLA for CPUs, which drops barriers, heeds it too."""
+"""When values are computed, where that saves memory; in a way that XLA for CPUs, which drops barriers, heeds too."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from model.kernels import backend
 
 
-def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function`, of which the backward pass keeps only what it is given: (x, *constants) to [*rows, any width].
 
     For what is cheap to compute and large to keep, as an activation; also where a product with a constant follows,
@@ -27,7 +25,7 @@ def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     def backward(given, d):
         def gradients(column: int = 0):
             x, *constants = given
-            x = jax.tree.map(functools.partial(not_before, d[..., column:]), x)
+            x = jax.tree.map(functools.partial(order_after, d[..., column:]), x)
             return jax.vjp(function, x, *constants)[1](d)
 
         if not backend.for_cpu():
@@ -42,7 +40,7 @@ def anew(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return kept
 
 
-def not_before(gradient: jax.Array, x: jax.Array) -> jax.Array:
+def order_after(gradient: jax.Array, x: jax.Array) -> jax.Array:
     """`x`, of which nothing is computed before `gradient` is known; both floating.
 
     A compiler would otherwise see that the backward pass computes what the forward pass did and keep that, or compute
@@ -54,32 +52,3 @@ def not_before(gradient: jax.Array, x: jax.Array) -> jax.Array:
     if backend.for_cpu():
         return jnp.where(jnp.isnan(gradient[..., :1] if gradient.ndim else gradient), jnp.nan, x)
     return jax.lax.optimization_barrier((gradient, x))[1]
-
-
-def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros for what is made of x [..., n] in place; without x XLA for CPUs makes all of a program's such arrays as it
-    begins. They are NaN where x begins with one."""
-    if not backend.for_cpu():
-        return jnp.zeros(shape, dtype)
-    return jnp.broadcast_to(not_before(x[(0,) * x.ndim], jnp.zeros((), dtype)), shape)
-
-
-def once(function: Callable) -> Callable:
-    """`function`, whose result lies in memory once; XLA for CPUs would compute and keep it in each form read."""
-    if not backend.for_cpu():
-        return function
-
-    def inside(*args):
-        with set_xla_metadata(inlineable=None):
-            return function(*args)
-
-    return set_xla_metadata(inlineable="false")(jax.jit(inside))
-
-
-def first(function: Callable, *args: Any) -> tuple[Any, tuple]:
-    """(function(*args), args), where on CPU what becomes of these args comes after the result.
-
-    Where a state is updated in place, all that reads it as it was has then done so. XLA for CPUs copies such a state
-    beforehand instead, unless data flow forbids it; other compilers find the order by themselves.
-    """
-    return once(lambda *args: (function(*args), args))(*args)

@@ -11,7 +11,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.kernels.delta_rule import CHUNK, decayed_products, fitting_chunk, heads_first, solve_unit_lower
+from model.kernels.delta_rule.reference import (
+    CHUNK,
+    decayed_products,
+    fitting_chunk,
+    heads_first,
+    solve_unit_lower,
+)
 from model.kernels.recurrence.chunks import same_document, scan_chunks
 
 
@@ -52,7 +58,7 @@ def _chunk(state_BHKV, r_BQHK, log_decay_BQHK, k_BQHK, v_BQHV, a_BQHK, b_BQHK, f
         heads_first(x) for x in (r_BQHK, log_decay_BQHK, k_BQHK, v_BQHV, a_BQHK, b_BQHK)
     )
     pairs_BQQ, from_before_BQ, to_after_BQ = same_document(first_BQ)
-    seen_BHQ1, kept_BHQ1 = from_before_BQ[:, None, :, None], to_after_BQ[:, None, :, None]
+    seen_BHQ1, to_after_BHQ1 = from_before_BQ[:, None, :, None], to_after_BQ[:, None, :, None]
     total_BHQK = jnp.cumsum(log_decay_BHQK, axis=2)
     before_BHQK = jnp.pad(total_BHQK[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # without the token's own
 
@@ -67,7 +73,7 @@ def _chunk(state_BHKV, r_BQHK, log_decay_BQHK, k_BQHK, v_BQHV, a_BQHK, b_BQHK, f
     decay_in_BHQK = jnp.exp(total_BHQK) * seen_BHQ1
     o_BHQV = (r_BHQK * decay_in_BHQK) @ state_BHKV + so_far(b_BHQK) @ read_BHQV + so_far(k_BHQK) @ v_BHQV
 
-    decay_out_BHQK = jnp.exp(total_BHQK[:, :, -1:] - total_BHQK) * kept_BHQ1
+    decay_out_BHQK = jnp.exp(total_BHQK[:, :, -1:] - total_BHQK) * to_after_BHQ1
     added_BHKV = jnp.einsum("BHQK,BHQV->BHKV", b_BHQK * decay_out_BHQK, read_BHQV)
     added_BHKV += jnp.einsum("BHQK,BHQV->BHKV", k_BHQK * decay_out_BHQK, v_BHQV)
     return state_BHKV * decay_in_BHQK[:, :, -1, :, None] + added_BHKV, o_BHQV.swapaxes(1, 2)

@@ -32,8 +32,8 @@ from model import (
     save,
 )
 from model.generate import generate
-from model.kernels.attention import self_attention
-from model.kernels.attention.reference import Sight, attention
+from model.kernels.attention import Mask, self_attention
+from model.kernels.attention.reference import attention
 from model.layout import relayout
 from model.sharding import check_divisible, named_sharding
 
@@ -165,7 +165,7 @@ def test_attention_in_query_blocks_equals_the_plain_reference(T, window):
     if window is not None:
         causal &= ~np.tril(np.ones((T, T), bool), -window)
     causal, positions = jnp.asarray(causal[None]), jnp.broadcast_to(jnp.arange(T), (2, T))
-    blocked, reference = jit(functools.partial(self_attention, sight=Sight(window=window))), jit(attention)
+    blocked, reference = jit(functools.partial(self_attention, mask=Mask(window=window))), jit(attention)
     np.testing.assert_allclose(blocked(q, k, v, positions, None), reference(q, k, v, causal), atol=2e-6)
     mask = causal & (segments[:, :, None] == segments[:, None])
     np.testing.assert_allclose(blocked(q, k, v, positions, segments), reference(q, k, v, mask), atol=2e-6)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from model import ShardingRules
-from model.kernels.cross_entropy import sharded as cross_entropy_sharded
+from model.kernels import cross_entropy
 from rl.objectives import grpo
 from tests.meshes import assert_divided, compiled
 from train.config import MeshSpec
@@ -42,7 +42,7 @@ def test_a_mesh_in_tiles_gives_the_loss_and_gradient_of_whole_logits(name, monke
     gradient = lambda n, rules: jit(lambda p, b: accumulate(OBJECTIVES[name](rules), p, b, n, rules))
     alone = compiled(gradient(2, None), params, batch)
     wanted, (loss, metrics) = alone(params, batch)
-    monkeypatch.setattr(cross_entropy_sharded, "WHOLE_LOGITS_BYTES", 0)
+    monkeypatch.setattr(cross_entropy, "WHOLE_LOGITS_BYTES", 0)
     mesh = make_mesh(MeshSpec(data=1, fsdp=2, tensor=2, context=2))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(cfg, mesh, RULES))

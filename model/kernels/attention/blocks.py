@@ -18,13 +18,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from model.kernels import cpu, order
+from model.kernels.attention.mask import Mask
 from model.kernels.attention.reference import (
     Scores,
-    Sight,
     attend,
     less,
     queries_heads_first,
-    self_mask,
     to_add,
     tokens_first,
 )
@@ -40,7 +39,7 @@ def in_query_blocks(
     v_BTKE: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    sight: Sight = Sight(),
+    mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> jax.Array:
     """See `self_attention.self_attention`, [B, T, H, E]. Where scores have no bias there is no forward-mode
@@ -48,8 +47,8 @@ def in_query_blocks(
     q_BTHC, scores = _scaled(q_BTHC, scores)
     inputs = q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
     if scores.bias is not None:  # which may have parameters of its own
-        return _forward(sight, scores, scores.sinks_H, *inputs)[0]
-    return _by_hand(sight, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
+        return _forward(mask, scores, scores.sinks_H, *inputs)[0]
+    return _by_hand(mask, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
 
 
 def _scaled(q_BTHC: jax.Array, scores: Scores) -> tuple[jax.Array, Scores]:
@@ -60,33 +59,33 @@ def _scaled(q_BTHC: jax.Array, scores: Scores) -> tuple[jax.Array, Scores]:
     return q_BTHC * jnp.asarray(scale, q_BTHC.dtype), dataclasses.replace(scores, scale=1.0)
 
 
-def _blocks(T: int, sight: Sight) -> list[tuple[slice, slice]]:
+def _blocks(T: int, mask: Mask) -> list[tuple[slice, slice]]:
     """Blocks of queries, and of the keys that some of them see."""
-    block, reach = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), sight.reach()
+    block, span = max(MIN_QUERY_BLOCK, -(-T // MAX_QUERY_BLOCKS)), mask.span()
     blocks = []
     for start in range(0, T, block):
         stop = min(start + block, T)
-        first = 0 if reach is None else max(0, start - reach + 1)
-        last = stop if sight.causal else T if reach is None else min(T, stop + reach - 1)
+        first = 0 if span is None else max(0, start - span + 1)
+        last = stop if mask.causal else T if span is None else min(T, stop + span - 1)
         blocks.append((slice(start, stop), slice(first, last)))
     return blocks
 
 
 def _forward(
-    sight: Sight, scores: Scores, sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
+    mask: Mask, scores: Scores, sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
 ) -> tuple[jax.Array, Any]:
     """(what queries find [B, T, H, E], what the backward pass keeps)."""
     scores = dataclasses.replace(scores, sinks_H=sinks_H)
-    blocks = _blocks(q_BTHC.shape[1], sight)
+    blocks = _blocks(q_BTHC.shape[1], mask)
     # values come as one axis and queries leave with G apart from T: on CPU copies that merge or split axes are slow
     v_BTN = v_BTKE.reshape(*v_BTKE.shape[:2], -1)
-    laid_out = order.once(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTN)
+    laid_out = cpu.materialize(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTN)
     qs_BKGTC, k_BKSC, v_BKSE = laid_out
     qs_BKNC = [x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in qs_BKGTC]
     inputs = qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT
     outs, normalisers = [], []
     for (at_T, at_S), q_BKGTC in zip(blocks, qs_BKGTC, strict=True):
-        mask_BTS = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight)
+        mask_BTS = mask.within(at_T, at_S, positions_BT, segment_ids_BT)
         mask_BTS = mask_BTS if scores.bias is not None else to_add(mask_BTS)
         queries, keys = (jnp.arange(at.start, at.stop) for at in (at_T, at_S))
         distance_BTS = (keys[None] - queries[:, None])[None]
@@ -95,7 +94,7 @@ def _forward(
         outs.append(tokens_first(out_BKGTE))
         normalisers.append(tuple(checkpoint_name(x_BKGT1, ATTENTION) for x_BKGT1 in normaliser))
     # in one form for both passes
-    out_BTHE = checkpoint_name(order.once(functools.partial(jnp.concatenate, axis=1))(outs), ATTENTION)
+    out_BTHE = checkpoint_name(cpu.materialize(functools.partial(jnp.concatenate, axis=1))(outs), ATTENTION)
     return out_BTHE, (sinks_H, inputs, out_BTHE, normalisers)
 
 
@@ -111,7 +110,7 @@ def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.
     return of_blocks, k_BTKC.swapaxes(1, 2), v_BTKE.swapaxes(1, 2)
 
 
-def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
+def _backward(mask: Mask, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     """Scores with keys before queries, so no weight is transposed."""
     sinks_H, (qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
     laid_out = functools.partial(queries_heads_first, K=k_BKSC.shape[1])
@@ -120,12 +119,12 @@ def _backward(sight: Sight, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     known_BK11 = laid_out(delta_BTH1)[:, :, 0, :1]
     dqs_BTHC, d_sinks_KG = [], jnp.zeros(())
     dk_BKSC, dv_BKSE = (jnp.zeros(x.shape, jnp.float32) for x in (k_BKSC, v_BKSE))
-    blocks = _blocks(d_out_BTHE.shape[1], sight)
+    blocks = _blocks(d_out_BTHE.shape[1], mask)
     for (at_T, at_S), q_BKNC, (top_BKGT1, total_BKGT1) in zip(blocks, qs_BKNC, normalisers, strict=True):
-        mask_BST = self_mask(at_T, at_S, positions_BT, segment_ids_BT, sight).swapaxes(1, 2)
+        mask_BST = mask.within(at_T, at_S, positions_BT, segment_ids_BT).swapaxes(1, 2)
         d_out_BKGTE, delta_BKGT1 = (laid_out(x[:, at_T]) / total_BKGT1 for x in (d_out_BTHE, delta_BTH1))
         # no weights are computed ahead, nor those of two blocks at a time
-        k_part, v_part = (order.not_before(known_BK11, x[:, :, at_S]) for x in (k_BKSC, v_BKSE))
+        k_part, v_part = (order.order_after(known_BK11, x[:, :, at_S]) for x in (k_BKSC, v_BKSE))
         dq_BTHC, dk_part, dv_part = _block_gradients(
             scores, (k_part, v_part, mask_BST), q_BKNC, d_out_BKGTE, top_BKGT1, delta_BKGT1
         )

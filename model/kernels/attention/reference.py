@@ -1,4 +1,4 @@
-"""Grouped-query attention in plain jnp, the reference that every faster form must equal.
+"""Grouped-query attention in plain jnp, the definition that every implementation must equal.
 
 Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs. Sinks: Xiao et al.
 2023, arXiv:2309.17453, as one learned logit a head; soft-capping: Gemma 2, arXiv:2408.00118.
@@ -9,7 +9,6 @@ Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtyp
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -17,38 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend, cpu
+from model.kernels.attention.mask import Mask
 
 _MASKED = -1e30  # finite, so that a row with no key at all gives an average instead of NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """Which keys a query may look at, by position."""
-
-    causal: bool = True  # none ahead of it
-    window: int | None = (
-        None  # none `window` or more positions away; so a causal query sees `window` keys at most
-    )
-    chunk: int | None = None  # only those in its own chunk of so many positions
-
-    def sees(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """bool, for positions of any shapes that broadcast."""
-        seen = (
-            key <= query
-            if self.causal
-            else jnp.broadcast_to(True, jnp.broadcast_shapes(query.shape, key.shape))
-        )
-        if self.window is not None:
-            seen &= query - key < self.window
-            if not self.causal:
-                seen &= key - query < self.window
-        if self.chunk is not None:
-            seen &= query // self.chunk == key // self.chunk
-        return seen
-
-    def reach(self) -> int | None:
-        """How many keys a query sees at most, itself among them, to one side; None: all."""
-        return min((n for n in (self.window, self.chunk) if n is not None), default=None)
 
 
 @flax.struct.dataclass
@@ -85,47 +55,21 @@ def attention(
     return tokens_first(attend(q_BKGTC, k_BKSC, v_BKSE, mask_BTS, scores, distance_BTS)[0])
 
 
-def stretch_ids(
-    positions_BT: jax.Array, segment_ids_BT: jax.Array | None, chunk: int | None
-) -> jax.Array | None:
-    """One id for each chunk of each segment, [B, T] int32; None where the row is one stretch."""
-    if chunk is None:
-        return segment_ids_BT
-    chunk_BT = positions_BT // chunk
-    if segment_ids_BT is None:
-        return chunk_BT
-    return segment_ids_BT * (jnp.max(chunk_BT) + 1) + chunk_BT
-
-
 def self_attention_weights(
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
-    sight: Sight = Sight(),
+    mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> jax.Array:
-    """The weights with which `self_attention` mixes values, [B, H, T, S] float32: to be looked at."""
+    """The weights with which `self_attention` mixes values, [B, H, T, S] float32, to be inspected."""
     B, T, H = q_BTHC.shape[:3]
-    mask_BTS = self_mask(slice(0, T), slice(0, T), positions_BT, segment_ids_BT, sight)
+    mask_BTS = mask.within(slice(0, T), slice(0, T), positions_BT, segment_ids_BT)
     distance_1TT = (jnp.arange(T)[None] - jnp.arange(T)[:, None])[None]
     q_BKGTC, k_BKSC, _ = heads_first(q_BTHC, k_BTKC, k_BTKC)
     weights_BKGTS, _, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_1TT)
     return (weights_BKGTS / total_BKGT1).reshape(B, H, T, T)
-
-
-def self_mask(
-    queries: slice, keys: slice, positions_BT: jax.Array, segment_ids_BT: jax.Array | None, sight: Sight
-) -> jax.Array:
-    """bool [B or 1, T, S], for two stretches of the row."""
-    at_T, at_S = (jnp.arange(s.start, s.stop) for s in (queries, keys))
-    mask_BTS = dataclasses.replace(sight, chunk=None).sees(at_T[:, None], at_S[None])[None]
-    if sight.chunk is not None:
-        chunk_BT = positions_BT // sight.chunk
-        mask_BTS = mask_BTS & (chunk_BT[:, queries, None] == chunk_BT[:, None, keys])
-    if segment_ids_BT is not None:
-        mask_BTS = mask_BTS & (segment_ids_BT[:, queries, None] == segment_ids_BT[:, None, keys])
-    return mask_BTS
 
 
 def attend(
@@ -136,7 +80,7 @@ def attend(
     scores: Scores,
     distance_BTS: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(what queries find, their scores' maximum, the sum of weights)."""
+    """(outputs, the maximum of each query's scores, the sum of its weights)."""
     weights_BKGTS, top_BKGT1, total_BKGT1 = _weights(q_BKGTC, k_BKSC, mask_BTS, scores, distance_BTS)
     out_BKGTE = jnp.einsum(
         "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32

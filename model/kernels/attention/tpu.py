@@ -1,8 +1,8 @@
 """Flash attention for TPUs: exact attention in blocks, whose scores never leave the chip's fast memory.
 
-Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691. The kernels are in tpu_forward and tpu_backward. This file
-prepares their arguments: heads before tokens, lengths that are multiples of the blocks, and for each block of queries
-the first and the last block of keys that it needs.
+Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691. The kernels are in tpu_forward and tpu_backward; here are
+their arguments: heads before tokens, lengths that are multiples of the blocks, and for each block of queries the first
+and the last block of keys that it needs.
 """
 
 # B batch, T queries, S keys, H query heads, K key/value heads, C width of a query and a key, E width of a value
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from model.kernels.attention.tpu_backward import key_value_gradients, query_gradients
-from model.kernels.attention.tpu_blocks import LANES, NO_KEY, Blocks, Plan, block_bounds
+from model.kernels.attention.tpu_blocks import LANES, NO_KEY, FlashCall, TileSizes, block_bounds
 from model.kernels.attention.tpu_forward import forward
 from model.kernels.names import ATTENTION
 
@@ -24,12 +24,12 @@ from model.kernels.names import ATTENTION
 # the block has queries, so queries are as many as the chip has flops for a byte of its memory (v4 229, v5e 240,
 # v5p 166, v6e 560, tpu7x 312) or more; 512 x 512 scores and their gradients in float32 fit the 16 MiB that a kernel
 # is given on the smallest.
-BLOCKS = {
-    "v4": Blocks(512, 512),
-    "v5e": Blocks(512, 512),
-    "v5p": Blocks(512, 512),
-    "v6e": Blocks(1024, 512),
-    "tpu7x": Blocks(512, 512),
+TILE_SIZES = {
+    "v4": TileSizes(512, 512),
+    "v5e": TileSizes(512, 512),
+    "v5p": TileSizes(512, 512),
+    "v6e": TileSizes(1024, 512),
+    "tpu7x": TileSizes(512, 512),
 }
 
 
@@ -43,10 +43,10 @@ def flash_attention(
     *,
     causal: bool = True,
     window: int | None = None,
-    reach: int | None = None,
+    span: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    blocks: Blocks = Blocks(),
+    tiles: TileSizes = TileSizes(),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(what each query finds [B, T, H, E] in the dtype of `q`, log-sum-exp of its scores [B, H, T] float32).
@@ -66,20 +66,20 @@ def flash_attention(
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
     _check(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS)
-    plan = Plan(
+    call = FlashCall(
         num_queries=T,
         num_keys=S,
         group=H // K,
-        blocks=Blocks(min(blocks.queries, _up(T, LANES)), min(blocks.keys, _up(S, LANES))),
+        tiles=TileSizes(min(tiles.queries, _up(T, LANES)), min(tiles.keys, _up(S, LANES))),
         causal=causal,
         window=window,
-        reach=min((n for n in (window, reach) if n is not None), default=None),
+        span=min((n for n in (window, span) if n is not None), default=None),
         scale=C**-0.5 if scale is None else scale,
         softcap=softcap,
         interpret=interpret,
     )
-    at_queries = functools.partial(_padded, multiple=plan.blocks.queries)
-    at_keys = functools.partial(_padded, multiple=plan.blocks.keys)
+    at_queries = functools.partial(_padded, multiple=call.tiles.queries)
+    at_keys = functools.partial(_padded, multiple=call.tiles.keys)
     q_BHTC, k_BKSC, v_BKSE = (x.swapaxes(1, 2) for x in (q_BTHC, k_BSKC, v_BSKE))
     ids = None
     if query_ids_BT is not None and key_ids_BS is not None:
@@ -89,7 +89,7 @@ def flash_attention(
         )
     offset = jnp.asarray(S - T if offset is None else offset, jnp.int32)
     arrays = at_queries(q_BHTC, axis=2), at_keys(k_BKSC, axis=2), at_keys(v_BKSE, axis=2)
-    out_BHTE, lse_BH1T = _flash(plan, *arrays, ids, offset)
+    out_BHTE, lse_BH1T = _flash(call, *arrays, ids, offset)
     return out_BHTE[:, :, :T].swapaxes(1, 2), lse_BH1T[:, :, 0, :T]
 
 
@@ -101,29 +101,29 @@ def with_sinks(out_BTHE: jax.Array, lse_BHT: jax.Array, sinks_H: jax.Array) -> t
     return (out_BTHE * share_BTH1).astype(out_BTHE.dtype), jnp.logaddexp(lse_BHT, sinks_H1)
 
 
-def _attend(plan: Plan, q_BHTC, k_BKSC, v_BKSE, ids, offset) -> tuple[jax.Array, jax.Array]:
-    return forward(plan, block_bounds(plan, ids, offset, len(q_BHTC)), q_BHTC, k_BKSC, v_BKSE, ids)
+def _attend(call: FlashCall, q_BHTC, k_BKSC, v_BKSE, ids, offset) -> tuple[jax.Array, jax.Array]:
+    return forward(call, block_bounds(call, ids, offset, len(q_BHTC)), q_BHTC, k_BKSC, v_BKSE, ids)
 
 
 _flash = jax.custom_vjp(_attend, nondiff_argnums=(0,))
 
 
-def _flash_forward(plan: Plan, q_BHTC, k_BKSC, v_BKSE, ids, offset):
-    found = _attend(plan, q_BHTC, k_BKSC, v_BKSE, ids, offset)
+def _flash_forward(call: FlashCall, q_BHTC, k_BKSC, v_BKSE, ids, offset):
+    found = _attend(call, q_BHTC, k_BKSC, v_BKSE, ids, offset)
     out_BHTE, lse_BH1T = (checkpoint_name(x, ATTENTION) for x in found)
     return (out_BHTE, lse_BH1T), (q_BHTC, k_BKSC, v_BKSE, ids, offset, out_BHTE, lse_BH1T)
 
 
-def _flash_backward(plan: Plan, saved, gradients):
+def _flash_backward(call: FlashCall, saved, gradients):
     q_BHTC, k_BKSC, v_BKSE, ids, offset, out_BHTE, lse_BH1T = saved
     dout_BHTE, dlse_BH1T = gradients
     # d score = weight * (dout . value - dout . out + dlse); what does not depend on the key is summed here
     delta_BHT = jnp.einsum("BHTE,BHTE->BHT", dout_BHTE, out_BHTE, preferred_element_type=jnp.float32)
     delta_BH1T = delta_BHT[:, :, None] - dlse_BH1T
     lse_BH1T = jnp.where(lse_BH1T == NO_KEY, -NO_KEY, lse_BH1T)  # so that exp(score - lse) is 0, not infinite
-    bounds = block_bounds(plan, ids, offset, len(q_BHTC))
+    bounds = block_bounds(call, ids, offset, len(q_BHTC))
     inputs = q_BHTC, k_BKSC, v_BKSE, ids, dout_BHTE, lse_BH1T, delta_BH1T
-    return query_gradients(plan, bounds, *inputs), *key_value_gradients(plan, bounds, *inputs), None, None
+    return query_gradients(call, bounds, *inputs), *key_value_gradients(call, bounds, *inputs), None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

@@ -23,7 +23,7 @@ LEAST = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class TileSizes:
     """How many queries meet how many keys in one step of a kernel; multiples of 128."""
 
     queries: int = 512
@@ -35,42 +35,42 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FlashCall:
     """All that is known of one attention before it runs."""
 
     num_queries: int
     num_keys: int  # without padding
     group: int  # query heads of one key/value head
-    blocks: Blocks
+    tiles: TileSizes
     causal: bool
     window: int | None
-    reach: int | None  # at most `window`; blocks farther away are skipped
+    span: int | None  # at most `window`; blocks farther away are skipped
     scale: float
     softcap: float | None
     interpret: bool
 
     @property
     def query_blocks(self) -> int:
-        return -(-self.num_queries // self.blocks.queries)
+        return -(-self.num_queries // self.tiles.queries)
 
     @property
     def key_blocks(self) -> int:
-        return -(-self.num_keys // self.blocks.keys)
+        return -(-self.num_keys // self.tiles.keys)
 
     def key_steps(self) -> int:
         """At most so many blocks of keys does any block of queries need."""
-        return self._steps(self.blocks.queries, self.blocks.keys, self.key_blocks)
+        return self._steps(self.tiles.queries, self.tiles.keys, self.key_blocks)
 
     def query_steps(self) -> int:
         """At most so many blocks of queries need one block of keys."""
-        return self._steps(self.blocks.keys, self.blocks.queries, self.query_blocks)
+        return self._steps(self.tiles.keys, self.tiles.queries, self.query_blocks)
 
     def pairs(self) -> int:
         """Queries and keys that meet, at most, where the queries are a row's last tokens."""
         query = np.arange(self.num_queries) + (self.num_keys - self.num_queries if self.causal else 0)
-        reach = self.reach or self.num_keys + self.num_queries
-        last = np.minimum(query if self.causal else query + reach - 1, self.num_keys - 1)
-        return int(np.maximum(0, last - np.maximum(0, query - reach + 1) + 1).sum())
+        span = self.span or self.num_keys + self.num_queries
+        last = np.minimum(query if self.causal else query + span - 1, self.num_keys - 1)
+        return int(np.maximum(0, last - np.maximum(0, query - span + 1) + 1).sum())
 
     def cost(self, rows: int, channels: int, streamed: tuple, once: tuple) -> pl.CostEstimate:
         """What the compiler plans other work around.
@@ -87,9 +87,9 @@ class Plan:
         return pl.CostEstimate(flops=2 * pairs * channels, bytes_accessed=moved, transcendentals=pairs)
 
     def _steps(self, here: int, there: int, all_blocks: int) -> int:
-        if self.reach is None:
+        if self.span is None:
             return all_blocks
-        seen = here + (self.reach - 1) * (1 if self.causal else 2)  # places in a row
+        seen = here + (self.span - 1) * (1 if self.causal else 2)  # places in a row
         return min(all_blocks, (seen - 2) // there + 2)
 
 
@@ -107,21 +107,23 @@ class Bounds(NamedTuple):
     highest_key_id: jax.Array  # [B * J]
 
 
-def block_bounds(plan: Plan, ids: tuple[jax.Array, jax.Array] | None, offset: jax.Array, B: int) -> Bounds:
+def block_bounds(
+    call: FlashCall, ids: tuple[jax.Array, jax.Array] | None, offset: jax.Array, B: int
+) -> Bounds:
     """`ids` are those of queries [B, 1, I * Q] and of keys [B, 1, J * N]."""
-    I, J, Q, N = plan.query_blocks, plan.key_blocks, plan.blocks.queries, plan.blocks.keys
+    I, J, Q, N = call.query_blocks, call.key_blocks, call.tiles.queries, call.tiles.keys
     zeros = jnp.zeros((B, 1, I * Q), jnp.int32), jnp.zeros((B, 1, J * N), jnp.int32)
     query_ids_BIQ, key_ids_BJN = (x.reshape(B, n, -1) for x, n in zip(ids or zeros, (I, J), strict=True))
     low_BI, high_BI = query_ids_BIQ.min(-1), query_ids_BIQ.max(-1)
     low_BJ, high_BJ = key_ids_BJN.min(-1), key_ids_BJN.max(-1)
     needed_BIJ = (low_BI[:, :, None] <= high_BJ[:, None]) & (low_BJ[:, None] <= high_BI[:, :, None])
     query_I1, key_J = jnp.arange(I)[:, None] * Q + offset, jnp.arange(J) * N
-    if plan.causal:
+    if call.causal:
         needed_BIJ &= key_J < query_I1 + Q
-    if plan.reach is not None:
-        needed_BIJ &= query_I1 - (key_J + N - 1) < plan.reach
-        if not plan.causal:
-            needed_BIJ &= key_J - (query_I1 + Q - 1) < plan.reach
+    if call.span is not None:
+        needed_BIJ &= query_I1 - (key_J + N - 1) < call.span
+        if not call.causal:
+            needed_BIJ &= key_J - (query_I1 + Q - 1) < call.span
     ranges = *_first_and_last(needed_BIJ), *_first_and_last(needed_BIJ.swapaxes(1, 2))
     return Bounds(offset[None], *(x.reshape(-1) for x in (*ranges, low_BI, high_BI, low_BJ, high_BJ)))
 
@@ -134,13 +136,13 @@ def _first_and_last(needed_BIJ: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first_BI, jnp.where(needed_BIJ.any(-1), last_BI, -1)
 
 
-def key_block(plan: Plan, bounds: Bounds, b, i, step):
+def key_block(call: FlashCall, bounds: Bounds, b, i, step):
     """(the block of keys that is read at this step, whether it is needed); what isn't is read only once."""
-    return _block(bounds.first_key_block, bounds.last_key_block, b * plan.query_blocks + i, step)
+    return _block(bounds.first_key_block, bounds.last_key_block, b * call.query_blocks + i, step)
 
 
-def query_block(plan: Plan, bounds: Bounds, b, j, step):
-    return _block(bounds.first_query_block, bounds.last_query_block, b * plan.key_blocks + j, step)
+def query_block(call: FlashCall, bounds: Bounds, b, j, step):
+    return _block(bounds.first_query_block, bounds.last_query_block, b * call.key_blocks + j, step)
 
 
 def _block(first, last, at, step):
@@ -148,35 +150,35 @@ def _block(first, last, at, step):
     return jnp.maximum(jnp.minimum(wanted, last[at]), 0), wanted <= last[at]
 
 
-def all_seen(plan: Plan, bounds: Bounds, b, i, j):
+def all_seen(call: FlashCall, bounds: Bounds, b, i, j):
     """Whether each query of block i sees each key of block j, which then need no mask."""
-    at_i, at_j = b * plan.query_blocks + i, b * plan.key_blocks + j
-    query, key = i * plan.blocks.queries + bounds.offset[0], j * plan.blocks.keys
-    last_query, last_key = query + plan.blocks.queries - 1, key + plan.blocks.keys - 1
+    at_i, at_j = b * call.query_blocks + i, b * call.key_blocks + j
+    query, key = i * call.tiles.queries + bounds.offset[0], j * call.tiles.keys
+    last_query, last_key = query + call.tiles.queries - 1, key + call.tiles.keys - 1
     low, high = bounds.lowest_query_id[at_i], bounds.highest_query_id[at_i]
     seen = (low == high) & (bounds.lowest_key_id[at_j] == low) & (bounds.highest_key_id[at_j] == low)
-    seen &= last_key < plan.num_keys
-    if plan.causal:
+    seen &= last_key < call.num_keys
+    if call.causal:
         seen &= last_key <= query
-    if plan.window is not None:
-        seen &= last_query - key < plan.window
-        if not plan.causal:
-            seen &= last_key - query < plan.window
+    if call.window is not None:
+        seen &= last_query - key < call.window
+        if not call.causal:
+            seen &= last_key - query < call.window
     return seen
 
 
-def sees(plan: Plan, bounds: Bounds, i, j, shape: tuple[int, int], query_axis: int) -> jax.Array:
+def allows(call: FlashCall, bounds: Bounds, i, j, shape: tuple[int, int], query_axis: int) -> jax.Array:
     """bool, which of the scores of queries and keys count by place; ids are compared by the kernel."""
     query = jax.lax.broadcasted_iota(jnp.int32, shape, query_axis)
     key = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
-    ahead = i * plan.blocks.queries + bounds.offset[0] - j * plan.blocks.keys
-    seen = key < plan.num_keys - j * plan.blocks.keys
-    if plan.causal:
+    ahead = i * call.tiles.queries + bounds.offset[0] - j * call.tiles.keys
+    seen = key < call.num_keys - j * call.tiles.keys
+    if call.causal:
         seen &= key - query <= ahead
-    if plan.window is not None:
-        seen &= key - query > ahead - plan.window
-        if not plan.causal:
-            seen &= key - query < ahead + plan.window
+    if call.window is not None:
+        seen &= key - query > ahead - call.window
+        if not call.causal:
+            seen &= key - query < ahead + call.window
     return seen
 
 
@@ -196,12 +198,12 @@ def product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def capped(plan: Plan, products: jax.Array) -> jax.Array:
+def capped(call: FlashCall, products: jax.Array) -> jax.Array:
     """Scores from products of queries and keys."""
-    scores = products * plan.scale
-    return scores if plan.softcap is None else plan.softcap * jnp.tanh(scores / plan.softcap)
+    scores = products * call.scale
+    return scores if call.softcap is None else call.softcap * jnp.tanh(scores / call.softcap)
 
 
-def through_cap(plan: Plan, scores: jax.Array, dscores: jax.Array) -> jax.Array:
+def through_cap(call: FlashCall, scores: jax.Array, dscores: jax.Array) -> jax.Array:
     """Gradient of the products' scaled values from that of the capped ones."""
-    return dscores if plan.softcap is None else dscores * (1 - jnp.square(scores / plan.softcap))
+    return dscores if call.softcap is None else dscores * (1 - jnp.square(scores / call.softcap))

@@ -22,41 +22,41 @@ from model.kernels.attention.tpu_blocks import (
     MASKED,
     NO_KEY,
     Bounds,
-    Plan,
+    FlashCall,
     across,
     all_seen,
+    allows,
     capped,
     column,
     key_block,
     product,
-    sees,
 )
 
 
-def forward(plan: Plan, bounds: Bounds, q_BHTC, k_BKSC, v_BKSE, ids) -> tuple[jax.Array, jax.Array]:
+def forward(call: FlashCall, bounds: Bounds, q_BHTC, k_BKSC, v_BKSE, ids) -> tuple[jax.Array, jax.Array]:
     """(out [B, H, T, E], log-sum-exp [B, H, 1, T] float32)."""
     (B, H, T, C), E = q_BHTC.shape, v_BKSE.shape[3]
-    Q, N = plan.blocks.queries, plan.blocks.keys
+    Q, N = call.tiles.queries, call.tiles.keys
 
     def of_queries(b, h, i, step, *bounds):
         return b, h, i, 0
 
     def of_keys(b, h, i, step, *bounds):
-        return b, jax.lax.div(h, plan.group), key_block(plan, Bounds(*bounds), b, i, step)[0], 0
+        return b, jax.lax.div(h, call.group), key_block(call, Bounds(*bounds), b, i, step)[0], 0
 
     def query_ids(b, h, i, step, *bounds):
         return b, 0, i
 
     def key_ids(b, h, i, step, *bounds):
-        return b, 0, key_block(plan, Bounds(*bounds), b, i, step)[0]
+        return b, 0, key_block(call, Bounds(*bounds), b, i, step)[0]
 
     id_specs = (pl.BlockSpec((None, 1, Q), query_ids), pl.BlockSpec((None, 1, N), key_ids))
     out = jax.ShapeDtypeStruct((B, H, T, E), q_BHTC.dtype)
     return pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, call),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(bounds),
-            grid=(B, H, plan.query_blocks, plan.key_steps()),
+            grid=(B, H, call.query_blocks, call.key_steps()),
             in_specs=[
                 pl.BlockSpec((None, None, Q, C), of_queries),
                 pl.BlockSpec((None, None, N, C), of_keys),
@@ -78,18 +78,18 @@ def forward(plan: Plan, bounds: Bounds, q_BHTC, k_BKSC, v_BKSE, ids) -> tuple[ja
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
-        cost_estimate=plan.cost(B * H, C + E, ((C + E, k_BKSC.dtype, Q),), (q_BHTC, out)),
-        interpret=plan.interpret,
+        cost_estimate=call.cost(B * H, C + E, ((C + E, k_BKSC.dtype, Q),), (q_BHTC, out)),
+        interpret=call.interpret,
         name="flash_forward",
     )(*bounds, q_BHTC, k_BKSC, v_BKSE, ids)
 
 
-def _kernel(plan: Plan, *refs):
+def _kernel(call: FlashCall, *refs):
     bounds = Bounds(*refs[: len(Bounds._fields)])
     q_QC, k_NC, v_NE, ids, out_QE, lse_1Q, top_QL, total_QL, sum_QE, query_ids_QL = refs[len(bounds) :]
     b, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    j, needed = key_block(plan, bounds, b, i, step)
-    Q, N, E = plan.blocks.queries, plan.blocks.keys, v_NE.shape[1]
+    j, needed = key_block(call, bounds, b, i, step)
+    Q, N, E = call.tiles.queries, call.tiles.keys, v_NE.shape[1]
 
     @pl.when(step == 0)
     def start():
@@ -109,9 +109,9 @@ def _kernel(plan: Plan, *refs):
         sum_QE[...] = sum_QE[...] * across(shrink_QL, E) + found_QE
 
     def scores():
-        return capped(plan, product(q_QC[...], k_NC[...], (1, 1)))
+        return capped(call, product(q_QC[...], k_NC[...], (1, 1)))
 
-    whole = all_seen(plan, bounds, b, i, j)
+    whole = all_seen(call, bounds, b, i, j)
 
     @pl.when(needed & whole)
     def add_all():
@@ -119,7 +119,7 @@ def _kernel(plan: Plan, *refs):
 
     @pl.when(needed & ~whole)
     def add_seen():
-        seen_QN = sees(plan, bounds, i, j, (Q, N), query_axis=0)
+        seen_QN = allows(call, bounds, i, j, (Q, N), query_axis=0)
         if ids is not None:
             seen_QN &= across(query_ids_QL[...], N) == ids[1][...]
         add(jnp.where(seen_QN, scores(), MASKED))

@@ -1,4 +1,4 @@
-"""Cross-entropy on a mesh: each device meets its tokens with its part of the vocabulary, and the parts become one by
+"""Cross-entropy on a mesh: each device scores its tokens under its part of the vocabulary, and the parts are joined by
 their log-sum-exps, as in Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 """
 
@@ -7,28 +7,19 @@ their log-sum-exps, as in Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from model.kernels import backend
-from model.kernels.cross_entropy import make_plan, part_scores, token_scores
-from model.kernels.cross_entropy.tiles import NOWHERE, Plan, Scores, Tiles
-from model.logprobs import Ask, TokenScores
-from model.sharding import ShardingRules
-
-# Of one device's float32 logits. Below it, all logits at once are quicker on a CPU than tiles that are computed twice;
-# `python -m benchmarks.cross_entropy` measures where that ends.
-WHOLE_LOGITS_BYTES = 512 << 20
-
-
-def wants_tiles(tokens: int, V: int, rules: ShardingRules | None) -> bool:
-    """Whether targets are scored in tiles: on TPUs always, elsewhere where the logits of a device would be large."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    ways = math.prod(sizes[axis] for axes in _splits(rules) for axis in axes)
-    return backend.current().name == "tpu" or 4 * tokens * V > WHOLE_LOGITS_BYTES * ways
+from model.kernels import backend, mesh
+from model.kernels.cross_entropy import CROSS_ENTROPY, Request, TileSizes
+from model.kernels.cross_entropy.reference import from_all_logits
+from model.kernels.cross_entropy.tiled import make_call, part_scores, token_scores
+from model.kernels.cross_entropy.tiles import NOWHERE, CrossEntropyCall, Scores
+from model.logprobs import ScoreOptions, TokenScores, scores_of_logits
+from model.sharding import Axes, ShardingRules
 
 
 def cross_entropy_on_mesh(
@@ -40,29 +31,30 @@ def cross_entropy_on_mesh(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    ask: Ask = Ask(),
+    score_options: ScoreOptions = ScoreOptions(),
+    logits: Callable[[jax.Array], jax.Array] | None = None,
     stripe_bytes: int | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileSizes | None = None,
 ) -> TokenScores:
     """`cross_entropy`, [B, T], on the mesh set with `jax.set_mesh`; without one, on one device.
 
     Args:
       rules: None: every device of the mesh computes the whole.
+      logits: hidden states to all logits [B, T, V], where all of them are computed; None: from the other arguments.
     """
-    plan = make_plan(scale, softcap, ask, stripe_bytes, tiles)
     V = len(head_VD)
-    batch, length, vocab = _splits(rules)
-    choices = jnp.asarray(V if ask.choices is None else ask.choices, jnp.int32)
-    arrays = hidden_BTD, head_VD, bias_V, targets_BT, choices
-    if not (ours := _axes()):
-        return _part(plan, (), *arrays)
-    if V % (ways := math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in vocab)):
-        raise ValueError(
-            f"mesh axes {'*'.join(vocab)} = {ways} do not divide the vocabulary of {V}. Use another size, or keep the "
-            "vocabulary whole with sharding.act_vocab=()."
-        )
-    return jax.shard_map(
-        functools.partial(_part, plan, vocab),
+    name = CROSS_ENTROPY.chosen_name(request_on_mesh(targets_BT.size, V, rules))
+    if name == "logits":
+        if logits is not None:
+            return scores_of_logits(logits(hidden_BTD), targets_BT, score_options)
+        options = {"scale": scale, "softcap": softcap, "score_options": score_options}
+        return from_all_logits(hidden_BTD, head_VD, targets_BT, bias_V, **options)
+    call = make_call(name == "kernel", scale, softcap, score_options, stripe_bytes, tiles)
+    choices = jnp.asarray(score_options.choices_of(V), jnp.int32)
+    batch, length, vocab = mesh.split_by(rules, "batch", "length", "act_vocab")
+    mesh.check_divides(vocab, mesh.Size(V, "entries of the vocabulary", "act_vocab"))
+    return mesh.on_mesh(
+        functools.partial(_part, call, vocab),
         in_specs=(
             PartitionSpec(batch, length, None),
             PartitionSpec(vocab, None),
@@ -71,31 +63,23 @@ def cross_entropy_on_mesh(
             PartitionSpec(),
         ),
         out_specs=PartitionSpec(batch, length),
-        axis_names=ours,
-        check_vma=False,
-    )(*arrays)
+    )(hidden_BTD, head_VD, bias_V, targets_BT, choices)
 
 
-def _axes() -> set[str]:
-    """Mesh axes that no `shard_map` around has taken."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-
-
-def _splits(rules: ShardingRules | None) -> tuple[tuple[str, ...], ...]:
-    """Which of them split rows, tokens and vocabulary."""
-    ours = _axes()
-    names = "batch", "length", "act_vocab"
-    return tuple(tuple(axis for axis in getattr(rules, name, ()) if axis in ours) for name in names)
+def request_on_mesh(tokens: int, V: int, rules: ShardingRules | None) -> Request:
+    """What each device would compute of these tokens' logits."""
+    splits = mesh.split_by(rules, "batch", "length", "act_vocab")
+    parts = mesh.ways(tuple(axis for axes in splits for axis in axes))
+    return Request(backend.current(), -(-4 * tokens * V // parts))
 
 
 def _part(
-    plan: Plan, vocab: tuple[str, ...], hidden_BTD, head_VD, bias_V, targets_BT, choices
+    call: CrossEntropyCall, vocab: Axes, hidden_BTD, head_VD, bias_V, targets_BT, choices
 ) -> TokenScores:
     """What one device computes."""
     first = jax.lax.axis_index(vocab) * len(head_VD) if vocab else 0
     hidden_ND, targets_N = hidden_BTD.reshape(-1, hidden_BTD.shape[2]), targets_BT.reshape(-1) - first
-    scores = part_scores(plan, hidden_ND, head_VD, bias_V, targets_N, choices - first)
+    scores = part_scores(call, hidden_ND, head_VD, bias_V, targets_N, choices - first)
     if vocab:
         scores = _join(scores, vocab, first)
     return jax.tree.map(lambda x_N: x_N.reshape(targets_BT.shape), token_scores(scores))

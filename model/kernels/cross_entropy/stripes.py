@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from model.kernels.cross_entropy.tiles import (
     MASKED,
     NOWHERE,
-    Plan,
-    Pull,
+    Cotangents,
+    CrossEntropyCall,
     Scores,
-    all_met,
+    final_scores,
+    initial_state,
     logits_of,
-    meet,
-    nothing_met,
     product_gradients,
+    update,
 )
 
 
@@ -36,32 +36,36 @@ def stripe_of(head_VD: jax.Array, bias_V: jax.Array | None, first: jax.Array, S:
     return cut(head_VD), None if bias_V is None else cut(bias_V)
 
 
-def forward(plan: Plan, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
+def forward(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
     (N, _), V = hidden_ND.shape, len(head_VD)
-    S = plan.stripe(N, V, itemsize=4)
+    S = call.stripe(N, V, itemsize=4)
 
-    def step(met, stripe):
+    def step(state, stripe):
         first, fresh = stripe
         head_SD, bias_S = stripe_of(head_VD, bias_V, first, S)
-        logits_NS, entries_S = _logits(plan, hidden_ND, head_SD, bias_S), first + jnp.arange(S)
+        logits_NS, entries_S = _logits(call, hidden_ND, head_SD, bias_S), first + jnp.arange(S)
         logits_NS = jnp.where(entries_S < fresh, MASKED, logits_NS)
         entries_NS = jnp.where(entries_S < fresh, NOWHERE, entries_S)[None]
-        return meet(plan, met, logits_NS, entries_NS, targets_N[:, None], choices), None
+        return update(call, state, logits_NS, entries_NS, targets_N[:, None], choices), None
 
-    met, _ = jax.lax.scan(step, nothing_met(plan, N), stripes(V, S))
-    return jax.tree.map(lambda x_N1: x_N1[:, 0], all_met(met))
+    state, _ = jax.lax.scan(step, initial_state(call, N), stripes(V, S))
+    return jax.tree.map(lambda x_N1: x_N1[:, 0], final_scores(state))
 
 
-def stripe_gradients(plan: Plan, hidden_ND, head_SD, bias_S, targets_N, pull: Pull) -> jax.Array:
+def stripe_gradients(
+    call: CrossEntropyCall, hidden_ND, head_SD, bias_S, targets_N, cotangents: Cotangents
+) -> jax.Array:
     """[N, S] in the dtype of the hidden states: gradient of their products with a stripe of the head.
 
     Args:
       targets_N: counted from the stripe's first entry.
     """
-    logits_NS, entries_1S = _logits(plan, hidden_ND, head_SD, bias_S), jnp.arange(len(head_SD))[None]
-    return product_gradients(plan, logits_NS, entries_1S, targets_N[:, None], pull).astype(hidden_ND.dtype)
+    logits_NS, entries_1S = _logits(call, hidden_ND, head_SD, bias_S), jnp.arange(len(head_SD))[None]
+    return product_gradients(call, logits_NS, entries_1S, targets_N[:, None], cotangents).astype(
+        hidden_ND.dtype
+    )
 
 
-def _logits(plan: Plan, hidden_ND, head_SD, bias_S) -> jax.Array:
+def _logits(call: CrossEntropyCall, hidden_ND, head_SD, bias_S) -> jax.Array:
     products_NS = jnp.einsum("ND,SD->NS", hidden_ND, head_SD, preferred_element_type=jnp.float32)
-    return logits_of(plan, products_NS, None if bias_S is None else bias_S[None])
+    return logits_of(call, products_NS, None if bias_S is None else bias_S[None])

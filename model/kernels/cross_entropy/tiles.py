@@ -20,7 +20,7 @@ NOWHERE = 2**30  # the number of an entry that does not count
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiles:
+class TileSizes:
     """How many tokens meet how many entries of the vocabulary in one step of a kernel, over how many channels."""
 
     tokens: int = 512
@@ -36,7 +36,7 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CrossEntropyCall:
     """All that is known of one cross-entropy before it runs."""
 
     scale: float = 1.0  # logits: softcap * tanh(scale * (hidden . head + bias) / softcap)
@@ -44,7 +44,7 @@ class Plan:
     mean: bool = False  # the mean logit is wanted
     likeliest: bool = False  # the likeliest entry is wanted
     stripe_bytes: int = 128 << 20  # of what lies in memory at once of all tokens' logits or their gradients
-    tiles: Tiles | None = None  # of the TPU kernels; None: plain jnp
+    tiles: TileSizes | None = None  # of the TPU kernels; None: plain jnp
     interpret: bool = False
 
     def stripe(self, N: int, V: int, itemsize: int) -> int:
@@ -74,7 +74,7 @@ class Running(NamedTuple):
     likeliest_N1: jax.Array | None
 
 
-class Pull(NamedTuple):
+class Cotangents(NamedTuple):
     """What a token's gradients are made of: d logit = weight * (shift + slope * logit) + chosen [at the target]."""
 
     log_z_N1: jax.Array
@@ -83,27 +83,32 @@ class Pull(NamedTuple):
     slope_N1: jax.Array | None
 
 
-def nothing_met(plan: Plan, N: int) -> Running:
+def initial_state(call: CrossEntropyCall, N: int) -> Running:
     filled = lambda value: jnp.full((N, 1), value, jnp.float32)
-    weighted_N1 = filled(0) if plan.mean else None
-    best = (filled(LEAST), jnp.zeros((N, 1), jnp.int32)) if plan.likeliest else (None, None)
+    weighted_N1 = filled(0) if call.mean else None
+    best = (filled(LEAST), jnp.zeros((N, 1), jnp.int32)) if call.likeliest else (None, None)
     return Running(filled(LEAST), filled(0), filled(0), weighted_N1, *best)
 
 
-def meet(
-    plan: Plan, met: Running, logits_NS: jax.Array, entries_NS: jax.Array, targets_N1: jax.Array, choices
+def update(
+    call: CrossEntropyCall,
+    state: Running,
+    logits_NS: jax.Array,
+    entries_NS: jax.Array,
+    targets_N1: jax.Array,
+    choices,
 ) -> Running:
     """One tile more; entries that do not count are MASKED and NOWHERE.
 
     Args:
       choices: entries from this one on are never the likeliest.
     """
-    top_N1 = jnp.maximum(met.top_N1, logits_NS.max(axis=1, keepdims=True))
-    weights_NS, shrink_N1 = jnp.exp(logits_NS - top_N1), jnp.exp(met.top_N1 - top_N1)
-    total_N1 = met.total_N1 * shrink_N1 + weights_NS.sum(axis=1, keepdims=True)
+    top_N1 = jnp.maximum(state.top_N1, logits_NS.max(axis=1, keepdims=True))
+    weights_NS, shrink_N1 = jnp.exp(logits_NS - top_N1), jnp.exp(state.top_N1 - top_N1)
+    total_N1 = state.total_N1 * shrink_N1 + weights_NS.sum(axis=1, keepdims=True)
     hit_NS = jnp.where(entries_NS == targets_N1, logits_NS, 0.0)
-    chosen_N1 = met.chosen_N1 + hit_NS.sum(axis=1, keepdims=True)
-    weighted_N1, best_N1, likeliest_N1 = met.weighted_N1, met.best_N1, met.likeliest_N1
+    chosen_N1 = state.chosen_N1 + hit_NS.sum(axis=1, keepdims=True)
+    weighted_N1, best_N1, likeliest_N1 = state.weighted_N1, state.best_N1, state.likeliest_N1
     if weighted_N1 is not None:
         weighted_N1 = weighted_N1 * shrink_N1 + (weights_NS * logits_NS).sum(axis=1, keepdims=True)
     if best_N1 is not None and likeliest_N1 is not None:
@@ -115,27 +120,35 @@ def meet(
     return Running(top_N1, total_N1, chosen_N1, weighted_N1, best_N1, likeliest_N1)
 
 
-def all_met(met: Running) -> Scores:
+def final_scores(state: Running) -> Scores:
     """Columns still, [N, 1]."""
-    mean_N1 = None if met.weighted_N1 is None else met.weighted_N1 / met.total_N1
-    log_z_N1 = met.top_N1 + jnp.log(met.total_N1)
-    return Scores(met.chosen_N1, log_z_N1, mean_N1, met.best_N1, met.likeliest_N1)
+    mean_N1 = None if state.weighted_N1 is None else state.weighted_N1 / state.total_N1
+    log_z_N1 = state.top_N1 + jnp.log(state.total_N1)
+    return Scores(state.chosen_N1, log_z_N1, mean_N1, state.best_N1, state.likeliest_N1)
 
 
-def logits_of(plan: Plan, products_NS: jax.Array, bias_1S: jax.Array | None) -> jax.Array:
+def logits_of(call: CrossEntropyCall, products_NS: jax.Array, bias_1S: jax.Array | None) -> jax.Array:
     """From products of hidden states and the head, float32."""
     logits_NS = products_NS if bias_1S is None else products_NS + bias_1S
-    logits_NS = logits_NS if plan.scale == 1 else logits_NS * plan.scale
-    return logits_NS if plan.softcap is None else plan.softcap * jnp.tanh(logits_NS / plan.softcap)
+    logits_NS = logits_NS if call.scale == 1 else logits_NS * call.scale
+    return logits_NS if call.softcap is None else call.softcap * jnp.tanh(logits_NS / call.softcap)
 
 
 def product_gradients(
-    plan: Plan, logits_NS: jax.Array, entries_NS: jax.Array, targets_N1: jax.Array, pull: Pull
+    call: CrossEntropyCall,
+    logits_NS: jax.Array,
+    entries_NS: jax.Array,
+    targets_N1: jax.Array,
+    cotangents: Cotangents,
 ) -> jax.Array:
     """Gradient of the products of hidden states and the head, float32."""
-    shift = pull.shift_N1 if pull.slope_N1 is None else pull.shift_N1 + pull.slope_N1 * logits_NS
-    at_target_NS = jnp.where(entries_NS == targets_N1, pull.chosen_N1, 0.0)
-    d_NS = jnp.exp(logits_NS - pull.log_z_N1) * shift + at_target_NS
-    if plan.softcap is not None:
-        d_NS *= 1 - jnp.square(logits_NS / plan.softcap)
-    return d_NS if plan.scale == 1 else d_NS * plan.scale
+    shift = (
+        cotangents.shift_N1
+        if cotangents.slope_N1 is None
+        else cotangents.shift_N1 + cotangents.slope_N1 * logits_NS
+    )
+    at_target_NS = jnp.where(entries_NS == targets_N1, cotangents.chosen_N1, 0.0)
+    d_NS = jnp.exp(logits_NS - cotangents.log_z_N1) * shift + at_target_NS
+    if call.softcap is not None:
+        d_NS *= 1 - jnp.square(logits_NS / call.softcap)
+    return d_NS if call.scale == 1 else d_NS * call.scale

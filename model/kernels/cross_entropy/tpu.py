@@ -20,26 +20,26 @@ from model.kernels.attention.tpu_blocks import LANES, column, product
 from model.kernels.cross_entropy.tiles import (
     MASKED,
     NOWHERE,
-    Plan,
-    Pull,
+    Cotangents,
+    CrossEntropyCall,
     Running,
     Scores,
-    Tiles,
-    all_met,
+    TileSizes,
+    final_scores,
+    initial_state,
     logits_of,
-    meet,
-    nothing_met,
     product_gradients,
+    update,
 )
 
 
-def forward(plan: Plan, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
+def forward(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
     (N, D), V = hidden_ND.shape, len(head_VD)
-    grid, (Q, S, C) = _grid(plan, hidden_ND, V)
-    start = jax.eval_shape(lambda: nothing_met(plan, Q))
-    rows = jax.eval_shape(lambda: all_met(nothing_met(plan, 1)))
+    grid, (Q, S, C) = _grid(call, hidden_ND, V)
+    start = jax.eval_shape(lambda: initial_state(call, Q))
+    rows = jax.eval_shape(lambda: final_scores(initial_state(call, 1)))
     scores = pl.pallas_call(
-        functools.partial(_forward_kernel, plan, V, D),
+        functools.partial(_forward_kernel, call, V, D),
         grid=grid,
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *_specs(Q, S, C, bias_V), _row(Q)],
         out_specs=jax.tree.map(lambda _: _row(Q), rows),
@@ -51,19 +51,21 @@ def forward(plan: Plan, hidden_ND, head_VD, bias_V, targets_N, choices) -> Score
         ],
         compiler_params=_COMPILER,
         cost_estimate=_cost(grid, hidden_ND, head_VD, 0),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="cross_entropy_forward",
     )(choices[None], hidden_ND, head_VD, _as_row(bias_V), targets_N[None])
     return jax.tree.map(lambda x_1N: x_1N[0], scores)
 
 
-def stripe_gradients(plan: Plan, hidden_ND, head_SD, bias_S, targets_N, pull: Pull) -> jax.Array:
-    """As `cross_entropy_plain.stripe_gradients`."""
+def stripe_gradients(
+    call: CrossEntropyCall, hidden_ND, head_SD, bias_S, targets_N, cotangents: Cotangents
+) -> jax.Array:
+    """As `stripes.stripe_gradients`."""
     (N, D), V = hidden_ND.shape, len(head_SD)
-    grid, (Q, S, C) = _grid(plan, hidden_ND, V)
-    rows = jax.tree.map(lambda x_N1: x_N1.T, pull)
+    grid, (Q, S, C) = _grid(call, hidden_ND, V)
+    rows = jax.tree.map(lambda x_N1: x_N1.T, cotangents)
     return pl.pallas_call(
-        functools.partial(_gradient_kernel, plan, D),
+        functools.partial(_gradient_kernel, call, D),
         grid=grid,
         in_specs=[*_specs(Q, S, C, bias_S), _row(Q), jax.tree.map(lambda _: _row(Q), rows)],
         out_specs=pl.BlockSpec((Q, S), lambda i, j, k: (i, j)),
@@ -75,55 +77,59 @@ def stripe_gradients(plan: Plan, hidden_ND, head_SD, bias_S, targets_N, pull: Pu
         ],
         compiler_params=_COMPILER,
         cost_estimate=_cost(grid, hidden_ND, head_SD, N * V * hidden_ND.dtype.itemsize),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="cross_entropy_gradients",
     )(hidden_ND, head_SD, _as_row(bias_S), targets_N[None], rows)
 
 
-def _forward_kernel(plan: Plan, V: int, D: int, choices, hidden_QC, head_SC, bias_1S, targets_1Q, *refs):
-    running = jax.tree.structure(jax.eval_shape(lambda: nothing_met(plan, 1)))
-    products_QS, targets_Q1, *met = refs[-2 - running.num_leaves :]
+def _forward_kernel(
+    call: CrossEntropyCall, V: int, D: int, choices, hidden_QC, head_SC, bias_1S, targets_1Q, *refs
+):
+    running = jax.tree.structure(jax.eval_shape(lambda: initial_state(call, 1)))
+    products_QS, targets_Q1, *state = refs[-2 - running.num_leaves :]
     scores = refs[: -2 - running.num_leaves]
     j, first_step, last_step = _steps()
 
     @pl.when(first_step)
     def start():
         targets_Q1[...] = _upright(targets_1Q[...])
-        _store(met, nothing_met(plan, len(targets_Q1)))
+        _store(state, initial_state(call, len(targets_Q1)))
 
     def so_far() -> Running:
-        return jax.tree.unflatten(running, [ref[...] for ref in met])
+        return jax.tree.unflatten(running, [ref[...] for ref in state])
 
     def add_tile():
-        logits_QS = logits_of(plan, products_QS[...], None if bias_1S is None else bias_1S[...])
+        logits_QS = logits_of(call, products_QS[...], None if bias_1S is None else bias_1S[...])
         entries_QS = _entries(logits_QS.shape, j)
         if V % logits_QS.shape[1]:
             counts_QS = entries_QS < V
             logits_QS = jnp.where(counts_QS, logits_QS, MASKED)
             entries_QS = jnp.where(counts_QS, entries_QS, NOWHERE)
-        _store(met, meet(plan, so_far(), logits_QS, entries_QS, targets_Q1[...], choices[0]))
+        _store(state, update(call, so_far(), logits_QS, entries_QS, targets_Q1[...], choices[0]))
 
     _multiply(D, hidden_QC, head_SC, products_QS, add_tile)
 
     @pl.when(last_step)
     def finish():
-        _store(scores, jax.tree.map(_lying, all_met(so_far())))
+        _store(scores, jax.tree.map(_lying, final_scores(so_far())))
 
 
-def _gradient_kernel(plan: Plan, D: int, hidden_QC, head_SC, bias_1S, targets_1Q, rows, d_QS, *scratch):
-    products_QS, targets_Q1, *pull = scratch
+def _gradient_kernel(
+    call: CrossEntropyCall, D: int, hidden_QC, head_SC, bias_1S, targets_1Q, rows, d_QS, *scratch
+):
+    products_QS, targets_Q1, *cotangents = scratch
     j, first_step, _ = _steps()
 
     @pl.when(first_step)
     def start():
         targets_Q1[...] = _upright(targets_1Q[...])
-        _store(pull, [_upright(row_1Q[...]) for row_1Q in jax.tree.leaves(rows)])
+        _store(cotangents, [_upright(row_1Q[...]) for row_1Q in jax.tree.leaves(rows)])
 
     def write_tile():
-        logits_QS = logits_of(plan, products_QS[...], None if bias_1S is None else bias_1S[...])
+        logits_QS = logits_of(call, products_QS[...], None if bias_1S is None else bias_1S[...])
         entries_QS = _entries(logits_QS.shape, j)
-        columns = jax.tree.unflatten(jax.tree.structure(rows), [ref[...] for ref in pull])
-        gradients_QS = product_gradients(plan, logits_QS, entries_QS, targets_Q1[...], columns)
+        columns = jax.tree.unflatten(jax.tree.structure(rows), [ref[...] for ref in cotangents])
+        gradients_QS = product_gradients(call, logits_QS, entries_QS, targets_Q1[...], columns)
         d_QS[...] = gradients_QS.astype(d_QS.dtype)
 
     _multiply(D, hidden_QC, head_SC, products_QS, write_tile)
@@ -150,12 +156,14 @@ def _within(x_RC: jax.Array, k, D: int) -> jax.Array:
     return jnp.where(channels_RC < D, x_RC.astype(jnp.float32), 0.0).astype(x_RC.dtype)
 
 
-def _grid(plan: Plan, hidden_ND: jax.Array, V: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def _grid(
+    call: CrossEntropyCall, hidden_ND: jax.Array, V: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(steps, sizes of a tile); tokens are already a multiple.
 
     Channels of float32 take twice the memory, so half as many entries are met, and far more time.
     """
-    (N, D), tiles = hidden_ND.shape, plan.tiles or Tiles()
+    (N, D), tiles = hidden_ND.shape, call.tiles or TileSizes()
     entries = tiles.entries if hidden_ND.dtype.itemsize <= 2 else max(LANES, tiles.entries // 2)
     sizes = min(N, tiles.tokens), min(V, entries), _channels(D, tiles.width)
     return (pl.cdiv(N, sizes[0]), pl.cdiv(V, sizes[1]), pl.cdiv(D, sizes[2])), sizes

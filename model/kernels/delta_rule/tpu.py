@@ -17,18 +17,27 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels.delta_rule.tpu_backward import gradients
-from model.kernels.delta_rule.tpu_forward import Inputs, Plan, Results, Saved, forward
-from model.kernels.recurrence.tpu_chunks import CHUNK, LANES, Sizes, documents, narrowest, padded, totals, up
+from model.kernels.delta_rule.tpu_forward import DeltaCall, Inputs, Results, Saved, forward
+from model.kernels.recurrence.tpu_chunks import (
+    CHUNK,
+    LANES,
+    TileSizes,
+    documents,
+    narrowest,
+    padded,
+    totals,
+    up,
+)
 
 # Sizes by chip. A block is of one head; its width bounds that of keys and values together. At 512 tokens a state a
 # block is a quarter of the values of 128 channels in float32, the systems of four chunks are inverted side by side,
 # which hides that each is a chain of products, and all fits the 16 MiB that a kernel is given on the smallest chip.
-SIZES = {
-    "v4": Sizes(512),
-    "v5e": Sizes(512),
-    "v5p": Sizes(512),
-    "v6e": Sizes(512),
-    "tpu7x": Sizes(512),
+TILE_SIZES = {
+    "v4": TileSizes(512),
+    "v5e": TileSizes(512),
+    "v5p": TileSizes(512),
+    "v6e": TileSizes(512),
+    "tpu7x": TileSizes(512),
 }
 
 
@@ -41,13 +50,13 @@ def delta_rule(
     first_BT: jax.Array,
     state_BHKV: jax.Array,
     *,
-    sizes: Sizes = Sizes(),
+    tiles: TileSizes = TileSizes(),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `model.kernels.delta_rule.delta_rule`, with gradients of all but `first_BT`."""
     (B, T, H, K), V = q_BTHK.shape, v_BTHV.shape[3]
-    plan = make_plan(K, V, T, sizes, interpret)
-    dtype, length = narrowest(q_BTHK, k_BTHK, v_BTHV), up(T, plan.tokens)
+    call = make_call(K, V, T, tiles, interpret)
+    dtype, length = narrowest(q_BTHK, k_BTHK, v_BTHV), up(T, call.tokens)
 
     def wide(x_BTHC, width):
         """Heads side by side, each filled up with zeros to the width."""
@@ -58,39 +67,39 @@ def delta_rule(
 
     beta_BHT = padded(beta_BTH.astype(jnp.float32), 1, length).swapaxes(1, 2)
     inputs = Inputs(
-        q=wide(q_BTHK, plan.keys),
-        k=wide(k_BTHK, plan.keys),
-        v=wide(v_BTHV, plan.values),
+        q=wide(q_BTHK, call.keys),
+        k=wide(k_BTHK, call.keys),
+        v=wide(v_BTHV, call.values),
         totals=rows(totals(padded(log_decay_BTH, 1, length))),
         beta=rows(beta_BHT),
         documents=documents(padded(first_BT, 1, length)),
     )
-    state = padded(padded(state_BHKV.astype(jnp.float32), 2, plan.keys), 3, plan.values)
-    o_BTF, last_BHKV = _delta(plan, inputs, state)
-    return o_BTF[:, :T].reshape(B, T, H, plan.values)[..., :V], last_BHKV[:, :, :K, :V]
+    state = padded(padded(state_BHKV.astype(jnp.float32), 2, call.keys), 3, call.values)
+    o_BTF, last_BHKV = _delta(call, inputs, state)
+    return o_BTF[:, :T].reshape(B, T, H, call.values)[..., :V], last_BHKV[:, :, :K, :V]
 
 
-def make_plan(K: int, V: int, T: int, sizes: Sizes, interpret: bool) -> Plan:
+def make_call(K: int, V: int, T: int, tiles: TileSizes, interpret: bool) -> DeltaCall:
     """Blocks of keys and values together wider than `sizes` says have fewer tokens, that they fit."""
     K, V = up(K, LANES), up(V, LANES)
-    fitting = sizes.tokens * sizes.width // max(K + V, sizes.width) // CHUNK * CHUNK
-    return Plan(K, V, min(max(fitting, CHUNK), up(T, CHUNK)), interpret)
+    fitting = tiles.tokens * tiles.width // max(K + V, tiles.width) // CHUNK * CHUNK
+    return DeltaCall(K, V, min(max(fitting, CHUNK), up(T, CHUNK)), interpret)
 
 
-def _run(plan: Plan, inputs: Inputs, state: jax.Array) -> Results:
-    return forward(plan, inputs, state, saves=False)[0]
+def _run(call: DeltaCall, inputs: Inputs, state: jax.Array) -> Results:
+    return forward(call, inputs, state, saves=False)[0]
 
 
 _delta = jax.custom_vjp(_run, nondiff_argnums=(0,))
 
 
-def _forward(plan: Plan, inputs: Inputs, state: jax.Array):
-    results, saved = forward(plan, inputs, state, saves=True)
+def _forward(call: DeltaCall, inputs: Inputs, state: jax.Array):
+    results, saved = forward(call, inputs, state, saves=True)
     return results, (inputs, saved)
 
 
-def _backward(plan: Plan, residuals: tuple[Inputs, Saved], dresults: Results):
-    return gradients(plan, *residuals, dresults)
+def _backward(call: DeltaCall, residuals: tuple[Inputs, Saved], dresults: Results):
+    return gradients(call, *residuals, dresults)
 
 
 _delta.defvjp(_forward, _backward)

@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from model.kernels.delta_rule.tpu_forward import (
     DIMENSIONS,
     Chunk,
+    DeltaCall,
     Inputs,
-    Plan,
     Results,
     Saved,
     after,
@@ -32,10 +32,10 @@ from model.kernels.delta_rule.tpu_forward import (
 from model.kernels.recurrence.tpu_chunks import CHUNK, all_sum, at_last, column_sum, cost, in_lane, row_sum
 
 
-def gradients(plan: Plan, inputs: Inputs, saved: Saved, dresults: Results) -> tuple[Inputs, jax.Array]:
+def gradients(call: DeltaCall, inputs: Inputs, saved: Saved, dresults: Results) -> tuple[Inputs, jax.Array]:
     """Of the inputs and the first state."""
     (B, H, K, V), T = dresults.last.shape, inputs.q.shape[1]
-    in_spec, out_spec, saved_spec = plan.specs(lambda t: T // plan.tokens - 1 - t)
+    in_spec, out_spec, saved_spec = call.specs(lambda t: T // call.tokens - 1 - t)
     of_inputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs._replace(documents=None)
     )
@@ -43,22 +43,22 @@ def gradients(plan: Plan, inputs: Inputs, saved: Saved, dresults: Results) -> tu
     multiplied = 5 * CHUNK * (K + V) + 8 * K * V  # for a token of a head
     arrays = (*inputs, *saved, *dresults), (*of_inputs, of_state)
     return pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(B, H, T // plan.tokens),
+        functools.partial(_kernel, call),
+        grid=(B, H, T // call.tokens),
         in_specs=[in_spec, saved_spec, out_spec],
         out_specs=[in_spec._replace(documents=None), out_spec.last],
         out_shape=[of_inputs, of_state],
         scratch_shapes=[
             _Scratch(
                 pltpu.VMEM((K, V), jnp.float32),
-                pltpu.VMEM((plan.tokens // CHUNK, K, V), jnp.float32),
-                pltpu.VMEM((plan.tokens, V), jnp.float32),
-                pltpu.VMEM((plan.tokens, V), jnp.float32),
+                pltpu.VMEM((call.tokens // CHUNK, K, V), jnp.float32),
+                pltpu.VMEM((call.tokens, V), jnp.float32),
+                pltpu.VMEM((call.tokens, V), jnp.float32),
             )
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
         cost_estimate=cost(B * H * T * multiplied, B * H * T, *arrays),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="delta_backward",
     )(inputs, saved, dresults)
 
@@ -71,15 +71,21 @@ class _Scratch(NamedTuple):
 
 
 def _kernel(
-    plan: Plan, inputs: Inputs, saved: Saved, dresults: Results, dinputs: Inputs, dstart_KV, scratch: _Scratch
+    call: DeltaCall,
+    inputs: Inputs,
+    saved: Saved,
+    dresults: Results,
+    dinputs: Inputs,
+    dstart_KV,
+    scratch: _Scratch,
 ):
-    chunks = plan.tokens // CHUNK
+    chunks = call.tokens // CHUNK
 
     @pl.when(pl.program_id(2) == 0)
     def start():
         scratch.dstate_KV[...] = dresults.last[...]
 
-    _run_again(chunks, inputs, saved, scratch)
+    _recompute_states(chunks, inputs, saved, scratch)
 
     def step(done, _):
         x = _around(chunks - 1 - done, inputs, saved, dresults, scratch)
@@ -97,7 +103,7 @@ def _kernel(
         dstart_KV[...] = scratch.dstate_KV[...]
 
 
-def _run_again(chunks: int, inputs: Inputs, saved: Saved, scratch: _Scratch) -> None:
+def _recompute_states(chunks: int, inputs: Inputs, saved: Saved, scratch: _Scratch) -> None:
     """The states before the block's chunks, and what their tokens write."""
     scratch.states_CKV[0] = saved.entering[...]
 
@@ -153,7 +159,7 @@ def _chunk_gradients(x: _Around) -> tuple[Inputs, jax.Array]:
     dknown_QK = _from_known(x, dv_QV)
     dk_QK = product(found.dproducts_QQ, q_QK, (0, 0)) + dout_QK + dknown_QK
     dk_QK += product(dproducts_QQ + dproducts_QQ.T, k_QK, (1, 0))
-    over_QQ = jnp.where(chunk.sees.earlier_QQ, found.dproducts_QQ * found.products_QQ, 0)
+    over_QQ = jnp.where(chunk.mask.earlier_QQ, found.dproducts_QQ * found.products_QQ, 0)
     over_QQ += chunk.beta_Q1 * dbeta_QQ
     dbeta_Q1 = row_sum(dbeta_QQ) + row_sum(dright_QV * x.new_QV)
     dtotals_1Q = _from_decays(x, over_QQ, found.dinto_QK, dknown_QK, dout_QK)
@@ -171,7 +177,7 @@ class _Found(NamedTuple):
 def _from_found(x: _Around) -> _Found:
     """Of o = into q S + P u, P = D q k^T."""
     chunk = x.chunk
-    between_QQ = chunk.decay.between(0, chunk.sees.pairs_QQ)
+    between_QQ = chunk.decay.between(0, chunk.mask.pairs_QQ)
     products_QQ = chunk.product(chunk.q_QK, chunk.k_QK, (1, 1))
     weights_QQ = products_QQ * between_QQ
     dproducts_QQ = chunk.product(x.do_QV, x.written_QV, (1, 1)) * between_QQ
@@ -191,7 +197,7 @@ def _from_written(x: _Around, weights_QQ: jax.Array) -> tuple[jax.Array, jax.Arr
 def _from_system(x: _Around, between_QQ: jax.Array, dright_QV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Of A, dA = -dr u^T: (the gradient of k k^T, beta D dA; what adds up to that of beta, dA D k k^T)."""
     chunk = x.chunk
-    within_QQ = jnp.where(chunk.sees.earlier_QQ, between_QQ, 0)
+    within_QQ = jnp.where(chunk.mask.earlier_QQ, between_QQ, 0)
     overlap_QQ = chunk.product(chunk.k_QK, chunk.k_QK, (1, 1)) * within_QQ
     doverlap_QQ = -chunk.exact(dright_QV, x.written_QV, (1, 1))
     return doverlap_QQ * chunk.beta_Q1 * within_QQ, doverlap_QQ * overlap_QQ
@@ -207,9 +213,9 @@ def _from_decays(x: _Around, over_QQ, dinto_QK, dknown_QK, dout_QK) -> jax.Array
     chunk, decay = x.chunk, x.chunk.decay
     q_QK, k_QK = chunk.q_QK.astype(jnp.float32), chunk.k_QK.astype(jnp.float32)
     gone_Q1 = row_sum(dout_QK * k_QK)
-    kept_11 = all_sum(x.dafter_KV * x.before_KV) * decay.kept(0)
+    carried_11 = all_sum(x.dafter_KV * x.before_KV) * decay.carry(0)
     seen_Q1 = row_sum(dinto_QK * q_QK + dknown_QK * k_QK)
-    rise_Q1 = row_sum(over_QQ) + seen_Q1 - gone_Q1 + at_last(column_sum(gone_Q1) + kept_11)
+    rise_Q1 = row_sum(over_QQ) + seen_Q1 - gone_Q1 + at_last(column_sum(gone_Q1) + carried_11)
     return _row(rise_Q1) - column_sum(over_QQ)
 
 
@@ -218,7 +224,7 @@ def _before(x: _Around, dv_QV: jax.Array) -> jax.Array:
     chunk, into_Q1 = x.chunk, x.chunk.decay.into_QL[:, :1]
     from_found_KV = chunk.product(chunk.q_QK, x.do_QV * into_Q1, (0, 0))
     from_known_KV = chunk.product(chunk.k_QK, dv_QV * into_Q1, (0, 0))
-    return x.dafter_KV * chunk.decay.kept(0) + from_found_KV - from_known_KV
+    return x.dafter_KV * chunk.decay.carry(0) + from_found_KV - from_known_KV
 
 
 def _row(column_Q1: jax.Array) -> jax.Array:

@@ -26,13 +26,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.recurrence.tpu_chunks import (
     CHUNK,
+    ChunkMask,
     Decays,
-    Sight,
     chunk_at,
+    chunk_mask,
     cost,
     decays,
     product,
-    sight,
     upright,
 )
 
@@ -50,9 +50,9 @@ class Inputs(NamedTuple):
     def chunk(self, at) -> Chunk:
         """In a kernel: the chunk `at` of its block."""
         here = chunk_at(at)
-        sees = sight(self.documents[:, here])
-        decay, beta_Q1 = decays(self.totals[:, here], sees), upright(self.beta[:, here])[:, :1]
-        return Chunk(here, sees, decay, beta_Q1, self.q[here], self.k[here], self.v[here])
+        mask = chunk_mask(self.documents[:, here])
+        decay, beta_Q1 = decays(self.totals[:, here], mask), upright(self.beta[:, here])[:, :1]
+        return Chunk(here, mask, decay, beta_Q1, self.q[here], self.k[here], self.v[here])
 
 
 class Results(NamedTuple):
@@ -71,7 +71,7 @@ class Saved(NamedTuple):
 
 class Chunk(NamedTuple):
     here: Any  # its tokens in the block
-    sees: Sight
+    mask: ChunkMask
     decay: Decays
     beta_Q1: jax.Array
     q_QK: jax.Array
@@ -87,7 +87,7 @@ class Chunk(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class DeltaCall:
     keys: int  # width, of one head
     values: int
     tokens: int  # of a block
@@ -111,33 +111,35 @@ class Plan:
 DIMENSIONS = ("parallel", "parallel", "arbitrary")  # rows and heads are for any core
 
 
-def forward(plan: Plan, inputs: Inputs, state: jax.Array, saves: bool) -> tuple[Results, Saved]:
+def forward(call: DeltaCall, inputs: Inputs, state: jax.Array, saves: bool) -> tuple[Results, Saved]:
     """From the states [B, H, K, V] float32 before the first token; nothing is saved unless `saves`."""
     (B, T, F), (_, H, K, V) = inputs.v.shape, state.shape
-    in_spec, out_spec, saved_spec = plan.specs(lambda t: t)
+    in_spec, out_spec, saved_spec = call.specs(lambda t: t)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     results = Results(float32(B, T, F), float32(B, H, K, V))
-    saved = Saved(float32(B, H, T // plan.tokens, K, V), float32(B, T, H * CHUNK)) if saves else Saved()
+    saved = Saved(float32(B, H, T // call.tokens, K, V), float32(B, T, H * CHUNK)) if saves else Saved()
     # for a token of a head: two products of keys, those of the inverse, of what is written and found, and of the state
     multiplied = CHUNK * (2 * K + 12 * CHUNK + 2 * V) + 3 * K * V
     return pl.pallas_call(
-        functools.partial(_kernel, plan),
-        grid=(B, H, T // plan.tokens),
+        functools.partial(_kernel, call),
+        grid=(B, H, T // call.tokens),
         in_specs=[in_spec, out_spec.last],
         out_specs=[out_spec, saved_spec if saves else Saved()],
         out_shape=[results, saved],
         scratch_shapes=[
             pltpu.VMEM((K, V), jnp.float32),
-            None if saves else pltpu.VMEM((plan.tokens, CHUNK), jnp.float32),
+            None if saves else pltpu.VMEM((call.tokens, CHUNK), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
         cost_estimate=cost(B * T * H * multiplied, B * T * H, (*inputs, state), (*results, *saved)),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="delta_forward",
     )(inputs, state)
 
 
-def _kernel(plan: Plan, inputs: Inputs, start_KV, results: Results, saved: Saved, state_KV, own_inverses_TQ):
+def _kernel(
+    call: DeltaCall, inputs: Inputs, start_KV, results: Results, saved: Saved, state_KV, own_inverses_TQ
+):
     inverses_TQ = own_inverses_TQ if saved.inverses is None else saved.inverses
 
     @pl.when(pl.program_id(2) == 0)
@@ -146,7 +148,7 @@ def _kernel(plan: Plan, inputs: Inputs, start_KV, results: Results, saved: Saved
 
     if saved.entering is not None:
         saved.entering[...] = state_KV[...]
-    _invert(plan, inputs, inverses_TQ)
+    _invert(call, inputs, inverses_TQ)
 
     def step(at, _):
         chunk, before_KV = inputs.chunk(at), state_KV[...]
@@ -155,16 +157,16 @@ def _kernel(plan: Plan, inputs: Inputs, start_KV, results: Results, saved: Saved
         state_KV[...] = after(chunk, before_KV, written_QV)
         return 0
 
-    jax.lax.fori_loop(0, plan.tokens // CHUNK, step, 0)
+    jax.lax.fori_loop(0, call.tokens // CHUNK, step, 0)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def finish():
         results.last[...] = state_KV[...]
 
 
-def _invert(plan: Plan, inputs: Inputs, inverses_TQ) -> None:
+def _invert(call: DeltaCall, inputs: Inputs, inverses_TQ) -> None:
     """X of all chunks of the block."""
-    chunks = range(plan.tokens // CHUNK)
+    chunks = range(call.tokens // CHUNK)
     overlaps = [_overlap(inputs.chunk(at)) for at in chunks]
     for at, inverse_QQ in zip(chunks, inverses_unit_lower(overlaps, inputs.k.dtype), strict=True):
         inverses_TQ[chunk_at(at)] = inverse_QQ
@@ -173,7 +175,7 @@ def _invert(plan: Plan, inputs: Inputs, inverses_TQ) -> None:
 def _overlap(chunk: Chunk) -> jax.Array:
     """A = beta D k k^T below the diagonal."""
     products_QQ = chunk.product(chunk.k_QK, chunk.k_QK, (1, 1))
-    return chunk.beta_Q1 * products_QQ * chunk.decay.between(0, chunk.sees.earlier_QQ)
+    return chunk.beta_Q1 * products_QQ * chunk.decay.between(0, chunk.mask.earlier_QQ)
 
 
 def new_values(chunk: Chunk, state_KV: jax.Array) -> jax.Array:
@@ -190,7 +192,7 @@ def written(chunk: Chunk, inverse_QQ: jax.Array, new_QV: jax.Array) -> jax.Array
 def _found(chunk: Chunk, state_KV: jax.Array, written_QV: jax.Array) -> jax.Array:
     """o = into q S + P u, P = D q k^T up to the diagonal."""
     products_QQ = chunk.product(chunk.q_QK, chunk.k_QK, (1, 1))
-    scores_QQ = products_QQ * chunk.decay.between(0, chunk.sees.pairs_QQ)
+    scores_QQ = products_QQ * chunk.decay.between(0, chunk.mask.pairs_QQ)
     before_QV = chunk.product(chunk.q_QK, state_KV, (1, 0)) * chunk.decay.into_QL[:, :1]
     return before_QV + chunk.product(scores_QQ, written_QV, (1, 0))
 
@@ -198,7 +200,7 @@ def _found(chunk: Chunk, state_KV: jax.Array, written_QV: jax.Array) -> jax.Arra
 def after(chunk: Chunk, state_KV: jax.Array, written_QV: jax.Array) -> jax.Array:
     """S' = kept S + k^T (out u)."""
     added_KV = chunk.product(chunk.k_QK, written_QV * chunk.decay.out_QL[:, :1], (0, 0))
-    return state_KV * chunk.decay.kept(0) + added_KV
+    return state_KV * chunk.decay.carry(0) + added_KV
 
 
 def inverses_unit_lower(stricts: list[jax.Array], dtype: jnp.dtype) -> list[jax.Array]:

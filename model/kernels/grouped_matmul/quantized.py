@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
+from model.kernels.choice import Implementation, Operation, Platform
 from model.kernels.grouped_matmul import grouped_matmul
 
 LARGEST = {jnp.dtype("int8"): 127.0, jnp.dtype("float8_e4m3fn"): 448.0}
@@ -36,13 +37,29 @@ def quantized_grouped_matmul(
     """
     _checked(w_EIO.dtype)
     chosen = backend.current()
-    if chosen.name == "tpu":
-        # here, since Pallas takes long to import and is wanted on TPUs alone
-        from model.kernels.grouped_matmul.tpu import plan_for, quantized_product
+    return QUANTIZED_GROUPED_MATMUL.choose(Platform(chosen)).run(x_MI, w_EIO, scales_EO, sizes_E, chosen)
 
-        return quantized_product(plan_for(chosen), x_MI, w_EIO, scales_EO, sizes_E)
+
+def _plain(x_MI, w_EIO, scales_EO, sizes_E, chosen: backend.Backend) -> jax.Array:
     exact_EIO = (w_EIO.astype(jnp.float32) * scales_EO[:, None]).astype(x_MI.dtype)
     return grouped_matmul(x_MI, exact_EIO, sizes_E)
+
+
+def _by_kernel(x_MI, w_EIO, scales_EO, sizes_E, chosen: backend.Backend) -> jax.Array:
+    # here, since Pallas takes long to import and is wanted on TPUs alone
+    from model.kernels.grouped_matmul.tpu import call_for, quantized_product
+
+    return quantized_product(call_for(chosen), x_MI, w_EIO, scales_EO, sizes_E)
+
+
+QUANTIZED_GROUPED_MATMUL = Operation(
+    "quantized_grouped",
+    {
+        "plain": Implementation(("plain", "gpu", "tpu"), _plain),
+        "kernel": Implementation(("tpu",), _by_kernel),
+    },
+    preferred={"plain": ("plain",), "gpu": ("plain",), "tpu": ("kernel",)},
+)
 
 
 def _checked(dtype: jnp.dtype) -> jnp.dtype:

@@ -1,4 +1,4 @@
-"""Grouped products on a mesh: the compiler can't cut a kernel, so each device is given its part by hand.
+"""Grouped products on a mesh.
 
 Each device has its own tokens and sorts them itself. Where the mesh splits experts, or the width of each, the devices
 that share tokens have their own rows of them, too, multiply these with their own experts or channels, and what they
@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from model.kernels import backend
+from model.kernels import backend, mesh
 from model.kernels.grouped_matmul import grouped_matmul
 from model.sharding import Axes, ShardingRules
 
@@ -27,7 +27,7 @@ from model.sharding import Axes, ShardingRules
 class Split:
     """The axes of the mesh that split tokens and experts; none of them, where all is left to the compiler."""
 
-    mesh: frozenset[str] = frozenset()
+    axes: frozenset[str] = frozenset()
     batch: Axes = ()
     length: Axes = ()
     experts: Axes = ()
@@ -51,12 +51,12 @@ class Split:
     def width(self, name: str | None) -> Axes:
         """The axes that split an axis of the matrices; those that split tokens or experts are taken already."""
         taken = {*self.batch, *self.length, *self.experts}
-        return tuple(a for a in getattr(self.rules, name or "", ()) if a in self.mesh and a not in taken)
+        return tuple(a for a in getattr(self.rules, name or "", ()) if a in self.axes and a not in taken)
 
     def gathers(self, name: str | None) -> bool:
         """Whether each device gathers an axis of the matrices before it multiplies."""
         sizes = jax.sharding.get_abstract_mesh().shape
-        axes = (axis for axis in getattr(self.rules, name or "", ()) if axis in self.mesh)
+        axes = (axis for axis in getattr(self.rules, name or "", ()) if axis in self.axes)
         return any(sizes[axis] > 1 and axis not in self.width(name) for axis in axes)
 
     def experts_here(self, num_experts: int) -> tuple[jax.Array | int, int]:
@@ -66,11 +66,7 @@ class Split:
 
     def run(self, function: Callable, in_specs, out_specs) -> Callable:
         """`function` of what each device has."""
-        if not self.mesh:
-            return function
-        return jax.shard_map(
-            function, in_specs=in_specs, out_specs=out_specs, axis_names=self.mesh, check_vma=False
-        )
+        return mesh.on_mesh(function, in_specs, out_specs) if self.axes else function
 
 
 def split_of(rules: ShardingRules | None, B: int, T: int) -> Split:
@@ -85,27 +81,19 @@ def split_of(rules: ShardingRules | None, B: int, T: int) -> Split:
     Raises:
       ValueError: the devices do not divide the rows or the tokens.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
-    if not ours or (rules is None and backend.current().name != "tpu"):
+    free = mesh.mesh_axes()
+    if not free or (rules is None and backend.current().name != "tpu"):
         return Split()
     if rules is None:
-        return Split(frozenset(ours))
-
-    def dividing(axes: Axes, size: int, what: str) -> Axes:
-        axes = tuple(axis for axis in axes if axis in ours)
-        ways = math.prod(mesh.shape[axis] for axis in axes)
-        if size % ways:
-            raise ValueError(
-                f"mesh axes {'*'.join(axes)} = {ways} do not divide the {size} {what}. Give a multiple of {ways}, or "
-                "sharding rules that keep them whole."
-            )
-        return axes
-
-    batch = dividing(rules.batch, B, "rows of the batch")
-    length = dividing(rules.length, T, "tokens of a row") if T > 1 else ()
-    experts = tuple(axis for axis in rules.experts if axis in ours and axis not in (*batch, *length))
-    return Split(frozenset(ours), batch, length, experts, rules)
+        return Split(free)
+    batch, length, experts = mesh.split_by(rules, "batch", "length", "experts")
+    mesh.check_divides(batch, mesh.Size(B, "rows of the batch", "batch"))
+    if T > 1:
+        mesh.check_divides(length, mesh.Size(T, "tokens of a row", "length"))
+    else:
+        length = ()
+    experts = tuple(axis for axis in experts if axis not in (*batch, *length))
+    return Split(free, batch, length, experts, rules)
 
 
 def grouped_on_mesh(
@@ -148,8 +136,8 @@ def spread_on_mesh(split: Split, vectors_EO: jax.Array, expert_M: jax.Array, nam
     return split.run(pick, in_specs, PartitionSpec(*split.rows, y_outputs))(vectors_EO, expert_M)
 
 
-def once_on_mesh(split: Split, y_MO: jax.Array) -> jax.Array:
-    """What is to be added to parts of a sum: all of it in the first part, zeros in the others."""
+def first_part_on_mesh(split: Split, y_MO: jax.Array) -> jax.Array:
+    """A summand for parts of a sum: all of it in the first part, zeros in the others."""
     widths = split.width("mlp")
     if not widths:
         return y_MO

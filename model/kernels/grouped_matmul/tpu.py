@@ -1,6 +1,6 @@
 """Grouped products for TPUs: rows sorted into groups, a matrix for each group, none of them padded or gathered.
 
-Gale et al. 2022, arXiv:2211.15841. The plain form is model.kernels.grouped_matmul. `jax.experimental.pallas.ops.tpu.
+Gale et al. 2022, arXiv:2211.15841. `jax.experimental.pallas.ops.tpu.
 megablox` is such a kernel too. Beyond it: the rows need not be a multiple of a tile; rows beyond all groups are written
 as zeros, in the same pass and without reading a matrix; of a tile that groups share, each computes only the parts that
 hold rows of it (megablox: the whole tile, once for each of them), which counts where groups are shorter than tiles; a
@@ -21,8 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.backend import Backend
 from model.kernels.grouped_matmul.tpu_visits import (
-    Blocks,
-    Step,
+    StepSizes,
+    TileSizes,
     Visits,
     parts_of_visit,
     rows_of_visit,
@@ -33,62 +33,62 @@ from model.kernels.grouped_matmul.tpu_visits import (
 # byte of bfloat16, which must be more than the chip has for a byte of its memory (v4 229, v5e 240, v5p 166, v6e 560,
 # tpu7x 312): 512 x 1024 have 341, 1024 x 1024 have 512, 1024 x 2048 have 683. The gradient of the matrices has
 # X * Y / (X + Y), not fewer. The first fit the 16 MiB that every chip gives; v6e has 128 MiB and tpu7x 64 MiB.
-BLOCKS = {
-    "v4": Blocks(512, 1024, 1024),
-    "v5e": Blocks(512, 1024, 1024),
-    "v5p": Blocks(512, 1024, 1024),
-    "v6e": Blocks(1024, 1024, 2048, memory=64 << 20),
-    "tpu7x": Blocks(1024, 1024, 1024, memory=32 << 20),
+TILE_SIZES = {
+    "v4": TileSizes(512, 1024, 1024),
+    "v5e": TileSizes(512, 1024, 1024),
+    "v5p": TileSizes(512, 1024, 1024),
+    "v6e": TileSizes(1024, 1024, 2048, memory=64 << 20),
+    "tpu7x": TileSizes(1024, 1024, 1024, memory=32 << 20),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GroupedCall:
     """All that is known of a grouped product before it runs."""
 
-    blocks: Blocks = Blocks()
+    tiles: TileSizes = TileSizes()
     interpret: bool = False
     transposed: bool = False  # the matrices are [E, O, I] and are read as they lie
 
-    def turned(self) -> Plan:
+    def transposed_back(self) -> GroupedCall:
         return dataclasses.replace(self, transposed=not self.transposed)
 
 
-def plan_for(chosen: Backend, transposed: bool = False) -> Plan:
-    return Plan(BLOCKS[chosen.chip] if chosen.chip else Blocks(), chosen.interpret, transposed)
+def call_for(chosen: Backend, transposed: bool = False) -> GroupedCall:
+    return GroupedCall(chosen.of_chip(TILE_SIZES, TileSizes()), chosen.interpret, transposed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def grouped_product(plan: Plan, x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def grouped_product(call: GroupedCall, x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """[M, O] in the dtype of `x`, which is that of `w`; rows beyond the sizes' sum are zeros."""
-    return products(plan, x_MI, w_EIO, sizes_E)
+    return products(call, x_MI, w_EIO, sizes_E)
 
 
-def _forward(plan: Plan, x_MI, w_EIO, sizes_E):
-    return products(plan, x_MI, w_EIO, sizes_E), (x_MI, w_EIO, sizes_E)
+def _forward(call: GroupedCall, x_MI, w_EIO, sizes_E):
+    return products(call, x_MI, w_EIO, sizes_E), (x_MI, w_EIO, sizes_E)
 
 
-def _backward(plan: Plan, saved, dy_MO):
+def _backward(call: GroupedCall, saved, dy_MO):
     x_MI, w_EIO, sizes_E = saved
-    dx_MI = products(plan.turned(), dy_MO, w_EIO, sizes_E)
-    factors = (dy_MO, x_MI) if plan.transposed else (x_MI, dy_MO)
-    return dx_MI, matrix_gradients(plan, *factors, sizes_E), None
+    dx_MI = products(call.transposed_back(), dy_MO, w_EIO, sizes_E)
+    factors = (dy_MO, x_MI) if call.transposed else (x_MI, dy_MO)
+    return dx_MI, matrix_gradients(call, *factors, sizes_E), None
 
 
 grouped_product.defvjp(_forward, _backward)
 
 
 def quantized_product(
-    plan: Plan, x_MI: jax.Array, w_EIO: jax.Array, scales_EO: jax.Array, sizes_E: jax.Array
+    call: GroupedCall, x_MI: jax.Array, w_EIO: jax.Array, scales_EO: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
     """[M, O] in the dtype of `x`, of matrices that are `w` times the scales of their columns; it has no gradient."""
     # widening a block takes instructions by its size, and more of them take minutes to compile
-    blocks = dataclasses.replace(plan.blocks, outputs=min(plan.blocks.outputs, 1024))
-    return products(dataclasses.replace(plan, blocks=blocks), x_MI, w_EIO, sizes_E, scales_EO)
+    tiles = dataclasses.replace(call.tiles, outputs=min(call.tiles.outputs, 1024))
+    return products(dataclasses.replace(call, tiles=tiles), x_MI, w_EIO, sizes_E, scales_EO)
 
 
 def products(
-    plan: Plan,
+    call: GroupedCall,
     x_MI: jax.Array,
     w_EIO: jax.Array,
     sizes_E: jax.Array,
@@ -100,10 +100,10 @@ def products(
       w_EIO: of the dtype of `x`, or of fewer bits: then it is widened in fast memory; [E, O, I] if `plan.transposed`.
       scales_EO: what a column of a matrix is to be multiplied with.
     """
-    transposed = plan.transposed
+    transposed = call.transposed
     (M, I), O = x_MI.shape, w_EIO.shape[1 if transposed else 2]
-    blocks = plan.blocks.fitted(M, I, O, x_MI.dtype.itemsize)
-    R, X, Y = blocks.rows, blocks.inputs, blocks.outputs
+    tiles = call.tiles.fitted(M, I, O, x_MI.dtype.itemsize)
+    R, X, Y = tiles.rows, tiles.inputs, tiles.outputs
     visits, num_visits = visits_of(sizes_E, M, R, of_all_groups=False)
     steps, last_group = pl.cdiv(I, X), len(sizes_E) - 1
 
@@ -122,7 +122,7 @@ def products(
         return jnp.minimum(Visits(*refs).group[v], last_group), 0, y
 
     return pl.pallas_call(
-        functools.partial(_product_kernel, blocks, I, transposed),
+        functools.partial(_product_kernel, tiles, I, transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
             grid=(pl.cdiv(O, Y), num_visits, steps),
@@ -136,18 +136,18 @@ def products(
         ),
         out_shape=jax.ShapeDtypeStruct((M, O), x_MI.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=plan.blocks.memory
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=call.tiles.memory
         ),
         cost_estimate=_cost(M, I, O, x_MI.nbytes * pl.cdiv(O, Y) + w_EIO.nbytes, x_MI.dtype.itemsize * M * O),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="grouped_products",
     )(*visits, x_MI, w_EIO, None if scales_EO is None else scales_EO[:, None])
 
 
-def _product_kernel(blocks: Step, inputs: int, transposed: bool, *refs):
+def _product_kernel(tiles: StepSizes, inputs: int, transposed: bool, *refs):
     visits = Visits(*refs[: len(Visits._fields)])
     x_RX, w, scales_1Y, y_RY, sum_RY = refs[len(visits) :]
-    v, step, R = pl.program_id(1), pl.program_id(2), blocks.rows
+    v, step, R = pl.program_id(1), pl.program_id(2), tiles.rows
     group, start, stop = rows_of_visit(visits, v, R)
     real, whole = group < visits.start.shape[0] - 1, (start <= 0) & (stop >= R)
     last = step == pl.num_programs(2) - 1
@@ -171,7 +171,7 @@ def _product_kernel(blocks: Step, inputs: int, transposed: bool, *refs):
 
     @pl.when(real & ~whole)
     def add_parts():
-        _each_part(start, stop, blocks, lambda rows, _: add(rows))
+        _each_part(start, stop, tiles, lambda rows, _: add(rows))
 
     @pl.when(last & whole)
     def store_tile():
@@ -182,17 +182,17 @@ def _product_kernel(blocks: Step, inputs: int, transposed: bool, *refs):
         def store(rows, mine_P1):
             y_RY[rows] = jnp.where(mine_P1, scaled(sum_RY[rows]), y_RY[rows])
 
-        _each_part(start, stop, blocks, store)
+        _each_part(start, stop, tiles, store)
 
 
-def matrix_gradients(plan: Plan, x_MI: jax.Array, dy_MO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def matrix_gradients(call: GroupedCall, x_MI: jax.Array, dy_MO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """[E, I, O] in the dtype of `x`: for each group the sum of its rows' outer products, added up in float32."""
     (M, I), O = x_MI.shape, dy_MO.shape[1]
-    blocks = plan.blocks.fitted(M, I, O, x_MI.dtype.itemsize)
-    R, X, Y = blocks.rows, blocks.inputs, blocks.outputs
+    tiles = call.tiles.fitted(M, I, O, x_MI.dtype.itemsize)
+    R, X, Y = tiles.rows, tiles.inputs, tiles.outputs
     visits, num_visits = visits_of(sizes_E, M, R, of_all_groups=True)
     return pl.pallas_call(
-        functools.partial(_gradient_kernel, blocks),
+        functools.partial(_gradient_kernel, tiles),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
             grid=(pl.cdiv(I, X), pl.cdiv(O, Y), num_visits),
@@ -205,23 +205,23 @@ def matrix_gradients(plan: Plan, x_MI: jax.Array, dy_MO: jax.Array, sizes_E: jax
         ),
         out_shape=jax.ShapeDtypeStruct((len(sizes_E), I, O), x_MI.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.blocks.memory
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=call.tiles.memory
         ),
         cost_estimate=_cost(
             *(M, I, O, x_MI.nbytes * pl.cdiv(O, Y) + dy_MO.nbytes * pl.cdiv(I, X)),
             len(sizes_E) * I * O * x_MI.dtype.itemsize,
         ),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="grouped_matrix_gradients",
     )(*visits, x_MI, dy_MO)
 
 
-def _gradient_kernel(blocks: Step, *refs):
+def _gradient_kernel(tiles: StepSizes, *refs):
     visits = Visits(*refs[: len(Visits._fields)])
     x_RX, dy_RY, dw_XY, sum_XY = refs[len(visits) :]
     v, last_visit = pl.program_id(2), pl.num_programs(2) - 1
-    group, start, stop = rows_of_visit(visits, v, blocks.rows)
-    whole = (start <= 0) & (stop >= blocks.rows)
+    group, start, stop = rows_of_visit(visits, v, tiles.rows)
+    whole = (start <= 0) & (stop >= tiles.rows)
 
     @pl.when((v == 0) | (visits.group[jnp.maximum(v - 1, 0)] != group))
     def begin():
@@ -241,7 +241,7 @@ def _gradient_kernel(blocks: Step, *refs):
         # both, since what lies beyond the rows may be no number, and no number times 0 is none either
         cleared = lambda x, mine_P1: jnp.where(mine_P1, x, jnp.zeros_like(x))
         _each_part(
-            *(start, stop, blocks),
+            *(start, stop, tiles),
             lambda rows, mine_P1: add(cleared(x_RX[rows], mine_P1), cleared(dy_RY[rows], mine_P1)),
         )
 
@@ -250,15 +250,15 @@ def _gradient_kernel(blocks: Step, *refs):
         dw_XY[...] = sum_XY[...].astype(dw_XY.dtype)
 
 
-def _each_part(start, stop, blocks: Step, use) -> None:
+def _each_part(start, stop, tiles: StepSizes, use) -> None:
     """use(the rows of a part, which of them are the group's [P, 1]) of each part with rows of the group."""
 
     def body(i, _):
-        first = pl.multiple_of(i * blocks.part, blocks.part)
-        row_P1 = first + jax.lax.broadcasted_iota(jnp.int32, (blocks.part, 1), 0)
-        use(pl.ds(first, blocks.part), (row_P1 >= start) & (row_P1 < stop))
+        first = pl.multiple_of(i * tiles.part, tiles.part)
+        row_P1 = first + jax.lax.broadcasted_iota(jnp.int32, (tiles.part, 1), 0)
+        use(pl.ds(first, tiles.part), (row_P1 >= start) & (row_P1 < stop))
 
-    jax.lax.fori_loop(*parts_of_visit(start, stop, blocks), body, None)
+    jax.lax.fori_loop(*parts_of_visit(start, stop, tiles), body, None)
 
 
 def _inside(block: jax.Array, step, size: int, axis: int) -> jax.Array:

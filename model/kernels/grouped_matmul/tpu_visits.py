@@ -18,7 +18,7 @@ PART = 128  # rows; of a tile that groups share, each part is multiplied only fo
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class TileSizes:
     """What a step of a kernel holds of bfloat16, multiples of 128; of float32, half as many inputs and outputs."""
 
     rows: int = 512
@@ -30,14 +30,14 @@ class Blocks:
         if any(n % PART or n < PART for n in (self.rows, self.inputs, self.outputs)):
             raise ValueError(f"{self}: blocks are multiples of {PART}.")
 
-    def fitted(self, rows: int, inputs: int, outputs: int, itemsize: int) -> Step:
+    def fitted(self, rows: int, inputs: int, outputs: int, itemsize: int) -> StepSizes:
         """For arrays of this size."""
         width = lambda block, size: _fitted(block * 2 // max(itemsize, 2), size)
         rows = rows if rows < PART else min(self.rows, rows // PART * PART)
-        return Step(rows, width(self.inputs, inputs), width(self.outputs, outputs))
+        return StepSizes(rows, width(self.inputs, inputs), width(self.outputs, outputs))
 
 
-class Step(NamedTuple):
+class StepSizes(NamedTuple):
     """What one step of a kernel holds; a side that is no multiple of 128 is the whole of an array."""
 
     rows: int
@@ -89,10 +89,10 @@ def rows_of_visit(visits: Visits, v, R: int):
     return group, visits.start[group] - tile_start, visits.stop[group] - tile_start
 
 
-def parts_of_visit(start, stop, blocks: Step):
+def parts_of_visit(start, stop, tiles: StepSizes):
     """(the first part of the tile with rows of the group, the part after the last)."""
-    up = jnp.minimum(stop, blocks.rows) + blocks.part - 1
-    return jax.lax.div(jnp.maximum(start, 0), blocks.part), jax.lax.div(up, blocks.part)
+    up = jnp.minimum(stop, tiles.rows) + tiles.part - 1
+    return jax.lax.div(jnp.maximum(start, 0), tiles.part), jax.lax.div(up, tiles.part)
 
 
 def _fitted(block: int, size: int) -> int:

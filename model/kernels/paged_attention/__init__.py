@@ -1,7 +1,8 @@
-"""Attention of new tokens to rows in pages, and the write of those tokens: the form in plain jnp, and which one runs.
+"""Attention of new tokens to rows in pages, and the write of those tokens.
 
 Kwon et al. 2023, arXiv:2309.06180; flat tokens of rows of any length, as in "ragged paged attention" of vLLM's TPU back
-end. Pages are those of model.kernels.paged_attention.pages. There is no gradient: what is trained has no cache.
+end. Pages are those of pages.py. There is no gradient: what is trained has no cache. `PAGED_ATTENTION` has the
+implementations; see model.kernels.choice.
 """
 
 # T tokens of all rows, R rows, H query heads, K key/value heads, C channels of a key, E channels of a value
@@ -10,35 +11,39 @@ end. Pages are those of model.kernels.paged_attention.pages. There is no gradien
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
-from model.kernels.attention.reference import Scores, Sight, attention
-from model.kernels.paged_attention import pages
-from model.kernels.paged_attention.third_party import ragged, ragged_refusal
-from model.kernels.paged_attention.tpu_plan import Rows, row_of_token
+from model.kernels.attention import Mask, Scores
+from model.kernels.attention.mask import LISTED
+from model.kernels.choice import Implementation, Operation
+from model.kernels.paged_attention import pages, third_party
+from model.kernels.paged_attention.kv_layout import KVLayout
+from model.kernels.paged_attention.reference import in_plain
+from model.kernels.paged_attention.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """What pages hold: the names of arrays whose channels, side by side, are a key, and of the values."""
+class Request:
+    """What an implementation must know to say whether it can serve."""
 
-    heads: int  # key/value heads
-    keys: tuple[str, ...] = ("k",)
-    values: str = "v"  # may be one of the keys
+    backend: backend.Backend
+    stored: frozenset[str]  # names of the arrays of pages
+    kv_layout: KVLayout
+    mask: Mask
+    bias: bool
+    sinks: bool
+    key_width: int
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.keys, self.values)))
 
-    def key_of(self, parts: dict[str, jax.Array]) -> jax.Array:
-        """The parts of a key as one."""
-        first, *more = (parts[name] for name in self.keys)
-        return jnp.concatenate([first, *more], -1) if more else first
+def request_for(
+    q_THC: jax.Array, cache: dict[str, jax.Array], kv_layout: KVLayout, mask: Mask, scores: Scores
+) -> Request:
+    bias, sinks = scores.bias is not None, scores.sinks_H is not None
+    return Request(backend.current(), frozenset(cache), kv_layout, mask, bias, sinks, q_THC.shape[-1])
 
 
 def paged_attention(
@@ -48,8 +53,8 @@ def paged_attention(
     page_table_RP: jax.Array,
     cu_q_lens: jax.Array,
     kv_lens: jax.Array,
-    kept: Kept,
-    sight: Sight = Sight(),
+    kv_layout: KVLayout,
+    mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Write new tokens into pages and attend to them and to all before them in their rows.
@@ -66,8 +71,8 @@ def paged_attention(
     """
     count_R = cu_q_lens[1:] - cu_q_lens[:-1]
     rows = Rows(cu_q_lens[:-1], count_R, kv_lens - count_R)
-    return _no_gradient(kept, sight, dataclasses.replace(scores, sinks_H=None), q_THC.shape[0])(
-        q_THC, new, cache, page_table_RP, rows, scores.sinks_H
+    return _no_gradient(kv_layout, dataclasses.replace(scores, sinks_H=None), q_THC.shape[0])(
+        q_THC, new, cache, page_table_RP, rows, mask, scores.sinks_H
     )
 
 
@@ -78,8 +83,8 @@ def attend_in_rows(
     page_table_BP: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
-    kept: Kept,
-    sight: Sight = Sight(),
+    kv_layout: KVLayout,
+    mask: Mask = Mask(),
     scores: Scores = Scores(),
     first_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -89,27 +94,23 @@ def attend_in_rows(
     begins_B = jnp.arange(B, dtype=jnp.int32) * T
     rows = Rows(begins_B if first_B is None else begins_B + first_B, count_B, start_B)
     flat = lambda x: x.reshape(B * T, *x.shape[2:])
-    found_THE, cache = _no_gradient(kept, sight, dataclasses.replace(scores, sinks_H=None), T)(
-        flat(q_BTHC), jax.tree.map(flat, new), cache, page_table_BP, rows, scores.sinks_H
+    out_THE, cache = _no_gradient(kv_layout, dataclasses.replace(scores, sinks_H=None), T)(
+        flat(q_BTHC), jax.tree.map(flat, new), cache, page_table_BP, rows, mask, scores.sinks_H
     )
-    return found_THE.reshape(B, T, *found_THE.shape[1:]), cache
+    return out_THE.reshape(B, T, *out_THE.shape[1:]), cache
 
 
-def _no_gradient(kept: Kept, sight: Sight, scores: Scores, longest: int):
-    """The form that runs; to ask for its derivative is an error."""
+def _no_gradient(kv_layout: KVLayout, scores: Scores, longest: int):
+    """The implementation that is chosen; to ask for its derivative is an error."""
 
     @jax.custom_jvp
-    def run(q_THC, new, cache, page_table_RP, rows, sinks_H):
-        of_scores = dataclasses.replace(scores, sinks_H=sinks_H)
+    def run(q_THC, new, cache, page_table_RP, rows, mask, sinks_H):
+        with_sinks = dataclasses.replace(scores, sinks_H=sinks_H)
         new = None if new is None else pages.as_stored(cache, {k: x[None] for k, x in new.items()})
         new = None if new is None else {name: x[0] for name, x in new.items()}
-        inputs = q_THC, new, cache, page_table_RP, rows, kept, sight, of_scores
-        form, chosen = form_for(q_THC, cache, kept, sight, of_scores), backend.current()
-        if form == "kernel":
-            from model.kernels.paged_attention.tpu import by_kernel  # here, since Pallas takes long to import
-
-            return by_kernel(*inputs, longest, chosen)
-        return in_plain(*inputs) if form == "plain" else _by_ragged(*inputs)
+        request = request_for(q_THC, cache, kv_layout, mask, with_sinks)
+        inputs = q_THC, new, cache, page_table_RP, rows, kv_layout, mask, with_sinks
+        return PAGED_ATTENTION.choose(request).run(*inputs, longest, request.backend)
 
     @run.defjvp
     def refuse(primals, tangents):
@@ -121,86 +122,54 @@ def _no_gradient(kept: Kept, sight: Sight, scores: Scores, longest: int):
     return run
 
 
-def form_for(q_THC: jax.Array, cache: dict[str, jax.Array], kept: Kept, sight: Sight, scores: Scores) -> str:
-    """The form of `FORMS` that the config or the platform chooses; ValueError where it can't serve this."""
-    named, chosen = backend.kernels().paged, backend.current()
-    if named == "auto":
-        return "kernel" if chosen.name == "tpu" else "plain"
-    reasons = {form: f"kernels here are for {chosen.name}" for form in FORMS if form != "plain"}
-    if chosen.name == "tpu":
-        refusal = "JAX can't interpret it" if chosen.interpret else None
-        reasons = {"ragged": ragged_refusal(q_THC, cache, kept.names, sight, scores) or refusal}
-    can = [form for form in FORMS if reasons.get(form) is None]
-    if named not in FORMS:
-        raise ValueError(f"kernels.paged={named!r} is not one of auto, {', '.join(FORMS)}.")
-    if named not in can:
-        raise ValueError(
-            f"kernels.paged={named!r} can't serve this: {reasons[named]}. These can: {', '.join(can)}."
+def _plain(*arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return in_plain(*arguments[:8])
+
+
+def _by_kernel(*arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    from model.kernels.paged_attention.tpu import by_kernel  # here, since Pallas takes long to import
+
+    return by_kernel(*arguments)
+
+
+def _ragged(*arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return third_party.ragged(*arguments[:8])
+
+
+def _plain_refusal(request: Request) -> str | None:
+    return request.mask.without("spans")  # pages do not say which span an old token is of
+
+
+def _kernel_refusal(request: Request) -> str | None:
+    return (
+        "its scores have no biases"
+        if request.bias
+        else request.mask.without("keys ahead of a query", *LISTED)
+    )
+
+
+def _ragged_refusal(request: Request) -> str | None:
+    if request.backend.interpret:
+        return "JAX can't interpret it"
+    if request.stored != {"k", "v"} or set(request.kv_layout.names) != {"k", "v"}:
+        return (
+            f"it reads keys and values as they are, and these pages hold {', '.join(sorted(request.stored))}"
         )
-    return named
+    if request.key_width % third_party.LANES:
+        return f"its heads fill vectors of {third_party.LANES}, and these have {request.key_width} channels"
+    if request.sinks:
+        return "it has no sinks"
+    return _kernel_refusal(request) or request.mask.without("chunks")
 
 
-FORMS = ("plain", "kernel", "ragged")  # gathered rows; ours; JAX's, which copies all pages
-
-
-def _by_ragged(
-    q_THC, stored, cache, page_table_RP, rows, kept, sight, scores
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    at = _places(rows, q_THC.shape[0])
-    if stored is not None:
-        cache = _write(stored, cache, page_table_RP, at)
-    found_THE = ragged(q_THC, cache, page_table_RP, rows, kept.heads, sight, scores)
-    return jnp.where(at.real_T[:, None, None], found_THE, 0), cache
-
-
-def in_plain(
-    q_THC: jax.Array,
-    stored: dict[str, jax.Array] | None,
-    cache: dict[str, jax.Array],
-    page_table_RP: jax.Array,
-    rows: Rows,
-    kept: Kept,
-    sight: Sight,
-    scores: Scores,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The whole of each token's row is gathered. `stored`: see `pages.as_stored`."""
-    at = _places(rows, q_THC.shape[0])
-    if stored is not None:
-        cache = _write(stored, cache, page_table_RP, at)
-    read = functools.partial(
-        pages.read, cache, page_table_BP=page_table_RP, heads=kept.heads, dtype=q_THC.dtype
-    )
-    parts = {name: read(name) for name in kept.names}
-    k_RSKC = kept.key_of(parts)
-    mask_TS = sight.sees(at.position_T[:, None], jnp.arange(k_RSKC.shape[1])) & at.real_T[:, None]
-    of_tokens = k_RSKC[at.row_T], parts[kept.values][at.row_T]
-    found = attention(q_THC[:, None], *of_tokens, mask_TS[:, None], scores)
-    return jnp.where(at.real_T[:, None, None], found[:, 0], 0), cache
-
-
-class _Places(NamedTuple):
-    """Of each token."""
-
-    row_T: jax.Array
-    position_T: jax.Array
-    real_T: jax.Array  # whether it is of a row
-
-
-def _places(rows: Rows, T: int) -> _Places:
-    row_T = row_of_token(rows, T)
-    since_T = jnp.arange(T) - rows.first_R[row_T]
-    return _Places(row_T, rows.start_R[row_T] + since_T, (since_T >= 0) & (since_T < rows.count_R[row_T]))
-
-
-def _write(stored, cache, page_table_RP, at: _Places) -> dict[str, jax.Array]:
-    Z, P = (
-        next(x.shape[1] for name, x in cache.items() if not name.endswith(pages.SCALE)),
-        page_table_RP.shape[1],
-    )
-    page_T = page_table_RP[at.row_T, jnp.clip(at.position_T // Z, 0, P - 1)]
-    page_T = jnp.where(at.real_T & (at.position_T < P * Z), page_T, 2**30)
-    slot_T, written = at.position_T % Z, {}
-    for name, x in stored.items():
-        there = (page_T, slice(None), slot_T) if name.endswith(pages.SCALE) else (page_T, slot_T)
-        written[name] = cache[name].at[there].set(x, mode="drop")
-    return cache | written
+PAGED_ATTENTION = Operation(
+    "paged",
+    {
+        "plain": Implementation(
+            ("plain", "gpu", "tpu"), _plain, _plain_refusal, cost="It gathers whole rows for each token."
+        ),
+        "kernel": Implementation(("tpu",), _by_kernel, _kernel_refusal),
+        "ragged": Implementation(("tpu",), _ragged, _ragged_refusal),
+    },
+    preferred={"plain": ("plain",), "gpu": ("plain",), "tpu": ("kernel", "plain")},
+)

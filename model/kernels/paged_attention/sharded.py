@@ -1,7 +1,7 @@
-"""Paged attention on a mesh: the compiler can't cut a kernel, so each device is given its heads by hand.
+"""Paged attention on a mesh, which splits heads.
 
-Heads are split as pages are, over the mesh axes of `act_kv_heads`; heads of queries that share one key, as in latent
-attention, over those of `act_heads`, and then each device keeps all pages and writes the same into its own.
+Heads are split as pages are, over the mesh axes of `act_kv_heads`. Where all heads of queries share one key, as in
+latent attention, they are split over those of `act_heads`; each device then has all pages and writes the same to them.
 """
 
 # B batch, T tokens, H query heads, K key/value heads, C channels of a key, E channels of a value
@@ -9,15 +9,16 @@ attention, over those of `act_heads`, and then each device keeps all pages and w
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from model.kernels.attention.reference import Scores, Sight
-from model.kernels.paged_attention import Kept, attend_in_rows
+from model.kernels import mesh
+from model.kernels.attention import Mask, Scores
+from model.kernels.paged_attention import attend_in_rows
+from model.kernels.paged_attention.kv_layout import KVLayout
 from model.kernels.paged_attention.pages import SCALE
-from model.sharding import ShardingRules
+from model.sharding import Axes, ShardingRules
 
 
 def attend_on_mesh(
@@ -27,8 +28,8 @@ def attend_on_mesh(
     page_table_BP: jax.Array,
     start_B: jax.Array,
     count_B: jax.Array,
-    kept: Kept,
-    sight: Sight,
+    kv_layout: KVLayout,
+    mask: Mask,
     scores: Scores,
     rules: ShardingRules | None,
     first_B: jax.Array | None = None,
@@ -40,38 +41,16 @@ def attend_on_mesh(
     Args:
       rules: None: the table's defaults, by which the engine places its pages.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = {name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual}
     table_and_rows = page_table_BP, start_B, count_B, first_B
-    if not ours:
-        return attend_in_rows(q_BTHC, new, cache, *table_and_rows[:3], kept, sight, scores, first_B)
-    rules = rules or ShardingRules()
-    heads, kv_heads = (
-        tuple(axis for axis in axes if axis in ours and mesh.shape[axis] > 1)
-        for axes in (rules.act_heads, rules.act_kv_heads)
-    )
-    ways = math.prod(mesh.shape[axis] for axis in heads)
-    if kept.heads == 1:
-        kv_heads = ()
-    H, K = q_BTHC.shape[2], kept.heads
-    if H % ways or (kv_heads and K % ways):
-        fitting = [n for n in range(1, H + 1) if H % n == 0 and (K == 1 or K % n == 0)]
-        raise ValueError(
-            f"mesh axes {'*'.join(heads)} = {ways} do not divide {H} heads of queries over {K} of keys and values. Use "
-            f"{', '.join(map(str, fitting))}, or keep heads whole with sharding.act_heads=() and act_kv_heads=()."
-        )
-    if kv_heads not in ((), heads):
-        raise ValueError(
-            f"sharding.act_kv_heads={kv_heads} splits keys and values otherwise than act_heads={heads} splits queries. "
-            "Give both the same mesh axes."
-        )
-    if K > 1 and not kv_heads:
-        heads = ()  # the rules keep pages whole
-    kept = dataclasses.replace(kept, heads=kept.heads // math.prod(mesh.shape[axis] for axis in kv_heads))
+    if not mesh.mesh_axes():
+        return attend_in_rows(q_BTHC, new, cache, *table_and_rows[:3], kv_layout, mask, scores, first_B)
+    K = kv_layout.heads
+    heads, kv_heads = _splits(rules or ShardingRules(), q_BTHC.shape[2], K)
+    layout_here = dataclasses.replace(kv_layout, heads=K // mesh.ways(kv_heads))
 
-    def part(q_BTHC, new, cache, sinks_H, page_table_BP, start_B, count_B, first_B):
+    def part(q_BTHC, new, cache, sinks_H, mask, page_table_BP, start_B, count_B, first_B):
         rows, of_part = (page_table_BP, start_B, count_B), dataclasses.replace(scores, sinks_H=sinks_H)
-        return attend_in_rows(q_BTHC, new, cache, *rows, kept, sight, of_part, first_B)
+        return attend_in_rows(q_BTHC, new, cache, *rows, layout_here, mask, of_part, first_B)
 
     of_queries, whole = PartitionSpec(None, None, heads, None), PartitionSpec()
     of_new = jax.tree.map(lambda x: PartitionSpec(None, None, kv_heads), new)
@@ -79,10 +58,29 @@ def attend_on_mesh(
         name: PartitionSpec(None, kv_heads) if name.endswith(SCALE) else PartitionSpec(None, None, kv_heads)
         for name in cache
     }
-    return jax.shard_map(
+    of_mask = jax.tree.map(lambda _: whole, mask)
+    return mesh.on_mesh(
         part,
-        in_specs=(of_queries, of_new, of_cache, PartitionSpec(heads), *[whole] * 4),
+        in_specs=(of_queries, of_new, of_cache, PartitionSpec(heads), of_mask, *[whole] * 4),
         out_specs=(of_queries, of_cache),
-        axis_names=ours,
-        check_vma=False,
-    )(q_BTHC, new, cache, scores.sinks_H, *table_and_rows)
+    )(q_BTHC, new, cache, scores.sinks_H, mask, *table_and_rows)
+
+
+def _splits(rules: ShardingRules, H: int, K: int) -> tuple[Axes, Axes]:
+    """The axes of the mesh that split the heads of queries, and those of keys and values."""
+    heads, kv_heads = (
+        tuple(axis for axis in axes if mesh.ways((axis,)) > 1)
+        for axes in mesh.split_by(rules, "act_heads", "act_kv_heads")
+    )
+    if K == 1:
+        kv_heads = ()
+    mesh.check_divides(heads, mesh.Size(H, "heads", "act_heads"))
+    mesh.check_divides(kv_heads, mesh.Size(K, "key/value heads", "act_kv_heads"))
+    if kv_heads not in ((), heads):
+        raise ValueError(
+            f"sharding.act_kv_heads={kv_heads} splits keys and values otherwise than act_heads={heads} splits queries. "
+            "Give both the same mesh axes."
+        )
+    if K > 1 and not kv_heads:
+        heads = ()  # the rules keep pages whole
+    return heads, kv_heads

@@ -1,4 +1,4 @@
-"""Paged attention by its kernel: what it is given, and what is made of what it gives."""
+"""Paged attention by its TPU kernel: the arguments of the kernel."""
 
 # T tokens of all rows, J matrices of queries an item, M rows of one
 # H query heads, C channels of a key, E channels of a value, L lanes (128)
@@ -8,23 +8,23 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.kernels.attention.reference import Scores, Sight
+from model.kernels.attention import Mask, Scores
 from model.kernels.backend import Backend
-from model.kernels.paged_attention import Kept
+from model.kernels.paged_attention.kv_layout import KVLayout
+from model.kernels.paged_attention.rows import Rows
 from model.kernels.paged_attention.tpu_kernel import attend
 from model.kernels.paged_attention.tpu_plan import (
+    BLOCK_SIZES,
     LANES,
     MAX_TABLE,
-    SIZES,
-    Plan,
-    Rows,
-    Sizes,
+    BlockSizes,
+    PagedCall,
     block_pages,
     fresh_of,
     groups,
-    items_of,
     parts_of,
     tokens_together,
+    work_items,
 )
 
 
@@ -34,63 +34,59 @@ def by_kernel(
     cache: dict[str, jax.Array],
     page_table_RP: jax.Array,
     rows: Rows,
-    kept: Kept,
-    sight: Sight,
+    kv_layout: KVLayout,
+    mask: Mask,
     scores: Scores,
     longest: int,
     chosen: Backend,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """See `paged_attention.in_plain`.
+    """See `reference.in_plain`.
 
     Args:
       longest: no row has more new tokens.
     """
-    plan = _plan(q_THC, stored, cache, page_table_RP, kept, sight, scores, longest, chosen)
-    scalars = items_of(plan, rows, q_THC.shape[0], longest)._replace(table=page_table_RP.reshape(-1))
+    call = _call(q_THC, stored, cache, page_table_RP, kv_layout, mask, scores, longest, chosen)
+    scalars = work_items(call, rows, q_THC.shape[0], longest)._replace(table=page_table_RP.reshape(-1))
     if stored is None:  # what the pages hold is all old
         scalars = scalars._replace(row_start=rows.start_R + rows.count_R)
     fresh, new = {}, stored or {}
-    for part in plan.parts if stored else ():
+    for part in call.parts if stored else ():
         base_R, token_UW = groups(rows, q_THC.shape[0], longest, part.group)
         fresh[part.name] = fresh_of(part, new[part.name], token_UW)
         scalars = scalars._replace(**{"row_page" if part.scales else "row_group": base_R})
     sinks_JML = None
     if scores.sinks_H is not None:
-        sinks_JG = scores.sinks_H.astype(jnp.float32).reshape(-1, plan.matrix_heads)
-        sinks_JM = jnp.tile(sinks_JG, (1, plan.tokens))
+        sinks_JG = scores.sinks_H.astype(jnp.float32).reshape(-1, call.matrix_heads)
+        sinks_JM = jnp.tile(sinks_JG, (1, call.tokens))
         sinks_JML = jnp.broadcast_to(sinks_JM[..., None], (*sinks_JM.shape, LANES))
-    return attend(plan, scalars, q_THC, sinks_JML, fresh, cache)
+    return attend(call, scalars, q_THC, sinks_JML, fresh, cache)
 
 
-def _plan(
+def _call(
     q_THC,
     stored,
     cache,
     page_table_RP,
-    kept: Kept,
-    sight: Sight,
+    kv_layout: KVLayout,
+    mask: Mask,
     scores: Scores,
     longest: int,
     chosen: Backend,
-) -> Plan:
+) -> PagedCall:
     H, C = q_THC.shape[1:]
-    K, (N, Z, _) = kept.heads, cache[kept.names[0]].shape
-    if scores.bias is not None or not sight.causal:
-        raise ValueError(
-            "paged attention by a kernel has no biases of the scores, and no queries that see ahead."
-        )
+    K, (N, Z, _) = kv_layout.heads, cache[kv_layout.names[0]].shape
     if page_table_RP.size > MAX_TABLE:
         raise ValueError(
             f"a page table of {page_table_RP.shape} entries does not fit a TPU's scalar memory ({MAX_TABLE} at most). "
             f"Give pages of more than {Z} slots, or fewer rows."
         )
-    sizes = SIZES[chosen.chip] if chosen.chip else Sizes()
-    parts = parts_of(cache, kept.names, chosen.interpret)
-    E = cache[kept.values].shape[2] // K
-    tokens, together = tokens_together(H, K, C, E, longest, sight.chunk)
-    return Plan(
-        keys=kept.keys,
-        values=kept.values,
+    sizes = chosen.of_chip(BLOCK_SIZES, BlockSizes())
+    parts = parts_of(cache, kv_layout.names, chosen.interpret)
+    E = cache[kv_layout.values].shape[2] // K
+    tokens, together = tokens_together(H, K, C, E, longest, mask.chunk)
+    return PagedCall(
+        keys=kv_layout.keys,
+        values=kv_layout.values,
         parts=parts,
         num_pages=N,
         page_size=Z,
@@ -101,7 +97,7 @@ def _plan(
         together=together,
         tokens=tokens,
         max_new=None if stored is None else longest,
-        sight=sight,
+        mask=mask,
         scale=scores.scale_of(C),
         softcap=scores.softcap,
         cores=sizes.cores,

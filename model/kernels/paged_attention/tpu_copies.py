@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from model.kernels.paged_attention.tpu_plan import Part, Plan, Scalars
+from model.kernels.paged_attention.tpu_plan import PagedCall, Part, Scalars
 
 
 @dataclasses.dataclass
 class Memory:
     """What a kernel is given."""
 
-    plan: Plan
+    call: PagedCall
     scalars: Scalars
     own_Mn: Any
     spread_keys: Any
@@ -32,39 +32,39 @@ class Memory:
     pages: dict
     found_THE: Any
     blocks: dict  # [2, ...] of each part
-    news: dict  # [2, groups, ...]
+    new_kv: dict  # [2, groups, ...]
     q_QHC: Any  # the item's queries as they come, and
     found_QHE: Any  # what they find as it goes
     queries: list  # of each part of a key [J, M, n * C]; of heads that are together, each in its own head's channels
     top_JML: Any
     total_JML: Any
     sum_JME: Any
-    turn: Any  # which of the two blocks the next item's first is copied to
-    arrived: Any
-    sent: Any
-    asked: Any  # queries
-    answered: Any  # what they find
+    buffer_slot: Any  # which of the two blocks the next item's first is copied to
+    kv_read: Any
+    pages_written: Any
+    queries_read: Any  # queries
+    outputs_written: Any  # what they find
 
 
 # Queries and what they find
 
 
-def each_query(memory: Memory, w, do) -> None:
+def query_copies(memory: Memory, w, do) -> None:
     """The copies of the item's queries."""
 
     def piece(token, at, size):
         source, target = memory.q_THC.at[pl.ds(token, size)], memory.q_QHC.at[pl.ds(at, size)]
-        do(pltpu.make_async_copy(source, target, memory.asked.at[0]))
+        do(pltpu.make_async_copy(source, target, memory.queries_read.at[0]))
 
     _each_piece(memory, w, piece)
 
 
-def each_answer(memory: Memory, w, do) -> None:
+def output_copies(memory: Memory, w, do) -> None:
     """The copies of what they find."""
 
     def piece(token, at, size):
         source, target = memory.found_QHE.at[pl.ds(at, size)], memory.found_THE.at[pl.ds(token, size)]
-        do(pltpu.make_async_copy(source, target, memory.answered.at[0]))
+        do(pltpu.make_async_copy(source, target, memory.outputs_written.at[0]))
 
     _each_piece(memory, w, piece)
 
@@ -72,8 +72,8 @@ def each_answer(memory: Memory, w, do) -> None:
 def _each_piece(memory: Memory, w, do) -> None:
     """`do(token among all, place in the item, size)` for the item's tokens cut into powers of two, the largest first:
     copies have sizes that are known, and what lies after the item is neither read nor written."""
-    token, count = memory.scalars.item_token[w], memory.scalars.item_count[w]
-    most = min(memory.plan.tokens, memory.q_THC.shape[0])
+    token, count = memory.scalars.work_item_token[w], memory.scalars.work_item_count[w]
+    most = min(memory.call.tokens, memory.q_THC.shape[0])
     for size in (1 << n for n in reversed(range(most.bit_length()))):
         at = count - jax.lax.rem(count, jnp.int32(2 * size))
         pl.when((count & size) > 0)(functools.partial(do, token + at, at, size))
@@ -82,40 +82,40 @@ def _each_piece(memory: Memory, w, do) -> None:
 # What is read
 
 
-def span(memory: Memory, w):
+def work_item_positions(memory: Memory, w):
     """(the row, the first position that some token of the item sees, its first token's, that after its last)."""
-    scalars, sight = memory.scalars, memory.plan.sight
-    first = scalars.item_first[w]
+    scalars, mask = memory.scalars, memory.call.mask
+    first = scalars.work_item_first[w]
     low = jnp.int32(0)
-    if sight.window is not None:
-        low = jnp.maximum(low, first - sight.window + 1)
-    if sight.chunk is not None:
-        low = jnp.maximum(low, first - jax.lax.rem(first, jnp.int32(sight.chunk)))
-    return scalars.item_row[w], low, first, first + scalars.item_count[w]
+    if mask.window is not None:
+        low = jnp.maximum(low, first - mask.window + 1)
+    if mask.chunk is not None:
+        low = jnp.maximum(low, first - jax.lax.rem(first, jnp.int32(mask.chunk)))
+    return scalars.work_item_row[w], low, first, first + scalars.work_item_count[w]
 
 
-def item_blocks(memory: Memory, w):
+def work_item_blocks(memory: Memory, w):
     """(the first block of the row that the item reads, that after the last)."""
-    _, low, _, stop = span(memory, w)
-    return _div(low, memory.plan.block), _up(stop, memory.plan.block)
+    _, low, _, stop = work_item_positions(memory, w)
+    return _div(low, memory.call.block), _up(stop, memory.call.block)
 
 
-def each_copy(memory: Memory, w, j, turn, do) -> None:
+def kv_copies(memory: Memory, w, j, buffer_slot, do) -> None:
     """The copies of what item w reads of block j: old pages, and groups of new slots."""
-    plan, scalars = memory.plan, memory.scalars
-    row, low, _, _ = span(memory, w)
+    call, scalars = memory.call, memory.scalars
+    row, low, _, _ = work_item_positions(memory, w)
     start = scalars.row_start[row]
-    begin = jnp.maximum(j * plan.block_pages, _div(low, plan.page_size))
-    end = jnp.minimum((j + 1) * plan.block_pages, _up(start, plan.page_size))
+    begin = jnp.maximum(j * call.block_pages, _div(low, call.page_size))
+    end = jnp.minimum((j + 1) * call.block_pages, _up(start, call.page_size))
 
     def page(p, _):
         number = _page_number(memory, row, p)
-        for part in plan.parts:
-            at = _page_in_block(memory, part, turn, p - j * plan.block_pages)
-            do(pltpu.make_async_copy(memory.pages[part.name].at[number], at, memory.arrived.at[turn]))
+        for part in call.parts:
+            at = _page_in_block(memory, part, buffer_slot, p - j * call.block_pages)
+            do(pltpu.make_async_copy(memory.pages[part.name].at[number], at, memory.kv_read.at[buffer_slot]))
 
     jax.lax.fori_loop(begin, end, page, None)
-    for part in plan.parts if memory.fresh else ():
+    for part in call.parts if memory.fresh else ():
         begin, end = _new_groups(memory, part, w, j)
         base = (scalars.row_page if part.scales else scalars.row_group)[row] - _div(start, part.group)
 
@@ -123,7 +123,9 @@ def each_copy(memory: Memory, w, j, turn, do) -> None:
             source = memory.fresh[part.name].at[base + g]
             do(
                 pltpu.make_async_copy(
-                    source, memory.news[part.name].at[turn, g - begin], memory.arrived.at[turn]
+                    source,
+                    memory.new_kv[part.name].at[buffer_slot, g - begin],
+                    memory.kv_read.at[buffer_slot],
                 )
             )
 
@@ -132,41 +134,45 @@ def each_copy(memory: Memory, w, j, turn, do) -> None:
 
 def _new_groups(memory: Memory, part: Part, w, j):
     """(the first group of block j that holds new tokens up to the item's last, that after the last)."""
-    per_block, (row, _, _, stop) = memory.plan.block // part.group, span(memory, w)
+    per_block, (row, _, _, stop) = memory.call.block // part.group, work_item_positions(memory, w)
     begin = jnp.maximum(j * per_block, _div(memory.scalars.row_start[row], part.group))
     return begin, jnp.minimum((j + 1) * per_block, _up(stop, part.group))
 
 
 def _page_number(memory: Memory, row, p):
-    entry = memory.scalars.table[row * memory.plan.pages_a_row + jnp.minimum(p, memory.plan.pages_a_row - 1)]
-    return jnp.clip(entry, 0, memory.plan.num_pages - 1)
+    entry = memory.scalars.table[row * memory.call.pages_a_row + jnp.minimum(p, memory.call.pages_a_row - 1)]
+    return jnp.clip(entry, 0, memory.call.num_pages - 1)
 
 
-def _page_in_block(memory: Memory, part: Part, turn, p):
-    block, Z = memory.blocks[part.name], memory.plan.page_size
-    return block.at[turn, p] if part.scales else block.at[turn, pl.ds(pl.multiple_of(p * Z, Z), Z)]
+def _page_in_block(memory: Memory, part: Part, buffer_slot, p):
+    block, Z = memory.blocks[part.name], memory.call.page_size
+    return (
+        block.at[buffer_slot, p] if part.scales else block.at[buffer_slot, pl.ds(pl.multiple_of(p * Z, Z), Z)]
+    )
 
 
-def _group_in_block(memory: Memory, part: Part, turn, g):
+def _group_in_block(memory: Memory, part: Part, buffer_slot, g):
     block, W = memory.blocks[part.name], part.group
-    return block.at[turn, g] if part.scales else block.at[turn, pl.ds(pl.multiple_of(g * W, W), W)]
+    return (
+        block.at[buffer_slot, g] if part.scales else block.at[buffer_slot, pl.ds(pl.multiple_of(g * W, W), W)]
+    )
 
 
 # What is written
 
 
-def take_in(memory: Memory, w, j, turn) -> None:
+def merge_new_kv(memory: Memory, w, j, buffer_slot) -> None:
     """New slots among the old ones of block j; those after the row's last hold any other token."""
-    plan, start = memory.plan, memory.scalars.row_start[span(memory, w)[0]]
-    for part in plan.parts:
+    call, start = memory.call, memory.scalars.row_start[work_item_positions(memory, w)[0]]
+    for part in call.parts:
         begin, end = _new_groups(memory, part, w, j)
         slot = jax.lax.broadcasted_iota(jnp.int32, part.shape(part.group), 1 if part.scales else 0)
 
         def group(g, _, part=part, begin=begin, slot=slot):
-            at = _group_in_block(memory, part, turn, g - j * (plan.block // part.group))
+            at = _group_in_block(memory, part, buffer_slot, g - j * (call.block // part.group))
             is_old = slot < start - g * part.group
-            new = memory.news[part.name][turn, g - begin]
-            if part.scales and plan.max_new == 1:
+            new = memory.new_kv[part.name][buffer_slot, g - begin]
+            if part.scales and call.max_new == 1:
                 new = _column(new)
             at[...] = choose(is_old, at[...], new)
 
@@ -187,17 +193,17 @@ def choose(which, yes, no):
     return jnp.where(which, yes.astype(jnp.float32), no.astype(jnp.float32)).astype(yes.dtype)
 
 
-def each_write(memory: Memory, w, j, turn, do) -> None:
+def page_writes(memory: Memory, w, j, buffer_slot, do) -> None:
     """The copies to pages of the groups of block j whose first new token is the item's."""
-    plan = memory.plan
-    row, _, first, stop = span(memory, w)
-    for part in plan.parts:
-        per_block, per_page = plan.block // part.group, plan.page_size // part.group
+    call = memory.call
+    row, _, first, stop = work_item_positions(memory, w)
+    for part in call.parts:
+        per_block, per_page = call.block // part.group, call.page_size // part.group
         is_first = first == memory.scalars.row_start[row]
         begin = jnp.where(is_first, _div(first, part.group), _up(first, part.group))
         begin = jnp.maximum(begin, j * per_block)
         end = jnp.minimum((j + 1) * per_block, _up(stop, part.group))
-        end = jnp.minimum(end, plan.pages_a_row * per_page)
+        end = jnp.minimum(end, call.pages_a_row * per_page)
 
         def group(g, _, part=part, per_block=per_block, per_page=per_page):
             p = _div(g, per_page)
@@ -205,8 +211,8 @@ def each_write(memory: Memory, w, j, turn, do) -> None:
             page = memory.pages[part.name].at[number]
             if not part.scales:
                 page = page.at[pl.ds(pl.multiple_of((g - p * per_page) * part.group, part.group), part.group)]
-            source = _group_in_block(memory, part, turn, g - j * per_block)
-            do(pltpu.make_async_copy(source, page, memory.sent.at[0]))
+            source = _group_in_block(memory, part, buffer_slot, g - j * per_block)
+            do(pltpu.make_async_copy(source, page, memory.pages_written.at[0]))
 
         jax.lax.fori_loop(begin, end, group, None)
 

@@ -26,19 +26,19 @@ from model.kernels.paged_attention.pages import SCALE
 from model.kernels.paged_attention.tpu_copies import (
     Memory,
     choose,
-    each_answer,
-    each_copy,
-    each_query,
-    each_write,
-    item_blocks,
-    span,
-    take_in,
+    kv_copies,
+    merge_new_kv,
+    output_copies,
+    page_writes,
+    query_copies,
+    work_item_blocks,
+    work_item_positions,
 )
-from model.kernels.paged_attention.tpu_plan import Part, Plan, Scalars, head_of_rows, spread
+from model.kernels.paged_attention.tpu_plan import PagedCall, Part, Scalars, head_of_rows, spread
 
 
 def attend(
-    plan: Plan,
+    call: PagedCall,
     scalars: Scalars,
     q_THC: jax.Array,
     sinks_JML: jax.Array | None,
@@ -50,12 +50,12 @@ def attend(
     Args:
       fresh: new tokens of each part of pages, in groups; {}: nothing is written, and the pages are given back.
     """
-    (T, H, _), names, write = q_THC.shape, [part.name for part in plan.parts], bool(fresh)
-    constants = [*_constants(plan, q_THC.dtype), sinks_JML]
-    nothing_THE = jnp.zeros((T, H, plan.width_of(plan.values)), q_THC.dtype)  # tokens of no row keep it
+    (T, H, _), names, write = q_THC.shape, [part.name for part in call.parts], bool(fresh)
+    constants = [*_constants(call, q_THC.dtype), sinks_JML]
+    nothing_THE = jnp.zeros((T, H, call.width_of(call.values)), q_THC.dtype)  # tokens of no row keep it
     # A compiler with fast memory to spare would move all pages of scales there and back. With arrays that stay it
     # refuses a program whose results are this call's in their order, so what is found comes last here and first there.
-    stay = lambda x: x if plan.interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+    stay = lambda x: x if call.interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
     in_memory = [
         q_THC,
         [fresh[name] for name in names if write],
@@ -66,70 +66,70 @@ def attend(
     first = len(scalars) + len(jax.tree.leaves((constants, in_memory))) - len(updated)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     *written, found_THE = pl.pallas_call(
-        functools.partial(_kernel, plan, write),
+        functools.partial(_kernel, call, write),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            grid=(plan.cores, len(scalars.item_row) // plan.cores),
+            grid=(call.cores, len(scalars.work_item_row) // call.cores),
             in_specs=[
                 jax.tree.map(lambda x: pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim), constants),
                 jax.tree.map(lambda _: anywhere, in_memory),
             ],
             out_specs=[anywhere for _ in updated],
-            scratch_shapes=_scratch(plan, q_THC, {name: pages[name].dtype for name in names}),
+            scratch_shapes=_scratch(call, q_THC, {name: pages[name].dtype for name in names}),
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in updated],
         input_output_aliases={first + k: k for k in range(len(updated))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=_cost(plan, scalars, q_THC, fresh, pages),
-        interpret=plan.interpret,
+        cost_estimate=_cost(call, scalars, q_THC, fresh, pages),
+        interpret=call.interpret,
         name="paged_attention",
     )(*scalars, constants, in_memory)
     return found_THE, pages | dict(zip(names, written))
 
 
-def _constants(plan: Plan, dtype) -> list[Any]:
+def _constants(call: PagedCall, dtype) -> list[Any]:
     """In the order of `Memory`'s fields."""
-    n, E = plan.together, plan.width_of(plan.values)
+    n, E = call.together, call.width_of(call.values)
     if n == 1:
         return [None, None, None]
     return [
-        jnp.asarray(head_of_rows(n, plan.group, plan.tokens)),
-        tuple(jnp.asarray(spread(n, plan.width_of(name)), dtype) for name in plan.keys),
+        jnp.asarray(head_of_rows(n, call.group, call.tokens)),
+        tuple(jnp.asarray(spread(n, call.width_of(name)), dtype) for name in call.keys),
         jnp.asarray(spread(n, E), dtype),
     ]
 
 
-def _cost(plan: Plan, scalars: Scalars, q_THC: jax.Array, fresh: dict, pages: dict) -> pl.CostEstimate:
+def _cost(call: PagedCall, scalars: Scalars, q_THC: jax.Array, fresh: dict, pages: dict) -> pl.CostEstimate:
     """If every row filled its pages: what the compiler plans other work around."""
-    (T, H, C), (R,), E = q_THC.shape, scalars.row_start.shape, plan.width_of(plan.values)
-    slots = plan.pages_a_row * plan.page_size
-    reach = min(plan.sight.reach() or slots, slots)
-    scores = T * H * reach
-    of_page = sum(pages[part.name].nbytes for part in plan.parts) // plan.num_pages
-    old = R * -(-reach // plan.page_size) * of_page
+    (T, H, C), (R,), E = q_THC.shape, scalars.row_start.shape, call.width_of(call.values)
+    slots = call.pages_a_row * call.page_size
+    span = min(call.mask.span() or slots, slots)
+    scores = T * H * span
+    of_page = sum(pages[part.name].nbytes for part in call.parts) // call.num_pages
+    old = R * -(-span // call.page_size) * of_page
     moved = old + 2 * sum(x.nbytes for x in fresh.values()) + T * H * (C + E) * q_THC.dtype.itemsize
-    flops = 2 * scores * (C + E) * plan.together
+    flops = 2 * scores * (C + E) * call.together
     return pl.CostEstimate(flops=flops, transcendentals=scores, bytes_accessed=moved)
 
 
-def _scratch(plan: Plan, q_THC: jax.Array, dtypes: dict) -> list:
+def _scratch(call: PagedCall, q_THC: jax.Array, dtypes: dict) -> list:
     """In the order of `Memory`'s last fields."""
-    (_, H, C), dtype, E = q_THC.shape, q_THC.dtype, plan.width_of(plan.values)
-    J, n, M, parts = plan.matrices, plan.together, plan.rows, plan.parts
+    (_, H, C), dtype, E = q_THC.shape, q_THC.dtype, call.width_of(call.values)
+    J, n, M, parts = call.matrices, call.together, call.rows, call.parts
 
     def blocks(part: Part):
-        each = (plan.block_pages, part.width, plan.page_size) if part.scales else (plan.block, part.width)
+        each = (call.block_pages, part.width, call.page_size) if part.scales else (call.block, part.width)
         return pltpu.VMEM((2, *each), dtypes[part.name])
 
-    def news(part: Part):
-        return pltpu.VMEM((2, plan.fresh_groups(part), *plan.fresh_shape(part)), dtypes[part.name])
+    def new_kv(part: Part):
+        return pltpu.VMEM((2, call.fresh_groups(part), *call.fresh_shape(part)), dtypes[part.name])
 
     return [
         [blocks(part) for part in parts],
-        [news(part) for part in parts],
-        pltpu.VMEM((plan.tokens, H, C), dtype),
-        pltpu.VMEM((plan.tokens, H, E), dtype),
-        [pltpu.VMEM((J, M, n * plan.width_of(name)), dtype) for name in plan.keys],
+        [new_kv(part) for part in parts],
+        pltpu.VMEM((call.tokens, H, C), dtype),
+        pltpu.VMEM((call.tokens, H, E), dtype),
+        [pltpu.VMEM((J, M, n * call.width_of(name)), dtype) for name in call.keys],
         pltpu.VMEM((J, M, LANES), jnp.float32),
         pltpu.VMEM((J, M, LANES), jnp.float32),
         pltpu.VMEM((J, M, n * E), jnp.float32),
@@ -139,96 +139,96 @@ def _scratch(plan: Plan, q_THC: jax.Array, dtypes: dict) -> list:
     ]
 
 
-def _kernel(plan: Plan, write: bool, *refs):
+def _kernel(call: PagedCall, write: bool, *refs):
     scalars, refs = Scalars(*refs[: len(Scalars._fields)]), refs[len(Scalars._fields) :]
     constants, (q_THC, fresh, pages, _), *refs = refs
     written, (found_THE, *scratch) = (refs[: len(pages)], refs[len(pages) :]) if write else (pages, refs)
-    named = lambda xs: {part.name: x for part, x in zip(plan.parts, xs)}
-    blocks, news, *rest = scratch
-    of_parts = named(fresh), named(written), found_THE, named(blocks), named(news)
-    given: list[Any] = [plan, scalars, *constants, q_THC, *of_parts, *rest]
+    named = lambda xs: {part.name: x for part, x in zip(call.parts, xs)}
+    blocks, new_kv, *rest = scratch
+    of_parts = named(fresh), named(written), found_THE, named(blocks), named(new_kv)
+    given: list[Any] = [call, scalars, *constants, q_THC, *of_parts, *rest]
     memory = Memory(*given)
     step = pl.program_id(1)
-    w = step * plan.cores + pl.program_id(0)
+    w = step * call.cores + pl.program_id(0)
 
-    @pl.when(w < scalars.num_items[0])
+    @pl.when(w < scalars.num_work_items[0])
     def run():
-        _run_item(memory, w, step)
+        _run_work_item(memory, w, step)
 
 
-def _run_item(memory: Memory, w, step) -> None:
-    plan, num_items = memory.plan, memory.scalars.num_items[0]
-    first, last = item_blocks(memory, w)
+def _run_work_item(memory: Memory, w, step) -> None:
+    call, num_work_items = memory.call, memory.scalars.num_work_items[0]
+    first, last = work_item_blocks(memory, w)
 
     @pl.when(step == 0)
     def begin():
-        memory.turn[0] = 0
-        each_query(memory, w, lambda copy: copy.start())
-        each_copy(memory, w, first, 0, lambda copy: copy.start())
+        memory.buffer_slot[0] = 0
+        query_copies(memory, w, lambda copy: copy.start())
+        kv_copies(memory, w, first, 0, lambda copy: copy.start())
 
-    each_query(memory, w, lambda copy: copy.wait())
-    _of_few_or_all(memory, w, functools.partial(_start, memory))
+    query_copies(memory, w, lambda copy: copy.wait())
+    _small_or_full_tile(memory, w, functools.partial(_start, memory))
 
-    @pl.when(w + plan.cores < num_items)
+    @pl.when(w + call.cores < num_work_items)
     def ask_next():
-        each_query(memory, w + plan.cores, lambda copy: copy.start())
+        query_copies(memory, w + call.cores, lambda copy: copy.start())
 
-    def block(j, turn):
+    def block(j, buffer_slot):
         more = j + 1 < last
-        following = jnp.where(more, w, jnp.minimum(w + plan.cores, num_items - 1))
-        block_of_it = jnp.where(more, j + 1, item_blocks(memory, following)[0])
+        following = jnp.where(more, w, jnp.minimum(w + call.cores, num_work_items - 1))
+        block_of_it = jnp.where(more, j + 1, work_item_blocks(memory, following)[0])
 
-        @pl.when(more | (w + plan.cores < num_items))
+        @pl.when(more | (w + call.cores < num_work_items))
         def fetch_next():
-            each_copy(memory, following, block_of_it, 1 - turn, lambda copy: copy.start())
+            kv_copies(memory, following, block_of_it, 1 - buffer_slot, lambda copy: copy.start())
 
-        each_copy(memory, w, j, turn, lambda copy: copy.wait())
+        kv_copies(memory, w, j, buffer_slot, lambda copy: copy.wait())
         if memory.fresh:
-            take_in(memory, w, j, turn)
-            each_write(memory, w, j, turn, lambda copy: copy.start())
-        _of_few_or_all(memory, w, functools.partial(_meet, memory, w, j, turn))
+            merge_new_kv(memory, w, j, buffer_slot)
+            page_writes(memory, w, j, buffer_slot, lambda copy: copy.start())
+        _small_or_full_tile(memory, w, functools.partial(_update, memory, w, j, buffer_slot))
         if memory.fresh:
-            each_write(memory, w, j, turn, lambda copy: copy.wait())
-        return 1 - turn
+            page_writes(memory, w, j, buffer_slot, lambda copy: copy.wait())
+        return 1 - buffer_slot
 
-    memory.turn[0] = jax.lax.fori_loop(first, last, block, memory.turn[0])
+    memory.buffer_slot[0] = jax.lax.fori_loop(first, last, block, memory.buffer_slot[0])
 
     @pl.when(step > 0)
     def clear():
-        each_answer(memory, w - plan.cores, lambda copy: copy.wait())
+        output_copies(memory, w - call.cores, lambda copy: copy.wait())
 
-    _of_few_or_all(memory, w, functools.partial(_finish, memory))
-    each_answer(memory, w, lambda copy: copy.start())
+    _small_or_full_tile(memory, w, functools.partial(_finish, memory))
+    output_copies(memory, w, lambda copy: copy.start())
 
-    @pl.when(w + plan.cores >= num_items)
+    @pl.when(w + call.cores >= num_work_items)
     def end():
-        each_answer(memory, w, lambda copy: copy.wait())
+        output_copies(memory, w, lambda copy: copy.wait())
 
 
-def _of_few_or_all(memory: Memory, w, do) -> None:
+def _small_or_full_tile(memory: Memory, w, do) -> None:
     """`do(tokens)`, of all places of an item or, where it has no more tokens than those, of the first few."""
-    few, tokens = memory.plan.few, memory.plan.tokens
-    if few == tokens:
+    small_tile, tokens = memory.call.small_tile, memory.call.tokens
+    if small_tile == tokens:
         return do(tokens)
-    is_few = memory.scalars.item_count[w] <= few
-    pl.when(is_few)(lambda: do(few))
-    pl.when(~is_few)(lambda: do(tokens))
+    is_small = memory.scalars.work_item_count[w] <= small_tile
+    pl.when(is_small)(lambda: do(small_tile))
+    pl.when(~is_small)(lambda: do(tokens))
 
 
 def _start(memory: Memory, tokens: int) -> None:
     """Sums are empty, and queries are matrices."""
-    plan, of_rows = memory.plan, (slice(None), slice(tokens * memory.plan.matrix_heads))
+    call, of_rows = memory.call, (slice(None), slice(tokens * memory.call.matrix_heads))
     for state, none in (memory.top_JML, LEAST), (memory.total_JML, 0.0), (memory.sum_JME, 0.0):
         state[of_rows] = jnp.full((state.shape[0], of_rows[1].stop, state.shape[2]), none, state.dtype)
     if memory.sinks_JML is not None:
         memory.top_JML[of_rows] = memory.sinks_JML[of_rows]
         memory.total_JML[of_rows] = jnp.ones_like(memory.total_JML[of_rows])
     begin = 0
-    for part, name in enumerate(plan.keys):
-        width = plan.width_of(name)
-        for k in range(plan.matrices):
+    for part, name in enumerate(call.keys):
+        width = call.width_of(name)
+        for k in range(call.matrices):
             q_MC = _matrix(memory, k, tokens, slice(begin, begin + width))
-            if plan.together > 1:
+            if call.together > 1:
                 wide = _exact(q_MC, memory.spread_keys[part][...])
                 q_MC = (wide * _own(memory, width, len(q_MC))).astype(q_MC.dtype)
             memory.queries[part][k, of_rows[1]] = q_MC
@@ -237,7 +237,7 @@ def _start(memory: Memory, tokens: int) -> None:
 
 def _matrix(memory: Memory, k: int, tokens: int, channels: slice):
     """[M, C] the k-th matrix of the first tokens' queries, turned in 32 bits, which each chip can do."""
-    G = memory.plan.matrix_heads
+    G = memory.call.matrix_heads
     q_QGC = memory.q_QHC[:tokens, k * G : (k + 1) * G, channels]
     return q_QGC.astype(jnp.float32).reshape(tokens * G, -1).astype(q_QGC.dtype)
 
@@ -258,65 +258,71 @@ def _exact(a, b):
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _meet(memory: Memory, w, j, turn, tokens: int) -> None:
+def _update(memory: Memory, w, j, buffer_slot, tokens: int) -> None:
     """The queries of the item's first tokens meet block j."""
-    _, low, first, stop = span(memory, w)
-    plan, sight, begin = memory.plan, memory.plan.sight, j * memory.plan.block
-    rows = slice(tokens * plan.matrix_heads)
+    _, low, first, stop = work_item_positions(memory, w)
+    call, mask, begin = memory.call, memory.call.mask, j * memory.call.block
+    rows = slice(tokens * call.matrix_heads)
     last = first + tokens - 1  # of the places, taken or not
-    whole = begin + plan.block <= first + 1
-    if sight.window is not None:
-        whole &= last - begin < sight.window
-    if sight.chunk is not None:
-        whole &= begin >= last - jax.lax.rem(last, jnp.int32(sight.chunk))
+    whole = begin + call.block <= first + 1
+    if mask.window is not None:
+        whole &= last - begin < mask.window
+    if mask.chunk is not None:
+        whole &= begin >= last - jax.lax.rem(last, jnp.int32(mask.chunk))
 
     @pl.when(whole)
     def all_seen():
-        for k in range(plan.matrices):
-            _add(memory, k, turn, _scores(memory, k, turn, rows), None)
+        for k in range(call.matrices):
+            _add(memory, k, buffer_slot, _scores(memory, k, buffer_slot, rows), None)
 
     @pl.when(~whole)
     def some_seen():
-        seen_MS = _sees(plan, begin, first, stop, rows.stop)
-        slot = begin + jax.lax.broadcasted_iota(jnp.int32, (plan.block, 1), 0)
-        slot_of_lane = begin + jax.lax.broadcasted_iota(jnp.int32, (1, plan.block), 1)
+        seen_MS = _sees(call, begin, first, stop, rows.stop)
+        slot = begin + jax.lax.broadcasted_iota(jnp.int32, (call.block, 1), 0)
+        slot_of_lane = begin + jax.lax.broadcasted_iota(jnp.int32, (1, call.block), 1)
         # what was not copied may be anything, and no number times 0 makes it 0
         copied = ((slot >= low) & (slot < stop), (slot_of_lane >= low) & (slot_of_lane < stop))
-        for k in range(plan.matrices):
-            _add(memory, k, turn, jnp.where(seen_MS, _scores(memory, k, turn, rows), MASKED), copied)
+        for k in range(call.matrices):
+            _add(
+                memory,
+                k,
+                buffer_slot,
+                jnp.where(seen_MS, _scores(memory, k, buffer_slot, rows), MASKED),
+                copied,
+            )
 
 
-def _sees(plan: Plan, begin, first, stop, rows: int):
+def _sees(call: PagedCall, begin, first, stop, rows: int):
     """[M, S] bool."""
-    key = begin + jax.lax.broadcasted_iota(jnp.int32, (rows, plan.block), 1)
+    key = begin + jax.lax.broadcasted_iota(jnp.int32, (rows, call.block), 1)
     query = first + jax.lax.div(
-        jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), jnp.int32(plan.matrix_heads)
+        jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), jnp.int32(call.matrix_heads)
     )
     seen = (key <= query) & (key < stop)
-    if plan.sight.window is not None:
-        seen &= query - key < plan.sight.window
-    if plan.sight.chunk is not None:
-        chunk = first - jax.lax.rem(first, jnp.int32(plan.sight.chunk))
+    if call.mask.window is not None:
+        seen &= query - key < call.mask.window
+    if call.mask.chunk is not None:
+        chunk = first - jax.lax.rem(first, jnp.int32(call.mask.chunk))
         # an item is no longer than a chunk, so its tokens are in two at most
-        seen &= key >= jnp.where(query < chunk + plan.sight.chunk, chunk, chunk + plan.sight.chunk)
+        seen &= key >= jnp.where(query < chunk + call.mask.chunk, chunk, chunk + call.mask.chunk)
     return seen
 
 
-def _scores(memory: Memory, k: int, turn, rows: slice):
+def _scores(memory: Memory, k: int, buffer_slot, rows: slice):
     """[M, S] of the k-th matrix of queries, before any mask."""
-    plan, products = memory.plan, []
-    for name, q in zip(plan.keys, memory.queries, strict=True):
-        part_MS = product(q[k, rows], _channels(memory, name, k, turn, q.shape[-1], q.dtype), (1, 1))
+    call, products = memory.call, []
+    for name, q in zip(call.keys, memory.queries, strict=True):
+        part_MS = product(q[k, rows], _channels(memory, name, k, buffer_slot, q.shape[-1], q.dtype), (1, 1))
         if name + SCALE in memory.blocks:
-            part_MS *= _scale_of_rows(memory, name, k, turn, None, rows)
+            part_MS *= _scale_of_rows(memory, name, k, buffer_slot, None, rows)
         products.append(part_MS)
-    scores = functools.reduce(jnp.add, products) * plan.scale
-    return scores if plan.softcap is None else plan.softcap * jnp.tanh(scores / plan.softcap)
+    scores = functools.reduce(jnp.add, products) * call.scale
+    return scores if call.softcap is None else call.softcap * jnp.tanh(scores / call.softcap)
 
 
-def _add(memory: Memory, k: int, turn, scores_MS, copied) -> None:
-    plan, rows = memory.plan, slice(len(scores_MS))
-    before_ML, S, E = memory.top_JML[k, rows], plan.block, memory.sum_JME.shape[-1]
+def _add(memory: Memory, k: int, buffer_slot, scores_MS, copied) -> None:
+    call, rows = memory.call, slice(len(scores_MS))
+    before_ML, S, E = memory.top_JML[k, rows], call.block, memory.sum_JME.shape[-1]
     top_ML = jnp.maximum(before_ML, scores_MS.max(axis=1, keepdims=True))
     weights_MS = jnp.exp(scores_MS - across(top_ML, S))
     shrink_ML = jnp.exp(before_ML - top_ML)
@@ -324,24 +330,24 @@ def _add(memory: Memory, k: int, turn, scores_MS, copied) -> None:
     total_ML = memory.total_JML[k, rows] * shrink_ML + weights_MS.sum(axis=1, keepdims=True)
     memory.total_JML[k, rows] = total_ML
     dtype = memory.q_QHC.dtype
-    v_SE = _channels(memory, plan.values, k, turn, E, dtype)
+    v_SE = _channels(memory, call.values, k, buffer_slot, E, dtype)
     if copied is not None:
         v_SE = choose(copied[0], v_SE, jnp.zeros_like(v_SE))
-    if plan.values + SCALE in memory.blocks:
-        weights_MS *= _scale_of_rows(memory, plan.values, k, turn, copied, rows)
+    if call.values + SCALE in memory.blocks:
+        weights_MS *= _scale_of_rows(memory, call.values, k, buffer_slot, copied, rows)
     found_ME = product(weights_MS.astype(dtype), v_SE, (1, 0))
     memory.sum_JME[k, rows] = memory.sum_JME[k, rows] * across(shrink_ML, E) + found_ME
 
 
-def _channels(memory: Memory, name: str, k: int, turn, width: int, dtype):
+def _channels(memory: Memory, name: str, k: int, buffer_slot, width: int, dtype):
     """[S, n * C] of block j, of the heads of the k-th matrix of queries."""
-    return memory.blocks[name][turn, :, k * width : (k + 1) * width].astype(dtype)
+    return memory.blocks[name][buffer_slot, :, k * width : (k + 1) * width].astype(dtype)
 
 
-def _scale_of_rows(memory: Memory, name: str, k: int, turn, copied, rows: slice):
+def _scale_of_rows(memory: Memory, name: str, k: int, buffer_slot, copied, rows: slice):
     """[M, S], or [1, S] for one head: each slot's scale for the head that a row looks at."""
-    n, pages = memory.plan.together, memory.blocks[name + SCALE]
-    scales = [pages[turn, p, k * n : (k + 1) * n] for p in range(memory.plan.block_pages)]
+    n, pages = memory.call.together, memory.blocks[name + SCALE]
+    scales = [pages[buffer_slot, p, k * n : (k + 1) * n] for p in range(memory.call.block_pages)]
     scales_nS = jnp.concatenate(scales, axis=1)
     if copied is not None:
         scales_nS = jnp.where(copied[1], scales_nS, 0.0)
@@ -349,12 +355,12 @@ def _scale_of_rows(memory: Memory, name: str, k: int, turn, copied, rows: slice)
 
 
 def _finish(memory: Memory, tokens: int) -> None:
-    plan, E, rows = memory.plan, memory.sum_JME.shape[-1], tokens * memory.plan.matrix_heads
-    G, dtype = plan.matrix_heads, memory.found_QHE.dtype
-    for k in range(plan.matrices):
+    call, E, rows = memory.call, memory.sum_JME.shape[-1], tokens * memory.call.matrix_heads
+    G, dtype = call.matrix_heads, memory.found_QHE.dtype
+    for k in range(call.matrices):
         total_ML = memory.total_JML[k, :rows]
         found_ME = memory.sum_JME[k, :rows] / across(jnp.where(total_ML > 0, total_ML, 1.0), E)
-        if plan.together > 1:
+        if call.together > 1:
             found_ME = _own_channels(memory, found_ME)
         found_QGE = found_ME.reshape(tokens, G, -1)
         memory.found_QHE[:tokens, k * G : (k + 1) * G] = found_QGE.astype(dtype)

@@ -1,9 +1,9 @@
 """What is known of paged attention before it runs: which tokens are computed at once, and what their kernel reads.
 
-Tokens are cut into items: up to Q tokens of one row. An item reads its row in blocks of pages, from the first that some
-of its tokens see to the last. What the row has in its pages from before comes from there; what is new comes from
-`fresh`, new tokens cut as the slots of pages are, in groups that are written as a whole. So no item waits for what
-another writes. An item of few tokens, as of a row that decodes beside prompts, has few rows computed.
+Tokens are cut into work items of up to Q tokens of one row. A work item reads its row in blocks of pages, from the
+first that some of its tokens see to the last. Old tokens come from the row's pages. New ones come from `fresh`, cut as
+the slots of pages are, in groups that are written as a whole. So no work item waits for what another writes. Of a work
+item of few tokens, as of a row that decodes beside prompts, only a small tile of rows is computed.
 """
 
 # R rows, T tokens, P pages a row, N pages, Z slots a page, W slots of a group, U groups, I items, Q tokens of an item
@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.kernels.attention.reference import Sight
+from model.kernels.attention import Mask
 from model.kernels.paged_attention.pages import SCALE
+from model.kernels.paged_attention.rows import Rows
 
 LANES = 128
 SUBLANES = 8  # of 32 bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class BlockSizes:
     """How much of a chip's fast memory a kernel takes for blocks of pages, and how many cores share its items."""
 
     block_bytes: int = 2**21  # keys and values of one block; there are two, and as much again for new tokens
@@ -37,12 +38,12 @@ class Sizes:
 # A copy of 1 MiB takes longer than its start on every chip (0.4 us of v5p's 2.8 TB/s). Two such blocks with
 # their queries and what the compiler keeps beside them fit the 16 MiB that a kernel is given on v4, v5e and
 # v5p, where two of 2 MiB do not; v6e and tpu7x give it more. On v4 and v5p one device is two cores.
-SIZES = {
-    "v4": Sizes(2**20, cores=2),
-    "v5e": Sizes(2**20),
-    "v5p": Sizes(2**20, cores=2),
-    "v6e": Sizes(2**21),
-    "tpu7x": Sizes(2**21),
+BLOCK_SIZES = {
+    "v4": BlockSizes(2**20, cores=2),
+    "v5e": BlockSizes(2**20),
+    "v5p": BlockSizes(2**20, cores=2),
+    "v6e": BlockSizes(2**21),
+    "tpu7x": BlockSizes(2**21),
 }
 MAX_BLOCK = 1024  # slots
 MAX_SCORES = 2**17  # of one matrix of queries and one block: 512 KiB in float32, several times over
@@ -65,7 +66,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PagedCall:
     """All that is known of one paged attention before it runs."""
 
     keys: tuple[str, ...]  # parts whose channels, side by side, are a key
@@ -80,7 +81,7 @@ class Plan:
     together: int  # key/value heads that one matrix of queries looks at, each query at its own only
     tokens: int  # of an item, a power of two
     max_new: int | None  # new tokens of a row at most; None: nothing is written
-    sight: Sight
+    mask: Mask
     scale: float
     softcap: float | None
     cores: int
@@ -101,8 +102,8 @@ class Plan:
         return self.matrix_heads * self.tokens
 
     @property
-    def few(self) -> int:
-        """Tokens whose rows fit one vector. Of an item that has no more of them, only those rows are computed."""
+    def small_tile(self) -> int:
+        """Tokens whose rows fit one vector. Of a work item with no more tokens only those rows are computed."""
         return min(self.tokens, max(1, 2 * SUBLANES // self.matrix_heads))
 
     @property
@@ -180,7 +181,7 @@ def block_pages(
     page_size: int,
     pages_a_row: int,
     rows: int,
-    sizes: Sizes,
+    sizes: BlockSizes,
 ) -> int:
     """Pages of a block, for matrices of so many rows of queries; no more than a row has."""
     bytes_a_slot = sum(part.width * cache[part.name].dtype.itemsize for part in parts)
@@ -194,35 +195,27 @@ def block_pages(
 class Scalars(NamedTuple):
     """What a kernel knows of its items and rows, int32."""
 
-    num_items: jax.Array  # [1]
-    item_row: jax.Array  # [I]
-    item_token: jax.Array  # [I] the first token, among all
-    item_first: jax.Array  # [I] its position
-    item_count: jax.Array  # [I] tokens
+    num_work_items: jax.Array  # [1]
+    work_item_row: jax.Array  # [I]
+    work_item_token: jax.Array  # [I] the first token, among all
+    work_item_first: jax.Array  # [I] its position
+    work_item_count: jax.Array  # [I] tokens
     row_start: jax.Array  # [R] position of the first new token; what is before it is in pages
     row_group: jax.Array  # [R] where the row's groups begin among `fresh`
     row_page: jax.Array  # [R] where its pages begin among fresh scales
     table: jax.Array  # [R * P]
 
 
-class Rows(NamedTuple):
-    """Consecutive tokens of each row among T."""
-
-    first_R: jax.Array  # the first token
-    count_R: jax.Array  # how many; 0: none
-    start_R: jax.Array  # the first one's position
-
-
-def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> Scalars:
+def work_items(call: PagedCall, rows: Rows, T: int, longest: int) -> Scalars:
     """Without groups and table."""
-    Q, R = plan.tokens, len(rows.count_R)
+    Q, R = call.tokens, len(rows.count_R)
     I = min(T, T // Q + R, R * -(-longest // Q))
-    I += -I % plan.cores
+    I += -I % call.cores
     ends_R = jnp.cumsum(-(-rows.count_R // Q))
-    item_I = jnp.arange(I, dtype=jnp.int32)
-    row_I = jnp.minimum(jnp.searchsorted(ends_R, item_I, side="right"), R - 1).astype(jnp.int32)
+    work_item_I = jnp.arange(I, dtype=jnp.int32)
+    row_I = jnp.minimum(jnp.searchsorted(ends_R, work_item_I, side="right"), R - 1).astype(jnp.int32)
     begins_R = ends_R - -(-rows.count_R // Q)
-    done_I = (item_I - begins_R[row_I]) * Q
+    done_I = (work_item_I - begins_R[row_I]) * Q
     count_I = jnp.clip(rows.count_R[row_I] - done_I, 0, Q)
     zeros_R = jnp.zeros((R,), jnp.int32)
     scalars = (
@@ -237,11 +230,6 @@ def items_of(plan: Plan, rows: Rows, T: int, longest: int) -> Scalars:
         zeros_R,
     )
     return Scalars(*(x.astype(jnp.int32) for x in scalars))
-
-
-def row_of_token(rows: Rows, T: int) -> jax.Array:
-    """[T]; the last row that begins at or before it."""
-    return jnp.maximum(jnp.searchsorted(rows.first_R, jnp.arange(T), side="right") - 1, 0)
 
 
 def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax.Array | None]:

@@ -1,93 +1,26 @@
 """Products with rounded matrices: int8, int4, MXFP4 and fp8, with scales by blocks of inputs, and fp8 with fp8.
 
-Decoding is bounded by reading the matrices, so a quarter of the bytes is about a quarter of the time. What is read is
-widened in fast memory, never in the chip's main memory. Block scales: Frantar et al. 2023, arXiv:2210.17323 (int4 by
-128); OCP Microscaling Formats 1.0, 2023 (MXFP4: values of e2m1, 32 to a power of two); DeepSeek-V3, arXiv:2412.19437,
-section 3.3 (fp8 by 128, rows rounded as they come).
+Decoding is bounded by reading the matrices, so a quarter of the bytes is about a quarter of the time. The kernel widens
+what it reads in fast memory, never in the chip's main memory. `QUANTIZED_MATMUL` has the implementations.
 """
 
-# M rows, I inputs, O outputs, N blocks of inputs, B inputs of a block
+# M rows, I inputs, O outputs
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from model.kernels import backend
-
-Kind = Literal["int8", "int4", "mxfp4", "fp8"]
-
-
-class Format(NamedTuple):
-    """How a kind is kept: the dtype of its values, the largest of them, and the inputs of a block unless one says."""
-
-    dtype: jnp.dtype
-    largest: float
-    block: int
-
-
-FORMATS: dict[str, Format] = {
-    "int8": Format(jnp.dtype(jnp.int8), 127.0, 128),
-    "int4": Format(jnp.dtype(jnp.int4), 7.0, 128),
-    "mxfp4": Format(
-        jnp.dtype(jnp.int4), 6.0, 32
-    ),  # codes of e2m1: a sign, two bits of exponent, one of mantissa
-    "fp8": Format(jnp.dtype(jnp.float8_e4m3fn), 448.0, 128),
-}
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by code; the codes below 0 are their negatives
-
-
-@struct.dataclass
-class QuantizedMatrix:
-    """A matrix [I, O] as `quantize` rounds it. Value times scale of its block is what it stands for."""
-
-    values_IO: jax.Array  # of the format's dtype
-    scales_NO: jax.Array  # float32, of mxfp4 powers of two
-    kind: Kind = struct.field(pytree_node=False)
-
-    @property
-    def block(self) -> int:
-        """Inputs that share a scale."""
-        return self.values_IO.shape[0] // self.scales_NO.shape[0]
-
-
-def quantize(w_IO: jax.Array, kind: Kind, block: int | None = None) -> QuantizedMatrix:
-    """Rounds a matrix to the nearest values of its kind, each block of inputs by its own scale.
-
-    Args:
-      block: inputs that share a scale; None: the format's. It must divide I; I itself is one scale an output.
-
-    Raises:
-      ValueError: an unknown kind, or a block that does not divide I.
-    """
-    if kind not in FORMATS:
-        raise ValueError(f"kind={kind!r} is no format of matrices. Use one of {', '.join(FORMATS)}.")
-    form, (I, O) = FORMATS[kind], w_IO.shape
-    block = block or form.block
-    if I % block:
-        raise ValueError(f"blocks of {block} do not divide {I} inputs. Use a block that does, e.g. {I}.")
-    w_NBO = w_IO.astype(jnp.float32).reshape(I // block, block, O)
-    scales_NO = jnp.max(jnp.abs(w_NBO), axis=1) / form.largest
-    if (
-        kind == "mxfp4"
-    ):  # the largest power of two that keeps the block's largest at 4 or above, as the format has it
-        scales_NO = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(scales_NO * 6.0, 2.0**-126))) - 2.0)
-    scaled_NBO = w_NBO / jnp.where(scales_NO == 0, 1, scales_NO)[:, None]
-    values_IO = _ROUND[kind](scaled_NBO).astype(form.dtype).reshape(I, O)
-    return QuantizedMatrix(values_IO, scales_NO, kind)
-
-
-def dequantize(w: QuantizedMatrix) -> jax.Array:
-    """What it stands for, float32 [I, O]."""
-    I, O = w.values_IO.shape
-    return (widen(w.values_IO, w.kind).reshape(-1, w.block, O) * w.scales_NO[:, None]).reshape(I, O)
+from model.kernels.choice import Implementation, Operation, Platform
+from model.kernels.quantized_matmul.formats import QuantizedMatrix, dequantize
+from model.kernels.quantized_matmul.reference import widened_whole
 
 
 def quantized_matmul(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool = False) -> jax.Array:
-    """x times the matrix, [M, O] in the dtype of `x`, added up in float32; forward only.
+    """x times the matrix, [M, O] in the dtype of `x`, added up in float32; with a gradient for `x` alone.
 
     Args:
       round_rows: rows are rounded to fp8 too, each of its blocks by its own scale, and multiplied as fp8 where the
@@ -101,62 +34,39 @@ def quantized_matmul(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool = Fal
     if round_rows and w.kind != "fp8":
         raise ValueError(f"rows are rounded to fp8 beside a matrix of fp8; this one is {w.kind}.")
     chosen = backend.current()
-    if chosen.name == "tpu":
-        # here, since Pallas takes long to import and is wanted on TPUs alone
-        from model.kernels.quantized_matmul.tpu import plan_for, product
-
-        return product(plan_for(chosen), x_MI, w, round_rows)
-    return reference(x_MI, w, round_rows)
+    return QUANTIZED_MATMUL.choose(Platform(chosen)).run(x_MI, w, round_rows, chosen)
 
 
-def reference(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool = False) -> jax.Array:
-    """`quantized_matmul` in plain jnp, the matrix widened whole."""
-    wide_IO = dequantize(w)
-    if round_rows:
-        values_MI, scales_MN = quantize_rows(x_MI, w.block)
-        x_MNB = values_MI.astype(jnp.float32).reshape(x_MI.shape[0], -1, w.block) * scales_MN[..., None]
-        return (x_MNB.reshape(x_MI.shape) @ wide_IO).astype(x_MI.dtype)
-    product = jax.lax.dot(x_MI, wide_IO.astype(x_MI.dtype), preferred_element_type=jnp.float32)
-    return product.astype(x_MI.dtype)
+def _plain(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool, chosen: backend.Backend) -> jax.Array:
+    return widened_whole(x_MI, w, round_rows)
 
 
-def quantize_rows(x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """(fp8 values [M, I], scales [M, N] float32) of rows, each block of inputs by its own scale."""
-    x_MNB = x_MI.astype(jnp.float32).reshape(x_MI.shape[0], -1, block)
-    values_MNB, scales_MN1 = round_block(x_MNB)
-    return values_MNB.reshape(x_MI.shape), scales_MN1[..., 0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_kernel(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool, chosen: backend.Backend) -> jax.Array:
+    # here, since Pallas takes long to import and is wanted on TPUs alone
+    from model.kernels.quantized_matmul.tpu import product, tiles_for
+
+    return product(tiles_for(chosen), x_MI, w, round_rows)
 
 
-def round_block(x_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(fp8 values [..., B], scale [..., 1] float32) of blocks of inputs, float32."""
-    form = FORMATS["fp8"]
-    scale_1 = jnp.max(jnp.abs(x_B), axis=-1, keepdims=True) / form.largest
-    return (x_B / jnp.where(scale_1 == 0, 1, scale_1)).astype(form.dtype), scale_1
+def _forward(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool, chosen: backend.Backend):
+    return _by_kernel(x_MI, w, round_rows, chosen), w
 
 
-def widen(values: jax.Array, kind: Kind) -> jax.Array:
-    """Values as float32; the codes of mxfp4 by arithmetic alone, as a kernel does it."""
-    if kind != "mxfp4":
-        return values.astype(jnp.float32)
-    code = values.astype(jnp.int32)
-    size = jnp.where(code < 0, code + 8, code)  # a code below 0 has the sign bit set: -8 is -0
-    halves = jnp.where(size < 2, size, (2 + (size & 1)) << (jnp.maximum(size >> 1, 1) - 1))
-    return jnp.where(code < 0, -0.5, 0.5) * halves.astype(jnp.float32)
+def _backward(round_rows: bool, chosen: backend.Backend, w: QuantizedMatrix, d_MO: jax.Array):
+    """Of x alone, as if its rows had not been rounded; the matrix is widened whole."""
+    wide_IO = dequantize(w).astype(d_MO.dtype)
+    return jax.lax.dot(d_MO, wide_IO.T, preferred_element_type=jnp.float32).astype(d_MO.dtype), None
 
 
-def _to_e2m1(scaled: jax.Array) -> jax.Array:
-    """Codes -8 to 7 of the nearest values; ties go to the even mantissa."""
-    size = jnp.abs(scaled)
-    middles = jnp.asarray([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:])])
-    above = jnp.sum(size[..., None] > middles, axis=-1)
-    tied = jnp.any(size[..., None] == middles, axis=-1)  # at a middle, `above` is the lower one
-    code = above + (tied & (above % 2 == 1))
-    return jnp.where(jnp.signbit(scaled) & (code > 0), code - 8, code)
+_by_kernel.defvjp(_forward, _backward)
 
 
-_ROUND = {
-    "int8": jnp.round,
-    "int4": jnp.round,
-    "mxfp4": _to_e2m1,
-    "fp8": lambda scaled: scaled,
-}
+QUANTIZED_MATMUL = Operation(
+    "quantized",
+    {
+        "plain": Implementation(("plain", "gpu", "tpu"), _plain),
+        "kernel": Implementation(("tpu",), _by_kernel),
+    },
+    preferred={"plain": ("plain",), "gpu": ("plain",), "tpu": ("kernel",)},
+)

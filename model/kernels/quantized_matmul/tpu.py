@@ -1,6 +1,6 @@
 """The product with a rounded matrix for TPUs: blocks of it are widened in fast memory and multiplied at once.
 
-The plain form is model.kernels.quantized_matmul. Where a scale covers a whole step of inputs it is put on the
+Where a scale covers a whole step of inputs it is put on the
 step's sum, else on the widened values.
 """
 
@@ -17,11 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.backend import Backend
-from model.kernels.quantized_matmul import FORMATS, QuantizedMatrix, round_block, widen
+from model.kernels.quantized_matmul.formats import FORMATS, QuantizedMatrix, round_block, widen
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TileSizes:
     """Sizes of a step. With few rows a step reads X * Y values and does little else, so it should be large enough to
     hide the start of a copy (about 2000 cycles); widened to float32 it must fit the 16 MiB that every chip gives:
     1024 x 512 are 2 MiB, a few times on the way."""
@@ -35,24 +35,23 @@ class Plan:
 
 
 # v6e has 128 MiB and tpu7x 64 MiB of it, and more multipliers to a byte of main memory: more rows for each byte read.
-PLANS = {
-    "v4": Plan(),
-    "v5e": Plan(),
-    "v5p": Plan(),
-    "v6e": Plan(rows=512, memory=64 << 20),
-    "tpu7x": Plan(rows=512, memory=32 << 20, fp8=True),
+TILE_SIZES = {
+    "v4": TileSizes(),
+    "v5e": TileSizes(),
+    "v5p": TileSizes(),
+    "v6e": TileSizes(rows=512, memory=64 << 20),
+    "tpu7x": TileSizes(rows=512, memory=32 << 20, fp8=True),
 }
 
 
-def plan_for(chosen: Backend) -> Plan:
-    plan = PLANS[chosen.chip] if chosen.chip else Plan()
-    return dataclasses.replace(plan, interpret=chosen.interpret)
+def tiles_for(chosen: Backend) -> TileSizes:
+    return dataclasses.replace(chosen.of_chip(TILE_SIZES, TileSizes()), interpret=chosen.interpret)
 
 
-def product(plan: Plan, x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool) -> jax.Array:
+def product(tiles: TileSizes, x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool) -> jax.Array:
     """[M, O] in the dtype of `x`."""
     (M, I), O, block = x_MI.shape, w.values_IO.shape[1], w.block
-    R, X, Y = _fitted(plan, M, I, O, block)
+    R, X, Y = _fitted(tiles, M, I, O, block)
     n, N = max(X // block, 1), I // block  # scales of a step, and of the whole
     rows = pl.cdiv(M, R) * R
     x_MI = jnp.pad(x_MI, ((0, rows - M), (0, 0)))
@@ -69,11 +68,11 @@ def product(plan: Plan, x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool) -
         in_specs.append(pl.BlockSpec((n, 1, Y), lambda r, y, step: (of_step(step), 0, y)))
         operands.append(w.scales_NO[:, None])
     if round_rows:
-        operands[0], scales_MN = _rounded(plan, x_MI, block)
+        operands[0], scales_MN = _rounded(tiles, x_MI, block)
         in_specs.append(pl.BlockSpec((R, N), lambda r, y, step: (r, 0)))
         operands.append(scales_MN)
     if round_rows:
-        kernel = functools.partial(_rounded_rows_kernel, plan, n, max(block // X, 1))
+        kernel = functools.partial(_rounded_rows_kernel, tiles, n, max(block // X, 1))
     else:
         kernel = functools.partial(_kernel, w.kind, n)
     result = pl.pallas_call(
@@ -84,7 +83,7 @@ def product(plan: Plan, x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool) -
         out_shape=jax.ShapeDtypeStruct((rows, O), x_MI.dtype),
         scratch_shapes=[pltpu.VMEM((R, Y), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=plan.memory
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tiles.memory
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * I * O,
@@ -93,13 +92,13 @@ def product(plan: Plan, x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool) -
             + rows * O * x_MI.dtype.itemsize,
             transcendentals=0,
         ),
-        interpret=plan.interpret,
+        interpret=tiles.interpret,
         name=f"quantized_matmul_{w.kind}",
     )(*operands)
     return result[:M]
 
 
-def _rounded(plan: Plan, x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def _rounded(tiles: TileSizes, x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """`quantize_rows` in one pass: what the compiler makes of it lays the rows down in float32 up to twice."""
     (M, I), N = x_MI.shape, x_MI.shape[1] // block
     R = max(32, min(M, (1 << 20) // I // 32 * 32))  # 4 MiB of rows, widened; fp8 comes in tiles of 32 rows
@@ -112,8 +111,10 @@ def _rounded(plan: Plan, x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Ar
             jax.ShapeDtypeStruct((M, I), FORMATS["fp8"].dtype),
             jax.ShapeDtypeStruct((M, N), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=plan.memory),
-        interpret=plan.interpret,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.memory
+        ),
+        interpret=tiles.interpret,
         name="round_rows_fp8",
     )(x_MI)
 
@@ -152,7 +153,7 @@ def _kernel(kind, n: int, x_RX, w_XY, scales, y_RY, sum_RY):
 
 
 def _rounded_rows_kernel(
-    plan: Plan, n: int, steps_a_scale: int, x_RX, w_XY, scales, row_scales_RN, y_RY, sum_RY
+    tiles: TileSizes, n: int, steps_a_scale: int, x_RX, w_XY, scales, row_scales_RN, y_RY, sum_RY
 ):
     step = pl.program_id(2)
 
@@ -166,7 +167,7 @@ def _rounded_rows_kernel(
     number_RN = jax.lax.broadcasted_iota(jnp.int32, row_scales_RN.shape, 1)
     for i in range(n):
         x, w = x_RX[:, i * X : (i + 1) * X], w_XY[i * X : (i + 1) * X]
-        if not plan.fp8:  # each value of e4m3 is one of bfloat16 too
+        if not tiles.fp8:  # each value of e4m3 is one of bfloat16 too
             x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
         mine_RN = jnp.where(number_RN == first + i, row_scales_RN[...], 0.0)
         sum_RY[...] += _dot(x, w) * jnp.sum(mine_RN, axis=1, keepdims=True) * scales_n1Y[i]
@@ -180,12 +181,12 @@ def _dot(x_RX: jax.Array, w_XY: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x_RX, w_XY, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _fitted(plan: Plan, M: int, I: int, O: int, block: int) -> tuple[int, int, int]:
+def _fitted(tiles: TileSizes, M: int, I: int, O: int, block: int) -> tuple[int, int, int]:
     """The plan's sizes for this product: no more rows than there are, and inputs that are whole blocks or
     whole parts of one."""
-    rows = min(plan.rows, pl.cdiv(M, 32) * 32)
-    outputs = min(plan.outputs, pl.cdiv(O, 128) * 128)
-    inputs = next((x for x in range(plan.inputs, 0, -128) if I % x == 0 and _whole(x, block)), I)
+    rows = min(tiles.rows, pl.cdiv(M, 32) * 32)
+    outputs = min(tiles.outputs, pl.cdiv(O, 128) * 128)
+    inputs = next((x for x in range(tiles.inputs, 0, -128) if I % x == 0 and _whole(x, block)), I)
     return rows, inputs, outputs
 
 

@@ -1,16 +1,32 @@
-"""Recurrences in chunks: what happens within a chunk is a handful of matrix products, between chunks goes a state."""
+"""Recurrences in chunks: within a chunk they are a handful of matrix products, and a state goes from chunk to chunk."""
 
 # B batch, T tokens, Q tokens of a chunk
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-FEW = 16  # tokens of a row: so many or fewer, as in decoding, are one small chunk, which needs no kernel
+from model.kernels.backend import Backend
+
+SHORT = 16  # tokens of a row: so many or fewer, as in decoding, are one small chunk, which needs no kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an implementation of a recurrence must know to say whether it can serve."""
+
+    backend: Backend
+    length: int  # tokens of a row
+    decays_by_channel: bool = False  # a decay for each channel of a key, not one a head
+
+
+def too_short(request: Request) -> str | None:
+    return f"rows of {SHORT} tokens or fewer are one small chunk" if request.length <= SHORT else None
 
 
 def scan_chunks(step: Callable, state: Any, inputs: Any, chunk: int) -> tuple[Any, Any]:
@@ -38,7 +54,7 @@ def scan_chunks(step: Callable, state: Any, inputs: Any, chunk: int) -> tuple[An
 
 
 def same_document(first_BQ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Who sees whom in a chunk in which a document starts at each `first`.
+    """Which tokens of a chunk see which, where a document starts at each `first`.
 
     Returns:
       [B, Q, Q] whether the second token is the first or stands before it in its document; [B, Q] whether a token

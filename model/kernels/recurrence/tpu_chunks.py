@@ -20,7 +20,7 @@ CHUNK = LANES
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class TileSizes:
     """Of one step of a kernel. A state a block is stored for the backward pass, so the longer the block, the fewer."""
 
     tokens: int = 512  # of a block, a multiple of 128
@@ -43,7 +43,7 @@ def chunk_at(at):
     return pl.ds(at * CHUNK if isinstance(at, int) else pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
 
 
-class Sight(NamedTuple):
+class ChunkMask(NamedTuple):
     """Of a chunk, from the number of documents that began in it up to each token."""
 
     pairs_QQ: jax.Array  # bool: the second token is the first or stands before it in its document
@@ -52,12 +52,12 @@ class Sight(NamedTuple):
     to_after_Q1: jax.Array  # bool: the state after the chunk sees the token
 
 
-def sight(documents_1Q: jax.Array) -> Sight:
+def chunk_mask(documents_1Q: jax.Array) -> ChunkMask:
     documents_QL = jnp.broadcast_to(documents_1Q, (LANES, CHUNK)).T
     row_QQ, column_QQ = (jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis) for axis in (0, 1))
     same_QQ = documents_QL == documents_1Q
     documents_Q1 = documents_QL[:, :1]
-    return Sight(
+    return ChunkMask(
         same_QQ & (row_QQ >= column_QQ),
         same_QQ & (row_QQ > column_QQ),
         documents_Q1 == 0,
@@ -78,15 +78,15 @@ class Decays(NamedTuple):
         total_QQ = self.totals_QL[:, head : head + 1] - self.totals_RQ[head : head + 1]
         return jnp.exp(jnp.where(seen_QQ, total_QQ, -jnp.inf))
 
-    def kept(self, head: int) -> jax.Array:
+    def carry(self, head: int) -> jax.Array:
         """[1, 1]: from the state before the chunk to the state after it."""
         return self.into_QL[CHUNK - 1 :, head : head + 1]
 
 
-def decays(totals_RQ: jax.Array, sees: Sight) -> Decays:
+def decays(totals_RQ: jax.Array, mask: ChunkMask) -> Decays:
     totals_QL = upright(totals_RQ)
-    into_QL = jnp.where(sees.from_before_Q1, jnp.exp(totals_QL), 0)
-    out_QL = jnp.where(sees.to_after_Q1, jnp.exp(totals_QL[CHUNK - 1 :] - totals_QL), 0)
+    into_QL = jnp.where(mask.from_before_Q1, jnp.exp(totals_QL), 0)
+    out_QL = jnp.where(mask.to_after_Q1, jnp.exp(totals_QL[CHUNK - 1 :] - totals_QL), 0)
     return Decays(totals_RQ, totals_QL, into_QL, out_QL)
 
 

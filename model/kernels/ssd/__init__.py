@@ -1,21 +1,20 @@
 """State-space duality: a linear recurrence of matrices with one decay a head, computed in chunks.
 
 Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060. Retention (arXiv:2307.08621) is its case of a fixed decay.
-Here is the plain form; kernels for TPUs are behind model.kernels.ssd.tpu.
+`SSD` has the implementations; see model.kernels.choice.
 """
 
-# B batch, T and S tokens, Q tokens of a chunk, H heads in G groups of R, P value width, N key (state) width
+# B batch, T tokens, H heads in G groups, P value width, N key (state) width
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from model.kernels import backend
-from model.kernels.recurrence.chunks import FEW, same_document, scan_chunks
+from model.kernels.choice import Implementation, Operation
+from model.kernels.recurrence.chunks import Request, too_short
+from model.kernels.ssd.reference import CHUNK, in_chunks
 from model.sharding import ShardingRules
-
-CHUNK = 128
 
 
 def ssd(
@@ -31,74 +30,37 @@ def ssd(
 ) -> tuple[jax.Array, jax.Array]:
     """state_t = exp(log_decay_t) state_(t-1) + scale_t v_t k_t^T;  y_t = state_t q_t.
 
-    The kernel on TPUs, where a row has more than a few tokens; `in_chunks` elsewhere.
-
     Args:
       log_decay_BTH: not above 0. A token with log_decay 0 and v 0 leaves the state as it is.
       k_BTGN, q_BTGN: shared by the H // G heads of a group ("B" and "C" of the paper).
       first_BT: bool; the state before such a token counts as zero.
-      chunk: tokens of a chunk of the plain form.
-      rules: how a mesh splits rows and heads: asked for by the kernel alone.
-      scale_BTH: as Mamba's time steps; None: 1. Scaled by the kernel, values lie in memory once.
+      chunk: tokens of a chunk of the plain implementation.
+      rules: how a mesh splits rows and heads. The kernel needs it; plain jnp does not.
+      scale_BTH: as Mamba's time steps; None: 1. The kernel scales values as it reads them, so they are in memory once.
 
     Returns:
       y [B, T, H, P] and the last state [B, H, P, N], float32.
     """
     inputs = v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN
-    if backend.current().name == "tpu" and v_BTHP.shape[1] > FEW:
-        from model.kernels.recurrence.sharded import ssd_on_mesh  # brings Pallas along
-
-        return ssd_on_mesh(*inputs, scale_BTH, rules)
-    return in_chunks(*inputs, chunk, scale_BTH)
+    request = Request(backend.current(), v_BTHP.shape[1])
+    return SSD.choose(request).run(*inputs, chunk, scale_BTH, rules)
 
 
-def in_chunks(
-    v_BTHP: jax.Array,
-    log_decay_BTH: jax.Array,
-    k_BTGN: jax.Array,
-    q_BTGN: jax.Array,
-    first_BT: jax.Array,
-    state_BHPN: jax.Array,
-    chunk: int = CHUNK,
-    scale_BTH: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`ssd` in plain jnp."""
-    if scale_BTH is not None:
-        v_BTHP = v_BTHP.astype(jnp.float32) * scale_BTH[..., None]
-
-    def step(state_BHPN, inputs):
-        return _chunk(state_BHPN, *inputs)
-
-    inputs = (v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT)
-    state_BHPN, y_BTHP = scan_chunks(
-        step, state_BHPN.astype(jnp.float32), inputs, min(chunk, v_BTHP.shape[1])
-    )
-    return y_BTHP, state_BHPN
+def _plain(*arguments) -> tuple[jax.Array, jax.Array]:
+    return in_chunks(*arguments[:-1])
 
 
-def _chunk(state_BHPN, v_BQHP, log_decay_BQH, k_BQGN, q_BQGN, first_BQ):
-    B, Q, H, P = v_BQHP.shape
-    G = k_BQGN.shape[2]
-    v_BQGRP = v_BQHP.astype(jnp.float32).reshape(B, Q, G, H // G, P)
-    k_BQGN, q_BQGN = k_BQGN.astype(jnp.float32), q_BQGN.astype(jnp.float32)
-    state_BGRPN = state_BHPN.reshape(B, G, H // G, P, -1)
-    pairs_BQQ, from_before_BQ, to_after_BQ = same_document(first_BQ)
-    total_BQH = jnp.cumsum(log_decay_BQH.astype(jnp.float32), axis=1)
-    grouped = lambda x_BQH: x_BQH.reshape(B, Q, G, H // G)
+def _by_kernel(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, chunk, scale_BTH, rules):
+    from model.kernels.ssd.sharded import ssd_on_mesh  # brings Pallas along
 
-    # Every exponent is of decays between two tokens, so none is above 0; the others are masked before exp.
-    between_BTSH = total_BQH[:, :, None] - total_BQH[:, None]
-    decay_BTSH = jnp.exp(jnp.where(pairs_BQQ[..., None], between_BTSH, -jnp.inf))
-    scores_BTSG = jnp.einsum("BTGN,BSGN->BTSG", q_BQGN, k_BQGN)
-    weights_BTSGR = scores_BTSG[..., None] * decay_BTSH.reshape(B, Q, Q, G, H // G)
-    within_BQGRP = jnp.einsum("BTSGR,BSGRP->BTGRP", weights_BTSGR, v_BQGRP)
+    return ssd_on_mesh(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, scale_BTH, rules)
 
-    decay_in_BQH = jnp.exp(total_BQH) * from_before_BQ[..., None]
-    before_BQGRP = jnp.einsum("BQGN,BGRPN->BQGRP", q_BQGN, state_BGRPN)
-    y_BQGRP = within_BQGRP + before_BQGRP * grouped(decay_in_BQH)[..., None]
 
-    decay_out_BQH = jnp.exp(total_BQH[:, -1:] - total_BQH) * to_after_BQ[..., None]
-    added_BGRPN = jnp.einsum("BQGRP,BQGN->BGRPN", v_BQGRP * grouped(decay_out_BQH)[..., None], k_BQGN)
-    kept_BGR = grouped(decay_in_BQH)[:, -1]
-    state_BGRPN = state_BGRPN * kept_BGR[..., None, None] + added_BGRPN
-    return state_BGRPN.reshape(state_BHPN.shape), y_BQGRP.reshape(B, Q, H, P)
+SSD = Operation(
+    "ssd",
+    {
+        "plain": Implementation(("plain", "gpu", "tpu"), _plain),
+        "kernel": Implementation(("tpu",), _by_kernel, too_short),
+    },
+    preferred={"plain": ("plain",), "gpu": ("plain",), "tpu": ("kernel", "plain")},
+)

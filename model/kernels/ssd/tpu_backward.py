@@ -30,42 +30,44 @@ from model.kernels.recurrence.tpu_chunks import (
     in_row,
     row_sum,
 )
-from model.kernels.ssd.tpu_forward import DIMENSIONS, Chunk, Inputs, Plan, Results, after
+from model.kernels.ssd.tpu_forward import DIMENSIONS, Chunk, Inputs, Results, SSDCall, after
 
 
-def gradients(plan: Plan, inputs: Inputs, entering: jax.Array, dresults: Results) -> tuple[Inputs, jax.Array]:
+def gradients(
+    call: SSDCall, inputs: Inputs, entering: jax.Array, dresults: Results
+) -> tuple[Inputs, jax.Array]:
     """Of the inputs, of keys and queries a walk's part of them, and of the first states."""
     (B, T, F), N = inputs.v.shape, dresults.last.shape[1]
-    grid = plan.grid(B, T)
+    grid = call.grid(B, T)
     W, I, J = grid[1:]
     back = lambda t: I - 1 - t
-    specs = plan.specs(N, back)
-    part_spec = pl.BlockSpec((None, None, plan.tokens, N), lambda b, w, t, j: (b, w, back(t), 0))
+    specs = call.specs(N, back)
+    part_spec = pl.BlockSpec((None, None, call.tokens, N), lambda b, w, t, j: (b, w, back(t), 0))
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     part, of_values = float32(B, W, T, N), jax.ShapeDtypeStruct((B, T, F), inputs.v.dtype)
     of_heads = float32(*inputs.totals.shape)
-    of_inputs = Inputs(of_values, of_heads if plan.scaled else None, of_heads, part, part, None)
+    of_inputs = Inputs(of_values, of_heads if call.scaled else None, of_heads, part, part, None)
     outputs = of_inputs, float32(B, N, F)
     arrays = (*inputs, entering, *dresults), (*outputs[0], outputs[1])
     multiplied = 3 * W * J * CHUNK * N + F * (2 * CHUNK + 5 * N)  # for a token
     return pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, call),
         grid=grid,
-        in_specs=[specs, plan.entering_spec(N, back), Results(specs.v, plan.state_spec(N, 0, J - 1))],
+        in_specs=[specs, call.entering_spec(N, back), Results(specs.v, call.state_spec(N, 0, J - 1))],
         out_specs=[
             specs._replace(k=part_spec, q=part_spec, documents=None),
-            plan.state_spec(N, I - 1, 0),
+            call.state_spec(N, I - 1, 0),
         ],
         out_shape=outputs,
         scratch_shapes=[
             _Scratch(
-                pltpu.VMEM((J, N, plan.channels), jnp.float32),
-                pltpu.VMEM((plan.tokens // CHUNK, N, plan.channels), jnp.float32),
+                pltpu.VMEM((J, N, call.channels), jnp.float32),
+                pltpu.VMEM((call.tokens // CHUNK, N, call.channels), jnp.float32),
             )
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
-        cost_estimate=cost(B * T * multiplied, B * T * F // plan.width, *arrays),
-        interpret=plan.interpret,
+        cost_estimate=cost(B * T * multiplied, B * T * F // call.width, *arrays),
+        interpret=call.interpret,
         name="ssd_backward",
     )(inputs, entering, dresults)
 
@@ -76,11 +78,17 @@ class _Scratch(NamedTuple):
 
 
 def _kernel(
-    plan: Plan, inputs: Inputs, entering_NF, dresults: Results, dinputs: Inputs, dstart_NF, scratch: _Scratch
+    call: SSDCall,
+    inputs: Inputs,
+    entering_NF,
+    dresults: Results,
+    dinputs: Inputs,
+    dstart_NF,
+    scratch: _Scratch,
 ):
-    t, j, chunks = pl.program_id(2), pl.program_id(3), plan.tokens // CHUNK
+    t, j, chunks = pl.program_id(2), pl.program_id(3), call.tokens // CHUNK
     dstate_NF = scratch.dstates_JNF.at[j]
-    block = _Block(plan, inputs, dresults.y, dinputs, scratch.states_CNF, dstate_NF)
+    block = _Block(call, inputs, dresults.y, dinputs, scratch.states_CNF, dstate_NF)
 
     @pl.when(t == 0)
     def start():
@@ -92,8 +100,8 @@ def _kernel(
         dinputs.q[...] = jnp.zeros_like(dinputs.q)
 
     block.states_CNF[0] = entering_NF[...]
-    jax.lax.fori_loop(0, chunks - 1, lambda at, _: _run_again(block, at), None)
-    jax.lax.fori_loop(0, chunks, lambda done, _: _pull(block, chunks - 1 - done), None)
+    jax.lax.fori_loop(0, chunks - 1, lambda at, _: _recompute_states(block, at), None)
+    jax.lax.fori_loop(0, chunks, lambda done, _: _chunk_gradients(block, chunks - 1 - done), None)
 
     @pl.when(t == pl.num_programs(2) - 1)
     def finish():
@@ -103,7 +111,7 @@ def _kernel(
 class _Block(NamedTuple):
     """Refs to a block of tokens and of heads."""
 
-    plan: Plan
+    call: SSDCall
     inputs: Inputs
     dy_TF: Any
     dinputs: Inputs
@@ -111,23 +119,23 @@ class _Block(NamedTuple):
     dstate_NF: Any  # dS' of the chunk that is next
 
 
-def _run_again(block: _Block, at) -> None:
+def _recompute_states(block: _Block, at) -> None:
     """The state after chunk `at`, which is before the next."""
     chunk = block.inputs.chunk(at)
-    for h in range(block.plan.heads):
-        head = block.plan.head(h)
+    for h in range(block.call.heads):
+        head = block.call.head(h)
         before_NP = block.states_CNF[at, :, head]
         v_QP = chunk.scaled(h, block.inputs.v[chunk.here, head])
         block.states_CNF[at + 1, :, head] = after(chunk, h, v_QP, before_NP)
 
 
-def _pull(block: _Block, at) -> None:
+def _chunk_gradients(block: _Block, at) -> None:
     """The gradients of chunk `at`: of its inputs, and dS in place of dS'."""
-    plan, dinputs, chunk = block.plan, block.dinputs, block.inputs.chunk(at)
+    call, dinputs, chunk = block.call, block.dinputs, block.inputs.chunk(at)
     here, shared = chunk.here, _shared(chunk)
-    sums, dscale_QL = _no_sums(plan.heads, chunk), jnp.zeros((CHUNK, LANES), jnp.float32)
-    for h in range(plan.heads):
-        head = plan.head(h)
+    sums, dscale_QL = _no_sums(call.heads, chunk), jnp.zeros((CHUNK, LANES), jnp.float32)
+    for h in range(call.heads):
+        head = call.head(h)
         states = block.states_CNF[at, :, head], block.dstate_NF[:, head]
         v_QP = block.inputs.v[here, head]
         x = _Head(h, chunk.scaled(h, v_QP), block.dy_TF[here, head], *states)
@@ -135,9 +143,9 @@ def _pull(block: _Block, at) -> None:
         dinputs.v[here, head] = chunk.scaled(h, dscaled_QP).astype(dinputs.v.dtype)
         dscale_QL += in_lane(h, row_sum(dscaled_QP * v_QP.astype(jnp.float32)))
         sums = jax.tree.map(operator.add, sums, of_head)
-    if plan.scaled:
-        dinputs.scale[:, here] = dscale_QL.T[: plan.heads]
-    dinputs.totals[:, here] = sums.rises_QL.T[: plan.heads] - sums.falls_RQ
+    if call.scaled:
+        dinputs.scale[:, here] = dscale_QL.T[: call.heads]
+    dinputs.totals[:, here] = sums.rises_QL.T[: call.heads] - sums.falls_RQ
     dinputs.q[here] += sums.dq_QN + chunk.product(sums.dscores_QQ, chunk.k_QN, (1, 0))
     dinputs.k[here] += sums.dk_QN + chunk.product(sums.dscores_QQ, chunk.q_QN, (0, 0))
 
@@ -184,15 +192,15 @@ def _head_gradients(shared: _Shared, x: _Head) -> tuple[jax.Array, jax.Array, _S
     """(dv = P^T dy + out k dS', dS = kept dS' + q^T (into dy), what it adds to sums over heads)."""
     chunk, decay, product = shared.chunk, shared.chunk.decay, shared.chunk.product
     into_Q1, out_Q1 = decay.into_QL[:, x.h : x.h + 1], decay.out_QL[:, x.h : x.h + 1]
-    between_QQ = decay.between(x.h, chunk.sees.pairs_QQ)
+    between_QQ = decay.between(x.h, chunk.mask.pairs_QQ)
     weights_QQ, dweights_QQ = shared.scores_QQ * between_QQ, product(x.dy_QP, x.v_QP, (1, 1))
     dv_QP = product(weights_QQ, x.dy_QP, (0, 0)) + product(chunk.k_QN, x.dafter_NP, (1, 0)) * out_Q1
     dq_QN = product(x.dy_QP, x.before_NP, (1, 1)) * into_Q1
     dk_QN = product(x.v_QP, x.dafter_NP, (1, 1)) * out_Q1
-    over_QQ = jnp.where(chunk.sees.earlier_QQ, weights_QQ * dweights_QQ, 0)
+    over_QQ = jnp.where(chunk.mask.earlier_QQ, weights_QQ * dweights_QQ, 0)
     rise_Q1 = _rise(shared, x, over_QQ, dk_QN, dq_QN)
     fall_RQ = in_row(x.h, decay.totals_RQ.shape[0], column_sum(over_QQ))
-    dbefore_NP = x.dafter_NP * decay.kept(x.h) + product(chunk.q_QN, x.dy_QP * into_Q1, (0, 0))
+    dbefore_NP = x.dafter_NP * decay.carry(x.h) + product(chunk.q_QN, x.dy_QP * into_Q1, (0, 0))
     sums = _Sums(dweights_QQ * between_QQ, dk_QN, dq_QN, in_lane(x.h, rise_Q1), fall_RQ)
     return dv_QP, dbefore_NP, sums
 
@@ -201,6 +209,6 @@ def _rise(shared: _Shared, x: _Head, over_QQ, dk_QN, dq_QN) -> jax.Array:
     """[Q, 1], of totals: of pairs of tokens (`over_QQ`) at the later one, from S to tokens, from tokens to S', and from
     S to S'."""
     gone_Q1 = row_sum(dk_QN * shared.k_QN)
-    kept_11 = all_sum(x.dafter_NP * x.before_NP) * shared.chunk.decay.kept(x.h)
+    carried_11 = all_sum(x.dafter_NP * x.before_NP) * shared.chunk.decay.carry(x.h)
     rise_Q1 = row_sum(over_QQ) + row_sum(dq_QN * shared.q_QN) - gone_Q1
-    return rise_Q1 + at_last(column_sum(gone_Q1) + kept_11)
+    return rise_Q1 + at_last(column_sum(gone_Q1) + carried_11)

@@ -24,13 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from model.kernels.recurrence.tpu_chunks import (
     CHUNK,
+    ChunkMask,
     Decays,
-    Sight,
     chunk_at,
+    chunk_mask,
     cost,
     decays,
     product,
-    sight,
     upright,
 )
 
@@ -48,9 +48,9 @@ class Inputs(NamedTuple):
     def chunk(self, at) -> Chunk:
         """In a kernel: the chunk `at` of its block."""
         here = chunk_at(at)
-        sees = sight(self.documents[:, here])
+        mask = chunk_mask(self.documents[:, here])
         scale_QL = None if self.scale is None else upright(self.scale[:, here])
-        return Chunk(here, sees, decays(self.totals[:, here], sees), self.k[here], self.q[here], scale_QL)
+        return Chunk(here, mask, decays(self.totals[:, here], mask), self.k[here], self.q[here], scale_QL)
 
 
 class Results(NamedTuple):
@@ -64,7 +64,7 @@ class Chunk(NamedTuple):
     """What the heads of a block share."""
 
     here: Any  # its tokens in the block
-    sees: Sight
+    mask: ChunkMask
     decay: Decays
     k_QN: jax.Array
     q_QN: jax.Array
@@ -86,7 +86,7 @@ class Chunk(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class SSDCall:
     """A walk goes through the tokens of a row with some heads of one group, block of heads after block of heads."""
 
     groups: int
@@ -144,37 +144,37 @@ class Plan:
 DIMENSIONS = ("parallel", "parallel", "arbitrary", "arbitrary")
 
 
-def forward(plan: Plan, inputs: Inputs, state: jax.Array, saves: bool) -> tuple[Results, jax.Array | None]:
+def forward(call: SSDCall, inputs: Inputs, state: jax.Array, saves: bool) -> tuple[Results, jax.Array | None]:
     """(results from the states [B, N, H P] before the first token, if `saves` those before each block of tokens
     [B, I, N, H P]), float32."""
     (B, T, F), N = inputs.v.shape, state.shape[1]
-    grid = plan.grid(B, T)
+    grid = call.grid(B, T)
     I, J = grid[2:]
-    specs = plan.specs(N, lambda t: t)
+    specs = call.specs(N, lambda t: t)
     float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     results = Results(float32(B, T, F), float32(B, N, F))
     entering = float32(B, I, N, F) if saves else None
     multiplied = grid[1] * J * CHUNK * N + F * (CHUNK + 2 * N)  # for a token
     return pl.pallas_call(
-        functools.partial(_kernel, plan),
+        functools.partial(_kernel, call),
         grid=grid,
-        in_specs=[specs, plan.state_spec(N, 0, J - 1)],
+        in_specs=[specs, call.state_spec(N, 0, J - 1)],
         out_specs=[
-            Results(specs.v, plan.state_spec(N, I - 1, 0)),
-            plan.entering_spec(N, lambda t: t) if saves else None,
+            Results(specs.v, call.state_spec(N, I - 1, 0)),
+            call.entering_spec(N, lambda t: t) if saves else None,
         ],
         out_shape=[results, entering],
-        scratch_shapes=[pltpu.VMEM((J, N, plan.channels), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((J, N, call.channels), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=DIMENSIONS),
         cost_estimate=cost(
-            B * T * multiplied, B * T * F // plan.width, (*inputs, state), (*results, entering)
+            B * T * multiplied, B * T * F // call.width, (*inputs, state), (*results, entering)
         ),
-        interpret=plan.interpret,
+        interpret=call.interpret,
         name="ssd_forward",
     )(inputs, state)
 
 
-def _kernel(plan: Plan, inputs: Inputs, start_NF, results: Results, entering_NF, states_JNF):
+def _kernel(call: SSDCall, inputs: Inputs, start_NF, results: Results, entering_NF, states_JNF):
     t, state_NF = pl.program_id(2), states_JNF.at[pl.program_id(3)]
 
     @pl.when(t == 0)
@@ -187,14 +187,14 @@ def _kernel(plan: Plan, inputs: Inputs, start_NF, results: Results, entering_NF,
     def step(at, _):
         chunk = inputs.chunk(at)
         scores_QQ = chunk.scores()
-        for h in range(plan.heads):
-            head = plan.head(h)
+        for h in range(call.heads):
+            head = call.head(h)
             v_QP, before_NP = chunk.scaled(h, inputs.v[chunk.here, head]), state_NF[:, head]
             results.y[chunk.here, head] = _found(chunk, h, scores_QQ, v_QP, before_NP)
             state_NF[:, head] = after(chunk, h, v_QP, before_NP)
         return 0
 
-    jax.lax.fori_loop(0, plan.tokens // CHUNK, step, 0)
+    jax.lax.fori_loop(0, call.tokens // CHUNK, step, 0)
 
     @pl.when(t == pl.num_programs(2) - 1)
     def finish():
@@ -203,7 +203,7 @@ def _kernel(plan: Plan, inputs: Inputs, start_NF, results: Results, entering_NF,
 
 def _found(chunk: Chunk, h: int, scores_QQ: jax.Array, v_QP: jax.Array, state_NP: jax.Array) -> jax.Array:
     """y = into q S + P v of the block's head h, P = D q k^T."""
-    weights_QQ = scores_QQ * chunk.decay.between(h, chunk.sees.pairs_QQ)
+    weights_QQ = scores_QQ * chunk.decay.between(h, chunk.mask.pairs_QQ)
     within_QP = chunk.product(weights_QQ, v_QP, (1, 0))
     before_QP = chunk.product(chunk.q_QN, state_NP, (1, 0))
     return within_QP + before_QP * chunk.decay.into_QL[:, h : h + 1]
@@ -212,4 +212,4 @@ def _found(chunk: Chunk, h: int, scores_QQ: jax.Array, v_QP: jax.Array, state_NP
 def after(chunk: Chunk, h: int, v_QP: jax.Array, state_NP: jax.Array) -> jax.Array:
     """S' = kept S + k^T (out v) of the block's head h."""
     out_QP = v_QP.astype(jnp.float32) * chunk.decay.out_QL[:, h : h + 1]
-    return state_NP * chunk.decay.kept(h) + chunk.product(chunk.k_QN, out_QP, (0, 0))
+    return state_NP * chunk.decay.carry(h) + chunk.product(chunk.k_QN, out_QP, (0, 0))

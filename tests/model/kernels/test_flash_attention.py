@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.kernels import backend
-from model.kernels.attention import self_attention
+from model.kernels.attention import Scores, self_attention
+from model.kernels.attention.reference import Mask
 from model.kernels.attention.blocks import in_query_blocks
-from model.kernels.attention.reference import Scores, Sight
-from model.kernels.attention.tpu import BLOCKS, flash_attention
-from model.kernels.attention.tpu_blocks import NO_KEY, Blocks, Plan, block_bounds
+from model.kernels.attention.tpu import TILE_SIZES, flash_attention
+from model.kernels.attention.tpu_blocks import NO_KEY, FlashCall, TileSizes, block_bounds
 from model.sharding import MESH_AXES, ShardingRules, named_sharding
 from tests.meshes import assert_divided, compiled
 
 from ..conftest import compiled_fast as jit
 from ..tpu import CHIPS, chips_of, compile_for, needs_libtpu, sweep
 
-SMALL = Blocks(128, 128)  # the smallest that a TPU has
+SMALL = TileSizes(128, 128)  # the smallest that a TPU has
 
 
 def dense(q_BTHC, k_BSKC, v_BSKE, query_ids, key_ids, offset, causal=True, window=None, softcap=None):
@@ -66,7 +66,7 @@ def both(dtype, **options):
 
         return run
 
-    flash = jit(pulled(functools.partial(flash_attention, **options, blocks=SMALL, interpret=True)))
+    flash = jit(pulled(functools.partial(flash_attention, **options, tiles=SMALL, interpret=True)))
     exact = jit(pulled(functools.partial(dense, **options)))
     as_floats = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
     return flash, lambda inputs, direction, *rest: exact(as_floats(inputs), as_floats(direction), *rest)
@@ -101,9 +101,9 @@ CASES = {  # ids of 200 queries, ids of 300 keys, offset
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("sight", [{"window": 90, "softcap": 2.0}, {"window": 40, "causal": False}], ids=str)
-def test_values_and_gradients_are_those_of_dense_attention(case, sight):
-    ours, wanted = run_both((1, 200, 300, 2, 1, 8, 8), *CASES[case], **sight)
+@pytest.mark.parametrize("mask", [{"window": 90, "softcap": 2.0}, {"window": 40, "causal": False}], ids=str)
+def test_values_and_gradients_are_those_of_dense_attention(case, mask):
+    ours, wanted = run_both((1, 200, 300, 2, 1, 8, 8), *CASES[case], **mask)
     assert_close(ours, wanted, 2e-6)
 
 
@@ -113,7 +113,7 @@ def test_grouped_heads_and_latent_widths_with_a_window_wider_than_the_text():
 
 def test_one_token_finds_its_own_value():
     inputs, _ = draws(1, 1, 1, 1, 1, 8, 8)
-    out, lse = jit(functools.partial(flash_attention, blocks=SMALL, interpret=True))(*inputs)
+    out, lse = jit(functools.partial(flash_attention, tiles=SMALL, interpret=True))(*inputs)
     np.testing.assert_array_equal(out, inputs[2])
     np.testing.assert_allclose(lse[0, 0, 0], jnp.sum(inputs[0] * inputs[1]) * 8**-0.5, rtol=1e-6)
 
@@ -135,7 +135,7 @@ def test_queries_that_see_no_key_find_zeros_and_give_no_gradient():
 def test_parts_of_the_keys_are_one_by_their_log_sum_exps():
     """As ring attention meets them: a query's keys in two parts, each at its own offset."""
     (q, k, v), _ = draws(1, 200, 200, 2, 1, 8, 8)
-    part = jit(functools.partial(flash_attention, blocks=SMALL, interpret=True))
+    part = jit(functools.partial(flash_attention, tiles=SMALL, interpret=True))
     halves = [part(q, k[:, at : at + 100], v[:, at : at + 100], None, None, -at) for at in (0, 100)]
     lse = jnp.logaddexp(*(lse for _, lse in halves))
     out = sum(out * jnp.exp(part_lse - lse).swapaxes(1, 2)[..., None] for out, part_lse in halves)
@@ -143,8 +143,8 @@ def test_parts_of_the_keys_are_one_by_their_log_sum_exps():
 
 
 SIGHTS = {
-    "chunks": Sight(chunk=48),
-    "both ways": Sight(causal=False),
+    "chunks": Mask(chunk=48),
+    "both ways": Mask(causal=False),
 }
 
 
@@ -174,7 +174,7 @@ def test_the_kernel_is_picked_and_equals_the_plain_form(name):
 def test_scores_with_a_bias_are_left_to_the_plain_form():
     (q, k, v), _ = draws(1, 20, 20, 2, 1, 8, 8)
     positions, slopes = jnp.arange(20)[None], jnp.array([0.5, 0.1])[:, None, None]
-    rest = positions, None, Sight(), Scores(bias=lambda distance: slopes * distance[..., None, :, :])
+    rest = positions, None, Mask(), Scores(bias=lambda distance: slopes * distance[..., None, :, :])
     with backend.use("tpu"):  # not interpreted: the kernel would fail on a CPU
         np.testing.assert_array_equal(self_attention(q, k, v, *rest), in_query_blocks(q, k, v, *rest))
 
@@ -223,7 +223,7 @@ def test_splash_attention_says_the_same():
         return out.swapaxes(0, 1)[None]
 
     def ours(q, k, v):
-        return flash_attention(q, k, v, ids, ids, window=100, blocks=SMALL, interpret=True)[0]
+        return flash_attention(q, k, v, ids, ids, window=100, tiles=SMALL, interpret=True)[0]
 
     def pulled(function):
         out, pull = jax.vjp(function, q, k, v)
@@ -239,49 +239,49 @@ SPLASH_SIZES = (
 
 
 @functools.cache
-def bounds_and_need(plan):
+def bounds_and_need(call):
     """The blocks to read, and by the dense mask the blocks that are needed [B, I, J]."""
 
     def run(query_ids, key_ids, offset):
-        ahead = jnp.arange(plan.num_queries)[:, None] + offset - jnp.arange(plan.num_keys)
-        seen = (query_ids[:, :, None] == key_ids[:, None]) & (jnp.abs(ahead) < (plan.reach or 10**6))
-        seen &= (ahead >= 0) | (not plan.causal)
-        blocks = seen.reshape(1, plan.query_blocks, plan.blocks.queries, plan.key_blocks, plan.blocks.keys)
+        ahead = jnp.arange(call.num_queries)[:, None] + offset - jnp.arange(call.num_keys)
+        seen = (query_ids[:, :, None] == key_ids[:, None]) & (jnp.abs(ahead) < (call.span or 10**6))
+        seen &= (ahead >= 0) | (not call.causal)
+        tiles = seen.reshape(1, call.query_blocks, call.tiles.queries, call.key_blocks, call.tiles.keys)
         ids = query_ids[:, None], key_ids[:, None]
-        return block_bounds(plan, ids, offset, 1), blocks.any((2, 4))
+        return block_bounds(call, ids, offset, 1), tiles.any((2, 4))
 
     return jit(run)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    sight=st.sampled_from([(True, None), (True, 1), (True, 257), (False, 130), (False, None)]),
+    mask=st.sampled_from([(True, None), (True, 1), (True, 257), (False, 130), (False, None)]),
     offset=st.integers(-1300, 1300),
     cuts=st.lists(st.integers(1, 1023), max_size=6),
     shuffle=st.booleans(),
 )
-def test_every_block_with_a_key_that_is_seen_is_read_and_the_steps_suffice(sight, offset, cuts, shuffle):
-    causal, reach = sight
-    plan = Plan(1024, 1024, 1, Blocks(128, 256), causal, reach, reach, 1.0, None, True)
+def test_every_block_with_a_key_that_is_seen_is_read_and_the_steps_suffice(mask, offset, cuts, shuffle):
+    causal, span = mask
+    call = FlashCall(1024, 1024, 1, TileSizes(128, 256), causal, span, span, 1.0, None, True)
     ids = np.searchsorted(np.sort(cuts), np.arange(1024), side="right").astype(np.int32)[None]
     ids = np.random.default_rng(0).permutation(ids, axis=1) if shuffle else ids
-    bounds, needed_BIJ = bounds_and_need(plan)(ids, ids, jnp.asarray(offset))
+    bounds, needed_BIJ = bounds_and_need(call)(ids, ids, jnp.asarray(offset))
     ranges = (
-        (bounds.first_key_block, bounds.last_key_block, plan.key_steps(), needed_BIJ[0]),
-        (bounds.first_query_block, bounds.last_query_block, plan.query_steps(), needed_BIJ[0].T),
+        (bounds.first_key_block, bounds.last_key_block, call.key_steps(), needed_BIJ[0]),
+        (bounds.first_query_block, bounds.last_query_block, call.query_steps(), needed_BIJ[0].T),
     )
     for firsts, lasts, steps, needed in ranges:
         assert (lasts - firsts < steps).all()
         for first, last, need in zip(firsts, lasts, np.asarray(needed), strict=True):
             assert not need[: int(first)].any() and not need[int(last) + 1 :].any()
-    if reach == 1:
-        assert plan.key_steps() == 2 and plan.query_steps() == 3
+    if span == 1:
+        assert call.key_steps() == 2 and call.query_steps() == 3
 
 
 def test_documents_of_their_own_blocks_are_all_that_is_read():
-    plan = Plan(1024, 1024, 1, Blocks(128, 128), True, None, None, 1.0, None, True)
+    call = FlashCall(1024, 1024, 1, TileSizes(128, 128), True, None, None, 1.0, None, True)
     ids = documents(256, 512, 256)
-    bounds, _ = bounds_and_need(plan)(ids, ids, jnp.asarray(0))
+    bounds, _ = bounds_and_need(call)(ids, ids, jnp.asarray(0))
     assert bounds.first_key_block.tolist() == [0, 0, 2, 2, 2, 2, 6, 6]
     assert bounds.last_key_block.tolist() == list(range(8))
     assert bounds.last_query_block.tolist() == [1, 1, 5, 5, 5, 5, 7, 7]
@@ -306,7 +306,7 @@ def test_unknown_back_ends_chips_and_blocks_are_named():
     with pytest.raises(ValueError, match="v5e"), backend.use("tpu", "v9"):
         pass
     with pytest.raises(ValueError, match="128 lanes"):
-        Blocks(100, 128)
+        TileSizes(100, 128)
     with pytest.raises(ValueError, match="both or neither"):
         flash_attention(*[jnp.zeros((1, 4, 1, 8))] * 3, jnp.zeros((1, 4), jnp.int32))
 
@@ -319,10 +319,10 @@ def compiled_step(chip, widths, dtype=jnp.bfloat16, T=8192, **options):
     heads_widths = ((8, widths[0]), (2, widths[0]), (2, widths[1]))
     q, k, v = (jax.ShapeDtypeStruct((1, T, heads, width), dtype) for heads, width in heads_widths)
     numbers = jax.ShapeDtypeStruct((1, T), jnp.int32)
-    sight, scores = options.pop("sight", Sight()), Scores(**options)
+    mask, scores = options.pop("mask", Mask()), Scores(**options)
 
     def step(q, k, v, positions, ids):
-        out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, positions, ids, sight, scores), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, positions, ids, mask, scores), q, k, v)
         return pull(out)
 
     with backend.use("tpu", chip):
@@ -335,7 +335,7 @@ SMALLEST = "v4"  # of the fast memories
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_chip_has_a_program(chip):
-    program = compiled_step(chip, (128, 128), sight=Sight(window=4096), softcap=50.0)
+    program = compiled_step(chip, (128, 128), mask=Mask(window=4096), softcap=50.0)
     for kernel in ("flash_forward", "flash_query_gradients", "flash_key_value_gradients"):
         assert kernel in program.as_text()
     whole_square = 8 * 8192**2 * 4
@@ -347,8 +347,8 @@ def test_every_chip_has_a_program(chip):
 @pytest.mark.parametrize("chip, widths", sweep(WIDTHS, SMALLEST))
 def test_chips_have_a_program_for_each_kind(chip, widths):
     compiled_step(chip, WIDTHS[widths])
-    compiled_step(chip, WIDTHS[widths], sight=Sight(chunk=2048))
-    compiled_step(chip, WIDTHS[widths], sight=Sight(causal=False), dtype=jnp.float32, T=1000)
+    compiled_step(chip, WIDTHS[widths], mask=Mask(chunk=2048))
+    compiled_step(chip, WIDTHS[widths], mask=Mask(causal=False), dtype=jnp.float32, T=1000)
 
 
 @needs_libtpu
@@ -386,6 +386,6 @@ def test_long_rows_equal_the_plain_form():
     (q, k, v), _ = draws(1, 8192, 8192, 2, 1, 64, 64)
     ids = documents(1, 3000, 5, 186, 5000)
     wanted = jit(in_query_blocks)(q, k, v, jnp.arange(8192)[None], ids)
-    for blocks in sorted(set(BLOCKS.values()), key=str):
-        flash = functools.partial(flash_attention, blocks=blocks, interpret=True)
+    for tiles in sorted(set(TILE_SIZES.values()), key=str):
+        flash = functools.partial(flash_attention, tiles=tiles, interpret=True)
         assert_close(jit(flash)(q, k, v, ids, ids)[0], wanted, 1e-5)

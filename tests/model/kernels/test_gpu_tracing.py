@@ -10,9 +10,9 @@ import pytest
 from model import apply, init_pages, load_config, param_shapes
 from model.cache import Cache
 from model.kernels import backend
-from model.kernels.attention import self_attention
-from model.kernels.attention.reference import Scores, Sight
-from model.kernels.paged_attention import Kept, form_for
+from model.kernels.attention import Mask, Scores, self_attention
+from model.kernels.paged_attention import KVLayout
+from tests.model.conftest import applied
 from train.objectives import language_modelling
 
 from ..conftest import GOLDENS
@@ -83,7 +83,7 @@ def test_no_family_takes_a_tpu_kernel_on_a_gpu(name):
 
 
 def of_encoder_decoder(cfg, params, batch):
-    out = apply(
+    out = applied(
         cfg, params, batch["tokens"], encoder_tokens=batch["tokens"][:, :16], targets=batch["targets"]
     )
     return out.scores.logprobs.sum()
@@ -91,7 +91,9 @@ def of_encoder_decoder(cfg, params, batch):
 
 def of_encoder(cfg, params, batch):
     return (
-        apply(cfg, params, batch["tokens"], segment_ids=batch["segment_ids"]).hidden.astype(jnp.float32).sum()
+        applied(cfg, params, batch["tokens"], segment_ids=batch["segment_ids"])
+        .hidden.astype(jnp.float32)
+        .sum()
     )
 
 
@@ -110,12 +112,12 @@ def engine_step(cfg, params, tokens):
 
 
 KINDS = {
-    "causal": (False, Sight()),
-    "packed": (True, Sight()),
-    "window": (True, Sight(window=33)),
-    "chunks": (True, Sight(chunk=32)),
-    "both sides": (True, Sight(causal=False)),
-    "windows to both sides": (True, Sight(causal=False, window=20)),
+    "causal": (False, Mask()),
+    "packed": (True, Mask()),
+    "window": (True, Mask(window=33)),
+    "chunks": (True, Mask(chunk=32)),
+    "both sides": (True, Mask(causal=False)),
+    "windows to both sides": (True, Mask(causal=False, window=20)),
 }
 
 
@@ -123,13 +125,13 @@ KINDS = {
 @pytest.mark.parametrize("length", [64, 77])
 @pytest.mark.parametrize("width", [64, 256])
 def test_what_cudnn_is_handed_it_takes(kind, length, width):
-    packed, sight = KINDS[kind]
+    packed, mask = KINDS[kind]
     q, k = (jax.ShapeDtypeStruct((2, length, heads, width), jnp.bfloat16) for heads in (4, 2))
 
     def loss(q, k, v, ids):
         positions = jnp.arange(length)[None].repeat(2, 0)
         return (
-            self_attention(q, k, v, positions, ids if packed else None, sight, Scores())
+            self_attention(q, k, v, positions, ids if packed else None, mask, Scores())
             .astype(jnp.float32)
             .sum()
         )
@@ -148,7 +150,6 @@ def test_what_cudnn_is_handed_it_takes(kind, length, width):
 def test_attention_to_pages_is_plain_on_a_gpu():
     cache = {name: jax.ShapeDtypeStruct((4, 16, 64), jnp.bfloat16) for name in ("k", "v")}
     with backend.use("gpu"):
-        assert (
-            form_for(jax.ShapeDtypeStruct((2, 4, 32), jnp.bfloat16), cache, Kept(2), Sight(), Scores())
-            == "plain"
-        )
+        q_THC = jax.ShapeDtypeStruct((2, 4, 32), jnp.bfloat16)
+        request = request_for(q_THC, cache, KVLayout(2), Mask(), Scores())
+        assert PAGED_ATTENTION.chosen_name(request) == "plain"

@@ -11,15 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.kernels import backend
-from model.kernels.grouped_matmul import grouped_matmul, in_blocks, reference
+from model.kernels.grouped_matmul import grouped_matmul
+from model.kernels.grouped_matmul.blocks import in_blocks
 from model.kernels.grouped_matmul.quantized import quantize_matrices, quantized_grouped_matmul
-from model.kernels.grouped_matmul.tpu import BLOCKS, Plan, grouped_product, matrix_gradients, products
-from model.kernels.grouped_matmul.tpu_visits import Blocks, parts_of_visit, rows_of_visit, visits_of
+from model.kernels.grouped_matmul.reference import every_product
+from model.kernels.grouped_matmul.tpu import (
+    TILE_SIZES,
+    GroupedCall,
+    grouped_product,
+    matrix_gradients,
+    products,
+)
+from model.kernels.grouped_matmul.tpu_visits import TileSizes, parts_of_visit, rows_of_visit, visits_of
 
 from ..conftest import compiled_fast as jit
 from ..tpu import CHIPS, compile_for, needs_libtpu, sweep
 
-SMALL = Plan(Blocks(256, 128, 128), interpret=True)
+SMALL = GroupedCall(TileSizes(256, 128, 128), interpret=True)
 
 
 def draws(sizes, beyond, I, O, dtype=jnp.float32):
@@ -101,7 +109,7 @@ def test_rows_that_are_no_numbers_reach_no_other_group():
     assert_close(ours, wanted, 1e-6)
 
 
-@pytest.mark.parametrize("form", [reference, in_blocks], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("form", [every_product, in_blocks], ids=lambda f: f.__name__)
 def test_plain_forms_leave_rows_beyond_the_groups_zero_too(form):
     inputs, direction = draws((3, 0, 9), 7, 5, 4)
     assert_close(pulled(form)(*inputs, direction), loop(*inputs, direction), 1e-5)
@@ -164,7 +172,7 @@ def visits(M, R, of_all_groups):
 )
 def test_each_row_is_visited_once_by_its_group_and_tiles_are_visited_in_order(ends, M, of_all_groups):
     ends = np.sort(ends)
-    step = Blocks(256, 128, 128).fitted(M, 128, 128, 4)
+    step = TileSizes(256, 128, 128).fitted(M, 128, 128, 4)
     found, count = visits(M, step.rows, of_all_groups)(np.diff(ends, prepend=0))
     groups, seen_by = np.searchsorted(ends, np.arange(M), side="right"), np.full(M, -1)
     for v in range(int(count)):
@@ -182,7 +190,7 @@ def test_each_row_is_visited_once_by_its_group_and_tiles_are_visited_in_order(en
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="multiples of 128"):
-        Blocks(100, 128, 128)
+        TileSizes(100, 128, 128)
     with pytest.raises(ValueError, match="bfloat16 are not of 8 bits"):
         quantized_grouped_matmul(*[jnp.zeros((1, 1, 1), jnp.bfloat16)] * 4)
 
@@ -222,11 +230,11 @@ def test_chips_have_a_program_for_each_size(chip, size, dtype):
     E, I, O, M = size
     if dtype == jnp.float32:
         E //= 4
-    plan, wide, sizes = Plan(BLOCKS[chip]), functools.partial(shaped, dtype), shaped(jnp.int32, E)
-    transposed = functools.partial(products, plan.turned())
-    compile_for(chip, functools.partial(products, plan), wide(M, I), wide(E, I, O), sizes)
+    call, wide, sizes = GroupedCall(TILE_SIZES[chip]), functools.partial(shaped, dtype), shaped(jnp.int32, E)
+    transposed = functools.partial(products, call.turned())
+    compile_for(chip, functools.partial(products, call), wide(M, I), wide(E, I, O), sizes)
     compile_for(chip, transposed, wide(M, O), wide(E, I, O), sizes)
-    compile_for(chip, functools.partial(matrix_gradients, plan), wide(M, I), wide(M, O), sizes)
+    compile_for(chip, functools.partial(matrix_gradients, call), wide(M, I), wide(M, O), sizes)
 
 
 @needs_libtpu
@@ -245,10 +253,10 @@ def test_every_chip_has_a_program_for_matrices_of_eight_bits(chip, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", sorted(set(BLOCKS.values()), key=str), ids=str)
-def test_many_rows_equal_the_loop(blocks):
+@pytest.mark.parametrize("tiles", sorted(set(TILE_SIZES.values()), key=str), ids=str)
+def test_many_rows_equal_the_loop(tiles):
     """A kernel can be right at small sizes and wrong at large ones."""
     sizes = np.random.default_rng(1).multinomial(8192, np.random.default_rng(2).dirichlet(np.full(64, 0.2)))
     inputs, direction = draws(tuple(sizes.tolist()), 500, 320, 128)
-    form = functools.partial(grouped_product, Plan(blocks, interpret=True))
+    form = functools.partial(grouped_product, GroupedCall(tiles, interpret=True))
     assert_close(pulled(form)(*inputs, direction), loop(*inputs, direction), 2e-6)

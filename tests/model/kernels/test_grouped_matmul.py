@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.grouped_matmul import grouped_matmul, in_blocks, reference
+from model.kernels.grouped_matmul import grouped_matmul
+from model.kernels.grouped_matmul.blocks import in_blocks
+from model.kernels.grouped_matmul.reference import every_product
 
 from ..conftest import compiled_fast as jit
 
@@ -24,7 +26,7 @@ def loop(x, w, sizes):
 SIZES = [(3,), (0, 1), (40, 0, 0, 1), (8, 16, 9, 7, 0, 0, 24, 1), (1, 1, 1), (0, 0, 300), (100, 33, 67)]
 
 
-@pytest.mark.parametrize("form", [reference, in_blocks, grouped_matmul], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("form", [every_product, in_blocks, grouped_matmul], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_each_group_is_multiplied_with_its_own_matrix(sizes, form):
     x, w, sizes_E = inputs(sizes)
@@ -35,7 +37,7 @@ def test_each_group_is_multiplied_with_its_own_matrix(sizes, form):
 def test_gradients_equal_those_of_the_plain_form(sizes):
     x, w, sizes_E = inputs(sizes)
     gradient = lambda form: jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(form(x, w, sizes_E))), argnums=(0, 1)))
-    for ours, wanted in zip(gradient(grouped_matmul)(x, w), gradient(reference)(x, w), strict=True):
+    for ours, wanted in zip(gradient(grouped_matmul)(x, w), gradient(every_product)(x, w), strict=True):
         np.testing.assert_allclose(ours, wanted, atol=1e-5)
 
 

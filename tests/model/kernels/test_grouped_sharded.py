@@ -88,16 +88,17 @@ def test_values_and_gradients_are_those_of_one_device(case):
 def test_a_mesh_splits_what_it_divides_and_says_what_it_does_not():
     mesh = mesh_of(jax.devices(), data=2, context=2, expert=2)
     with jax.set_mesh(mesh):
-        assert not split_of(None, 4, 6).mesh  # left to the compiler, as long as products are no kernels
+        assert not split_of(None, 4, 6).axes  # left to the compiler, as long as products are no kernels
         with backend.use("tpu"):
-            assert split_of(None, 4, 6).mesh
+            assert split_of(None, 4, 6).axes
         split = split_of(RULES, 4, 6)
         assert (split.batch, split.length, split.experts) == (("data", "fsdp"), ("context",), ("expert",))
         assert split.width("mlp") == ("tensor",) and split.width("embed") == ()
         assert split.gathers("embed") is False  # over one device
         assert split_of(RULES, 4, 1).length == ()  # one token of a row, as in decoding
         with pytest.raises(
-            ValueError, match=r"data\*fsdp = 2 do not divide the 3 rows of the batch. Give a multiple of 2"
+            ValueError,
+            match=r"data\*fsdp = 2 do not divide the 3 rows of the batch. Use axes of 1, 3 devices, a multiple of 2",
         ):
             split_of(RULES, 3, 6)
         with pytest.raises(ValueError, match="context = 2 do not divide the 5 tokens of a row"):

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.kernels import backend
-from model.kernels.attention.reference import Scores, Sight
-from model.kernels.paged_attention import Kept, attend_in_rows, paged_attention, pages
+from model.kernels.attention import Mask, Scores
+from model.kernels.paged_attention import KVLayout, attend_in_rows, paged_attention, pages
 from model.kernels.paged_attention.sharded import attend_on_mesh
 from model.sharding import MESH_AXES, ShardingRules
 from tests.meshes import assert_divided
@@ -21,24 +21,24 @@ from ..conftest import compiled_fast as jit
 from ..tpu import CHIPS, assert_not_moved, chips_of, compile_for, needs_libtpu, one_chip, sweep
 
 SLOW = pytest.mark.slow
-HEADS, LATENT = Kept(2), Kept(1, ("latent", "k_rope"), "latent")
+HEADS, LATENT = KVLayout(2), KVLayout(1, ("latent", "k_rope"), "latent")
 # (new tokens, tokens in all) of each row: prompts, a row without new tokens, one token beside a long row, a last page
 # that is full, one that is just begun, and a row that has nothing at all
 ROWS = ((1, 1), (0, 7), (40, 60), (5, 5), (1, 190), (16, 32), (1, 33), (0, 0), (130, 131))
 PAGE, PAGES = 16, 12
 
 
-def empty(kept, widths, num_pages, page_size, dtype):
+def empty(kv_layout, widths, num_pages, page_size, dtype):
     """Pages of these names; of quantised latents the rotated keys are in bfloat16."""
     cache = {}
-    for name in kept.names:
+    for name in kv_layout.names:
         of_rope = name == "k_rope" and pages.is_quantized(dtype)
         of_name = jnp.dtype("bfloat16" if of_rope else dtype)
-        cache |= pages.empty_pages(name, num_pages, page_size, kept.heads, widths[name], of_name)
+        cache |= pages.empty_pages(name, num_pages, page_size, kv_layout.heads, widths[name], of_name)
     return cache
 
 
-def drawn(kept, heads, widths, dtype, cache_dtype, rows=ROWS, seed=0, spare=3):
+def drawn(kv_layout, heads, widths, dtype, cache_dtype, rows=ROWS, seed=0, spare=3):
     """What `paged_attention` is given, pages handed out in no order, with `spare` tokens of no row at the end."""
     rng = np.random.default_rng(seed)
     counts, lengths = np.array(rows, np.int32).T
@@ -48,12 +48,12 @@ def drawn(kept, heads, widths, dtype, cache_dtype, rows=ROWS, seed=0, spare=3):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
     table = rng.permutation(R * PAGES).reshape(R, PAGES).astype(np.int32) + 1
-    old = {name: normal(1, R * PAGE * PAGES, kept.heads, widths[name]) for name in kept.names}
-    cache = empty(kept, widths, R * PAGES + 1, PAGE, cache_dtype)
+    old = {name: normal(1, R * PAGE * PAGES, kv_layout.heads, widths[name]) for name in kv_layout.names}
+    cache = empty(kv_layout, widths, R * PAGES + 1, PAGE, cache_dtype)
     page, slot = np.repeat(table.reshape(-1), PAGE)[None], np.tile(np.arange(PAGE), R * PAGES)[None]
     cache = pages.write(cache, old, page, slot)
-    q = 2 * normal(T, heads, sum(widths[name] for name in kept.keys))
-    new = {name: normal(T, kept.heads, widths[name]) for name in kept.names}
+    q = 2 * normal(T, heads, sum(widths[name] for name in kv_layout.keys))
+    new = {name: normal(T, kv_layout.heads, widths[name]) for name in kv_layout.names}
     return q, new, cache, table, np.r_[0, np.cumsum(counts)].astype(np.int32), lengths
 
 
@@ -78,7 +78,7 @@ def poisoned(cache, table, cu_q_lens, lengths, window=None):
     return {name: spoil(name, x) for name, x in cache.items()}
 
 
-def rows_of(cache, kept, table, lengths):
+def rows_of(cache, kv_layout, table, lengths):
     """What each row's tokens are in the pages, numbers and scales as they are."""
     found = []
     for x in (cache[name] for name in cache):
@@ -92,16 +92,16 @@ def rows_of(cache, kept, table, lengths):
 SINKS = Scores(softcap=3.0, sinks_H=jnp.linspace(-1.0, 2.0, 4))
 WIDTHS = {"k": 8, "v": 8}
 CASES = {  # kept, widths, dtype, cache's dtype, sight, scores
-    "sinks, soft-cap and window": (HEADS, WIDTHS, "float32", "float32", Sight(window=37), SINKS),
-    "int8": (HEADS, WIDTHS, "float32", "int8", Sight(), Scores()),
+    "sinks, soft-cap and window": (HEADS, WIDTHS, "float32", "float32", Mask(window=37), SINKS),
+    "int8": (HEADS, WIDTHS, "float32", "int8", Mask(), Scores()),
     "latent, bfloat16": (
-        *(LATENT, {"latent": 24, "k_rope": 8}, "bfloat16", "bfloat16", Sight()),
+        *(LATENT, {"latent": 24, "k_rope": 8}, "bfloat16", "bfloat16", Mask()),
         Scores(0.2),
     ),
-    "chunks": (HEADS, {"k": 8, "v": 16}, "float32", "float32", Sight(chunk=24), Scores()),
-    "fp8": (HEADS, WIDTHS, "float32", "float8_e4m3fn", Sight(window=50), SINKS),
-    "latent, int8": (LATENT, {"latent": 24, "k_rope": 8}, "float32", "int8", Sight(), Scores(0.2)),
-    "bfloat16 pages of float32": (HEADS, WIDTHS, "float32", "bfloat16", Sight(), Scores()),
+    "chunks": (HEADS, {"k": 8, "v": 16}, "float32", "float32", Mask(chunk=24), Scores()),
+    "fp8": (HEADS, WIDTHS, "float32", "float8_e4m3fn", Mask(window=50), SINKS),
+    "latent, int8": (LATENT, {"latent": 24, "k_rope": 8}, "float32", "int8", Mask(), Scores(0.2)),
+    "bfloat16 pages of float32": (HEADS, WIDTHS, "float32", "bfloat16", Mask(), Scores()),
 }
 QUICK = ("sinks, soft-cap and window", "int8", "latent, bfloat16")
 
@@ -109,20 +109,20 @@ QUICK = ("sinks, soft-cap and window", "int8", "latent, bfloat16")
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=SLOW) for c in CASES])
 def test_values_and_pages_are_those_of_gathered_rows(case):
     """And nothing is read that no token may see: there the kernel finds what is no number."""
-    kept, widths, dtype, cache_dtype, sight, scores = CASES[case]
-    q, new, cache, table, cu_q_lens, lengths = drawn(kept, 4, widths, dtype, cache_dtype)
+    kv_layout, widths, dtype, cache_dtype, mask, scores = CASES[case]
+    q, new, cache, table, cu_q_lens, lengths = drawn(kv_layout, 4, widths, dtype, cache_dtype)
     rest = table, cu_q_lens, lengths
-    wanted, wanted_cache = jit(lambda *a: paged_attention(*a, kept, sight, scores))(q, new, cache, *rest)
-    bad = poisoned(cache, *rest, sight.window)
-    run = jit(lambda *a: paged_attention(*a, kept, sight, scores))
+    wanted, wanted_cache = jit(lambda *a: paged_attention(*a, kv_layout, mask, scores))(q, new, cache, *rest)
+    bad = poisoned(cache, *rest, mask.window)
+    run = jit(lambda *a: paged_attention(*a, kv_layout, mask, scores))
     with backend.use("tpu", interpret=True):
         assert "paged_attention" in str(run.trace(q, new, bad, *rest).jaxpr)
         found, found_cache = run(q, new, bad, *rest)
     assert found.dtype == q.dtype and not np.asarray(found[-3:], np.float32).any()
     as_floats = functools.partial(np.asarray, dtype=np.float32)
     np.testing.assert_allclose(as_floats(found), as_floats(wanted), atol=2e-2 if "16" in dtype else 3e-5)
-    if sight.window is None:
-        ours, theirs = (rows_of(x, kept, table, lengths) for x in (found_cache, wanted_cache))
+    if mask.window is None:
+        ours, theirs = (rows_of(x, kv_layout, table, lengths) for x in (found_cache, wanted_cache))
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -130,26 +130,26 @@ def test_values_and_pages_are_those_of_gathered_rows(case):
 def test_an_item_ends_where_its_row_does(heads, width):
     """Items of 64 tokens: one that is full, one that goes on for a token or two, few and single tokens of the next rows
     right behind, and a last one that stops with the tokens themselves."""
-    kept, rows = Kept(heads), ((130, 131), (65, 70), (1, 20), (3, 3), (64, 100), (1, 1), (67, 67))
+    kv_layout, rows = KVLayout(heads), ((130, 131), (65, 70), (1, 20), (3, 3), (64, 100), (1, 1), (67, 67))
     widths = {"k": width, "v": width}
-    q, new, cache, *rest = drawn(kept, 16, widths, "float32", "float32", rows, spare=0)
-    step = jit(lambda *a: paged_attention(*a, kept))
+    q, new, cache, *rest = drawn(kv_layout, 16, widths, "float32", "float32", rows, spare=0)
+    step = jit(lambda *a: paged_attention(*a, kv_layout))
     wanted, wanted_cache = step(q, new, cache, *rest)
     with backend.use("tpu", interpret=True):
-        found, found_cache = jit(lambda *a: paged_attention(*a, kept))(q, new, cache, *rest)
+        found, found_cache = jit(lambda *a: paged_attention(*a, kv_layout))(q, new, cache, *rest)
     np.testing.assert_allclose(found, wanted, atol=3e-5)
-    ours, theirs = (rows_of(x, kept, rest[0], rest[2]) for x in (found_cache, wanted_cache))
+    ours, theirs = (rows_of(x, kv_layout, rest[0], rest[2]) for x in (found_cache, wanted_cache))
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_prompts_in_parts_and_single_tokens_are_one_text():
     """Rows of [B, T] places with padding after them, new tokens across pages, against the text at once."""
-    kept, T, B = HEADS, 50, 2
+    kv_layout, T, B = HEADS, 50, 2
     rng = np.random.default_rng(1)
     q, k, v = (rng.normal(size=(B, T, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
-    cache = empty(kept, WIDTHS, 9, PAGE, "float32")
+    cache = empty(kv_layout, WIDTHS, 9, PAGE, "float32")
     table = np.array([[3, 1, 5, 7], [2, 8, 4, 6]], np.int32)
-    step = jit(lambda *a: attend_in_rows(*a, kept))
+    step = jit(lambda *a: attend_in_rows(*a, kv_layout))
     whole = step(q, {"k": k, "v": v}, cache, table, np.zeros(2, np.int32), np.full(2, T, np.int32))[0]
     starts, found = np.zeros(2, np.int32), np.zeros_like(q)
     with backend.use("tpu", interpret=True):
@@ -182,7 +182,7 @@ def test_jaxs_ragged_paged_attention_says_the_same(in_rows, monkeypatch):
     q, new, cache, table, offsets, lengths = drawn(
         HEADS, 4, {"k": 128, "v": 128}, "float32", "float32", rows=rows, spare=0
     )
-    sees, counts = (HEADS, Sight(window=37), Scores(softcap=3.0)), np.diff(offsets)
+    sees, counts = (HEADS, Mask(window=37), Scores(softcap=3.0)), np.diff(offsets)
     if in_rows:
         places = np.minimum(offsets[:-1, None] + np.arange(40), len(q) - 1)
         q, new = jax.tree.map(lambda x: x[places], (q, new))
@@ -207,7 +207,7 @@ def test_jaxs_ragged_paged_attention_says_the_same(in_rows, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "kept, widths, scores, platform, said",
+    "kv_layout, widths, scores, platform, said",
     [
         (
             HEADS,
@@ -222,11 +222,11 @@ def test_jaxs_ragged_paged_attention_says_the_same(in_rows, monkeypatch):
     ],
     ids=["narrow", "latent", "sinks", "no kernels"],
 )
-def test_a_form_that_cannot_serve_says_which_can(kept, widths, scores, platform, said):
-    inputs = drawn(kept, 4, widths, "float32", "float32", rows=((1, 3),))
+def test_a_form_that_cannot_serve_says_which_can(kv_layout, widths, scores, platform, said):
+    inputs = drawn(kv_layout, 4, widths, "float32", "float32", rows=((1, 3),))
     with backend.use(platform), backend.prefer(backend.Kernels(paged="ragged")):
         with pytest.raises(ValueError, match=f"kernels.paged='ragged' can't serve this: .*{said}"):
-            paged_attention(*inputs, kept, Sight(), scores)
+            paged_attention(*inputs, kv_layout, Mask(), scores)
 
 
 @needs_libtpu
@@ -283,21 +283,21 @@ def test_what_a_tpu_cannot_hold_is_named(dtype, page_size, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 1], ids=["keys split", "one key"])
 def test_a_mesh_that_splits_heads_changes_no_value(heads):
-    kept, widths = (HEADS, WIDTHS) if heads == 2 else (LATENT, {"latent": 24, "k_rope": 8})
-    q, new, cache, table, _, _ = drawn(kept, 4, widths, "float32", "int8", rows=((1, 1),) * 3)
+    kv_layout, widths = (HEADS, WIDTHS) if heads == 2 else (LATENT, {"latent": 24, "k_rope": 8})
+    q, new, cache, table, _, _ = drawn(kv_layout, 4, widths, "float32", "int8", rows=((1, 1),) * 3)
     q, new = (jax.tree.map(lambda x: x[:6].reshape(2, 3, *x.shape[1:]), x) for x in (q, new))
     rest = table[:2], np.array([20, 0], np.int32), np.array([3, 1], np.int32)
     scores = Scores(sinks_H=jnp.linspace(-1.0, 2.0, 4))
-    wanted = jit(lambda *a: attend_in_rows(*a, kept, Sight(), scores))(q, new, cache, *rest)
+    wanted = jit(lambda *a: attend_in_rows(*a, kv_layout, Mask(), scores))(q, new, cache, *rest)
     shape = [2 if axis in ("tensor", "data") else 1 for axis in MESH_AXES]
     kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(shape), MESH_AXES, axis_types=kinds)
     with jax.set_mesh(mesh), backend.use("tpu", interpret=True):
-        found = jit(lambda *a: attend_on_mesh(*a, kept, Sight(), scores, ShardingRules()))(
+        found = jit(lambda *a: attend_on_mesh(*a, kv_layout, Mask(), scores, ShardingRules()))(
             q, new, cache, *rest
         )
     np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
-    ours, theirs = (rows_of(x, kept, rest[0], rest[1] + rest[2]) for x in (found[1], wanted[1]))
+    ours, theirs = (rows_of(x, kv_layout, rest[0], rest[1] + rest[2]) for x in (found[1], wanted[1]))
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -305,41 +305,41 @@ def test_a_mesh_that_splits_heads_changes_no_value(heads):
 def test_long_rows_equal_gathered_rows():
     """A row of 8192 tokens beside one of a single token; blocks as large as the chips'."""
     rng, P, Z = np.random.default_rng(0), 64, 128
-    kept, widths = HEADS, {"k": 64, "v": 64}
-    cache = empty(kept, widths, 2 * P + 1, Z, "float32")
+    kv_layout, widths = HEADS, {"k": 64, "v": 64}
+    cache = empty(kv_layout, widths, 2 * P + 1, Z, "float32")
     cache = {name: jnp.asarray(rng.normal(size=x.shape), x.dtype) for name, x in cache.items()}
     table = rng.permutation(2 * P).reshape(2, P).astype(np.int32)
     q, k, v = (rng.normal(size=(2, 700, heads, 64)).astype(np.float32) for heads in (8, 2, 2))
     rest = table, np.array([7492, 0], np.int32), np.array([700, 1], np.int32)
-    step = jit(lambda *a: attend_in_rows(*a, kept))
+    step = jit(lambda *a: attend_in_rows(*a, kv_layout))
     wanted = step(q, {"k": k, "v": v}, cache, *rest)[0]
     with backend.use("tpu", interpret=True):
         np.testing.assert_allclose(step(q, {"k": k, "v": v}, cache, *rest)[0], wanted, atol=1e-5)
 
 
 SHAPES = {  # kept, widths, query heads, page size, tokens a row, cache's dtype, sight, sinks
-    "Llama 8B, pages of 16": (Kept(8), {"k": 128, "v": 128}, 32, 16, "bfloat16", Sight(), False),
-    "Llama 8B, pages of 128": (Kept(8), {"k": 128, "v": 128}, 32, 128, "bfloat16", Sight(), False),
-    "latent": (LATENT, {"latent": 512, "k_rope": 64}, 128, 64, "bfloat16", Sight(), False),
-    "int8": (Kept(8), {"k": 128, "v": 128}, 32, 128, "int8", Sight(), False),
-    "fp8": (Kept(8), {"k": 128, "v": 128}, 32, 128, "float8_e4m3fn", Sight(), False),
-    "latent, int8": (LATENT, {"latent": 512, "k_rope": 64}, 128, 128, "int8", Sight(), False),
-    "gpt-oss": (Kept(8), {"k": 64, "v": 64}, 64, 32, "bfloat16", Sight(window=128), True),
-    "chunks": (Kept(8), {"k": 128, "v": 128}, 40, 32, "bfloat16", Sight(chunk=1024), False),
+    "Llama 8B, pages of 16": (KVLayout(8), {"k": 128, "v": 128}, 32, 16, "bfloat16", Mask(), False),
+    "Llama 8B, pages of 128": (KVLayout(8), {"k": 128, "v": 128}, 32, 128, "bfloat16", Mask(), False),
+    "latent": (LATENT, {"latent": 512, "k_rope": 64}, 128, 64, "bfloat16", Mask(), False),
+    "int8": (KVLayout(8), {"k": 128, "v": 128}, 32, 128, "int8", Mask(), False),
+    "fp8": (KVLayout(8), {"k": 128, "v": 128}, 32, 128, "float8_e4m3fn", Mask(), False),
+    "latent, int8": (LATENT, {"latent": 512, "k_rope": 64}, 128, 128, "int8", Mask(), False),
+    "gpt-oss": (KVLayout(8), {"k": 64, "v": 64}, 64, 32, "bfloat16", Mask(window=128), True),
+    "chunks": (KVLayout(8), {"k": 128, "v": 128}, 40, 32, "bfloat16", Mask(chunk=1024), False),
 }
 
 
 def compiled(chip, name, B, T, length=2048):
     """The program of one layer's attention to its pages, which are donated."""
-    kept, widths, heads, page_size, cache_dtype, sight, sinks = SHAPES[name]
+    kv_layout, widths, heads, page_size, cache_dtype, mask, sinks = SHAPES[name]
     P = length // page_size
     shape = lambda *sizes, kind=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, kind)
-    cache = jax.eval_shape(lambda: empty(kept, widths, B * P + 1, page_size, cache_dtype))
-    new = {name: shape(B, T, kept.heads, widths[name]) for name in kept.names}
-    q, ints = shape(B, T, heads, sum(widths[name] for name in kept.keys)), shape(B, kind=jnp.int32)
+    cache = jax.eval_shape(lambda: empty(kv_layout, widths, B * P + 1, page_size, cache_dtype))
+    new = {name: shape(B, T, kv_layout.heads, widths[name]) for name in kv_layout.names}
+    q, ints = shape(B, T, heads, sum(widths[name] for name in kv_layout.keys)), shape(B, kind=jnp.int32)
 
     def step(q, new, cache, table, start, count, sinks_H):
-        return attend_in_rows(q, new, cache, table, start, count, kept, sight, Scores(sinks_H=sinks_H))
+        return attend_in_rows(q, new, cache, table, start, count, kv_layout, mask, Scores(sinks_H=sinks_H))
 
     sinks_H = shape(heads, kind=jnp.float32) if sinks else None
     arguments = q, new, cache, shape(B, P, kind=jnp.int32), ints, ints, sinks_H
@@ -380,12 +380,12 @@ def check_program(chip, name, B, T):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
 def test_flat_tokens_of_prompts_and_single_ones_have_a_program(chip):
-    kept, shape = Kept(8), lambda *sizes, kind=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, kind)
-    cache = jax.eval_shape(lambda: empty(kept, {"k": 128, "v": 128}, 1025, 16, "bfloat16"))
+    kv_layout, shape = KVLayout(8), lambda *sizes, kind=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, kind)
+    cache = jax.eval_shape(lambda: empty(kv_layout, {"k": 128, "v": 128}, 1025, 16, "bfloat16"))
     q, new, R = shape(1024, 32, 128), {name: shape(1024, 8, 128) for name in "kv"}, 64
     numbers = shape(R, 64, kind=jnp.int32), shape(R + 1, kind=jnp.int32), shape(R, kind=jnp.int32)
     with backend.use("tpu", chip):
-        step = lambda *a: paged_attention(*a, kept)
+        step = lambda *a: paged_attention(*a, kv_layout)
         program = compile_for(chip, step, q, new, cache, *numbers)
     text = program.as_text()
     assert "paged_attention" in text
@@ -399,11 +399,11 @@ def test_flat_tokens_of_prompts_and_single_ones_have_a_program(chip):
 @pytest.mark.slow
 def test_four_chips_that_split_heads_have_a_quarter_of_the_work_each():
     shape = lambda *sizes, kind=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, kind)
-    cache = jax.eval_shape(lambda: empty(Kept(8), {"k": 128, "v": 128}, 1025, 16, "bfloat16"))
+    cache = jax.eval_shape(lambda: empty(KVLayout(8), {"k": 128, "v": 128}, 1025, 16, "bfloat16"))
     new = {name: shape(64, 1, 8, 128) for name in "kv"}
     numbers = shape(64, 64, kind=jnp.int32), shape(64, kind=jnp.int32), shape(64, kind=jnp.int32)
     arguments = shape(64, 1, 32, 128), new, cache, *numbers
-    step = jax.jit(lambda *a: attend_on_mesh(*a, Kept(8), Sight(), Scores(), ShardingRules()))
+    step = jax.jit(lambda *a: attend_on_mesh(*a, KVLayout(8), Mask(), Scores(), ShardingRules()))
     programs = []
     for devices in (1, 4):
         mesh = chips_of("v5p", tensor=devices)

@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 
 from model.kernels import backend
-from model.kernels.quantized_matmul import (
-    E2M1,
-    FORMATS,
-    dequantize,
-    quantize,
-    quantize_rows,
-    quantized_matmul,
-    reference,
-    widen,
-)
+from model.kernels.quantized_matmul import quantized_matmul
+from model.kernels.quantized_matmul.formats import E2M1, FORMATS, dequantize, quantize, quantize_rows, widen
+from model.kernels.quantized_matmul.reference import widened_whole
 
 from ..conftest import compiled_fast as jit
 from ..tpu import CHIPS, compile_for, needs_libtpu
@@ -68,7 +61,7 @@ SHAPES = [(1, 256, 128, 128), (33, 384, 200, 384), (7, 1024, 96, 1024), (40, 256
 def product(interpreted, round_rows=False):
     def run(x, w):
         if not interpreted:
-            return reference(x, w, round_rows)
+            return widened_whole(x, w, round_rows)
         with backend.use("tpu", interpret=True):
             return quantized_matmul(x, w, round_rows)
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels.delta_rule import delta_rule, solve_unit_lower
+from model.kernels.delta_rule import delta_rule
+from model.kernels.delta_rule.reference import solve_unit_lower
 from model.kernels.linear_scan import linear_scan, selective_scan
 from model.kernels.rwkv7 import rwkv7
 from model.kernels.ssd import ssd

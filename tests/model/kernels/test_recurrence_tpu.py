@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from model.kernels import backend, delta_rule, ssd
 from model.kernels.delta_rule import tpu as delta_tpu
-from model.kernels.recurrence.tpu_chunks import Sizes
+from model.kernels.recurrence.tpu_chunks import TileSizes
 from model.kernels.ssd import tpu as ssd_tpu
 from model.sharding import MESH_AXES, ShardingRules
 from tests.meshes import assert_divided, compiled
@@ -18,7 +18,7 @@ from tests.meshes import assert_divided, compiled
 from ..conftest import compiled_fast as jit
 from ..tpu import CHIPS, chips_of, compile_for, needs_libtpu, sweep
 
-SMALL = Sizes(256, 128)
+SMALL = TileSizes(256, 128)
 
 
 def ssd_draws(B, T, H, P, G, N, dtype=jnp.float32, seed=0):
@@ -53,7 +53,7 @@ def delta_kernel(q, k, v, log_decay, *rest, **options):
     return delta_tpu.delta_rule(q, k, v, log_decay[..., 0], *rest, **options)
 
 
-SSD = functools.partial(ssd_tpu.ssd, sizes=SMALL, interpret=True)
+SSD = functools.partial(ssd_tpu.ssd, tiles=SMALL, interpret=True)
 KERNELS = {  # draws, kernel, plain form
     "ssd": (ssd_draws, SSD, ssd.in_chunks),
     "ssd of scaled values": (
@@ -63,7 +63,7 @@ KERNELS = {  # draws, kernel, plain form
     ),
     "delta rule": (
         delta_draws,
-        functools.partial(delta_kernel, sizes=SMALL, interpret=True),
+        functools.partial(delta_kernel, tiles=SMALL, interpret=True),
         functools.partial(delta_rule.in_chunks, chunk=128),
     ),
 }
@@ -209,7 +209,7 @@ def test_a_mesh_that_splits_rows_and_heads_changes_no_value_or_gradient(case):
     "rows, heads, groups, message",
     [
         (2, 6, 1, "do not divide the 6 heads"),
-        (2, 12, 3, "neither divide the 3 groups"),
+        (2, 12, 3, "neither divide nor are a multiple of the 3 groups"),
         (3, 8, 1, "do not divide the 3 rows of the batch"),
     ],
 )

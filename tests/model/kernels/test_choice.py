@@ -7,11 +7,11 @@ import pytest
 
 from model import apply, init
 from model.kernels import backend
-from model.kernels.attention import FORMS, self_attention
+from model.kernels.attention import ATTENTION, Mask, Scores, self_attention
 from model.kernels.attention.blocks import in_query_blocks
-from model.kernels.attention.reference import Scores, Sight
 from model.kernels.backend import Kernels
-from model.kernels.grouped_matmul import grouped_matmul, reference
+from model.kernels.grouped_matmul import grouped_matmul
+from model.kernels.grouped_matmul.reference import every_product
 from train.config import Execution, ModelSpec
 
 from ..tpu import compile_for
@@ -20,14 +20,14 @@ T = 160
 POSITIONS = jnp.concatenate([jnp.arange(70), jnp.arange(90)])[None].repeat(2, 0)
 SEGMENTS = jnp.concatenate([jnp.full(70, 1), jnp.full(90, 2)])[None].repeat(2, 0)
 KINDS = {
-    "causal": (None, Sight(), {}),
-    "packed": (SEGMENTS, Sight(), {}),
-    "window": (SEGMENTS, Sight(window=33), {}),
-    "chunks": (SEGMENTS, Sight(chunk=32), {}),
-    "both sides": (SEGMENTS, Sight(causal=False, window=20), {}),
-    "whole rows, both sides": (None, Sight(causal=False), {}),
-    "soft-cap": (None, Sight(), {"softcap": 5.0, "scale": 0.3}),
-    "sinks": (SEGMENTS, Sight(), {"sinks_H": jnp.array([0.5, -1.0, 2.0, 0.0])}),
+    "causal": (None, Mask(), {}),
+    "packed": (SEGMENTS, Mask(), {}),
+    "window": (SEGMENTS, Mask(window=33), {}),
+    "chunks": (SEGMENTS, Mask(chunk=32), {}),
+    "both sides": (SEGMENTS, Mask(causal=False, window=20), {}),
+    "whole rows, both sides": (None, Mask(causal=False), {}),
+    "soft-cap": (None, Mask(), {"softcap": 5.0, "scale": 0.3}),
+    "sinks": (SEGMENTS, Mask(), {"sinks_H": jnp.array([0.5, -1.0, 2.0, 0.0])}),
 }
 CAN_NOT = {("cudnn", "both sides"), ("cudnn", "soft-cap"), ("cudnn", "sinks"), ("tokamax", "sinks")}
 
@@ -44,20 +44,20 @@ def test_each_form_computes_what_the_plain_form_does(form, kind):
     if form == "tokamax":
         pytest.importorskip("tokamax")
     q, k, v, d_out = arrays()
-    segments, sight, options = KINDS[kind]
+    segments, mask, options = KINDS[kind]
     rest = POSITIONS if segments is not None else jnp.arange(T)[None].repeat(2, 0), segments
     scores = Scores(**options)
-    platform = FORMS[form].platforms[0]
+    platform = ATTENTION.implementations[form].platforms[0]
     with backend.use(platform, interpret=True), backend.prefer(Kernels(attention=form)):
         if (form, kind) in CAN_NOT:
             with pytest.raises(
                 ValueError, match=f"attention='{form}' can't serve this: .* These can: .*flash"
             ):
-                self_attention(q, k, v, *rest, sight, scores)
+                self_attention(q, k, v, *rest, mask, scores)
             return
-        out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, *rest, sight, scores), q, k, v)
+        out, pull = jax.vjp(lambda *qkv: self_attention(*qkv, *rest, mask, scores), q, k, v)
         found = (out, *pull(d_out))
-    out, pull = jax.vjp(lambda *qkv: in_query_blocks(*qkv, *rest, sight, scores), q, k, v)
+    out, pull = jax.vjp(lambda *qkv: in_query_blocks(*qkv, *rest, mask, scores), q, k, v)
     for ours, wanted in zip(found, (out, *pull(d_out)), strict=True):
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
@@ -83,7 +83,7 @@ def test_a_form_of_another_platform_is_an_error_that_says_which_can():
         self_attention(q, k, v, POSITIONS, None)
     with (
         backend.prefer(Kernels(grouped="megablox")),
-        pytest.raises(ValueError, match="auto, blocks, ragged_dot"),
+        pytest.raises(ValueError, match="it runs on tpu, .* These can: blocks, ragged_dot"),
     ):
         grouped_matmul(jnp.zeros((4, 2)), jnp.zeros((2, 2, 2)), jnp.array([2, 2]))
 
@@ -93,7 +93,10 @@ def test_the_platform_gives_way_to_a_form_that_can_and_says_so(caplog):
     with backend.use("gpu"), caplog.at_level("INFO"):
         out = self_attention(q, k, v, POSITIONS, SEGMENTS)
         np.testing.assert_array_equal(out, in_query_blocks(q, k, v, POSITIONS, SEGMENTS))
-    assert "Attention runs in the form 'plain': 'cudnn' can't serve it" in caplog.text
+    assert (
+        "kernels.attention: 'plain' runs, since 'cudnn' can't serve: keys and values have widths"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("form", ["blocks", "ragged_dot", "megablox", "tokamax"])
@@ -103,7 +106,7 @@ def test_each_form_of_grouped_products_computes_what_the_loop_does(form):
     keys = jax.random.split(jax.random.key(0), 3)
     x, w, dy = (jax.random.normal(key, s) for key, s in zip(keys, [(70, 24), (4, 24, 40), (70, 40)]))
     sizes = jnp.array([30, 0, 25, 5])  # and ten rows of none
-    wanted, pull_wanted = jax.vjp(lambda x, w: reference(x, w, sizes), x, w)
+    wanted, pull_wanted = jax.vjp(lambda x, w: every_product(x, w, sizes), x, w)
     with backend.use("tpu", interpret=True), backend.prefer(Kernels(grouped=form)):
         found, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
         gradients = pull(dy)

@@ -1,0 +1,107 @@
+"""How an operation picks one of its implementations: one rule for all operations.
+
+A config may name an implementation (`kernels.attention=splash`). One that was named and can't serve is an error that
+says why and which can. "auto" takes the first of the platform's preferred ones that can; where it is not the first, the
+log says once why, and what that costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+from model.kernels import backend
+
+_log = logging.getLogger(__name__)
+
+
+class Request(Protocol):
+    """What an implementation must know to say whether it can serve."""
+
+    @property
+    def backend(self) -> backend.Backend: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """A request of which the back end is all that matters."""
+
+    backend: backend.Backend
+
+
+R = TypeVar("R", bound=Request, contravariant=True)
+
+
+def serves_all(request: Request) -> str | None:
+    """The refusal of an implementation that can serve every request."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation(Generic[R]):
+    """One way to compute an operation."""
+
+    platforms: tuple[str, ...]  # names of back ends that it runs on; an interpreted kernel runs on all
+    run: Callable[..., Any]
+    refusal: Callable[[R], str | None] = serves_all  # why it can't serve, as a clause: "it has no sinks"
+    cost: str = ""  # what is lost where this one steps in for another, as a sentence; the log then warns
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation(Generic[R]):
+    """The implementations of an operation by name, and which of them each platform prefers."""
+
+    name: str  # the field of `backend.Kernels` that names an implementation
+    implementations: Mapping[str, Implementation[R]]
+    preferred: Mapping[str, tuple[str, ...]]  # by back end; "cpu": of "plain" where the device is a CPU
+
+    def choose(self, request: R) -> Implementation[R]:
+        """The implementation that the config names, or else the platform's.
+
+        Raises:
+          ValueError: the one that was named is unknown or can't serve this.
+        """
+        return self.implementations[self.chosen_name(request)]
+
+    def chosen_name(self, request: R) -> str:
+        """The name of the implementation that `choose` gives."""
+        named = getattr(backend.kernels(), self.name)
+        if named == "auto":
+            return self._automatic(request)
+        if named not in self.implementations:
+            known = ", ".join(("auto", *self.implementations))
+            raise ValueError(f"kernels.{self.name}={named!r} is not one of {known}.")
+        if reason := self._refusal(named, request):
+            can = ", ".join(name for name in self.implementations if self._refusal(name, request) is None)
+            raise ValueError(f"kernels.{self.name}={named!r} can't serve this: {reason}. These can: {can}.")
+        return named
+
+    def _automatic(self, request: R) -> str:
+        platform = "cpu" if backend.for_cpu() and "cpu" in self.preferred else request.backend.name
+        names, reasons = self.preferred[platform], {}
+        for name in names:
+            if (reason := self._refusal(name, request)) is None:
+                if reasons:
+                    _say(self.name, name, names[0], reasons[names[0]], self.implementations[name].cost)
+                return name
+            reasons[name] = reason
+        why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"no implementation of {self.name} can serve this on {request.backend.name}. {why}.")
+
+    def _refusal(self, name: str, request: R) -> str | None:
+        implementation, chosen = self.implementations[name], request.backend
+        if chosen.name not in implementation.platforms and not chosen.interpret:
+            platforms = " and ".join(implementation.platforms)
+            return f"it runs on {platforms}, and kernels here are for {chosen.name}"
+        return implementation.refusal(request)
+
+
+@functools.cache
+def _say(operation: str, taken: str, first: str, reason: str, cost: str) -> None:
+    level = logging.WARNING if cost else logging.INFO
+    _log.log(
+        level, "kernels.%s: %r runs, since %r can't serve: %s. %s", operation, taken, first, reason, cost
+    )

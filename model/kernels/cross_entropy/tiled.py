@@ -1,0 +1,134 @@
+"""Cross-entropy in tiles of logits that are never all in memory, neither forward nor backward.
+
+Each tile updates the running maximum and sum of its tokens' weights (Milakov and Gimelshein 2018, arXiv:1805.02867).
+Logits are computed again for the gradients, as in Wijmans et al. 2024, arXiv:2411.09009. Tiles are plain jnp in
+stripes.py and Pallas in tpu.py.
+
+Backward, a stripe of the vocabulary after the other: the gradient of the stripe's logits is made in tiles and lies in
+memory in the dtype of the hidden states; two products of it give the gradients of the hidden states and the head.
+"""
+
+# N tokens, V vocabulary, D model width, S entries of a stripe
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from model.kernels import backend
+from model.kernels.cross_entropy import stripes
+from model.kernels.cross_entropy.tiles import Cotangents, CrossEntropyCall, Scores, TileSizes
+from model.logprobs import ScoreOptions, TokenScores
+
+# Sizes by chip. For each channel a step reads tokens + entries and multiplies tokens * entries times: their ratio is
+# its flops for a byte in bfloat16, and is above what the chip has (v4 229, v5e 240, v5p 166, v6e 560, tpu7x 312).
+# Products and logits in float32 fit the fast memory that a kernel is given: 16 MiB on the smallest, 32 on v6e.
+TILE_SIZES = {
+    "v4": TileSizes(512, 1024),
+    "v5e": TileSizes(512, 1024),
+    "v5p": TileSizes(512, 1024),
+    "v6e": TileSizes(1024, 1280),
+    "tpu7x": TileSizes(512, 1024),
+}
+
+
+def make_call(
+    kernel: bool,
+    scale: float,
+    softcap: float | None,
+    score_options: ScoreOptions,
+    stripe_bytes: int | None = None,
+    tiles: TileSizes | None = None,
+) -> CrossEntropyCall:
+    """The temperature, which divides capped logits, goes into the scale and the cap.
+
+    Args:
+      kernel: whether tiles are those of the TPU kernel, `tiles` or else the chip's; if not they are plain jnp.
+    """
+    current = backend.current()
+    if kernel and tiles is None:
+        tiles = TILE_SIZES.get(current.chip or "", TileSizes())
+    return CrossEntropyCall(
+        scale=scale / score_options.temperature,
+        softcap=None if softcap is None else softcap / score_options.temperature,
+        mean=score_options.entropy,
+        likeliest=score_options.likeliest,
+        stripe_bytes=stripe_bytes or CrossEntropyCall.stripe_bytes,
+        tiles=tiles if kernel else None,
+        interpret=current.interpret,
+    )
+
+
+def token_scores(scores: Scores) -> TokenScores:
+    """Of scores over the whole vocabulary."""
+    entropy_N = None if scores.mean is None else scores.log_z - scores.mean
+    return TokenScores(scores.chosen - scores.log_z, scores.log_z, entropy_N, scores.likeliest)
+
+
+def part_scores(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
+    """Over a part of the vocabulary: targets and choices are counted from its first entry, and may lie outside."""
+    N = len(hidden_ND)
+    targets_N = jnp.where((targets_N >= 0) & (targets_N < len(head_VD)), targets_N, -1)
+    if call.tiles is not None and N % (tokens := min(call.tiles.tokens, -(-N // 128) * 128)):
+        short = -N % tokens
+        hidden_ND = jnp.pad(hidden_ND, ((0, short), (0, 0)))
+        targets_N = jnp.pad(targets_N, (0, short), constant_values=-1)
+    scores = _scores(call, hidden_ND, head_VD, bias_V, targets_N, choices)
+    return jax.tree.map(lambda x: x[:N], scores)
+
+
+def _forward(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
+    return _of_tiles(call).forward(call, hidden_ND, head_VD, bias_V, targets_N, choices)
+
+
+_scores = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+
+
+def _forward_and_save(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices):
+    scores = _forward(call, hidden_ND, head_VD, bias_V, targets_N, choices)
+    return scores, (hidden_ND, head_VD, bias_V, targets_N, scores.log_z, scores.mean)
+
+
+def _backward(call: CrossEntropyCall, saved, gradients: Scores):
+    hidden_ND, head_VD, bias_V, targets_N, log_z_N, mean_N = saved
+    cotangents = _cotangents(log_z_N, mean_N, gradients)
+    N, V = len(hidden_ND), len(head_VD)
+    S = call.stripe(N, V, hidden_ND.dtype.itemsize)
+    stripe_gradients = _of_tiles(call).stripe_gradients
+
+    def step(sums, stripe):
+        (dhidden_ND, dhead_VD, dbias_V), (first, fresh) = sums, stripe
+        head_SD, bias_S = stripes.stripe_of(head_VD, bias_V, first, S)
+        d_NS = stripe_gradients(call, hidden_ND, head_SD, bias_S, targets_N - first, cotangents)
+        # entries that the stripe before had too are written again as they were, but added only once
+        fresh_SD = jnp.where(first + jnp.arange(S)[:, None] < fresh, 0, head_SD)
+        dhidden_ND += jnp.einsum("NS,SD->ND", d_NS, fresh_SD, preferred_element_type=jnp.float32)
+        dhead_SD = jnp.einsum("NS,ND->SD", d_NS, hidden_ND, preferred_element_type=jnp.float32)
+        write = lambda whole, x: jax.lax.dynamic_update_slice_in_dim(whole, x.astype(whole.dtype), first, 0)
+        dbias_V = None if dbias_V is None else write(dbias_V, d_NS.sum(axis=0, dtype=jnp.float32))
+        return (dhidden_ND, write(dhead_VD, dhead_SD), dbias_V), None
+
+    zeros = jnp.zeros(hidden_ND.shape, jnp.float32), jnp.zeros_like(head_VD)
+    zeros = *zeros, None if bias_V is None else jnp.zeros_like(bias_V)
+    (dhidden_ND, dhead_VD, dbias_V), _ = jax.lax.scan(step, zeros, stripes.stripes(V, S))
+    return dhidden_ND.astype(hidden_ND.dtype), dhead_VD, dbias_V, None, None
+
+
+_scores.defvjp(_forward_and_save, _backward)
+
+
+def _cotangents(log_z_N, mean_N, gradients: Scores) -> Cotangents:
+    """d log Z / d logit = weight; d mean / d logit = weight * (1 + logit - mean)."""
+    shift_N, slope_N = gradients.log_z, gradients.mean
+    if slope_N is not None:
+        shift_N += slope_N * (1 - mean_N)
+    return jax.tree.map(lambda x_N: x_N[:, None], Cotangents(log_z_N, gradients.chosen, shift_N, slope_N))
+
+
+def _of_tiles(call: CrossEntropyCall):
+    """The module whose `forward` and `stripe_gradients` the call takes."""
+    if call.tiles is None:
+        return stripes
+    from model.kernels.cross_entropy import tpu  # brings Pallas along
+
+    return tpu
