@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from model import ModelConfig, apply
+from model import Inputs, ModelConfig, apply
 from model.logprobs import ScoreOptions, TokenScores
 
 Progress = Callable[[int, int], None]  # (done, all)
@@ -141,6 +141,7 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(cfg, vocab_size, params, tokens_BT, targets_BT, real_BT):
     ask = ScoreOptions(likeliest=True, choices=vocab_size)
-    out = apply(cfg, params, tokens_BT, segment_ids=real_BT, targets=targets_BT, ask=ask)
+    inputs = Inputs(tokens_BT, segment_ids=real_BT)
+    out = apply(cfg, params, inputs, targets=targets_BT, score_options=ask)
     scores = cast(TokenScores, out.scores)
     return scores.logprobs, scores.likeliest == targets_BT

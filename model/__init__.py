@@ -19,6 +19,7 @@ from model.blocks.positions import (
 from model.cache import Cache, cache_axes, init_cache, init_pages
 from model.config import Block, ModelConfig, ScalarHead, decoder
 from model.function import Output, apply, init, logical_axes, param_shapes
+from model.inputs import Inputs, Media
 from model.sharding import MESH_AXES, ShardingRules
 from model.weighted import WeightedSum
 
@@ -31,11 +32,13 @@ __all__ = [
     "Cache",
     "GatedMLP",
     "GeGLU",
+    "Inputs",
     "LayerNorm",
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
+    "Media",
     "ModelConfig",
     "NTKScaling",
     "Output",

@@ -18,10 +18,10 @@ from model.blocks.linear import within_block
 from model.blocks.lora import LoRA
 from model.config import ModelConfig
 from model.families.tensors import Path, get
-from model.function import Params, Transformer, init_arguments, logical_axes
+from model.function import Params, Transformer, example_inputs, logical_axes
 from model.layout import relayout
 
-PATCHER = "patcher_"  # what begins the names of a patcher's parameters
+PATCHER = "patcher"  # the key of a patcher's parameters
 ENDS = ("_lora_a", "_lora_b", "_lora_magnitude")
 
 
@@ -42,7 +42,7 @@ def add_adapters(
     def fresh(params: Params, key: jax.Array) -> dict[Path, jax.Array]:
         # The module makes what is missing among its parameters; the forward pass itself is dropped by the compiler.
         _, made = Transformer(flat_cfg).apply(
-            {"params": params}, *init_arguments(cfg), mutable=["params"], rngs={"params": key}
+            {"params": params}, example_inputs(cfg), mutable=["params"], rngs={"params": key}
         )
         made = _flat(nn.meta.unbox(made)["params"])
         return {path: x for path, x in made.items() if is_adapter(path)}
@@ -66,7 +66,7 @@ def split_trained(params: Params) -> tuple[Params, Params]:
     """(what training changes, the rest): adapters where there are any, else all but a byte-latent model's patcher."""
     flat = _flat(params)
     adapters = {path: x for path, x in flat.items() if is_adapter(path)}
-    trained = adapters or {path: x for path, x in flat.items() if not path[0].startswith(PATCHER)}
+    trained = adapters or {path: x for path, x in flat.items() if path[0] != PATCHER}
     if len(trained) == len(flat):
         return params, {}
     return unflatten_dict(trained), unflatten_dict({p: x for p, x in flat.items() if p not in trained})

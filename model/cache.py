@@ -15,8 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import Run
-from model.config import STACKS, ModelConfig
+from model.blocks.block import Block
+from model.config import ModelConfig
 from model.kernels import backend
 from model.kernels.paged_attention.pages import SCALE, check_cache_dtype, is_quantized
 
@@ -27,7 +27,7 @@ _KERNEL_PAGE = 128  # slots, of a dense cache for TPUs
 class Cache:
     """Goes into `apply` and comes out anew; position p of row b lives in page `page_table[b, p // Z]`, slot p % Z."""
 
-    layers: dict[str, Any]  # parameter group name -> the mixer's own state
+    layers: dict[str, Any]  # as the blocks' parameters: a run's name (in its stack) -> the state of its mixer
     page_table: jax.Array  # [B, P] int32; entries past a row's length may be anything
     length: jax.Array  # [B] int32, tokens already in the cache
     rows: jax.Array | None = (
@@ -64,16 +64,19 @@ def init_pages(
     of_pages = jnp.dtype(dtype or cfg.dtype)
     of_cache = jnp.dtype(cfg.dtype) if is_quantized(of_pages) else of_pages  # of all that is no page
     layers = {}
-    for name, block, numbers in _runs(cfg):
-        sizes = num_pages, page_size, num_rows
-        state = block.mixer.init_cache(*sizes, of_cache)
-        if of_pages != of_cache:
-            state = _with_pages(block.mixer.cache_axes(), state, block.mixer.init_cache(*sizes, of_pages))
-        if block.cross is not None:
-            state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, of_cache)
-        if cfg.scan:
-            state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
-        layers[name] = state
+    for stack in _decoding(cfg):
+        part = {}
+        for name, block, numbers in stack.runs(cfg.scan):
+            sizes = num_pages, page_size, num_rows
+            state = block.init_cache(*sizes, of_cache)
+            if of_pages != of_cache:
+                state = _with_pages(block.cache_axes(), state, block.init_cache(*sizes, of_pages))
+            if block.cross is not None:
+                state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, of_cache)
+            if cfg.scan:
+                state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
+            part[name] = state
+        layers |= stack.as_part(part)
     if cfg.byte_latent is not None:
         layers["bytes"] = cfg.byte_latent.init_cache(num_pages, page_size, num_rows, of_cache)
     return layers
@@ -109,37 +112,42 @@ def cache_axes(cfg: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     """Logical axis names of `Cache.layers`, a tuple at each leaf; `dtype`: see `init_pages`."""
     lead = ("layers",) if cfg.scan else ()
     found = {}
-    for name, block, _ in _runs(cfg):
-        of_block = block.mixer.cache_axes() | (block.cross.cache_axes() if block.cross else {})
-        if is_quantized(dtype or cfg.dtype):
-            of_block |= _scale_axes(block.mixer)
-        found[name] = {key: lead + axes for key, axes in of_block.items()}
+    for stack in _decoding(cfg):
+        part = {}
+        for name, block, _ in stack.runs(cfg.scan):
+            of_block = block.cache_axes() | (block.cross.cache_axes() if block.cross else {})
+            if is_quantized(dtype or cfg.dtype):
+                of_block |= _scale_axes(block)
+            part[name] = {key: lead + axes for key, axes in of_block.items()}
+        found |= stack.as_part(part)
     if cfg.byte_latent is not None:
         found["bytes"] = cfg.byte_latent.cache_axes()
     return found
 
 
-def _scale_axes(mixer: Any) -> dict[str, tuple]:
-    axes = mixer.cache_axes()
-    state = jax.eval_shape(lambda: mixer.init_cache(1, 1, 1, jnp.dtype("int8")))
+def _scale_axes(block: Block) -> dict[str, tuple]:
+    axes = block.cache_axes()
+    state = jax.eval_shape(lambda: block.init_cache(1, 1, 1, jnp.dtype("int8")))
     heads = {key: axes[key.removesuffix(SCALE)][2] for key in state if key.endswith(SCALE)}
     return {key: ("pages", name, "slots") for key, name in heads.items()}
 
 
-def _runs(cfg: ModelConfig) -> list[Run]:
-    """Of all blocks that have a state. Patches have pages as bytes do, and fill fewer of the slots."""
-    return [run for stack in STACKS if stack != "encoder_" for run in cfg.runs(stack)]
+def _decoding(cfg: ModelConfig) -> list[Stack]:
+    """The stacks that have a state. Patches have pages as bytes do, and fill fewer of the slots."""
+    return [stack for stack in cfg.stacks if stack.name != "encoder"]
 
 
 def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:
     """Slots a page of a cache's layers; None for a model without pages."""
-    for name, of_layer in cache_axes(cfg).items():
-        for key, axes in of_layer.items():
-            if "slots" in axes:
-                return layers[name][key].shape[axes.index("slots")]
-    return None
+    axes = jax.tree.leaves(cache_axes(cfg), is_leaf=_is_axes)
+    arrays = jax.tree.leaves(jax.tree.map(lambda names, x: x, cache_axes(cfg), layers, is_leaf=_is_axes))
+    return next((x.shape[names.index("slots")] for names, x in zip(axes, arrays) if "slots" in names), None)
 
 
 def has_recurrent_state(cfg: ModelConfig) -> bool:
     """Whether some block remembers a row, or its encoder's text, in a state that can't be cut at a page."""
-    return any("rows" in axes for of_layer in cache_axes(cfg).values() for axes in of_layer.values())
+    return any("rows" in axes for axes in jax.tree.leaves(cache_axes(cfg), is_leaf=_is_axes))
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from model.blocks.attention import Attention, Temperature
-from model.blocks.block import Block, Run, runs_of
+from model.blocks.block import Block
 from model.blocks.cross_attention import CrossAttention
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.differential_attention import DifferentialAttention
@@ -42,13 +42,17 @@ from model.blocks.positions import (
     YarnScaling,
 )
 from model.blocks.remat import check_remat
+from model.blocks.residual import HyperConnections, ParallelResidual, Residual
 from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
-from model.byte_latent import ByteLatent
+from model.inputs.byte_latent import ByteLatent
+from model.inputs.encoder import Encoder
 from model.kernels.backend import Kernels
+from model.readouts.heads import ClassHead, ScalarHead
 from model.readouts.mtp import MTP, ParallelMTP, SequentialMTP
+from model.stacks import Run, Stack
 
 # The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
 PARTS = {
@@ -58,6 +62,7 @@ PARTS = {
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
         *(Parallel, MixtureOfDepths, MixtureOfRecursions, Narrowing, Assigned),
         *(GatedMLP, MLP),
+        *(Residual, ParallelResidual, HyperConnections),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
         *(RMSNorm, LayerNorm, Transform),
         *(Rope, LinearScaling, NTKScaling, Llama3Scaling, YarnScaling, LongRopeScaling),
@@ -68,41 +73,7 @@ PARTS = {
     )
 }
 
-# Of blocks, by what the names of their parameters begin with; in the order of the computation.
-STACKS = ("encoder_", "patcher_", "local_encoder_", "", "local_decoder_")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """What reads the other text of an encoder-decoder; its tokens have the decoder's embedding."""
-
-    blocks: tuple[Block, ...]
-    final_norm: Norm | None = RMSNorm()
-
-    def __post_init__(self):
-        if not self.blocks:
-            raise ValueError("an encoder needs at least one block.")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScalarHead:
-    """A linear map of the final hidden state to one number a token, float32: `out.heads[name]` is [B, T]."""
-
-    name: str  # "value", "reward"
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassHead:
-    """A linear map of the final hidden state to a number for each label, float32: `out.heads[name]` is [B, T, labels].
-
-    Where a text as a whole is classified, one token has its numbers: an encoder's first, a decoder's last.
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    bias: bool = True
-    pooled: bool = False  # of what the pooler makes of the hidden state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +94,8 @@ class ModelConfig:
     logit_softcap: float | None = None  # logits stay within +-logit_softcap
     head_transform: Transform | None = None  # of the hidden state, before the logits (BERT)
     pooler: Transform | None = None  # of the hidden state: `out.pooled`
-    heads: tuple[ScalarHead | ClassHead, ...] = ()
+    heads: tuple[Any, ...] = ()  # each a `Readout` of model.readouts.heads: `out.heads`
+    media: tuple[Any, ...] = ()  # each a `MediaInput` of model.inputs.media: what is read among the tokens
     max_length: int = 2048  # longest context that the model is meant for, tokens
     dtype: str = "float32"  # of the computation
     param_dtype: str = "float32"  # of freshly made parameters
@@ -183,30 +155,30 @@ class ModelConfig:
     @property
     def causal(self) -> bool:
         """Whether no token sees those after it, so that text can be written one token after the other."""
-        stacks = [self.stack(name) for name in STACKS if name != "encoder_"]
-        return all(_is_causal(block.mixer) for stack in stacks for block in stack)
+        stacks = [stack for stack in self.stacks if stack.name != "encoder"]
+        return all(_is_causal(block.mixer) for stack in stacks for block in stack.blocks)
 
     @property
     def token_width(self) -> int:
         """Of the embedding and of the last hidden state."""
         return self.width if self.byte_latent is None else self.byte_latent.width
 
-    def stack(self, name: str) -> tuple[Block, ...]:
-        """The blocks of one of STACKS; none of a stack that the model lacks."""
-        if name == "":
-            return self.blocks
-        if name == "encoder_":
-            return self.encoder.blocks if self.encoder else ()
-        return self.byte_latent.stacks[name] if self.byte_latent else ()
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """All stacks of blocks, in the order of the computation; the model's own has the name ""."""
+        own = Stack("", self.blocks, last_apart=isinstance(self.mtp, ParallelMTP))
+        encoder = () if self.encoder is None else (self.encoder.stack,)
+        before = () if self.byte_latent is None else self.byte_latent.before
+        after = () if self.byte_latent is None else self.byte_latent.after
+        return *encoder, *before, own, *after
+
+    def stack(self, name: str = "") -> Stack:
+        """The stack of this name, by default the model's own blocks. Raises KeyError for one that the model lacks."""
+        return {stack.name: stack for stack in self.stacks}[name]
 
     def runs(self, stack: str = "") -> list[Run]:
-        """Name, block and layer numbers of each parameter group: equal neighbours together when scanned.
-
-        Args:
-          stack: one of STACKS, with which the names begin.
-        """
-        last_alone = stack == "" and isinstance(self.mtp, ParallelMTP)
-        return runs_of(self.stack(stack), stack, self.scan, last_alone)
+        """Name, block and layer numbers of each parameter group of a stack: equal neighbours together when scanned."""
+        return self.stack(stack).runs(self.scan)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)
@@ -280,7 +252,7 @@ def _from_jsonable(value: Any) -> Any:
 
 
 def _is_causal(mixer: Any) -> bool:
-    """Of a mixer, and of all mixers within it."""
+    """Whether a mixer, and all mixers within it, see no later token."""
     within = [*getattr(mixer, "mixers", ()), *(block.mixer for block in getattr(mixer, "blocks", ()))]
     return getattr(mixer, "causal", True) and all(map(_is_causal, within))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.function import Params, apply
+from model.inputs import Inputs
 
 
 def embed(
@@ -40,7 +41,7 @@ def embed(
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _embed(cfg, params, tokens_BT, mask_BT, pooling, normalize):
     positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-    hidden_BTD = apply(cfg, params, tokens_BT, positions_BT, mask_BT).hidden.astype(jnp.float32)
+    hidden_BTD = apply(cfg, params, Inputs(tokens_BT, positions_BT, mask_BT)).hidden.astype(jnp.float32)
     vectors_BD = POOLINGS[pooling](hidden_BTD, mask_BT)
     if not normalize:
         return vectors_BD

@@ -1,4 +1,8 @@
-"""The pure function: every forward pass anywhere (loss, rollout, serving, evaluation, reward) is `apply`."""
+"""The pure function: every forward pass anywhere (loss, rollout, serving, evaluation, reward) is `apply`.
+
+From inputs to outputs: tokens and media are embedded (model/inputs), blocks run over them (model/stacks), and readouts
+give logits, scores and whatever else the config asks for (model/readouts).
+"""
 
 # B batch, T tokens, S tokens of the encoder, D model width, V vocabulary, N chosen positions, L labels
 
@@ -14,18 +18,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import run_part, run_stack
-from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, param, write_places
-from model.byte_latent import run_byte_latent
-from model.cache import Cache, page_size_of
-from model.config import ClassHead, Encoder, ModelConfig, ScalarHead
+from model.blocks.common import Context, TokenInfo, add_up
+from model.cache import Cache
+from model.config import ModelConfig
+from model.inputs import Inputs
+from model.inputs.media import example_media, place_media
+from model.inputs.token_info import encoder_info, token_info
+from model.inputs.tokens import embed_tokens, embedding_table, finish_embedding
 from model.kernels import backend
 from model.logprobs import ScoreOptions, TokenScores
-from model.readouts.mtp import Stream, look_ahead
-from model.sharding import ShardingRules, constrain
-from model.vocabulary_head import VocabularyHead
+from model.readouts.mtp import look_ahead
+from model.readouts.stream import Stream
+from model.readouts.vocabulary import vocabulary_head
+from model.sharding import ShardingRules
+from model.stacks import Trunk, run_trunk
 
 Params = dict[str, Any]
+POOLED = "the vector that stands for the text, from its first token"
 
 
 @flax.struct.dataclass
@@ -34,28 +43,26 @@ class Output:
     hidden: jax.Array  # [B, T, D] after the final norm
     pooled: jax.Array | None = None  # [B, T, D] what the pooler makes of each token; BERT uses the first
     encoder: jax.Array | None = (
-        None  # [B, S, D] what the encoder made of its tokens, where it has just read them
+        None  # [B, S, D] the encoder's hidden states, when it has just read its tokens
     )
     cache: Cache | None = None
     aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
-    heads: dict = flax.struct.field(default_factory=dict)  # name -> [B, T] float32, or [B, T, labels]
-    # as `logits`, of the token after the next, of the one after that, ...; () with a cache. Under jit none of it is
-    # computed for who does not use it
+    heads: dict = flax.struct.field(default_factory=dict)  # name of a readout of `cfg.heads` -> what it gives
+    # As `logits`, of the token after the next, of the one after that, ...; () with a cache. Under jit they are computed
+    # only when they are used
     mtp_logits: tuple[jax.Array, ...] = ()
-    mtp_aux: dict = flax.struct.field(
-        default_factory=dict
-    )  # as `aux`, of the blocks of multi-token prediction alone
+    mtp_aux: dict = flax.struct.field(default_factory=dict)  # as `aux`, of the MTP modules' blocks
     scores: TokenScores | None = None  # of `targets`, [B, T] float32
-    # as `scores`, in place of `mtp_logits`: module k's of the target k tokens ahead, of 0 beyond the row
+    # As `scores`, in place of `mtp_logits`: module k's of the target k tokens ahead, of 0 beyond the row
     mtp_scores: tuple[TokenScores, ...] = ()
 
 
-class Source(NamedTuple):
-    """What the encoder reads."""
+class Requested(NamedTuple):
+    """What a call wants of the vocabulary; see `apply`."""
 
-    tokens: jax.Array | None = None
-    positions: jax.Array | None = None
-    segment_ids: jax.Array | None = None
+    targets: jax.Array | None = None
+    logits_at: jax.Array | None = None
+    score_options: ScoreOptions = ScoreOptions()
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
@@ -66,63 +73,44 @@ def init(cfg: ModelConfig, key: jax.Array) -> Params:
 def apply(
     cfg: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
+    inputs: Inputs | jax.Array,
     cache: Cache | None = None,
     *,
-    logits_at: jax.Array | None = None,
     targets: jax.Array | None = None,
-    ask: ScoreOptions = ScoreOptions(),
-    token_types: jax.Array | None = None,
-    encoder_tokens: jax.Array | None = None,
-    encoder_positions: jax.Array | None = None,
-    encoder_segment_ids: jax.Array | None = None,
-    adapter: jax.Array | None = None,
+    logits_at: jax.Array | None = None,
+    score_options: ScoreOptions = ScoreOptions(),
     rules: ShardingRules | None = None,
     train: bool = False,
-    token_weights: jax.Array | None = None,
 ) -> Output:
     """Run the model.
 
     Args:
-      tokens: [B, T] int32.
-      positions: [B, T] int32; default: 0, 1, ... in each segment or, with a cache, of the real tokens, counted on
-        from `cache.length`.
-      segment_ids: [B, T] int32; tokens see their own segment only, 0 is padding. With a cache, 0 keeps a token
-        out of the cache and any other number means a real token.
+      inputs: what the model reads, or bare token ids [B, T].
       cache: keys and values of what came before; the one in the output holds these tokens too.
+      targets: [B, T] int32 ([B, N] with `logits_at`): `out.scores`, their log-probabilities, in place of logits. Large
+        logits are then never in memory.
       logits_at: [B, N] int32 indices into T: logits at these tokens only.
-      targets: [B, T] int32 ([B, N] with `logits_at`): `out.scores`, their log-probabilities, in place of logits, which
-        are not in memory where they would be large.
-      score_options: what the scores of targets are to hold.
-      token_types: [B, T] int32, below `cfg.token_types`; default: 0.
-      encoder_tokens: [B, S] int32, what an encoder-decoder answers. A cache remembers them: they are given with the
-        first tokens of a row and not again.
-      encoder_positions: [B, S] int32; default: 0, 1, ...
-      encoder_segment_ids: [B, S] int32; a token sees those of its own segment (with a cache: of any), none of 0.
-      adapter: [B] int32, which of `cfg.adapters` each row has, -1 for none; default: all rows the first.
+      score_options: what the scores of targets hold.
       rules: sharding of activations, for use under `jax.set_mesh`.
       train: routers with a capacity (mixture of depths or recursions, experts with slots) keep to it, which lets a
-        token depend on others of its row. Without, each token decides by itself, as it does with a cache.
-      token_weights: [B, T] float32, how much each token counts in the losses of `aux`; default: 1. Padding never does.
+        token depend on others of its row. Otherwise each token decides by itself, as it does with a cache.
+
+    Raises:
+      TypeError, ValueError: inputs that this model does not read, or that do not fit together.
     """
-    if encoder_tokens is not None and cfg.encoder is None:
-        raise ValueError("encoder_tokens were given to a model without an encoder.")
-    if encoder_tokens is None and cfg.encoder is not None and cache is None:
-        raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
-    if adapter is not None and cfg.adapters is None:
-        raise ValueError("adapter was given to a model whose config has no adapters.")
+    inputs = Inputs.of(inputs)
+    _check(cfg, inputs, cache)
     if targets is not None and logits_at is not None and cfg.mtp is not None and cache is None:
         raise ValueError(
             "targets at the tokens of logits_at say nothing of the later ones that multi-token prediction scores. "
             "Give targets of all tokens, or a config with mtp=None."
         )
-    source = Source(encoder_tokens, encoder_positions, encoder_segment_ids)
     module = Transformer(cfg, rules, train)
-    read = tokens, positions, segment_ids, cache, logits_at, token_types, source, adapter
     with backend.prefer(cfg.kernels):
-        return cast(Output, module.apply({"params": params}, *read, targets, ask, token_weights))
+        return cast(
+            Output,
+            module.apply({"params": params}, inputs, cache, Requested(targets, logits_at, score_options)),
+        )
 
 
 def logical_axes(cfg: ModelConfig) -> Params:
@@ -135,6 +123,13 @@ def param_shapes(cfg: ModelConfig) -> Params:
     return jax.tree.map(lambda box: box.value, _boxed_shapes(cfg), is_leaf=_is_box)
 
 
+def example_inputs(cfg: ModelConfig) -> Inputs:
+    """The smallest inputs that reach every parameter."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    encoder_tokens = tokens if cfg.encoder is not None else None
+    return Inputs(tokens, encoder_tokens=encoder_tokens, media=example_media(cfg.media))
+
+
 @functools.lru_cache(maxsize=16)
 def _boxed_shapes(cfg: ModelConfig):
     return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
@@ -144,14 +139,22 @@ def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def init_arguments(cfg: ModelConfig) -> tuple:
-    """What the module is called with to make parameters."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return tokens, *[None] * 5, Source(tokens if cfg.encoder else None)
-
-
 def _init_boxed(cfg: ModelConfig, key: jax.Array):
-    return Transformer(cfg).init(key, *init_arguments(cfg))["params"]
+    return Transformer(cfg).init(key, example_inputs(cfg))["params"]
+
+
+def _check(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> None:
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(
+            f"cache is a {type(cache).__name__}. Give a model.Cache; positions and segment ids go into "
+            "Inputs(tokens, positions, segment_ids)."
+        )
+    if inputs.encoder_tokens is not None and cfg.encoder is None:
+        raise ValueError("encoder_tokens were given to a model without an encoder.")
+    if inputs.encoder_tokens is None and cfg.encoder is not None and cache is None:
+        raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
+    if inputs.adapter_ids is not None and cfg.adapters is None:
+        raise ValueError("adapter_ids were given to a model whose config has no adapters.")
 
 
 class Transformer(nn.Module):
@@ -161,180 +164,92 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        tokens,
-        positions,
-        segment_ids,
-        cache,
-        logits_at,
-        token_types=None,
-        source=Source(),
-        adapter=None,
-        targets=None,
-        ask=ScoreOptions(),
-        token_weights=None,
+        self, inputs: Inputs, cache: Cache | None = None, requested: Requested = Requested()
     ) -> Output:
-        cfg = self.cfg
-        ctx = self._context(len(cfg.blocks))
-        info = _token_info(cfg, tokens, positions, segment_ids, cache, adapter)
-        info = dataclasses.replace(info, weights=token_weights)
-        embedding_VD = self._embedding(ctx)
-        x_BTD = self._embed(ctx, jnp.take(embedding_VD, tokens, axis=0), info, token_types)
-        self.sow("intermediates", "embedded", x_BTD)
+        cfg, ctx = self.cfg, self.context()
+        info = token_info(cfg, inputs, cache)
+        embedding_VD = embedding_table(self, cfg, ctx)
+        embedded_BTD = self._embed(ctx, embedding_VD, inputs, info)
+        info, encoder_aux = self._encode(ctx, embedding_VD, inputs, info)
 
-        aux = {}
-        if source.tokens is not None:
-            encoded_BSD, aux = self._encode(embedding_VD, source, adapter)
-            info = dataclasses.replace(info, encoder=encoded_BSD, encoder_segment_ids=source.segment_ids)
-        layers, embedded_BTD = None if cache is None else cache.layers, x_BTD
-        trunk_BTD, x_BTD, states, more = self._run_blocks(ctx, embedded_BTD, tokens, layers, info)
-        final_norm = self._final_norm(ctx)
-        hidden_BTD = final_norm(x_BTD)
-        pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler")(hidden_BTD)
-        head = self._vocabulary_head(ctx, embedding_VD, logits_at)
-        ahead_BTD, mtp_aux = [], {}
+        trunk = self._run_blocks(ctx, embedded_BTD, None if cache is None else cache.layers, info)
+        final_norm = self.final_norm(ctx)
+        hidden_BTD = final_norm(trunk.x_BTD)
+        pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler", POOLED)(hidden_BTD)
+        stream = Stream(embedded_BTD, trunk.before_last, hidden_BTD, pooled_BTD, final_norm)
+
+        head = vocabulary_head(self, cfg, ctx, embedding_VD, requested.logits_at)
+        mtp_hidden, mtp_aux = [], {}
         if cfg.mtp is not None and cache is None:
-            stream = Stream(embedded_BTD, trunk_BTD, hidden_BTD, final_norm)
-            after_blocks = dataclasses.replace(info, shared=more.shared)
-            ahead_BTD, mtp_aux = cfg.mtp.read(ctx, stream, after_blocks)
-        ahead = [] if targets is None else [look_ahead(targets, k) for k in range(1, len(ahead_BTD) + 1)]
-        return Output(
-            logits=head.logits(hidden_BTD) if targets is None else cast(jax.Array, None),
+            after_blocks = dataclasses.replace(info, shared=trunk.more.shared)
+            mtp_hidden, mtp_aux = cfg.mtp.read(ctx, stream, after_blocks)
+        out = Output(
+            logits=cast(jax.Array, None),
             hidden=hidden_BTD,
             pooled=pooled_BTD,
             encoder=info.encoder,
-            cache=_advance(cache, states, tokens, segment_ids),
-            aux=add_up(aux, more.aux),
-            heads={head.name: self._head(ctx, head, hidden_BTD, pooled_BTD) for head in cfg.heads},
-            mtp_logits=tuple(map(head.logits, ahead_BTD)) if targets is None else (),
+            cache=_advance(cache, trunk.states, inputs),
+            aux=add_up(encoder_aux, trunk.more.aux),
+            heads={readout.name: readout.read(self, ctx, stream) for readout in cfg.heads},
             mtp_aux=mtp_aux,
-            scores=None if targets is None else head.scores(hidden_BTD, targets, ask),
-            mtp_scores=tuple(head.scores(*pair, ask) for pair in zip(ahead_BTD, ahead)),
+        )
+        if requested.targets is None:
+            return out.replace(logits=head.logits(hidden_BTD), mtp_logits=tuple(map(head.logits, mtp_hidden)))
+        targets, options = requested.targets, requested.score_options
+        return out.replace(
+            scores=head.scores(hidden_BTD, targets, options),
+            mtp_scores=tuple(
+                head.scores(h_BTD, look_ahead(targets, k), options) for k, h_BTD in enumerate(mtp_hidden, 1)
+            ),
         )
 
-    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, tokens, layers: dict | None, info: TokenInfo):
-        """What the last block reads, what comes out of it, each group's new state, and what the blocks give beside."""
-        if self.cfg.byte_latent is not None:
-            latent = dataclasses.replace(ctx, width=self.cfg.width)
-            y_BTD, states, aux = run_byte_latent(self, latent, x_BTD, tokens, layers, info)
-            return x_BTD, y_BTD, states, More(aux)
-        runs = self.cfg.runs()
-        trunk_BTD, states, more = run_part(ctx, runs[:-1], x_BTD, layers, info)
-        info = dataclasses.replace(info, shared=more.shared)
-        x_BTD, last_state, last_more = run_part(ctx, runs[-1:], trunk_BTD, layers, info)
-        return trunk_BTD, x_BTD, states | last_state, more.join(last_more)
-
-    def _context(self, num_blocks: int) -> Context:
+    def context(self) -> Context:
+        """What the modules of blocks are built with."""
         cfg = self.cfg
         dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
         modes = self.rules, cfg.scan, cfg.remat, self.train
-        return Context(cfg.token_width, num_blocks, *dtypes, *modes, cfg.adapters)
+        return Context(cfg.token_width, len(cfg.blocks), *dtypes, *modes, cfg.adapters)
 
-    def _encode(self, embedding_VD: jax.Array, source: Source, adapter) -> tuple[jax.Array, dict]:
-        encoder = cast(Encoder, self.cfg.encoder)
-        ctx, tokens_BS = self._context(len(encoder.blocks)), cast(jax.Array, source.tokens)
-        info = _token_info(self.cfg, tokens_BS, source.positions, source.segment_ids, None, adapter)
-        x_BSD = jnp.take(embedding_VD, tokens_BS, axis=0) * jnp.asarray(self.cfg.embed_scale, ctx.dtype)
-        x_BSD, _, aux = run_stack(ctx, self.cfg.runs("encoder_"), x_BSD, None, info)
-        if encoder.final_norm is not None:
-            x_BSD = encoder.final_norm.module(ctx, "encoder_final_norm")(x_BSD)
-        return x_BSD, aux
-
-    def _embedding(self, ctx: Context) -> jax.Array:
-        # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
-        init = nn.initializers.normal(ctx.width**-0.5)
-        return param(self, ctx, "embedding", (self.cfg.vocab_size, ctx.width), ("vocab", "embed"), init)
-
-    def _final_norm(self, ctx: Context) -> Callable[[jax.Array], jax.Array]:
+    def final_norm(self, ctx: Context) -> Callable[[jax.Array], jax.Array]:
         norm = self.cfg.final_norm
-        return (lambda x_BTD: x_BTD) if norm is None else norm.module(ctx, "final_norm")
+        if norm is None:
+            return lambda x_BTD: x_BTD
+        return norm.module(ctx, "final_norm", role="the last hidden state")
 
-    def _embed(self, ctx: Context, x_BTD: jax.Array, info: TokenInfo, token_types) -> jax.Array:
+    def _embed(self, ctx: Context, embedding_VD: jax.Array, inputs: Inputs, info: TokenInfo) -> jax.Array:
         cfg = self.cfg
-        x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
-        if cfg.token_types:
-            shape, init = (cfg.token_types, ctx.width), nn.initializers.normal(0.1 * ctx.width**-0.5)
-            table_SD = param(self, ctx, "token_types", shape, ("norm", "embed"), init)
-            x_BTD += table_SD[0] if token_types is None else jnp.take(table_SD, token_types, axis=0)
-        elif token_types is not None:
-            raise ValueError("token_types were given to a model whose config has none.")
-        if cfg.positions is not None:
-            x_BTD += cfg.positions.module(ctx, "positions")(info.positions)
-        if cfg.embed_norm is not None:
-            x_BTD = cfg.embed_norm.module(ctx, "embed_norm")(x_BTD)
-        return constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
+        x_BTD = embed_tokens(self, cfg, ctx, embedding_VD, inputs.tokens, inputs.token_types)
+        x_BTD = place_media(ctx, cfg.media, inputs.media, x_BTD)
+        x_BTD = finish_embedding(cfg, ctx, x_BTD, info)
+        self.sow("intermediates", "embedded", x_BTD)
+        return x_BTD
 
-    def _vocabulary_head(
-        self, ctx: Context, embedding_VD: jax.Array | None, logits_at: jax.Array | None = None
-    ) -> VocabularyHead:
-        cfg, bias_V = self.cfg, None
-        transform = None if cfg.head_transform is None else cfg.head_transform.module(ctx, "head_transform")
-        if cfg.tied_head:
-            head_VD = cast(jax.Array, embedding_VD)
-        else:
-            shape = (cfg.vocab_size, ctx.width)
-            head_VD = param(self, ctx, "head", shape, ("vocab", "embed"), fan_in_normal(ctx.width))
-        if cfg.head_bias:
-            bias_V = param(self, ctx, "head_bias", (cfg.vocab_size,), ("vocab",), nn.initializers.zeros)
-        return VocabularyHead(
-            head_VD, bias_V, cfg.logit_scale, cfg.logit_softcap, transform, logits_at, ctx.rules
-        )
+    def _encode(
+        self, ctx: Context, embedding_VD: jax.Array, inputs: Inputs, info: TokenInfo
+    ) -> tuple[TokenInfo, dict]:
+        """`info` with what the encoder makes of its tokens, where there are any."""
+        tokens_BS, encoder = inputs.encoder_tokens, self.cfg.encoder
+        if tokens_BS is None or encoder is None:
+            return info, {}
+        of_encoder = encoder_info(inputs)
+        encoded_BSD, aux = encoder.read(ctx, embedding_VD, self.cfg.embed_scale, of_encoder)
+        return dataclasses.replace(
+            info, encoder=encoded_BSD, encoder_segment_ids=inputs.encoder_segment_ids
+        ), aux
 
-    def _head(self, ctx: Context, head: ScalarHead | ClassHead, hidden_BTD, pooled_BTD) -> jax.Array:
-        if isinstance(head, ScalarHead):
-            return self._scalar_head(ctx, head.name, hidden_BTD)
-        return self._class_head(ctx, head, pooled_BTD if head.pooled else hidden_BTD)
-
-    def _class_head(self, ctx: Context, head: ClassHead, read_BTD: jax.Array) -> jax.Array:
-        name, L = f"{head.name}_head", len(head.labels)
-        w_DL = param(self, ctx, name, (ctx.width, L), ("embed", None), nn.initializers.zeros)
-        y_BTL = jnp.einsum("BTD,DL->BTL", read_BTD, w_DL, preferred_element_type=jnp.float32)
-        return (
-            y_BTL + param(self, ctx, f"{name}_bias", (L,), (None,), nn.initializers.zeros)
-            if head.bias
-            else y_BTL
-        )
-
-    def _scalar_head(self, ctx: Context, name: str, hidden_BTD: jax.Array) -> jax.Array:
-        w_D = param(self, ctx, f"{name}_head", (ctx.width,), ("norm",), nn.initializers.zeros)
-        bias = param(self, ctx, f"{name}_head_bias", (), (), nn.initializers.zeros)
-        return jnp.einsum("BTD,D->BT", hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
+    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, layers: dict | None, info: TokenInfo) -> Trunk:
+        cfg = self.cfg
+        if cfg.byte_latent is None:
+            return run_trunk(ctx, cfg.stack(), x_BTD, layers, info)
+        latent = dataclasses.replace(ctx, width=cfg.width)
+        return cfg.byte_latent.run(self, latent, cfg.stack(), cfg.vocab_size, x_BTD, layers, info)
 
 
-def _token_info(cfg: ModelConfig, tokens, positions, segment_ids, cache: Cache | None, adapter) -> TokenInfo:
-    B, T = tokens.shape
-    cached = None if cache is None or positions is not None or cfg.byte_latent is not None else cache.length
-    if positions is None:
-        positions = jnp.broadcast_to(_places(segment_ids, T, cache), (B, T))
-    if cache is None:
-        return TokenInfo(positions, segment_ids, adapter=adapter)
-    rows = jnp.arange(B, dtype=jnp.int32) if cache.rows is None else cache.rows
-    page_size = page_size_of(cfg, cache.layers)
-    if page_size is None:
-        return TokenInfo(positions, segment_ids, rows=rows, adapter=adapter)
-    skipped = None if segment_ids is None else segment_ids == 0
-    page, slot = write_places(cache.page_table, page_size, positions, skipped)
-    return TokenInfo(
-        positions, segment_ids, cache.page_table, page, slot, rows=rows, adapter=adapter, cached=cached
-    )
-
-
-def _places(segment_ids: jax.Array | None, T: int, cache: Cache | None) -> jax.Array:
-    """[B or 1, T] int32: of each token in its document. Padding, on whichever side, counts for nothing."""
-    at_T = jnp.arange(T, dtype=jnp.int32)
-    if cache is None:
-        if segment_ids is None:
-            return at_T[None]
-        first_BT = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        return at_T - jax.lax.cummax(jnp.where(first_BT, at_T, 0), axis=1)
-    if segment_ids is None:
-        return cache.length[:, None] + at_T
-    before_BT = jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32) - 1
-    return cache.length[:, None] + jnp.maximum(before_BT, 0)
-
-
-def _advance(cache: Cache | None, states: dict, tokens, segment_ids) -> Cache | None:
+def _advance(cache: Cache | None, states: dict, inputs: Inputs) -> Cache | None:
     if cache is None:
         return None
-    added = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+    segment_ids = inputs.segment_ids
+    added = inputs.tokens.shape[1]
+    if segment_ids is not None:
+        added = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
     return dataclasses.replace(cache, layers=states, length=cache.length + added)

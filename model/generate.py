@@ -14,6 +14,7 @@ import numpy as np
 from model.cache import init_cache
 from model.config import ModelConfig
 from model.function import Params, apply
+from model.inputs import Inputs
 
 
 def generate(
@@ -81,12 +82,11 @@ def _generate(cfg, vocab_size, params, tokens_BT, lengths_B, stops, max_new_toke
     cache = init_cache(
         cfg, B, T + max_new_tokens, encoder_length=None if source is None else source[0].shape[1]
     )
-    encoder = {}
+    inputs = Inputs(tokens_BT, segment_ids=real_BT)
     if source is not None:
-        encoder = {"encoder_tokens": source[0], "encoder_segment_ids": _real(source[0].shape[1], source[1])}
-    out = apply(
-        cfg, params, tokens_BT, segment_ids=real_BT, cache=cache, logits_at=lengths_B[:, None] - 1, **encoder
-    )
+        real_BS = _real(source[0].shape[1], source[1])
+        inputs = inputs.replace(encoder_tokens=source[0], encoder_segment_ids=real_BS)
+    out = apply(cfg, params, inputs, cache, logits_at=lengths_B[:, None] - 1)
 
     def choose(logits_BV, i):
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
@@ -101,7 +101,7 @@ def _generate(cfg, vocab_size, params, tokens_BT, lengths_B, stops, max_new_toke
         i, cache, token_B, new_BN, done_B = carry
         new_BN = new_BN.at[:, i].set(jnp.where(done_B, stops[0], token_B))
         done_B = done_B | jnp.isin(token_B, stops)
-        out = apply(cfg, params, token_B[:, None], cache=cache)
+        out = apply(cfg, params, token_B[:, None], cache)
         return i + 1, out.cache, choose(out.logits[:, 0], i + 1), new_BN, done_B
 
     start = (

@@ -5,11 +5,13 @@ Also `without_mtp`, for formats that have no place for it.
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import STACKS, ModelConfig
+from model.config import ModelConfig
 from model.formats.lazy import LAZY, Stacked
 from model.function import Params
 from model.readouts.mtp import mtp_blocks
@@ -20,18 +22,25 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
     if cfg.scan == scan:
         return cfg, params
     target = cfg.replace(scan=scan)
-    names = {name for stack in STACKS for name, _, _ in cfg.runs(stack)}
-    groups = {key: value for key, value in params.items() if key not in names}
-    for stack in STACKS:
-        for name, _, numbers in target.runs(stack) if scan else cfg.runs(stack):
-            unrolled = [f"{stack}block_{i}" for i in numbers]
-            if scan:
-                groups[name] = jax.tree.map(lambda *xs: _stack(xs), *(params[key] for key in unrolled))
-            else:
-                groups |= {
-                    key: jax.tree.map(lambda x, j=j: x[j], params[name]) for j, key in enumerate(unrolled)
-                }
-    return target, groups
+    new = dict(params)
+    for stack in cfg.stacks:
+        part = cast(Params, stack.part_of(new))
+        names = {run.name for run in stack.runs(cfg.scan)}
+        rest = {key: value for key, value in part.items() if key not in names}
+        runs = [(run, stack.runs(False)[run.layers.start : run.layers.stop]) for run in stack.runs(True)]
+        if scan:
+            blocks = {
+                run.name: jax.tree.map(lambda *xs: _stack(xs), *(part[each.name] for each in unrolled))
+                for run, unrolled in runs
+            }
+        else:
+            blocks = {
+                each.name: jax.tree.map(lambda x, j=j: x[j], part[run.name])
+                for run, unrolled in runs
+                for j, each in enumerate(unrolled)
+            }
+        new = rest | blocks if not stack.name else new | {stack.name: rest | blocks}
+    return target, new
 
 
 def without_mtp(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

@@ -40,9 +40,8 @@ def with_patcher(
     patcher = EntropyPatcher(*fields, **options)
     new = cfg.replace(byte_latent=dataclasses.replace(cfg.byte_latent, patcher=patcher))
     _, patcher_params = relayout(patcher_cfg, patcher_params, scan=cfg.scan)
-    kept = {name: value for name, value in params.items() if not name.startswith("patcher_")}
-    put_in = {f"patcher_{name}": value for name, value in patcher_params.items()}
-    return new, {name: (kept | put_in)[name] for name in param_shapes(new)}
+    params = params | {"patcher": patcher_params}
+    return new, {name: params[name] for name in param_shapes(new)}
 
 
 def _plain(cfg: ModelConfig, patcher_cfg: ModelConfig) -> ModelConfig:

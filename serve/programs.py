@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from model import Cache, ModelConfig, ShardingRules, apply, cache_axes, init_pages
+from model import Cache, Inputs, ModelConfig, ShardingRules, apply, cache_axes, init_pages
 from model.kernels import backend
 from model.kernels.paged_attention.pages import row_by_row
 from model.layout import relayout
@@ -208,7 +208,7 @@ def _prefill(cfg, scan, vocab_size, params, pages, rows: Rows, tokens_RC, count_
     real_RC = (jnp.arange(tokens_RC.shape[1]) < count_R[:, None]).astype(jnp.int32)
     cache = Cache(pages, rows.page_table, rows.length, rows.number)
     last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
-    out = apply(cfg, params, tokens_RC, segment_ids=real_RC, cache=cache, logits_at=last_R1)
+    out = apply(cfg, params, Inputs(tokens_RC, segment_ids=real_RC), cache, logits_at=last_R1)
     sampled = sample(out.logits[:, 0], rows.sampling, rows.length + count_R, vocab_size)
     assert out.cache is not None  # one went in
     return out.cache.layers, jax.tree.map(lambda x: x[:, None], sampled)
@@ -230,9 +230,8 @@ def _decode(cfg, scan, vocab_size, max_steps, params, pages, rows: Rows, token_R
     def step(carry):
         i, pages, length_R, token_R, active_R, count_R, all_sampled = carry
         cache = Cache(pages, rows.page_table, length_R, rows.number)
-        out = apply(
-            cfg, params, token_R[:, None], segment_ids=active_R[:, None].astype(jnp.int32), cache=cache
-        )
+        inputs = Inputs(token_R[:, None], segment_ids=active_R[:, None].astype(jnp.int32))
+        out = apply(cfg, params, inputs, cache)
         assert out.cache is not None  # one went in
         length_R = out.cache.length
         sampled = sample(out.logits[:, 0], rows.sampling, length_R, vocab_size)

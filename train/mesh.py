@@ -15,7 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from configs import ConfigError
 from model import MESH_AXES, ModelConfig, ShardingRules, logical_axes, param_shapes
 from model.blocks.moe import MoE
-from model.config import STACKS
 from model.function import Params
 from model.kernels import backend
 from model.readouts.mtp import mtp_blocks
@@ -73,7 +72,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> None:
     Raises:
       ConfigError: an axis whose devices would all compute the same; says what splits instead.
     """
-    blocks = [block for name in STACKS for block in cfg.stack(name)] + list(mtp_blocks(cfg.mtp).values())
+    blocks = [block for stack in cfg.stacks for block in stack.blocks] + list(mtp_blocks(cfg.mtp).values())
     has_experts = any(isinstance(network, MoE) for block in blocks for network in block.networks)
     reasons = {
         "stage": "blocks are not yet handed from stage to stage",

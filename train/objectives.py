@@ -13,7 +13,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
-from model import ModelConfig, ShardingRules, WeightedSum, apply
+from model import Inputs, ModelConfig, ShardingRules, WeightedSum, apply
 from model.blocks.balance import document_mean
 from model.blocks.common import add_up
 from model.function import Output, Params
@@ -35,17 +35,10 @@ def scored(
     cfg: ModelConfig, params: Params, batch: Batch, ask: ScoreOptions, rules: ShardingRules | None = None
 ) -> Output:
     """The output of a packed batch with the scores of its targets, and no logits."""
-    arrays = batch["tokens"], batch["positions"], batch["segment_ids"]
     weights_BT = router_weights(batch) if "router_weights" not in batch else batch["router_weights"]
+    inputs = Inputs.from_batch(batch, loss_weights=weights_BT)
     return apply(
-        cfg,
-        params,
-        *arrays,
-        targets=batch["targets"],
-        ask=ask,
-        rules=rules,
-        train=True,
-        token_weights=weights_BT,
+        cfg, params, inputs, targets=batch["targets"], score_options=ask, rules=rules, train=True
     )
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from model import Block, ModelConfig, logical_axes
+from model import Block, ModelConfig
 from model.adapters import split_trained
 from model.blocks.moe import MoE
-from model.config import STACKS
 from model.kernels import cpu
+from model.parameters import param_info
 from model.readouts.mtp import mtp_blocks
 from train.config import OptimizerSpec
 
@@ -70,14 +70,18 @@ def balance_experts(
     That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
     `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
     """
-    runs = [run for stack in STACKS for run in cfg.runs(stack)]
-    blocks = {name: block for name, block, _ in runs} | mtp_blocks(cfg.mtp)
-    rates = {name: _balance_rate(block) for name, block in blocks.items()}
+    runs = [(stack.name, run) for stack in cfg.stacks for run in stack.runs(cfg.scan)]
+    rates = {(*([stack] if stack else []), run.name): _balance_rate(run.block) for stack, run in runs}
+    rates |= {(name,): _balance_rate(block) for name, block in mtp_blocks(cfg.mtp).items()}
     if not any(rates.values()):
         return optimizer
 
     def is_choice_bias(path) -> bool:
         return path[-1].key == "choice_bias"
+
+    def rate_of(path) -> float:
+        keys = tuple(entry.key for entry in path)
+        return rates[keys[:1]] if keys[:1] in rates else rates[keys[:2]]
 
     def update(updates, state, params=None):
         grads = updates  # optax's name for what comes in as for what goes out
@@ -86,7 +90,7 @@ def balance_experts(
         )
         updates, state = optimizer.update(hidden, state, params)
         updates = jax.tree_util.tree_map_with_path(
-            lambda path, u, g: -rates[path[0].key] * jnp.sign(g) if is_choice_bias(path) else u,
+            lambda path, u, g: -rate_of(path) * jnp.sign(g) if is_choice_bias(path) else u,
             updates,
             grads,
         )
@@ -105,11 +109,6 @@ def _balance_rate(block: Block) -> float:
 
 
 def decay_mask(cfg: ModelConfig):
-    """True for matrices, of what is trained; norms, biases and scalars are not decayed, whatever shape they have."""
-
-    def is_matrix(path, names):
-        sizes = [name for name in names if name not in ("layers", "adapters")]
-        return len(sizes) >= 2 and not str(path[-1].key).endswith(("bias", "_magnitude", "scale", "relative"))
-
-    axes, _ = split_trained(logical_axes(cfg))
-    return jax.tree_util.tree_map_with_path(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
+    """True for what decays among what is trained, as each parameter says: matrices, not norms, biases and scalars."""
+    trained, _ = split_trained(param_info(cfg))
+    return jax.tree.map(lambda info: info.decays, trained)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from model.blocks.lora import LoRA
 from model.blocks.param_box import Axes, ParamBox, input_axes_of, is_matrix, made_before
 from model.sharding import ShardingRules
 from model.weighted import WeightedSum
+from model.weights import Weight, is_quantized
 
 
 class Mixer(Protocol):
@@ -91,8 +93,6 @@ class TokenInfo:
 
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array | None  # [B, T] int32, 0 is padding
-    tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
-    rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
     page_table: jax.Array | None = None  # [B, P] int32, set when there is a cache
     write_page: jax.Array | None = (
         None  # [B, T] int32 page of the cache that takes this token; out of range: none
@@ -115,6 +115,8 @@ class TokenInfo:
     # [B] int32, tokens of the row in the cache before these, which go on from there one by one, with padding before and
     # after them alone; None: they may stand anywhere
     cached: jax.Array | None = None
+    tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
+    rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
 
 
 NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
@@ -174,10 +176,50 @@ def param(
       role: what it does in the model, for readers of `python -m model describe`.
       decay: whether weight decay shrinks it; default: where it is a matrix or more.
     """
+    box = functools.partial(
+        ParamBox,
+        names=axes,
+        input_axes=input_axes_of(axes, inputs),
+        role=role,
+        decays=is_matrix(axes) if decay is None else decay,
+    )
+    return _declared(module, ctx, name, shape, init, box)
 
-    def boxed(key: jax.Array, *args) -> ParamBox:
-        decays = is_matrix(axes) if decay is None else decay
-        places = input_axes_of(axes, inputs)
-        return ParamBox(init(key, *args), axes, places, role, decays, made_before(module))
 
+def weight_param(
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    shape: tuple[int, ...],
+    axes: Axes,
+    init: Callable,
+    inputs: int | tuple[int, ...] = 1,
+    role: str = "",
+) -> Weight:
+    """As `param`, of a linear map: give it to `model.weights.matmul`, since it may be quantized."""
+    if module.has_variable("params", name):
+        found = module.get_variable("params", name)
+        if is_quantized(found):
+            if found.shape != shape:
+                path = "/".join((*module.path, name))
+                raise ValueError(
+                    f"{path} is quantized with the shape {found.shape}; the config says {shape}."
+                )
+            return found
+    places = input_axes_of(axes, inputs)
+    box = functools.partial(
+        ParamBox, names=axes, input_axes=places, role=role, decays=is_matrix(axes), is_weight=True
+    )
+    return _declared(module, ctx, name, shape, init, box)
+
+
+def _declared(
+    module: nn.Module,
+    ctx: Context,
+    name: str,
+    shape: tuple[int, ...],
+    init: Callable,
+    box: Callable[..., ParamBox],
+) -> jax.Array:
+    boxed = lambda key, *args: box(init(key, *args), order=made_before(module))
     return jnp.asarray(module.param(name, boxed, shape, ctx.param_dtype), ctx.dtype)

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import Block, run_stack
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.block import Block
+from model.blocks.common import Context, TokenInfo, fan_in_normal, param, weight_param
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.recurrence import Walk
+from model.stacks import Stack, run_stack
+from model.weights import Weight, matmul
 
 
 @flax.struct.dataclass
@@ -57,6 +59,10 @@ class EntropyPatcher:
             raise ValueError("a patcher by entropy needs at least one block and channel.")
         if self.rule not in ENTROPY_RULES:
             raise ValueError(f"rule={self.rule!r} is not one of {', '.join(ENTROPY_RULES)}.")
+
+    @property
+    def stack(self) -> Stack:
+        return Stack("patcher", self.blocks)
 
     def ends(self, clues: Clues) -> jax.Array:
         """bool [B, T]: a patch ends with this byte."""
@@ -167,34 +173,37 @@ def clues(walk: Walk, token_BT: jax.Array, token_before_BT: jax.Array, entropy_B
     return Clues(token_BT, token_before_BT, _index(walk), entropy_BT, before_BT)
 
 
-def next_byte_entropy(
-    module: Any,
-    ctx: Context,
-    patcher: EntropyPatcher,
-    tokens_BT: jax.Array,
-    states: dict | None,
-    info: TokenInfo,
-) -> tuple[jax.Array, dict]:
-    """[B, T] float32 nats, and the new states of the patcher's blocks. Call it within a compact method.
+class PatcherModule(nn.Module):
+    """The small model of bytes by whose entropy a text is cut into patches."""
 
-    No gradient goes into the patcher: it is trained by itself (see `model.patcher`).
-    """
-    cfg = module.cfg
-    ctx = dataclasses.replace(ctx, width=patcher.width, num_blocks=len(patcher.blocks), adapters=None)
-    shape, axes = (cfg.vocab_size, ctx.width), ("vocab", "embed")
-    embedding_VW = param(
-        module, ctx, "patcher_embedding", shape, axes, nn.initializers.normal(ctx.width**-0.5)
-    )
-    x_BTW = jnp.take(embedding_VW, tokens_BT, axis=0)
-    x_BTW, states, _ = run_stack(ctx, cfg.runs("patcher_"), x_BTW, states, info)
-    if patcher.final_norm is not None:
-        x_BTW = patcher.final_norm.module(ctx, "patcher_final_norm")(x_BTW)
-    head_VW = embedding_VW
-    if not patcher.tied_head:
-        head_VW = param(module, ctx, "patcher_head", shape, axes, fan_in_normal(ctx.width))
-    logits_BTV = jnp.einsum("BTW,VW->BTV", x_BTW, head_VW, preferred_element_type=jnp.float32)
-    logprobs_BTV = jax.nn.log_softmax(jax.lax.stop_gradient(logits_BTV))
-    return -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1), states
+    patcher: EntropyPatcher
+    vocab_size: int
+    ctx: Context
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: jax.Array, states: dict | None, info: TokenInfo
+    ) -> tuple[jax.Array, dict]:
+        """(entropy of the next byte [B, T] float32 nats, the new states of the blocks).
+
+        No gradient goes into the patcher: it is trained by itself (see `model.patcher`).
+        """
+        patcher, ctx = self.patcher, self.ctx
+        shape, axes = (self.vocab_size, ctx.width), ("vocab", "embed")
+        init, role = nn.initializers.normal(ctx.width**-0.5), "the patcher's vector for each byte"
+        embedding_VW = param(self, ctx, "embedding", shape, axes, init, role=role)
+        x_BTW = jnp.take(embedding_VW, tokens_BT, axis=0)
+        x_BTW, states, _ = run_stack(ctx, patcher.stack, x_BTW, states, info)
+        if patcher.final_norm is not None:
+            norm = patcher.final_norm.module(ctx, "final_norm", role="the patcher's last hidden state")
+            x_BTW = norm(x_BTW)
+        head_VW: Weight = embedding_VW
+        if not patcher.tied_head:
+            init, role = fan_in_normal(ctx.width), "the patcher's logits of the next byte"
+            head_VW = weight_param(self, ctx, "head", shape, axes, init, (1,), role)
+        logits_BTV = matmul(x_BTW, head_VW, "BTW,VW->BTV", jnp.float32)
+        logprobs_BTV = jax.nn.log_softmax(jax.lax.stop_gradient(logits_BTV))
+        return -jnp.sum(jnp.exp(logprobs_BTV) * logprobs_BTV, axis=-1), states
 
 
 def by_patch(reduce: Callable[..., jax.Array], x_BTF: jax.Array, patch_BT: jax.Array, P: int) -> jax.Array:

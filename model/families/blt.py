@@ -11,12 +11,13 @@ from model.blocks.ffn import GatedMLP
 from model.blocks.ngrams import NGrams
 from model.blocks.patch_attention import PatchAttention, PatchPool
 from model.blocks.patches import EntropyPatcher, Patcher, StaticPatcher
-from model.byte_latent import ByteLatent
+from model.blocks.residual import Residual
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import head_width, read_rms_norm
 from model.families.rope import read_rope, write_rope
-from model.families.tensors import PREFIXES, Names
+from model.families.tensors import Names
+from model.inputs.byte_latent import ByteLatent
 
 BLOCK: Names = {
     "input_layernorm.weight": "mixer_norm/scale",
@@ -30,15 +31,15 @@ BLOCK: Names = {
     "mlp.down_proj.weight": "ffn/down",
 }
 STACK_NAMES = {
-    "patcher_": "model.patcher.layers.{i}.",
-    "local_encoder_": "model.local_encoder.layers.{i}.",
+    "patcher/": "model.patcher.layers.{i}.",
+    "local_encoder/": "model.local_encoder.layers.{i}.",
     "": "model.global_transformer.layers.{i}.",
-    "local_decoder_": "model.local_decoder.layers.{pair}.",  # each with a block before it that reads the patches
+    "local_decoder/": "model.local_decoder.layers.{pair}.",  # each with a block before it that reads the patches
 }
 OUTSIDE: Names = {
-    "model.patcher.embed_tokens.weight": "patcher_embedding",
-    "model.patcher.norm.weight": "patcher_final_norm/scale",
-    "model.patcher.lm_head.weight": "patcher_head",
+    "model.patcher.embed_tokens.weight": "patcher/embedding",
+    "model.patcher.norm.weight": "patcher/final_norm/scale",
+    "model.patcher.lm_head.weight": "patcher/head",
     "model.local_encoder.embed_tokens.weight": "embedding",
     "model.encoder_hash_tok_embedding.weight": "ngrams/table",
     "model.local_encoder.patch_embedding_projection.weight": "pool/pooled",
@@ -58,7 +59,7 @@ NAMES: Names = (
     OUTSIDE
     | _cross_names("model.local_encoder.cross_attn_layers.0", "pool", "pool/q_norm/scale")
     | {
-        theirs + end: PREFIXES[stack] + str(ours)
+        theirs + end: stack + str(ours)
         for stack, theirs in STACK_NAMES.items()
         for end, ours in BLOCK.items()
     }
@@ -132,7 +133,7 @@ def _read_decoder(config: Reader, width: int, window: int | None) -> tuple[Block
     mixer, norm = block.mixer, block.norm
     reads = PatchAttention(mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, read_rms_norm(config, 1e-5))
     # what reads the patches adds its input itself, and is added to it
-    return (Block(reads, None, norm, skip_scale=2.0), block) * layers
+    return (Block(reads, None, norm, residual=Residual(skip_scale=2.0)), block) * layers
 
 
 def _read_pool(config: Reader, width: int, vectors: int) -> PatchPool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from model.blocks.ffn import GatedMLP
 from model.blocks.norms import LayerNorm
+from model.blocks.residual import ParallelResidual
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation
 from model.families.decoders import (
@@ -27,7 +28,7 @@ def read(config: Reader) -> ModelConfig:
     qk_norm = norm if config.flag("use_qk_norm", False) else None
     mixer = read_attention(config, head_dim, rope, qk_norm=qk_norm, qk_norm_over="own head")
     ffn = GatedMLP(config.integer("intermediate_size"), read_activation(config))
-    block = Block(mixer, ffn, norm, parallel="one norm")
+    block = Block(mixer, ffn, norm, residual=ParallelResidual("one norm"))
     return read_model(
         config,
         [block] * config.layers(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from model.blocks.attention import Attention
 from model.blocks.ffn import MLP
 from model.blocks.norms import LayerNorm
 from model.blocks.positions import Alibi
+from model.blocks.residual import ParallelResidual, Residual
 from model.config import Block, ModelConfig
 from model.families.bloom import BLOCK, OUTSIDE
 from model.families.common import Family, Reader, read_activation, written_activation
@@ -42,13 +43,13 @@ def read(config: Reader) -> ModelConfig:
     activation = read_activation(config, "activation", "gelu")
     ffn = MLP(config.integer("ffn_hidden_size", 4 * width), activation, bias)
     norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))
-    block = Block(mixer, ffn, norm, parallel=_read_parallel(config, new))
+    block = Block(mixer, ffn, norm, residual=_read_residual(config, new))
     return read_model(
         config, [block] * config.layers(default=32), norm, tied=True, width_key=width_key, max_length=2048
     )
 
 
-def _read_parallel(config: Reader, new: bool) -> Literal["no", "one norm", "two norms"]:
+def _read_residual(config: Reader, new: bool) -> Residual | ParallelResidual:
     norms = config.integer("num_ln_in_parallel_attn", 2 if new else 1, most=2)
     parallel = config.flag("parallel_attn", True)
     if (new and not parallel) or (not new and norms == 2):
@@ -56,12 +57,12 @@ def _read_parallel(config: Reader, new: bool) -> Literal["no", "one norm", "two 
             f"parallel_attn={parallel}, num_ln_in_parallel_attn={norms} with new_decoder_architecture={new} is not "
             "supported."
         )
-    return "no" if not parallel else "two norms" if norms == 2 else "one norm"
+    return ParallelResidual("two norms" if norms == 2 else "one norm") if parallel else Residual()
 
 
 def write(cfg: Any) -> dict[str, Any]:
     block = cfg.blocks[0]
-    mixer, two = block.mixer, block.parallel == "two norms"
+    mixer, two = block.mixer, block.residual.parallel == "two norms"
     new = two or mixer.num_kv_heads not in (1, mixer.num_heads)
     return {
         "hidden_size": cfg.width,
@@ -70,8 +71,8 @@ def write(cfg: Any) -> dict[str, Any]:
         "num_hidden_layers": len(cfg.blocks),
         "new_decoder_architecture": new,
         "multi_query": mixer.num_kv_heads == 1,
-        "parallel_attn": block.parallel != "no",
-        "num_ln_in_parallel_attn": (2 if two else 1) if block.parallel != "no" else None,
+        "parallel_attn": block.residual.parallel != "no",
+        "num_ln_in_parallel_attn": (2 if two else 1) if block.residual.parallel != "no" else None,
         "alibi": mixer.alibi is not None,
         "bias": block.ffn.bias,
         "ffn_hidden_size": block.ffn.width,
@@ -84,7 +85,7 @@ def write(cfg: Any) -> dict[str, Any]:
 
 
 def names(cfg: ModelConfig) -> Names:
-    return TWO_NORMS if cfg.blocks[0].parallel == "two norms" else ONE_NORM
+    return TWO_NORMS if cfg.blocks[0].residual.parallel == "two norms" else ONE_NORM
 
 
 FAMILY = Family("falcon", "FalconForCausalLM", read, write, names, harmless=ROTARY)

@@ -7,6 +7,7 @@ from typing import Any
 from model.blocks.attention import Attention
 from model.blocks.ffn import MLP
 from model.blocks.norms import LayerNorm
+from model.blocks.residual import ParallelResidual, Residual
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import head_width, read_model
@@ -47,8 +48,9 @@ def read(config: Reader) -> ModelConfig:
     bias = config.flag("attention_bias", True)
     mixer = Attention(heads, heads, head_width(width, heads), rope, qkv_bias=bias, out_bias=bias)
     ffn = MLP(config.integer("intermediate_size"), read_activation(config, default="gelu"))
-    parallel = "two norms" if config.flag("use_parallel_residual", True) else "no"
-    block = Block(mixer, ffn, norm, parallel=parallel)
+    parallel = config.flag("use_parallel_residual", True)
+    residual = ParallelResidual("two norms") if parallel else Residual()
+    block = Block(mixer, ffn, norm, residual=residual)
     return read_model(config, [block] * config.layers(), norm, max_length=2048)
 
 
@@ -67,7 +69,7 @@ def write(cfg: Any) -> dict[str, Any]:
         "rotary_emb_base": rope.theta,
         "rope_scaling": write_scaling(rope.scaling),
         "attention_bias": block.mixer.qkv_bias,
-        "use_parallel_residual": block.parallel == "two norms",
+        "use_parallel_residual": block.residual.parallel == "two norms",
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }

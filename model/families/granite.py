@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from model.blocks.ffn import GatedMLP
+from model.blocks.residual import Residual
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation
 from model.families.decoders import (
@@ -25,7 +26,7 @@ def read(config: Reader) -> ModelConfig:
     mixer = read_attention(config, head_dim, read_rope(config, head_dim), scale=scale)
     bias = config.flag("mlp_bias", False)
     ffn = GatedMLP(config.integer("intermediate_size"), read_activation(config), bias)
-    block = Block(mixer, ffn, norm, residual_scale=config.number("residual_multiplier", 1.0))
+    block = Block(mixer, ffn, norm, residual=Residual(config.number("residual_multiplier", 1.0)))
     return read_model(
         config,
         [block] * config.layers(),
@@ -44,7 +45,7 @@ def write(cfg: Any) -> dict[str, Any]:
         "attention_multiplier": block.mixer.head_dim**-0.5
         if block.mixer.scale is None
         else block.mixer.scale,
-        "residual_multiplier": block.residual_scale,
+        "residual_multiplier": block.residual.scale,
         "embedding_multiplier": cfg.embed_scale,
         "logits_scaling": 1 / cfg.logit_scale,
     }

@@ -31,7 +31,7 @@ def names(cfg: ModelConfig) -> Names:
     return {
         "shared.weight": "embedding",
         "lm_head.weight": "head",
-        "encoder.final_layer_norm.weight": "encoder_final_norm/scale",
+        "encoder.final_layer_norm.weight": "encoder/final_norm/scale",
         "decoder.final_layer_norm.weight": "final_norm/scale",
         **_stack("encoder", ENCODER, 1, gated),
         **_stack("decoder", "", 2, gated),

@@ -10,30 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from model.blocks.future import future_blocks
-from model.config import STACKS, Block, ModelConfig
-from model.function import Params, logical_axes, param_shapes
+from model.config import Block, ModelConfig
+from model.function import Params
+from model.parameters import ParamInfo, param_info
+from model.readouts.mtp import mtp_blocks
 
 Path = tuple[str, ...]
 
-# What stands before our names of what is in the blocks of a stack; "" before those in the model's own blocks.
-PREFIXES = {stack: f"{stack.removesuffix('_')}/" if stack else "" for stack in STACKS}
-ENCODER = PREFIXES["encoder_"]
-FUTURE = "future/"  # before our names of what is in a module that says a later token, and in its block
-
-# Linear maps among our parameters, by the last part of their names: how many axes are inputs.
-INPUT_AXES: dict[str, int] = dict.fromkeys(("q", "k", "v", "gate", "up", "down", "router", "shared_gate"), 1)
-INPUT_AXES |= dict.fromkeys(("q_a", "q_b", "kv_a", "kv_b"), 1)  # latent attention
-INPUT_AXES |= dict.fromkeys(("in_z", "in_x", "in_B", "in_C", "in_dt", "dt_low", "dt", "B", "C"), 1)  # Mamba
-INPUT_AXES |= dict.fromkeys(("x", "y", "z", "a", "b"), 1)  # RG-LRU, DeltaNet
-INPUT_AXES |= dict.fromkeys(("r", "w_a", "w_b", "a_a", "a_b", "g_a", "g_b", "v_a", "v_b"), 1)  # RWKV-7
-INPUT_AXES |= dict.fromkeys(("dense", "class_head"), 1)  # heads of encoders
-INPUT_AXES |= dict.fromkeys(("join",), 1)  # modules of the future
-INPUT_AXES |= {"pooled": 1, "latent": 2, "from_latent": 1}  # patches of bytes
+ENCODER = "encoder/"  # before our names of what is in the encoder's blocks; so for other stacks than the model's own
+MTP_PREFIX = "mtp/"  # before our names of what is in a module that says a later token, and in its block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +74,16 @@ class Folded:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """In each module of the future: the same as a parameter outside the blocks (of a tied head: the embedding)."""
+    """In each MTP module: the same as a parameter outside the blocks (of a tied head: the embedding)."""
 
     ours: str
 
 
 Rule = str | Fused | Whole | Merged | Conv | Folded | Copy
-Leaf = tuple[tuple[int, ...], Path, Path]  # shape, logical axes, where it is in our unrolled parameters
+Leaf = tuple[ParamInfo, Path]  # of one block's parameter, and where it is in our unrolled parameters
 Leaves = dict[str, Leaf]  # by our name
-# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block, "future/mixer/q" in a
-# module of the future, which also has "future/join". "{i}" is the layer's number, "{pair}" that of a pair of blocks,
+# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block, "mtp/mixer/q" in a
+# MTP module, which also has "mtp/join". "{i}" is the layer's number, "{pair}" that of a pair of blocks,
 # "{e}" the expert's; "{n}" the number of the module as if it were a layer, "{k}" its number from 0.
 Names = dict[str, Rule]
 NamesOf = Callable[[Block | None], Names]
@@ -215,33 +204,42 @@ def _ours(rule: Rule) -> tuple[str, ...]:
 
 def _groups(cfg: ModelConfig, blocks_per_layer: int) -> Iterator[tuple[Block | None, dict[str, int], Leaves]]:
     """(None, {}, everything outside the blocks), then (block, its numbers by the letters of `Names`, what is in it) for
-    each block of a stack and each module of the future."""
+    each block of a stack and each MTP module."""
     kinds = tuple(dict.fromkeys(cfg.blocks))
     small = cfg.replace(
         scan=True, blocks=kinds
     )  # one trace for each kind of block, however often it is there
-    shapes, axes = param_shapes(small), logical_axes(small)
-    runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in small.runs(stack)}
-    modules = future_blocks(cfg.future)
-    inside = runs.keys() | modules.keys()
-    outside = [{key: value for key, value in tree.items() if key not in inside} for tree in (shapes, axes)]
-    yield None, {}, _leaves(outside[0], outside[1], 0, "", ())
-    run_of = {block: run for run, (stack, block, _) in runs.items() if stack == ""}
-    layers = [(run, stack, i) for run, (stack, _, numbers) in runs.items() if stack for i in numbers]
-    layers += [(run_of[block], "", i) for i, block in enumerate(cfg.blocks)]
-    for run, stack, i in layers:
-        leaves = _leaves(shapes[run], axes[run], 1, PREFIXES[stack], (f"{stack}block_{i}",))
-        yield runs[run][1], {"i": i // blocks_per_layer, "pair": i // 2}, leaves
+    infos = param_info(small)
+    modules = mtp_blocks(cfg.mtp)
+    yield None, {}, _leaves(_outside_blocks(small, infos), "", ())
+    others = [stack for stack in small.stacks if stack.name]
+    layers = [(stack, run, i) for stack in others for run in stack.runs(scan=True) for i in run.layers]
+    own = {run.block: run for run in small.runs()}
+    layers += [(small.stack(), own[block], i) for i, block in enumerate(cfg.blocks)]
+    for stack, run, i in layers:
+        home, prefix = ((stack.name,), f"{stack.name}/") if stack.name else ((), "")
+        leaves = _leaves(cast(Params, stack.part_of(infos))[run.name], prefix, (*home, f"block_{i}"))
+        yield run.block, {"i": i // blocks_per_layer, "pair": i // 2}, leaves
     for k, (name, block) in enumerate(modules.items()):
-        leaves = _leaves(shapes[name], axes[name], 0, FUTURE, (name,))
+        leaves = _leaves(infos[name], MTP_PREFIX, (name,))
         yield block, {"k": k, "n": len(cfg.blocks) // blocks_per_layer + k}, leaves
 
 
-def _leaves(shapes: Params, axes: Params, drop: int, prefix: str, home: Path) -> Leaves:
-    """Of a tree of parameters at `home`, without their first `drop` axes."""
+def _outside_blocks(cfg: ModelConfig, infos: Params) -> Params:
+    """The tree without the runs of its stacks and without MTP modules."""
+    found = {key: value for key, value in infos.items() if key not in mtp_blocks(cfg.mtp)}
+    for stack in cfg.stacks:
+        runs = {run.name for run in stack.runs(cfg.scan)}
+        part = {key: value for key, value in (stack.part_of(found) or {}).items() if key not in runs}
+        found = {**found, stack.name: part} if stack.name else part
+    return found
+
+
+def _leaves(infos: Params, prefix: str, home: Path) -> Leaves:
+    """Of a tree of parameters at `home`, each as one layer has it."""
     return {
-        prefix + key.removeprefix("block_0/"): (leaf.shape[drop:], of_leaf[drop:], (*home, *key.split("/")))
-        for (key, leaf), (_, of_leaf) in zip(_flat(shapes), _flat(axes), strict=True)
+        prefix + key.removeprefix("block_0/"): (info.of_layer(), (*home, *key.split("/")))
+        for key, info in _flat(infos)
     }
 
 
@@ -255,7 +253,7 @@ def _copy(name: str, ours: str, table: list[Tensor]) -> Tensor:
 def _tensors(name: str, rule: Rule, numbers: Mapping[str, int], leaves: Leaves) -> Iterator[Tensor]:
     """One tensor, or one for each expert."""
     ours = _ours(rule)
-    experts = leaves[ours[0]][0][0] if "{e}" in name else 0
+    experts = leaves[ours[0]][0].shape[0] if "{e}" in name else 0
     for expert in range(experts) if experts else (None,):
         pieces = tuple(_piece(rule, leaves[key], expert) for key in ours)
         transposed = pieces[0].inputs > 0 and getattr(rule, "transposed", True)
@@ -273,7 +271,7 @@ def _stored_shape(
     if isinstance(rule, str) and outside and first.inputs == 0:
         return first.shape
     if isinstance(rule, Folded):
-        like = leaves[rule.rows_of][0]
+        like = leaves[rule.rows_of][0].shape
         rows = like[0] if len(like) == 1 else like[1]
         return rows, math.prod(first.shape) // rows
     outputs = sum(piece.matrix[-1] for piece in pieces)
@@ -293,17 +291,18 @@ def _group_count(rule: Rule, pieces: tuple[Piece, ...], leaves: Leaves) -> int:
     if not isinstance(rule, Fused) or not rule.grouped:
         return 1
     if isinstance(rule.grouped, str):
-        return leaves[rule.grouped][0][1]
+        return leaves[rule.grouped][0].shape[1]
     return min(piece.shape[piece.lead + piece.inputs] for piece in pieces)
 
 
 def _piece(rule: Rule, leaf: Leaf, expert: int | None) -> Piece:
-    whole, axes, path = leaf
-    shape = whole if expert is None else whole[1:]
-    lead = int(expert is None and axes[:1] == ("experts",) and len(shape) > 1)
-    inputs = INPUT_AXES.get(path[-1], 0) if len(shape) - lead > 1 else 0
-    if path[-1] == "o":  # all but the model's width
-        inputs = len(shape) - 1
+    info, path = leaf
+    whole, skipped = info.shape, int(expert is not None)
+    shape = whole[skipped:]
+    lead = int(expert is None and info.axes[:1] == ("experts",) and len(shape) > 1)
+    inputs = len(info.input_axes)
+    if len(shape) - lead <= 1 or info.input_axes != tuple(range(skipped + lead, skipped + lead + inputs)):
+        inputs = 0  # a vector, or stored as it is: a head has its outputs first, as a checkpoint has
     if isinstance(rule, Whole):
         lead, inputs = 0, 0
     if isinstance(rule, Conv):

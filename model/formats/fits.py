@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from model.config import STACKS, ModelConfig
+from model.config import ModelConfig
 
 # Numbers of a model that say nothing of the shapes of its tensors.
 NO_SIZES = frozenset(
@@ -32,7 +32,7 @@ def check_fits(
       blocks_per_layer: of ours in one layer of the file.
       experts_apart: each expert has tensors of its own.
     """
-    stacks = [cfg.stack(name) for name in STACKS] + ([cfg.mtp.blocks] if cfg.mtp is not None else [])
+    stacks = [stack.blocks for stack in cfg.stacks] + ([cfg.mtp.blocks] if cfg.mtp is not None else [])
     layers = sum(len(stack) for stack in stacks) // blocks_per_layer
     if layers > len(shapes):
         raise ValueError(f"the config has {layers} layers, but only {len(shapes)} tensors.")

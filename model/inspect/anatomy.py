@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -14,13 +13,13 @@ import jax.numpy as jnp
 from jax.extend.core import Var
 
 from model.cache import cache_axes, init_pages
-from model.config import STACKS, ModelConfig
-from model.function import Params, apply, logical_axes, param_shapes
+from model.config import ModelConfig
+from model.function import Params, apply, param_shapes
+from model.inputs import Inputs
 from model.inspect.flops import forward_flops_per_token, mtp_flops_per_token, train_flops_per_token
 from model.logprobs import token_logprobs
-from model.readouts.mtp import MTP, mtp_blocks
-
-ADAPTER_ROLES = {"a": "down to their rank", "b": "up from it", "magnitude": "each output's length"}
+from model.parameters import ParamInfo, param_info
+from model.readouts.mtp import mtp_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Group:
     """One array of parameters, or the same array of `count` equal blocks."""
 
     name: str
-    stack: str  # one of STACKS ("" in the model's own blocks), or "mtp_" in a module that says a later token
+    stack: str  # name of its stack, "" of the model's own blocks; "mtp" of an MTP module
     blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
     shape: tuple[int, ...]  # of one block
     axes: tuple[str | None, ...]
@@ -93,31 +92,46 @@ def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Ana
 def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
     """In the order of the computation, equal neighbouring blocks together."""
     scanned = cfg.replace(scan=True)
-    shapes, axes = _flat(param_shapes(scanned)), _flat(logical_axes(scanned))
-    runs = {name: (stack, block, numbers) for stack in STACKS for name, block, numbers in scanned.runs(stack)}
+    infos: dict[str, ParamInfo] = _flat(param_info(scanned))
+    runs = {
+        f"{stack.name}/{run.name}".lstrip("/"): (stack.name, run)
+        for stack in scanned.stacks
+        for run in stack.runs(scan=True)
+    }
     modules = mtp_blocks(cfg.mtp)
-    keyed = []
-    for path, array in shapes.items():
-        run, _, name = path.partition("/")
-        size = math.prod(array.shape)
-        if run in runs:
-            stack, block, numbers = runs[run]
-            place, role = _role(block.roles, name)
-            what = name, stack, (numbers[0], numbers[-1]), array.shape[1:], axes[path][1:]
-            order = 1 + STACKS.index(stack)
+    of_blocks: dict[str, list[tuple[int, Group]]] = {name: [] for name in (*runs, *modules)}
+    outside = []
+    for path, info in infos.items():
+        top = next((run for run in runs if path.startswith(f"{run}/")), path.partition("/")[0])
+        name = path.removeprefix(f"{top}/")
+        size, one = math.prod(info.shape), info.of_layer()
+        if top in runs:
+            stack, (_, block, layers) = runs[top]
             active = round(size * block.active_share(name))
-            keyed.append(((order, numbers[0], place), Group(*what, size, active, role)))
-        elif run in modules:
-            block, k = modules[run], 1 + list(modules).index(run)
-            place, role = _role(cast(MTP, cfg.mtp).roles_with(block), name)
-            active = round(size * block.active_share(name.removeprefix("block_0/")))
-            what = name, "mtp_", (k, k), array.shape, axes[path]
-            keyed.append(((2 + len(STACKS), k, place), Group(*what, size, active, role)))
+            what = name, stack, (layers[0], layers[-1]), one.shape, one.axes, size, active
+        elif top in modules:
+            k = 1 + list(modules).index(top)
+            active = round(size * modules[top].active_share(name.removeprefix("block_0/")))
+            what = name, "mtp", (k, k), one.shape, one.axes, size, active
         else:
-            place, role = _role(roles(cfg), path)
-            last = 1 + len(STACKS) if place >= list(roles(cfg)).index("final_norm") else 0
-            keyed.append(((last, 0, place), Group(path, "", None, array.shape, axes[path], size, size, role)))
-    return tuple(group for _, group in sorted(keyed, key=lambda pair: pair[0]))
+            what = path, "", None, one.shape, one.axes, size, size
+        in_block = top in runs or name.startswith("block_0/")
+        (of_blocks[top] if in_block else outside).append((info.order, Group(*what, info.role)))
+    return _in_order(outside, list(of_blocks.values()))
+
+
+def _in_order(
+    outside: list[tuple[int, Group]], of_blocks: list[list[tuple[int, Group]]]
+) -> tuple[Group, ...]:
+    """What is outside the blocks, with each block where the numbers of what is outside leave a gap for it."""
+    found: list[Group] = []
+    by_number = lambda numbered: sorted(numbered, key=lambda pair: pair[0])
+    left = [[group for _, group in by_number(of_block)] for of_block in of_blocks]
+    for number, group in by_number(outside):
+        while len(found) < number:
+            found += left.pop(0)
+        found.append(group)
+    return (*found, *(group for of_block in left for group in of_block))
 
 
 def parameter_count(cfg: ModelConfig) -> int:
@@ -164,44 +178,6 @@ def activation_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     return kept + (_residual_bytes(cfg.replace(remat="none"), batch, context) - kept) // len(cfg.blocks)
 
 
-def roles(cfg: ModelConfig) -> dict[str, str]:
-    """What each parameter outside the blocks does, in the order of the computation."""
-    tied = ", in and out (tied head)" if cfg.tied_head else ""
-    heads = {f"{head.name}_head": f"the {head.name} of each token" for head in cfg.heads}
-    pooled = "the vector that stands for the text, from its first token"
-    return {
-        "embedding": "a vector for each token" + tied,
-        "token_types": "a vector for each kind of token",
-        **{f"positions/{path}": text for path, text in getattr(cfg.positions, "roles", {}).items()},
-        "embed_norm": "what the first block reads",
-        "encoder_final_norm": "what the encoder gives",
-        **(cfg.byte_latent.roles if cfg.byte_latent else {}),
-        "final_norm": "the last hidden state",
-        "pooler/dense": pooled,
-        "head_transform/dense": "what the logits are read from",
-        "head_transform/norm": "what the logits are read from",
-        "head": "logits: one direction for each token of the vocabulary",
-        **heads,
-    }
-
-
-def _role(named: Mapping[str, str], path: str) -> tuple[int, str]:
-    """Place in the order, and text: of the parameter itself, of a norm's parameter, or of a bias."""
-    order = list(named)
-    parent, _, leaf = path.rpartition("/")
-    biased = path.removesuffix("_bias")
-    adapted, mark, end = path.rpartition("_lora_")
-    if path in named:
-        return order.index(path), named[path]
-    if parent in named:
-        return order.index(parent), f"{leaf} of {named[parent]}"
-    if biased in named:
-        return order.index(biased), f"bias of {biased.split('/')[-1]}"
-    if mark and adapted in named:
-        return order.index(adapted), f"adapters of {adapted.split('/')[-1]}: {ADAPTER_ROLES[end]}"
-    return len(order), ""
-
-
 def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
     found = {}
     for key, value in tree.items():
@@ -215,14 +191,14 @@ def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
         return 0
     cfg = cfg.replace(scan=False)
     axes, state = cache_axes(cfg), jax.eval_shape(lambda: init_pages(cfg, 1, 1))
-    leaves = [leaf for name, part in state.items() for key, leaf in part.items() if axis in axes[name][key]]
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    of_axis = lambda names, x: math.prod(x.shape) * x.dtype.itemsize if axis in names else 0
+    sizes = jax.tree.map(of_axis, axes, state, is_leaf=lambda x: isinstance(x, tuple))
+    return sum(jax.tree.leaves(sizes))
 
 
 def _residual_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
     def loss(params: Params, tokens: jax.Array) -> jax.Array:
-        source: dict[str, Any] = {"encoder_tokens": tokens} if cfg.encoder is not None else {}
-        out = apply(cfg, params, tokens, **source)
+        out = apply(cfg, params, Inputs(tokens, encoder_tokens=None if cfg.encoder is None else tokens))
         read = [token_logprobs(logits, tokens)[0].sum() for logits in (out.logits, *out.mtp_logits)]
         return -jnp.stack(read).sum()
 

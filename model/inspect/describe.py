@@ -100,7 +100,7 @@ def _table(found: Anatomy) -> list[str]:
 
 def _run_row(stack: str, blocks: tuple[int, int], groups: list[Group], total: int) -> tuple[str, ...]:
     size, count, (first, last) = sum(group.parameters for group in groups), groups[0].count, blocks
-    label = stack.replace("_", " ") + "block"
+    label = f"{' '.join(stack.split('_'))} block".strip()
     if count == 1:
         return f"{label} {first}", "", "", f"{size:,}", _share(size, total), ""
     alike = f"{count} equal blocks of {size // count:,} parameters; each line is all of them"

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from model.blocks.block import Block
 from model.blocks.patches import EntropyPatcher
-from model.byte_latent import ByteLatent
 from model.config import ModelConfig
+from model.inputs.byte_latent import ByteLatent
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.function import Params, Source, Transformer
+from model.function import Params, Transformer
+from model.inputs import Inputs
+from model.inputs.tokens import embedding_table
+from model.readouts.vocabulary import vocabulary_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +81,8 @@ def likeliest(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _intermediates(cfg: ModelConfig, params: Params, tokens, segment_ids) -> dict[str, Any]:
-    _, found = Transformer(cfg).apply(
-        {"params": params}, tokens, None, segment_ids, *[None] * 3, Source(), mutable=["intermediates"]
-    )
+    inputs = Inputs(tokens, segment_ids=segment_ids)
+    _, found = Transformer(cfg).apply({"params": params}, inputs, mutable=["intermediates"])
     return cast(dict, found["intermediates"])
 
 
@@ -101,6 +103,6 @@ class _Readout(Transformer):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx = self._context(len(self.cfg.blocks))
-        embedding_VD = self._embedding(ctx) if self.cfg.tied_head else None
-        return self._vocabulary_head(ctx, embedding_VD).logits(self._final_norm(ctx)(x_BTD))
+        cfg, ctx = self.cfg, self.context()
+        embedding_VD = embedding_table(self, cfg, ctx) if cfg.tied_head else None
+        return vocabulary_head(self, cfg, ctx, embedding_VD).logits(self.final_norm(ctx)(x_BTD))

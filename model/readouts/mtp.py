@@ -9,29 +9,19 @@ et al. 2024, arXiv:2404.19737. Module (or head) k, counted from 1, gives at toke
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import Block, run_stack, runs_of
+from model.blocks.block import Block
 from model.blocks.common import Context, TokenInfo, add_up
 from model.blocks.linear import linear
 from model.blocks.norms import Norm, RMSNorm
+from model.readouts.stream import Stream
 from model.sharding import constrain
+from model.stacks import Stack, run_stack
 from model.weighted import WeightedSum
-
-
-class Stream(NamedTuple):
-    """The residual stream at the points that multi-token prediction reads."""
-
-    embedded_BTD: jax.Array  # what the first block reads
-    trunk_BTD: jax.Array  # what the last block reads
-    hidden_BTD: jax.Array  # after the final norm
-    final_norm: Callable[[jax.Array], jax.Array]
-
 
 Read = tuple[
     list[jax.Array], dict[str, WeightedSum]
@@ -51,13 +41,6 @@ class SequentialMTP:
     blocks: tuple[Block, ...]  # one a module
     norm: Norm = RMSNorm()
 
-    roles = {
-        "embedding_norm": "the embedding of the token ahead",
-        "hidden_norm": "what the model, or the module before, made of the token",
-        "join": "one vector of the token ahead and of what is known so far",
-        "final_norm": "what this module's logits are read from",
-    }
-
     def __post_init__(self):
         _check(self.blocks)
 
@@ -76,11 +59,6 @@ class SequentialMTP:
         """Of the forward pass but for the logits, in the mean over a row of `seq_len` tokens."""
         return sum(block.flops_per_token(width, seq_len) + 2 * 2 * width**2 for block in self.blocks)
 
-    def roles_with(self, block: Block) -> dict[str, str]:
-        """What each parameter of a module does, in the order of the computation."""
-        before = {name: text for name, text in self.roles.items() if name != "final_norm"}
-        return before | _roles_in_module(block) | {"final_norm": self.roles["final_norm"]}
-
 
 @dataclasses.dataclass(frozen=True)
 class ParallelMTP:
@@ -98,7 +76,7 @@ class ParallelMTP:
         """As `SequentialMTP.read`."""
         states, aux = [], {}
         for name, block in mtp_blocks(self).items():
-            x_BTD, new_aux = ParallelModule(block, ctx, name=name)(stream.trunk_BTD, info)
+            x_BTD, new_aux = ParallelModule(block, ctx, name=name)(stream.before_last, info)
             states.append(stream.final_norm(x_BTD))
             aux = add_up(aux, new_aux)
         return states, aux
@@ -107,11 +85,11 @@ class ParallelMTP:
         """As `SequentialMTP.flops_per_token`."""
         return sum(block.flops_per_token(width, seq_len) for block in self.blocks)
 
-    def roles_with(self, block: Block) -> dict[str, str]:
-        return _roles_in_module(block)
-
 
 MTP = SequentialMTP | ParallelMTP
+
+
+HIDDEN = "what the model, or the module before, made of the token"
 
 
 class SequentialModule(nn.Module):
@@ -123,14 +101,15 @@ class SequentialModule(nn.Module):
     def __call__(self, ahead_BTD: jax.Array, hidden_BTD: jax.Array, info: TokenInfo):
         norm, ctx, D = self.spec.norm, self.ctx, self.ctx.width
         read = (
-            norm.module(ctx, "embedding_norm")(ahead_BTD),
-            norm.module(ctx, "hidden_norm")(hidden_BTD),
+            norm.module(ctx, "embedding_norm", role="the embedding of the token ahead")(ahead_BTD),
+            norm.module(ctx, "hidden_norm", role=HIDDEN)(hidden_BTD),
         )
         joined_BTE = jnp.concatenate(read, axis=-1)
-        x_BTD = linear(self, "join", joined_BTE, (D,), (None,))
+        role = "one vector of the token ahead and of what is known so far"
+        x_BTD = linear(self, "join", joined_BTE, (D,), (None,), role)
         x_BTD = constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
         x_BTD, aux = _run_block(ctx, self.block, x_BTD, info)
-        return norm.module(ctx, "final_norm")(x_BTD), aux
+        return norm.module(ctx, "final_norm", role="what this module's logits are read from")(x_BTD), aux
 
 
 class ParallelModule(nn.Module):
@@ -167,12 +146,8 @@ def _embedding_ahead(embedded_BTD: jax.Array, segment_ids_BT: jax.Array | None, 
 
 def _run_block(ctx: Context, block: Block, x_BTD: jax.Array, info: TokenInfo):
     unrolled = dataclasses.replace(ctx, scan=False)
-    x_BTD, _, aux = run_stack(unrolled, runs_of((block,), "", scan=False), x_BTD, None, info)
-    return x_BTD, aux
-
-
-def _roles_in_module(block: Block) -> dict[str, str]:
-    return {f"block_0/{path}": text for path, text in block.roles.items()}
+    x_BTD, _, more = run_stack(unrolled, Stack("", (block,)), x_BTD, None, info)
+    return x_BTD, more.aux
 
 
 def _check(blocks: tuple[Block, ...]) -> None:

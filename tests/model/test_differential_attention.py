@@ -4,17 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from model import ModelConfig, RMSNorm, apply, init_cache, param_shapes
+from model import ModelConfig, RMSNorm, init_cache, param_shapes
 from model.blocks.differential_attention import DifferentialAttention
 from model.blocks.ffn import GatedMLP
 from model.blocks.positions import Rope
 from model.config import Block
 from model.inspect.flops import forward_flops_per_token
 
-from .conftest import check_decoding, paged_cache, random_params, random_tokens
+from .conftest import applied, check_decoding, paged_cache, random_params, random_tokens
 from .conftest import compiled_fast as jit
 
-forward = jit(apply, static_argnums=0)
+forward = jit(applied, static_argnums=0)
 
 PLAIN = DifferentialAttention(4, 2, 6, 0.2, Rope(100.0))
 BIASED = DifferentialAttention(

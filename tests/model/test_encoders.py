@@ -3,6 +3,7 @@
 tests/goldens/make.py and make_minilm.py made the golden files; test_families.py has what all families share.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -12,17 +13,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model import Block, ModelConfig, apply, init_cache, load, logical_axes, param_shapes, save
+from model import ModelConfig, init_cache, load, logical_axes, param_shapes, save
 from model.blocks.positions import RelativeBias
+from model.blocks.residual import ParallelResidual
 from model.config import ClassHead, Encoder
 from model.embed import embed
 from model.generate import generate
 from model.inspect.anatomy import parameter_count
 from model.inspect.describe import describe
 
-from .conftest import GOLDENS, compiled_fast
+from .conftest import GOLDENS, applied, compiled_fast
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 
 def copy_with_names(name, tmp_path, rename, config=None):
@@ -123,7 +125,7 @@ def test_token_types_are_all_the_first_where_none_are_given():
     np.testing.assert_array_equal(forward(cfg, params, tokens).logits, given)
     with pytest.raises(ValueError, match="token_types"):
         llama, weights = load(GOLDENS / "llama_tied")
-        apply(llama, weights, tokens, token_types=np.zeros_like(tokens))
+        applied(llama, weights, tokens, token_types=np.zeros_like(tokens))
 
 
 def test_packed_texts_are_encoded_as_each_alone():
@@ -206,7 +208,9 @@ def t5():
     golden, (cfg, params) = np.load(GOLDENS / "t5" / "logits.npz"), load(GOLDENS / "t5")
     fewer = Encoder(cfg.encoder.blocks[:3], cfg.encoder.final_norm)
     cfg = cfg.replace(blocks=cfg.blocks[:2], encoder=fewer)
-    params = {key: params[key] for key in param_shapes(cfg)}
+    shapes = param_shapes(cfg)
+    params = {key: params[key] for key in shapes}
+    params["encoder"] = {key: params["encoder"][key] for key in shapes["encoder"]}
     return cfg, params, golden["tokens"].astype(np.int32), golden["encoder_tokens"].astype(np.int32)
 
 
@@ -276,7 +280,7 @@ def test_every_part_of_an_encoder_decoder_learns(t5):
     cfg, params, tokens, sources = t5
 
     def loss(params):
-        logits = apply(cfg, params, tokens, encoder_tokens=sources).logits
+        logits = applied(cfg, params, tokens, encoder_tokens=sources).logits
         return -jax.nn.log_softmax(logits)[..., 3].mean()
 
     gradients = compiled_fast(jax.grad(loss))(params)
@@ -296,7 +300,7 @@ def test_what_an_encoder_reads_is_asked_for_and_refused_where_there_is_none(t5):
     with pytest.raises(ValueError, match="need an encoder"):
         cfg.replace(encoder=None)
     with pytest.raises(ValueError, match="parallel"):
-        Block(**{**vars(cfg.blocks[0]), "parallel": "one norm"})
+        dataclasses.replace(cfg.blocks[0], residual=ParallelResidual())
     with pytest.raises(ValueError, match="at least one block"):
         Encoder(())
 
@@ -308,7 +312,7 @@ def test_an_encoder_decoder_is_saved_described_and_counted(t5, tmp_path):
     save(tmp_path / "native", cfg, params)
     again, stacked = load(tmp_path / "native", cfg=scanned)
     assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, param_shapes(scanned))
-    assert [name for name, _, _ in scanned.runs("encoder_")] == ["encoder_run_0", "encoder_run_1"]
+    assert [name for name, _, _ in scanned.runs("encoder")] == ["run_0", "run_1"]
     save(tmp_path / "back", again, stacked, format="huggingface")
     assert same(load(tmp_path / "back")[1], params)
     jax.tree.map(lambda axes, leaf: None, logical_axes(cfg), params, is_leaf=lambda x: isinstance(x, tuple))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model import apply, init_cache, load, save
+from model import init_cache, load, save
 from model.families import FAMILIES
 
-from .conftest import GOLDENS, compiled_fast
+from .conftest import GOLDENS, applied, compiled_fast
 
 CHECKPOINTS = sorted(path.parent.name for path in GOLDENS.glob("*/logits.npz"))
 ENCODERS = ("bert", "bert_bare", "bert_classes", "modernbert", "modernbert_bare")
@@ -27,7 +27,7 @@ UNUSABLE = {
 }  # defaults that make no model
 OTHER_PYTHON = GOLDENS.parents[1] / ".venvs" / "goldens" / "bin" / "python"
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 
 def all_tensors(folder):

@@ -7,11 +7,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model import MESH_AXES, ShardingRules, apply, init, load_config, logical_axes, param_shapes
+from model import MESH_AXES, ShardingRules, init, load_config, logical_axes, param_shapes
 from model.families import FAMILIES
 from tests.meshes import assert_divided, compiled
 
-from .conftest import GOLDENS, compiled_fast
+from .conftest import GOLDENS, applied, compiled_fast
 from .test_families import CHECKPOINTS, config_of
 
 ONE_EACH = {config_of(GOLDENS / name)["model_type"]: name for name in CHECKPOINTS}
@@ -34,7 +34,7 @@ def config_for(family):
 
 def loss(cfg, params, tokens):
     encoder = {"encoder_tokens": tokens[:, :-5]} if cfg.encoder else {}
-    out = apply(cfg, params, tokens[:, :-1], **encoder)
+    out = applied(cfg, params, tokens[:, :-1], **encoder)
     nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]).mean()
     return nll + (out.aux["loss"].mean() if "loss" in out.aux else 0.0)
 

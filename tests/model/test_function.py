@@ -37,11 +37,11 @@ from model.kernels.attention.reference import attention
 from model.layout import relayout
 from model.sharding import check_divisible, named_sharding
 
-from .conftest import check_decoding, paged_cache, random_params, random_tokens, tiny
+from .conftest import applied, check_decoding, paged_cache, random_params, random_tokens, tiny
 from .conftest import compiled_fast as jit
 
 # Most of the time here is compiling; test_goldens.py holds the fully optimised program to other implementations.
-forward = jit(apply, static_argnums=0)
+forward = jit(applied, static_argnums=0)
 
 
 @pytest.fixture(scope="session")

@@ -13,16 +13,16 @@ import pytest
 from configs import gguf
 from configs.gguf_write import write
 from data import load_tokenizer
-from model import apply, load, load_config
+from model import load, load_config
 from model.formats.dequantize import dequantize
 from model.generate import generate
 
-from .conftest import GOLDENS
+from .conftest import GOLDENS, applied
 
 
 def difference(cfg, params, golden) -> float:
     """The largest difference of a logit at a real token."""
-    out = jax.jit(apply, static_argnums=0)(
+    out = jax.jit(applied, static_argnums=0)(
         cfg, params, golden["tokens"], positions=golden["positions"], segment_ids=golden["mask"]
     )
     real = golden["mask"] == 1
@@ -94,7 +94,7 @@ def test_linear_scalings_in_gguf_are_those_of_transformers(keys, tmp_path):
     (wanted,) = [numbers for edits, numbers in cases if edits == [[["rope_parameters"], LINEAR]]]
     golden = np.load(GOLDENS / "llama_tied" / "logits.npz")
     inputs = {"positions": golden["positions"], "segment_ids": golden["mask"]}
-    values = np.asarray(apply(cfg, params, golden["tokens"], **inputs).logits)
+    values = np.asarray(applied(cfg, params, golden["tokens"], **inputs).logits)
     ours = np.concatenate([values[0, 12], values[1, 8], values[1, 1]])
     error = np.abs(ours[:: len(ours) // 9] - wanted).max()
     assert (error < 2e-4) == (keys.get("rope.scaling.type") != "none")

@@ -27,6 +27,7 @@ from model import (
     load_config,
     save,
 )
+from model.blocks.residual import Residual
 from model.formats.safetensors_file import SafetensorsError, read_header
 from model.layout import relayout
 
@@ -302,8 +303,8 @@ def test_a_model_that_no_family_holds_is_refused(tmp_path, small):
     cfg, params = small
     with pytest.raises(ValueError, match='no place for the heads value.*Save with format="native"'):
         save(tmp_path / "model", cfg.replace(heads=(ScalarHead("value"),)), params, format="huggingface")
-    halved = cfg.replace(blocks=(cfg.blocks[0], dataclasses.replace(cfg.blocks[0], residual_scale=0.5)))
-    message = r"llama would have blocks\[1\].residual_scale=1.0 where this model has 0.5"
+    halved = cfg.replace(blocks=(cfg.blocks[0], dataclasses.replace(cfg.blocks[0], residual=Residual(0.5))))
+    message = r"llama would have blocks\[1\].residual.scale=1.0 where this model has 0.5"
     with pytest.raises(ValueError, match=message):
         save(tmp_path / "model", halved, params, format="huggingface")
     assert not list(tmp_path.iterdir())

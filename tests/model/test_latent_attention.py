@@ -26,10 +26,10 @@ from model.inspect.flops import forward_flops_per_token
 from model.sharding import named_sharding
 from tests.meshes import assert_divided, compiled
 
-from .conftest import check_decoding, paged_cache, random_params, random_tokens
+from .conftest import applied, check_decoding, paged_cache, random_params, random_tokens
 from .conftest import compiled_fast as jit
 
-forward = jit(apply, static_argnums=0)
+forward = jit(applied, static_argnums=0)
 
 PLAIN = LatentAttention(4, 6, 4, 5, kv_rank=7, rope=Rope(100.0, interleaved=True))
 FULL = LatentAttention(

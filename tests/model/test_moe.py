@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from model import MESH_AXES, ModelConfig, ShardingRules, apply, decoder, init_cache
+from model import MESH_AXES, ModelConfig, ShardingRules, decoder, init_cache
 from model.blocks.common import Context, TokenInfo
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP
@@ -20,7 +20,7 @@ from model.layout import relayout
 from model.sharding import named_sharding
 from tests.meshes import assert_divided, compiled
 
-from .conftest import check_decoding, random_params, random_tokens
+from .conftest import applied, check_decoding, random_params, random_tokens
 from .conftest import compiled_fast as jit
 
 D, F, E, B, T = 10, 12, 8, 2, 9
@@ -55,7 +55,7 @@ def run(spec, params, x, segments=None):
 
 
 forward = jit(run, static_argnums=0)
-model_forward = jit(apply, static_argnums=0)
+model_forward = jit(applied, static_argnums=0)
 
 
 # The reading in plain loops.

@@ -29,7 +29,7 @@ from model.inspect.flops import forward_flops_per_token, mtp_flops_per_token, tr
 from model.layout import relayout, without_mtp
 from model.readouts.mtp import ParallelMTP, SequentialMTP, look_ahead, same_segment
 
-from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens, tiny
+from .conftest import GOLDENS, applied, check_decoding, compiled_fast, random_params, random_tokens, tiny
 from .test_families import OTHER_PYTHON
 
 NORM = RMSNorm()
@@ -41,7 +41,7 @@ MTPS = {
 }
 both = pytest.mark.parametrize("kind", MTPS)
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 
 def model_with(kind, **changes):
@@ -230,7 +230,7 @@ def test_parameters_have_axes_roles_and_a_place(kind):
     names = jax.tree.leaves(logical_axes(cfg)["mtp_1"], is_leaf=lambda x: isinstance(x, tuple))
     shapes = jax.tree.leaves(params["mtp_1"])
     assert all(len(axes) == leaf.ndim and any(axes) for axes, leaf in zip(names, shapes, strict=True))
-    groups = [group for group in parameter_groups(cfg) if group.stack == "mtp_"]
+    groups = [group for group in parameter_groups(cfg) if group.stack == "mtp"]
     assert all(group.role for group in groups) and [group.blocks for group in groups][-1] == (2, 2)
     for k in (1, 2):
         counted = sum(group.parameters for group in groups if group.blocks == (k, k))

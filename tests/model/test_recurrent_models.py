@@ -36,10 +36,10 @@ from model.layout import relayout
 from model.sharding import named_sharding
 from tests.meshes import assert_divided, compiled
 
-from .conftest import check_decoding, random_tokens
+from .conftest import applied, check_decoding, random_tokens
 from .conftest import compiled_fast as jit
 
-forward = jit(apply, static_argnums=0)
+forward = jit(applied, static_argnums=0)
 
 
 def of(*blocks):

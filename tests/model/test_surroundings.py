@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Block, ModelConfig, RMSNorm, SwiGLU, apply, init_cache, load
+from model import Block, ModelConfig, RMSNorm, SwiGLU, init_cache, load
 from model.blocks.attention import Attention
 from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
@@ -18,14 +18,14 @@ from model.blocks.moe import MoE
 from model.blocks.positions import LongRopeScaling, Rope
 from model.kernels import backend
 
-from .conftest import GOLDENS, compiled_fast, random_params, random_tokens
+from .conftest import GOLDENS, applied, compiled_fast, random_params, random_tokens
 from .test_families import CHECKPOINTS, ENCODERS
 
 DOCUMENT, NEIGHBOUR, ROW, PROMPT = 6, 5, 13, 4
 QUICK = ("phi3", "mamba2", "deepseek_v3", "gpt2", "qwen3_next", "recurrent_gemma", "blt")
 DECODERS = [name for name in CHECKPOINTS if name not in ENCODERS and "t5" not in name]
 
-forward = compiled_fast(apply, static_argnums=0)
+forward = compiled_fast(applied, static_argnums=0)
 
 
 def rows_of(document, neighbour):
@@ -132,7 +132,7 @@ def test_documents_share_of_a_routers_capacity_is_its_own_in_training():
     cfg, params = model_of(BUILT["a mixture of depths"][:1])
     cfg = cfg.replace(blocks=(Block(MixtureOfDepths(BLOCK, 0.5), None, None),))
     document, neighbour = (random_tokens(cfg, (n,), seed=n) for n in (DOCUMENT, NEIGHBOUR))
-    trained = compiled_fast(lambda params, *arrays: apply(cfg, params, *arrays, train=True).logits)
+    trained = compiled_fast(lambda params, *arrays: applied(cfg, params, *arrays, train=True).logits)
     alone = trained(params, document[None])[0]
     tokens, segments, starts = rows_of(document, neighbour)
     for row, start in zip(trained(params, tokens, None, segments), starts, strict=True):

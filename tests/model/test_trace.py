@@ -23,7 +23,7 @@ from model.blocks.parallel import Parallel
 from model.inspect.trace import likeliest, logit_lens, trace
 from model.layout import relayout
 
-from .conftest import compiled_fast, random_params, random_tokens
+from .conftest import applied, compiled_fast, random_params, random_tokens
 
 HYBRID = ModelConfig(
     31,
@@ -51,7 +51,7 @@ def traced(scan=False):
 
 def test_the_last_depth_of_the_lens_is_the_model():
     cfg, params, tokens, segments, found = traced()
-    out = compiled_fast(apply, static_argnums=0)(cfg, params, tokens, segment_ids=segments)
+    out = compiled_fast(applied, static_argnums=0)(cfg, params, tokens, segment_ids=segments)
     assert len(found.hidden) == len(cfg.blocks) + 1
     np.testing.assert_allclose(logit_lens(cfg, params, found.hidden[-1]), out.logits, atol=1e-4)
     ids, probabilities = likeliest(cfg, params, found.hidden, 4)
@@ -63,7 +63,7 @@ def test_the_last_depth_of_the_lens_is_the_model():
 def test_the_lens_after_n_blocks_is_the_model_of_these_blocks():
     cfg, params, tokens, segments, found = traced()
     shallow = cfg.replace(blocks=cfg.blocks[:2])
-    out = compiled_fast(apply, static_argnums=0)(shallow, params, tokens, segment_ids=segments)
+    out = compiled_fast(applied, static_argnums=0)(shallow, params, tokens, segment_ids=segments)
     np.testing.assert_allclose(logit_lens(cfg, params, found.hidden[2]), out.logits, atol=1e-4)
 
 

@@ -12,8 +12,9 @@ from model.blocks.mamba2 import Mamba2
 from model.blocks.ngrams import NGrams
 from model.blocks.patch_attention import PatchAttention, PatchPool
 from model.blocks.patches import StaticPatcher
-from model.byte_latent import ByteLatent
+from model.blocks.residual import Residual
 from model.generate import generate
+from model.inputs.byte_latent import ByteLatent
 from serve import Engine, Request, SamplingParams
 
 MIXERS = {
@@ -31,7 +32,7 @@ def test_a_busy_engine_with_preemptions_equals_plain_generation(kind, cfg, token
 @pytest.mark.slow
 def test_patches_of_bytes_may_be_cut_anywhere(cfg, tokenizer):
     block = cfg.blocks[0]
-    reads = Block(PatchAttention(4, 2, 8), None, skip_scale=2.0)
+    reads = Block(PatchAttention(4, 2, 8), None, residual=Residual(skip_scale=2.0))
     of_bytes = ByteLatent(
         24,
         (block,),

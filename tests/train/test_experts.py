@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import ShardingRules, apply, decoder, init
+from model import ShardingRules, decoder, init
 from model.blocks.block import Block
 from model.blocks.ffn import GatedMLP
 from model.blocks.mixture_of_depths import MixtureOfDepths
@@ -16,6 +16,7 @@ from model.blocks.moe import MoE
 from model.blocks.router import Router
 from model.inspect.flops import forward_flops_per_token
 from tests.meshes import assert_divided, compiled
+from tests.model.conftest import applied
 from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import dpo, language_modelling, with_reference
@@ -153,7 +154,7 @@ def test_the_choice_bias_moves_by_its_rate_and_is_seen_by_nothing_else():
 
 
 def max_load(cfg, params, batch):
-    out = apply(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    out = applied(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"])
     return float(out.aux["moe_max_load"].mean())
 
 

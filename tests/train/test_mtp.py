@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from model import RMSNorm, ShardingRules, apply, decoder
+from model import RMSNorm, ShardingRules, decoder
 from model.readouts.mtp import ParallelMTP, SequentialMTP
 from tests.meshes import assert_divided, compiled
+from tests.model.conftest import applied
 from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, MTPSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import language_modelling
@@ -33,7 +34,9 @@ def test_the_loss_is_the_formula_written_as_loops():
     cfg, batch = model(2), packed_batch(rows=4)
     params = fresh(cfg)
     loss, metrics = jit(language_modelling(cfg, mtp_weight=0.4))(params, batch)
-    out = jit(apply, static_argnums=0)(cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    out = jit(applied, static_argnums=0)(
+        cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
     logprobs = [np.asarray(jax.nn.log_softmax(logits)) for logits in (out.logits, *out.mtp_logits)]
     lost, counted, right = np.zeros(3), np.zeros(3), np.zeros(3)
     for row in range(4):

@@ -16,20 +16,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.block import Block, run_stack
-from model.blocks.common import Context, TokenInfo, add_up, fan_in_normal, param, write_places
+from model.blocks.block import Block
+from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, weight_param, write_places
 from model.blocks.ngrams import NGrams
 from model.blocks.patch_attention import PatchAttention, PatchPool
 from model.blocks.patches import (
     EntropyPatcher,
     Patcher,
+    PatcherModule,
     Patches,
     by_patch,
     clues,
     lay_out,
-    next_byte_entropy,
 )
 from model.blocks.recurrence import Line, Walk, begin, finish, line_up
+from model.stacks import Stack, StackModule, Trunk, run_stack
+from model.weights import matmul
 
 PAGES = ("k", "v")  # of the own state, what grows with a row
 
@@ -61,10 +63,23 @@ class ByteLatent:
             raise ValueError("a local encoder needs a block, and a local decoder one that reads the patches.")
 
     @property
-    def stacks(self) -> dict[str, tuple[Block, ...]]:
-        """Blocks over bytes, by what the names of their parameters begin with."""
-        patcher = self.patcher.blocks if isinstance(self.patcher, EntropyPatcher) else ()
-        return {"patcher_": patcher, "local_encoder_": self.encoder, "local_decoder_": self.decoder}
+    def local_encoder(self) -> Stack:
+        return Stack("local_encoder", self.encoder)
+
+    @property
+    def local_decoder(self) -> Stack:
+        return Stack("local_decoder", self.decoder)
+
+    @property
+    def before(self) -> tuple[Stack, ...]:
+        """Stacks over bytes that run before the latent transformer."""
+        patcher = (self.patcher.stack,) if isinstance(self.patcher, EntropyPatcher) else ()
+        return *patcher, self.local_encoder
+
+    @property
+    def after(self) -> tuple[Stack, ...]:
+        """Stacks over bytes that run after it."""
+        return (self.local_decoder,)
 
     @property
     def reach(self) -> int:
@@ -74,18 +89,6 @@ class ByteLatent:
     def patches(self, length: int) -> int:
         """Places for patches in a row of so many bytes."""
         return length if self.max_patches is None else min(length, self.max_patches)
-
-    @property
-    def roles(self) -> dict[str, str]:
-        """What each parameter outside the blocks does."""
-        return {
-            **{f"ngrams/{name}": role for name, role in NGrams.roles.items()},
-            "patcher_embedding": "the patcher's vector for each byte",
-            "patcher_final_norm": "the patcher's last hidden state",
-            "patcher_head": "the patcher's logits of the next byte",
-            **{f"pool/{name}": role for name, role in PatchPool.roles.items()},
-            "from_latent": "what the local decoder reads of a patch",
-        }
 
     def flops_per_byte(self, latent_width: int, length: int) -> float:
         """Of the forward pass outside the blocks: to patches and back, in a row of so many bytes."""
@@ -120,80 +123,91 @@ class ByteLatent:
         }
         return self.pool.cache_axes() | rows
 
+    def run(
+        self,
+        module: nn.Module,
+        ctx: Context,
+        latent: Stack,
+        vocab_size: int,
+        x_BTD: jax.Array,
+        layers: dict | None,
+        info: TokenInfo,
+    ) -> Trunk:
+        """Everything between embedded bytes and the final norm. Call it within a compact method of `module`.
 
-def run_byte_latent(
-    module: Any, ctx: Context, x_BTD: jax.Array, tokens_BT: jax.Array, layers: dict | None, info: TokenInfo
-) -> tuple[jax.Array, dict, dict]:
-    """As `run_stack`, with the whole of the model between embedded bytes and the final norm. Call it within a compact
-    method of a module whose `cfg` is the `ModelConfig`; `ctx` is that of the latent transformer.
-    """
-    cfg, spec = module.cfg, cast(ByteLatent, module.cfg.byte_latent)
-    own = {} if layers is None else layers["bytes"]
-    rows = None if layers is None else {name: value for name, value in own.items() if name not in PAGES}
-    x_BTD, walk = begin(cast(Any, spec), x_BTD, info, rows)
-    tokens_BT, info = walk.ordered(tokens_BT), _ordered(info, walk)
-    line = line_up(tokens_BT, walk.state["recent"], walk)
-    if spec.ngrams is not None:
-        back_BT = [line.back(steps) for steps in range(spec.ngrams.reach + 1)]
-        x_BTD += spec.ngrams.module(dataclasses.replace(ctx, width=spec.width), "ngrams")(back_BT)
+        Args:
+          ctx: of the latent transformer, whose blocks are `latent`.
+        """
+        own = {} if layers is None else layers["bytes"]
+        rows = None if layers is None else {name: value for name, value in own.items() if name not in PAGES}
+        embedded_BTD = x_BTD
+        x_BTD, walk = begin(cast(Any, self), x_BTD, info, rows)
+        info = _ordered(info, walk)
+        tokens_BT = cast(jax.Array, info.tokens)
+        line = line_up(tokens_BT, walk.state["recent"], walk)
+        if self.ngrams is not None:
+            back_BT = [line.back(steps) for steps in range(self.ngrams.reach + 1)]
+            x_BTD += self.ngrams.module(dataclasses.replace(ctx, width=self.width), "ngrams")(back_BT)
 
-    patches, state, states = _patches(module, ctx, tokens_BT, line, walk, layers, info)
-    of_encoder, of_decoder = (
-        dataclasses.replace(ctx, width=spec.width, num_blocks=len(blocks))
-        for blocks in (spec.encoder, spec.decoder)
-    )
-    h_BTD, new, aux = run_stack(of_encoder, cfg.runs("local_encoder_"), x_BTD, layers, info)
-    states |= new
-    pool = spec.pool.module(of_encoder, "pool", ctx.width)
-    x_BPW, pooled = pool(h_BTD, patches, walk, info, None if layers is None else own)
-    x_BPW, new, more = _latent(module, ctx, x_BPW, patches, walk, layers, info)
-    states, aux = states | new, add_up(aux, more)
+        patches, state, states = self._patches(ctx, vocab_size, line, walk, layers, info)
+        of_encoder, of_decoder = (
+            dataclasses.replace(ctx, width=self.width, num_blocks=len(blocks))
+            for blocks in (self.encoder, self.decoder)
+        )
+        local_encoder, local_decoder = (
+            StackModule(stack, of_stack, name=stack.name)
+            for stack, of_stack in ((self.local_encoder, of_encoder), (self.local_decoder, of_decoder))
+        )
+        h_BTD, new, aux = local_encoder(x_BTD, self.local_encoder.part_of(layers), info)
+        states |= self.local_encoder.as_part(new)
+        pool = self.pool.module(of_encoder, "pool", ctx.width)
+        x_BPW, pooled = pool(h_BTD, patches, walk, info, None if layers is None else own)
+        x_BPW, new, more = _run_latent(module, ctx, latent, x_BPW, patches, walk, layers, info)
+        states, aux = states | new, add_up(aux, more)
 
-    vectors_BPND = _vectors(module, of_encoder, x_BPW, walk.state["last"])
-    shared = info.shared | {"patches": vectors_BPND, "patch_read": patches.read_BT + 1}
-    info = dataclasses.replace(info, shared=shared)
-    y_BTD, new, more = run_stack(of_decoder, cfg.runs("local_decoder_"), h_BTD, layers, info)
-    states, aux = states | new, add_up(aux, more)
-    if rows is None:
-        return y_BTD, states, aux
-    last_BND = jax.vmap(lambda vectors, i: vectors[i])(vectors_BPND, walk.last(patches.read_BT + 1))
-    state |= {"recent": line.tail(walk), "pooled": pooled["pooled"], "last": last_BND}
-    y_BTD, rows = finish(y_BTD, state, walk, info, rows)
-    return y_BTD, states | {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}, aux
+        vectors_BPND = _vectors(module, of_encoder, x_BPW, walk.state["last"])
+        shared = info.shared | {"patches": vectors_BPND, "patch_read": patches.read_BT + 1}
+        info = dataclasses.replace(info, shared=shared)
+        y_BTD, new, more = local_decoder(h_BTD, self.local_decoder.part_of(layers), info)
+        states, aux = states | self.local_decoder.as_part(new), add_up(aux, more)
+        if rows is not None:
+            last_BND = jax.vmap(lambda vectors, i: vectors[i])(vectors_BPND, walk.last(patches.read_BT + 1))
+            state |= {"recent": line.tail(walk), "pooled": pooled["pooled"], "last": last_BND}
+            y_BTD, rows = finish(y_BTD, state, walk, info, rows)
+            states |= {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}
+        return Trunk(embedded_BTD, y_BTD, states, More(aux))
+
+    def _patches(
+        self, ctx: Context, vocab_size: int, line: Line, walk: Walk, layers: dict | None, info: TokenInfo
+    ) -> tuple[Patches, dict, dict]:
+        """The patches of the call, the new state of the row so far, and that of the patcher's blocks."""
+        entropy_BT, states, patcher = None, {}, self.patcher
+        tokens_BT = cast(jax.Array, info.tokens)
+        if isinstance(patcher, EntropyPatcher):
+            own = dataclasses.replace(ctx, width=patcher.width, num_blocks=len(patcher.blocks), adapters=None)
+            module = PatcherModule(patcher, vocab_size, own, name="patcher")
+            entropy_BT, states = module(tokens_BT, patcher.stack.part_of(layers), info)
+            states = patcher.stack.as_part(states)
+        ends_BT = self.patcher.ends(clues(walk, tokens_BT, line.back(1), entropy_BT))
+        limits = self.longest_patch, self.max_patches
+        patches, state = lay_out(ends_BT, walk, info.segment_ids, *limits, cached=layers is not None)
+        state["entropy"] = walk.state["entropy"] if entropy_BT is None else walk.last(entropy_BT)
+        return patches, state, states
 
 
 def _ordered(info: TokenInfo, walk: Walk) -> TokenInfo:
     """In the order of the walk."""
     if walk.order_BT is None:
         return info
-    names = ("positions", "segment_ids", "write_page", "write_slot", "weights")
+    names = ("tokens", "positions", "segment_ids", "write_page", "write_slot", "weights")
     given = {name: getattr(info, name) for name in names if getattr(info, name) is not None}
     return dataclasses.replace(info, **{name: walk.ordered(value) for name, value in given.items()})
 
 
-def _patches(
-    module: Any,
+def _run_latent(
+    module: nn.Module,
     ctx: Context,
-    tokens_BT: jax.Array,
-    line: Line,
-    walk: Walk,
-    layers: dict | None,
-    info: TokenInfo,
-) -> tuple[Patches, dict, dict]:
-    """The patches of the call, the new state of the row so far, and that of the patcher's blocks."""
-    spec, entropy_BT, states = module.cfg.byte_latent, None, {}
-    if isinstance(spec.patcher, EntropyPatcher):
-        entropy_BT, states = next_byte_entropy(module, ctx, spec.patcher, tokens_BT, layers, info)
-    ends_BT = spec.patcher.ends(clues(walk, tokens_BT, line.back(1), entropy_BT))
-    limits = spec.longest_patch, spec.max_patches
-    patches, state = lay_out(ends_BT, walk, info.segment_ids, *limits, cached=layers is not None)
-    state["entropy"] = walk.state["entropy"] if entropy_BT is None else walk.last(entropy_BT)
-    return patches, state, states
-
-
-def _latent(
-    module: Any,
-    ctx: Context,
+    latent: Stack,
     x_BPW: jax.Array,
     patches: Patches,
     walk: Walk,
@@ -201,24 +215,22 @@ def _latent(
     info: TokenInfo,
 ) -> tuple[jax.Array, dict, dict]:
     """The latent transformer; with a cache it is left out of a call in which no patch ends."""
-    runs, of_patches = (
-        module.cfg.runs(),
-        TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter),
-    )
+    of_patches = TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter)
     if info.weights is not None:
         weights_BPF = by_patch(jax.ops.segment_sum, info.weights[..., None], patches.patch_BT, x_BPW.shape[1])
         of_patches = dataclasses.replace(of_patches, weights=weights_BPF[..., 0])
     if layers is None:
-        return run_stack(ctx, runs, x_BPW, None, of_patches)
+        y_BPW, states, more = run_stack(ctx, latent, x_BPW, None, of_patches)
+        return y_BPW, states, more.aux
     page_table, page_size = cast(jax.Array, info.page_table), layers["bytes"]["k"].shape[1]
     page, slot = write_places(page_table, page_size, patches.position_BP, patches.segment_BP == 0)
     of_patches = TokenInfo(
         patches.position_BP, patches.segment_BP, page_table, page, slot, rows=info.rows, adapter=info.adapter
     )
-    old = {name: layers[name] for name, _, _ in runs}
+    old = {name: layers[name] for name, _, _ in latent.runs(ctx.scan)}
     y_BPW, new = nn.cond(
         jnp.any(patches.segment_BP != 0),
-        lambda module, x: run_stack(ctx, runs, x, old, of_patches)[:2],
+        lambda module, x: run_stack(ctx, latent, x, old, of_patches)[:2],
         lambda module, x: (x, old),
         module,
         x_BPW,
@@ -229,6 +241,7 @@ def _latent(
 def _vectors(module: Any, ctx: Context, x_BPW: jax.Array, last_BND: jax.Array) -> jax.Array:
     """[B, 1 + P, N, D]: what bytes read of each patch, after that of the last patch of earlier calls; zero: of none."""
     shape, axes = (x_BPW.shape[-1], *last_BND.shape[1:]), ("embed", None, None)
-    w_WND = param(module, ctx, "from_latent", shape, axes, fan_in_normal(shape[0]))
-    vectors_BPND = jnp.einsum("BPW,WND->BPND", x_BPW, w_WND)
+    role = "what the local decoder reads of a patch"
+    w_WND = weight_param(module, ctx, "from_latent", shape, axes, fan_in_normal(shape[0]), 1, role)
+    vectors_BPND = matmul(x_BPW, w_WND, "BPW,WND->BPND")
     return jnp.concatenate([last_BND[:, None].astype(x_BPW.dtype), vectors_BPND], axis=1)

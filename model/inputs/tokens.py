@@ -1,0 +1,52 @@
+"""The embedding of tokens, with what a config adds to it: kinds of tokens, positions, a norm."""
+
+# B batch, T tokens, V vocabulary, K kinds of tokens, D model width
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.blocks.common import Context, TokenInfo, param
+from model.config import ModelConfig
+from model.sharding import constrain
+
+
+def embedding_table(module: nn.Module, cfg: ModelConfig, ctx: Context) -> jax.Array:
+    """[V, D]. Call it within a compact method, as the other functions here."""
+    # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
+    init = nn.initializers.normal(ctx.width**-0.5)
+    role = "a vector for each token" + (", in and out (tied head)" if cfg.tied_head else "")
+    shape, axes = (cfg.vocab_size, ctx.width), ("vocab", "embed")
+    return param(module, ctx, "embedding", shape, axes, init, role=role)
+
+
+def embed_tokens(
+    module: nn.Module,
+    cfg: ModelConfig,
+    ctx: Context,
+    embedding_VD: jax.Array,
+    tokens_BT: jax.Array,
+    token_types_BT: jax.Array | None,
+) -> jax.Array:
+    """[B, T, D] that media may be placed in; see `finish_embedding` for the rest."""
+    x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0)
+    x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
+    if cfg.token_types:
+        shape, init = (cfg.token_types, ctx.width), nn.initializers.normal(0.1 * ctx.width**-0.5)
+        role = "a vector for each kind of token"
+        table_KD = param(module, ctx, "token_types", shape, ("norm", "embed"), init, role=role)
+        x_BTD += table_KD[0] if token_types_BT is None else jnp.take(table_KD, token_types_BT, axis=0)
+    elif token_types_BT is not None:
+        raise ValueError("token_types were given to a model whose config has none.")
+    return x_BTD
+
+
+def finish_embedding(cfg: ModelConfig, ctx: Context, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+    """[B, T, D] with positions, after the embedding's norm."""
+    if cfg.positions is not None:
+        x_BTD += cfg.positions.module(ctx, "positions")(info.positions)
+    if cfg.embed_norm is not None:
+        x_BTD = cfg.embed_norm.module(ctx, "embed_norm", role="what the first block reads")(x_BTD)
+    return constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")

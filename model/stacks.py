@@ -1,0 +1,143 @@
+"""A stack is a tuple of blocks; its parameters are grouped in runs, one for each block or one for equal neighbours.
+
+A model's own blocks are one stack. An encoder, the patcher and the local encoder and decoder of a byte-latent model are
+others, each with its parameters under its own name.
+"""
+
+# B batch, T tokens, D model width
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from model.blocks.block import Block, BlockModule
+from model.blocks.common import Context, More, TokenInfo
+from model.blocks.norms import Norm
+from model.blocks.remat import rematerialised
+
+
+class Run(NamedTuple):
+    """A group of parameters: one block, or equal neighbours, stacked along a leading axis for a scan."""
+
+    name: str  # key of the group within its stack: "block_3", "run_0"
+    block: Block
+    layers: range  # numbers of the blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Blocks that run one after the other."""
+
+    name: str  # the key of its parameters and of its part of the cache; "" for the model's own blocks, which need none
+    blocks: tuple[Block, ...]
+    last_apart: bool = False  # when scanned, the last block is a run of its own
+
+    def runs(self, scan: bool) -> list[Run]:
+        """In order; equal neighbours together when scanned."""
+        if not scan:
+            return [Run(f"block_{i}", block, range(i, i + 1)) for i, block in enumerate(self.blocks)]
+        runs, start = [], 0
+        apart = [False] * (len(self.blocks) - 1) + [self.last_apart]
+        for (block, _), group in itertools.groupby(zip(self.blocks, apart)):
+            count = len(list(group))
+            runs.append(Run(f"run_{len(runs)}", block, range(start, start + count)))
+            start += count
+        return runs
+
+    def part_of(self, tree: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The stack's own part of a model's parameters, their axes or the layers of a cache."""
+        return tree if tree is None or not self.name else tree[self.name]
+
+    def as_part(self, part: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of `part_of`: to be merged with the parts of other stacks."""
+        return {self.name: part} if self.name else part
+
+
+class StackModule(nn.Module):
+    """A stack whose parameters are under the module's name, with a norm after its last block."""
+
+    stack: Stack
+    ctx: Context
+    final_norm: Norm | None = None
+    role: str = "the last hidden state"  # of what the norm reads
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, states: dict | None, info: TokenInfo):
+        """(x [B, T, D], the runs' new states, what the blocks report)."""
+        x_BTD, states, more = run_stack(self.ctx, self.stack, x_BTD, states, info)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm.module(self.ctx, "final_norm", role=self.role)(x_BTD)
+        return x_BTD, states, more.aux
+
+
+class Trunk(NamedTuple):
+    """The blocks' work, between the embedding and the final norm."""
+
+    before_last: jax.Array  # what the last block reads; of a byte-latent model what the local encoder reads
+    x_BTD: jax.Array  # what comes out of the last block
+    states: dict[str, Any]  # the new layers of the cache
+    more: More
+
+
+def run_trunk(ctx: Context, stack: Stack, x_BTD: jax.Array, layers: dict | None, info: TokenInfo) -> Trunk:
+    """As `run_stack`, with what the last run of blocks reads, for multi-token prediction."""
+    *runs, last = stack.runs(ctx.scan)
+    x, states, more = run_blocks(ctx, runs, stack.blocks[0].residual.begin(x_BTD), layers, info)
+    info = dataclasses.replace(info, shared=more.shared)
+    y, last_state, last_more = run_blocks(ctx, [last], x, layers, info)
+    return Trunk(x, stack.blocks[-1].residual.end(y), states | last_state, more.join(last_more))
+
+
+def run_stack(
+    ctx: Context, stack: Stack, x_BTD: jax.Array, states: dict | None, info: TokenInfo
+) -> tuple[jax.Array, dict, More]:
+    """As `run_blocks`, from the stack's first block to its last, with the residual stream begun and ended."""
+    x = stack.blocks[0].residual.begin(x_BTD)
+    x, states, more = run_blocks(ctx, stack.runs(ctx.scan), x, states, info)
+    return stack.blocks[-1].residual.end(x), states, more
+
+
+def run_blocks(
+    ctx: Context, runs: list[Run], x: jax.Array, states: dict | None, info: TokenInfo
+) -> tuple[jax.Array, dict, More]:
+    """Runs the blocks; returns the residual stream, each run's new state, and what the blocks report and share.
+
+    Call it within a compact method: the runs become submodules of the calling module.
+    """
+    new_states, gathered = {}, More({}, info.shared)
+    for name, block, layers in runs:
+        run = _run_module(ctx, name, block, len(layers))
+        x, (new_states[name], more) = run(x, None if states is None else states[name], info)
+        run_aux, shared = more
+        if ctx.scan:
+            run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
+            shared = jax.tree.map(lambda s: s[-1], shared)
+        gathered = gathered.join(More(run_aux, shared))
+        info = dataclasses.replace(info, shared=gathered.shared)
+    return x, new_states, gathered
+
+
+def _run_module(ctx: Context, name: str, block: Block, count: int):
+    if not ctx.scan:
+        return _traced_once(ctx.remat)(block, ctx, name=name)
+    scanned = nn.scan(
+        rematerialised(BlockModule, ctx.remat, scan=True),
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax takes a tuple too
+        length=count,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(block, ctx, name=name)
+
+
+@functools.cache
+def _traced_once(remat: str) -> type[nn.Module]:
+    """Equal blocks are traced and lowered once, however many there are; a compiler sees each in its place."""
+    return nn.jit(rematerialised(BlockModule, remat, scan=False))
