@@ -1,0 +1,158 @@
+"""What a model reads and gives: inputs of other modalities, readouts of other kinds, and how `apply` is called."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from model import Inputs, Media, apply, init, init_cache, logical_axes, param_shapes
+from model.blocks.common import fan_in_normal, param
+
+from .conftest import compiled_fast, random_params, random_tokens, tiny
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePatches:
+    """A toy input: each patch of a small image becomes a vector by one linear map."""
+
+    name: str = "image"
+    size: int = 4
+    channels: int = 3
+
+    @property
+    def item_shape(self):
+        return self.size, self.size, self.channels
+
+    def module(self, ctx, name):
+        return ImagePatchesModule(self, ctx, name=name)
+
+
+class ImagePatchesModule(nn.Module):
+    spec: ImagePatches
+    ctx: object
+
+    @nn.compact
+    def __call__(self, values):
+        shape, axes = (*self.spec.item_shape, self.ctx.width), (None, None, None, "embed")
+        w = param(self, self.ctx, "patch", shape, axes, fan_in_normal(48), 3, "a patch to its vector")
+        return jnp.einsum("BNhwc,hwcD->BND", values, w)
+
+
+@dataclasses.dataclass(frozen=True)
+class Actions:
+    """A toy readout: a vector of actions at each token."""
+
+    name: str = "actions"
+    count: int = 5
+
+    def read(self, module, ctx, stream):
+        init = fan_in_normal(ctx.width)
+        w = param(module, ctx, "actions", (ctx.width, self.count), ("embed", None), init, 1, "actions")
+        return jnp.tanh(jnp.einsum("BTD,DA->BTA", stream.hidden_BTD, w))
+
+
+def with_images():
+    return tiny(layers=2, media=(ImagePatches(),), heads=(Actions(),))
+
+
+def test_patches_of_an_image_take_the_places_of_tokens_and_actions_are_read():
+    cfg = with_images()
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
+    assert set(params) == set(random_params(tiny(layers=2))) | {"image", "actions"}
+    assert logical_axes(cfg)["image"]["patch"] == (None, None, None, "embed")
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 3)).astype(np.float32)
+    places = np.array([[1, 2, 3], [4, 0, -1]], np.int32)
+    run = compiled_fast(lambda params, inputs: apply(cfg, params, inputs))
+    out = run(params, Inputs(tokens, media={"image": Media(pixels, places)}))
+    assert out.heads["actions"].shape == (2, 9, 5)
+
+    # by hand: a vocabulary of one more token for each patch, whose embedding is the patch's vector
+    vectors = np.einsum("BNhwc,hwcD->BND", pixels, params["image"]["patch"]).reshape(6, -1)
+    by_hand = params | {"embedding": jnp.concatenate([params["embedding"], vectors])}
+    replaced = np.array(tokens)
+    for row, item in np.argwhere(places >= 0):
+        replaced[row, places[row, item]] = cfg.vocab_size + 3 * row + item
+    longer = cfg.replace(vocab_size=cfg.vocab_size + 6)
+    wanted = compiled_fast(lambda params, tokens: apply(longer, params, tokens))(by_hand, replaced)
+    np.testing.assert_allclose(out.hidden, wanted.hidden, atol=2e-5)
+    np.testing.assert_allclose(
+        out.heads["actions"], np.tanh(np.asarray(wanted.hidden) @ np.asarray(params["actions"])), atol=2e-5
+    )
+    without = run(params, Inputs(tokens))
+    assert np.abs(without.hidden - out.hidden).max() > 0.1
+
+
+def test_media_are_decoded_on_from_a_cache():
+    cfg = with_images()
+    params, tokens = random_params(cfg), random_tokens(cfg, (1, 8))
+    media = {"image": Media(jnp.ones((1, 2, 4, 4, 3)), jnp.array([[1, 2]], jnp.int32))}
+    whole = apply(cfg, params, Inputs(tokens, media=media)).logits
+    first = apply(cfg, params, Inputs(tokens[:, :5], media=media), init_cache(cfg, 1, 8))
+    rest = apply(cfg, params, tokens[:, 5:], first.cache)
+    np.testing.assert_allclose(jnp.concatenate([first.logits, rest.logits], 1), whole, atol=2e-5)
+
+
+def test_a_model_learns_to_act_on_what_it_sees():
+    """The mean of the red channel of an image, as the first action at the last token."""
+    cfg = with_images()
+    rng, optimizer = np.random.default_rng(0), optax.adam(1e-2)
+    params = init(cfg, jax.random.key(0))
+
+    def loss(params, pixels):
+        batch = len(pixels)
+        places = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (batch, 2))
+        inputs = Inputs(jnp.zeros((batch, 3), jnp.int32), media={"image": Media(pixels, places)})
+        action = apply(cfg, params, inputs).heads["actions"][:, -1, 0]
+        return jnp.mean((action - pixels[..., 0].mean(axis=(1, 2, 3))) ** 2)
+
+    @compiled_fast
+    def step(params, state, pixels):
+        value, grads = jax.value_and_grad(loss)(params, pixels)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    draw = lambda: (rng.normal(size=(32, 2, 1, 1, 3)) * 0.5 + np.zeros((32, 2, 4, 4, 3))).astype(np.float32)
+    for _ in range(80):
+        params, state, value = step(params, state, draw())
+        losses.append(float(value))
+    assert losses[0] > 0.1 and np.mean(losses[-5:]) < 0.02
+
+
+def test_bare_token_ids_are_inputs_and_what_is_none_says_so():
+    cfg = tiny(layers=1)
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 5))
+    np.testing.assert_array_equal(
+        apply(cfg, params, tokens).logits, apply(cfg, params, Inputs(tokens)).logits
+    )
+    with pytest.raises(TypeError, match=r"inputs is a dict with tokens.*Inputs.from_batch\(batch\)"):
+        apply(cfg, params, {"tokens": tokens})
+    with pytest.raises(ValueError, match=r"shape \(5,\). Give \[batch, tokens\]"):
+        apply(cfg, params, tokens[0])
+    with pytest.raises(TypeError, match="cache is a .*Array.*positions and segment ids go into Inputs"):
+        apply(cfg, params, tokens, jnp.zeros_like(tokens))
+    with pytest.raises(
+        ValueError, match="inputs.media has sound, which this model does not read. It reads tokens"
+    ):
+        apply(cfg, params, Inputs(tokens, media={"sound": Media(jnp.zeros((2, 1, 3)), jnp.zeros((2, 1)))}))
+    with pytest.raises(ValueError, match="It reads image"):
+        apply(with_images(), params, Inputs(tokens, media={"sound": Media(jnp.zeros((2, 1, 3)), tokens)}))
+
+
+def test_a_batch_of_the_data_is_inputs():
+    batch = {name: np.zeros((2, 3), np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    inputs = Inputs.from_batch(batch, adapter_ids=np.zeros(2, np.int32))
+    assert inputs.tokens is batch["tokens"] and inputs.positions is batch["positions"]
+    assert inputs.segment_ids is batch["segment_ids"] and inputs.adapter_ids.shape == (2,)
+    assert len(jax.tree.leaves(inputs)) == 4
+
+
+def test_parameters_of_an_input_are_made_counted_and_saved_with_the_others():
+    cfg = with_images()
+    made = init(cfg, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, param_shapes(cfg))
+    assert made["image"]["patch"].shape == (4, 4, 3, 24) and float(made["image"]["patch"].std()) > 0.05
