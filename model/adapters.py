@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.families.tensors import Path, get
 from model.function import Params, Transformer, example_inputs, logical_axes
 from model.layout import relayout
+from model.weights import is_quantized
 
 PATCHER = "patcher"  # the key of a patcher's parameters
 ENDS = ("_lora_a", "_lora_b", "_lora_magnitude")
@@ -125,7 +126,13 @@ def low_rank_update(
 
 
 def _merged(adapters: LoRA, params: Params, base: Path, slot: int, lead: int) -> jax.Array:
-    weight = jnp.asarray(get(params, base))
+    found = get(params, base)
+    if is_quantized(found):
+        raise ValueError(
+            f"{'/'.join(base)} is quantized, and would lose most of a small adapter: widen the weights first "
+            "(model.dequantize)."
+        )
+    weight = jnp.asarray(found)
     update_LIO, lengths_LO = low_rank_update(adapters, params, base, slot, lead)
     sum_LIO = weight.astype(jnp.float32).reshape(update_LIO.shape) + update_LIO
     if lengths_LO is not None:

@@ -23,6 +23,7 @@ class ParamInfo:
     role: str  # what it does in the model
     decays: bool  # whether weight decay shrinks it
     order: int  # how many are made before it, in its block or, outside the blocks, in the model
+    is_weight: bool  # whether it may be quantized
 
     def of_layer(self) -> ParamInfo:
         """The same without a leading axis of layers."""
@@ -45,4 +46,5 @@ def param_info(cfg: ModelConfig) -> Params:
 
 def _info(box: ParamBox) -> ParamInfo:
     shape, dtype = box.value.shape, box.value.dtype
-    return ParamInfo(shape, dtype, tuple(box.names), box.input_axes, box.role, box.decays, box.order)
+    names = tuple(box.names)
+    return ParamInfo(shape, dtype, names, box.input_axes, box.role, box.decays, box.order, box.is_weight)

@@ -118,6 +118,11 @@ class TokenInfo:
     tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
     rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
 
+    @property
+    def rotary_positions(self) -> jax.Array:
+        """[B, T] or [B, T, A]: what rotary embeddings turn by."""
+        return self.positions if self.rope_positions is None else self.rope_positions
+
 
 NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
 

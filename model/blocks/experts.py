@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from model.blocks.common import Context, bias_param, fan_in_normal, param
+from model.blocks.common import Context, bias_param, fan_in_normal, weight_param
 from model.blocks.ffn import ACTIVATIONS, DOWN, GATE, MLP, UP, GatedMLP
 from model.blocks.linear import adapters_of
 from model.blocks.lora import LoRA
@@ -28,19 +28,19 @@ from model.kernels.grouped_matmul.dispatch import Places, from_rows, sorted_by, 
 from model.kernels.grouped_matmul.sharded import (
     Split,
     first_part_on_mesh,
-    grouped_on_mesh,
     split_of,
     spread_on_mesh,
 )
 from model.kernels.order import recompute
 from model.sharding import ShardingRules, constrain
+from model.weights import Weight, grouped_product, matmul
 
 
 class Layout(NamedTuple):
     """How rows of tokens meet their own experts' parameters."""
 
     # of rows and weights [E, in, out], whose last two axes have these logical names
-    multiply: Callable[[jax.Array, jax.Array, tuple[str | None, str | None]], jax.Array]
+    multiply: Callable[[jax.Array, Weight, tuple[str | None, str | None]], jax.Array]
     spread: Callable[[jax.Array, str], jax.Array]  # [E, out], so named, to what can be added to the rows
     once: Callable[[jax.Array], jax.Array]  # what is added to rows that may be parts of a sum: in one part
     adapter: jax.Array | None  # int32, that of each row, as wide as 1; None: all have the first
@@ -86,7 +86,7 @@ class Experts(nn.Module):
 
     def _linear(self, layout: Layout, name: str, x, sizes, axes, role: str, scale: float = 1.0) -> jax.Array:
         E, axes, init = self.num_experts, ("experts", *axes), fan_in_normal(sizes[0], scale)
-        weights = param(self, self.ctx, name, (E, *sizes), axes, init, 1, f"in each expert: {role}")
+        weights = weight_param(self, self.ctx, name, (E, *sizes), axes, init, 1, f"in each expert: {role}")
         y = layout.multiply(x, weights, axes[1:])
         adapters = adapters_of(self, name, weights, 1, axes, experts=1)
         if adapters is not None:
@@ -135,7 +135,7 @@ def dropless(
     )
     sorted_ = sort(x_BTD, chosen_BTK, weights_BTK, adapter_B)
     layout = Layout(
-        lambda x, weights_EIO, names: grouped_on_mesh(split, x, weights_EIO, sorted_.sizes_E, names),
+        lambda x, weights_EIO, names: grouped_product(split, x, weights_EIO, sorted_.sizes_E, names),
         lambda vectors_EO, name: spread_on_mesh(split, vectors_EO, sorted_.expert_M, name),
         functools.partial(first_part_on_mesh, split),
         sorted_.adapter_M1,
@@ -210,7 +210,7 @@ def through_slots(
 
     adapter_B = experts.ctx.adapter
     layout = Layout(
-        lambda x_EBSI, weights_EIO, names: jnp.einsum("EBSI,EIO->EBSO", x_EBSI, weights_EIO),
+        lambda x_EBSI, weights_EIO, names: matmul(x_EBSI, weights_EIO, "EBSI,EIO->EBSO"),
         lambda vectors_EO, name: vectors_EO[:, None, None],
         lambda y: y,
         None if adapter_B is None else adapter_B[:, None, None],

@@ -11,9 +11,10 @@ import dataclasses
 import flax.linen as nn
 import jax
 
-from model.blocks.common import Context, bias_param, fan_in_normal, param
+from model.blocks.common import Context, bias_param, fan_in_normal, weight_param
 from model.blocks.ffn import ACTIVATIONS, check_activation
 from model.blocks.norms import LayerNorm, Norm
+from model.weights import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,9 @@ class TransformModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         spec, D = self.spec, x_BTD.shape[-1]
-        y_BTD = x_BTD @ param(
-            self, self.ctx, "dense", (D, D), ("embed", None), fan_in_normal(D), 1, self.role
-        )
+        declared = "dense", (D, D), ("embed", None), fan_in_normal(D)
+        w_DE = weight_param(self, self.ctx, *declared, role=self.role)
+        y_BTD = matmul(x_BTD, w_DE, "BTD,DE->BTE")
         if spec.bias:
             y_BTD += bias_param(self, self.ctx, "dense_bias", (D,), ("norm",))
         y_BTD = ACTIVATIONS[spec.activation](y_BTD)

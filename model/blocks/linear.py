@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.blocks import lora
-from model.blocks.common import Context, bias_param, fan_in_normal, param
+from model.blocks.common import Context, bias_param, fan_in_normal, param, weight_param
 from model.blocks.lora import LoRA, LowRank
 from model.kernels import backend, order
+from model.weights import Quantized, Weight, dense, is_quantized, matmul
 
 Axes = tuple[str | None, ...]
 # of maps by name: the outputs' shape, the logical names of its axes, and the map's role
@@ -32,7 +33,7 @@ INPUTS, OUTPUTS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
 class LinearMap(NamedTuple):
     """y = x W with what the rows' adapters add, for any einsum of x and W."""
 
-    weight: jax.Array  # [*inputs, *outputs]
+    weight: Weight  # [*inputs, *outputs]
     inputs: int  # how many of its axes are inputs
     adapter: LowRank | None = None
 
@@ -41,8 +42,11 @@ class LinearMap(NamedTuple):
         if self.adapter is None and backend.for_cpu():
             y_BTO = self.flat(x.reshape(*x.shape[:2], math.prod(x.shape[2:])))
             return y_BTO.reshape(*x.shape[:2], *self.weight.shape[self.inputs :])
+        return self.einsum(self._spec(), x)
+
+    def _spec(self) -> str:
         ins, outs = INPUTS[: self.inputs], OUTPUTS[: self.weight.ndim - self.inputs]
-        return self.einsum(f"BT{ins},{ins}{outs}->BT{outs}", x)
+        return f"BT{ins},{ins}{outs}->BT{outs}"
 
     def flat(self, x_BTI: jax.Array) -> jax.Array:
         """The same from and to one axis, [B, T, O]. XLA for TPUs puts tokens last in arrays whose last axis fills no
@@ -51,6 +55,8 @@ class LinearMap(NamedTuple):
         outputs = math.prod(self.weight.shape[self.inputs :])
         if self.adapter is not None:
             return self(x_BTI.reshape(B, T, *ins)).reshape(B, T, outputs)
+        if isinstance(self.weight, Quantized):
+            return self.einsum(self._spec(), x_BTI.reshape(B, T, *ins)).reshape(B, T, outputs)
         weight_IO = self.weight.reshape(I, outputs)
         if not backend.for_cpu():
             return x_BTI @ weight_IO
@@ -60,7 +66,7 @@ class LinearMap(NamedTuple):
 
     def of(self, function: Callable, x: Any) -> jax.Array:
         """The map of `function(x)`, neither of which the backward pass finds kept, but x; see `order.recompute`."""
-        if self.adapter is None and backend.for_cpu():
+        if self.adapter is None and backend.for_cpu() and not is_quantized(self.weight):
             product = lambda x, weight: LinearMap(weight, self.inputs)(function(x))
             return order.recompute(product)(x, self.weight)
         return self(order.recompute(function)(x))
@@ -68,7 +74,7 @@ class LinearMap(NamedTuple):
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
         """`spec` is of x, whose first letter is the row, and of the weight; "R" is the adapters' rank."""
         if self.adapter is None:
-            return jnp.einsum(spec, x, self.weight)
+            return matmul(x, self.weight, spec)
         (of_x, of_w), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
         ins, outs, (a, b, gain) = of_w[: self.inputs], of_w[self.inputs :], self.adapter
         row = of_x[0] if a.ndim > self.inputs + 1 else ""
@@ -76,7 +82,7 @@ class LinearMap(NamedTuple):
         if gain is not None and not gained:
             x = jnp.einsum(f"{of_x},{row}{outs}->{of_x}", x, gain)
         low_rank = f"{of_x},{row}{ins}R,{row}R{outs}->{of_y}"
-        y = jnp.einsum(spec, x, self.weight) + jnp.einsum(low_rank, x, a, b)
+        y = matmul(x, self.weight, spec) + jnp.einsum(low_rank, x, a, b)
         if gain is not None and gained:
             y = jnp.einsum(f"{of_y},{row}{outs}->{of_y}", y, gain)
         return y
@@ -87,7 +93,9 @@ class LinearMap(NamedTuple):
         if adapter is not None:
             gain = None if adapter.gain is None else adapter.gain[..., of_last]
             adapter = LowRank(adapter.a, adapter.b[..., of_last], gain)
-        return LinearMap(self.weight[..., of_last], self.inputs, adapter)
+        weight = self.weight
+        part = weight.of_outputs(of_last) if isinstance(weight, Quantized) else weight[..., of_last]
+        return LinearMap(part, self.inputs, adapter)
 
 
 def linear(
@@ -132,7 +140,10 @@ def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
     # the weights are copied side by side, which must not cost more than the product gains
     if not backend.for_cpu() or B * T < D or any(each.adapter is not None for each in maps.values()):
         return {name: each(x) for name, each in maps.items()}
-    weight = jnp.concatenate([each.weight.reshape(D, -1) for each in maps.values()], axis=1)
+    weights = [each.weight.reshape(D, -1) for each in maps.values() if not isinstance(each.weight, Quantized)]
+    if len(weights) < len(maps):
+        return {name: each(x) for name, each in maps.items()}
+    weight = jnp.concatenate(weights, axis=1)
     ends = list(itertools.accumulate(math.prod(each.weight.shape[1:]) for each in maps.values()))
     parts = jnp.split(LinearMap(weight, 1)(x), ends[:-1], axis=-1)
     return {
@@ -174,7 +185,7 @@ def linear_map(
     """
     ctx: Context = module.ctx
     init = init or fan_in_normal(math.prod(in_shape))
-    weight = param(module, ctx, name, (*in_shape, *out_shape), axes, init, len(in_shape), role)
+    weight = weight_param(module, ctx, name, (*in_shape, *out_shape), axes, init, len(in_shape), role)
     if len(in_shape) > 1:
         # or XLA for TPUs, of a run's stacked weights, gathers [1, *in_shape, *out_shape] and copies it to drop the 1
         weight = jax.lax.optimization_barrier(weight)
@@ -197,7 +208,7 @@ def bias_of(module: Any, name: str, shape: tuple[int, ...], axes: Axes) -> jax.A
 
 
 def adapters_of(
-    module: Any, name: str, weight: jax.Array, inputs: int, axes: Axes, experts: int = 0
+    module: Any, name: str, weight: Weight, inputs: int, axes: Axes, experts: int = 0
 ) -> tuple[jax.Array, jax.Array, jax.Array | None] | None:
     """Declares the adapters of a linear map, if it has any.
 
@@ -227,12 +238,13 @@ def adapters_of(
     b = declare("b", (spec.rank, *outs), (None, *out_axes), nn.initializers.zeros, 1)
     if not spec.decomposed:
         return a, b, None
-    lengths = jnp.expand_dims(column_lengths(weight, inputs, experts), experts)
+    wide = dense(weight, jnp.float32)
+    lengths = jnp.expand_dims(column_lengths(wide, inputs, experts), experts)
     start = lambda key, shape, dtype: jnp.broadcast_to(lengths, shape).astype(dtype)
     gains = functools.partial(lora.gains, scale=spec.scale)
     for _ in range(experts):
         gains = jax.vmap(gains)
-    gain = gains(declare("magnitude", outs, out_axes, start), weight, a, b)
+    gain = gains(declare("magnitude", outs, out_axes, start), wide, a, b)
     return a, b, gain.astype(ctx.dtype)
 
 

@@ -25,6 +25,7 @@ class ParamBox(nn.meta.AxisMetadata):
     role: str = flax.struct.field(pytree_node=False, default="")
     decays: bool = flax.struct.field(pytree_node=False, default=False)
     order: int = flax.struct.field(pytree_node=False, default=0)  # see `made_before`
+    is_weight: bool = flax.struct.field(pytree_node=False, default=False)  # may be quantized
 
     def unbox(self) -> Any:
         return self.value

@@ -23,11 +23,12 @@ from model.blocks.attention import (
     read_pages,
     write_pages,
 )
-from model.blocks.common import Context, TokenInfo, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, fan_in_normal, weight_param
 from model.blocks.linear import linear
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.patches import Patches, by_patch
 from model.blocks.recurrence import Walk
+from model.weights import matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,8 @@ class PatchPoolModule(nn.Module):
             return y_BPND.reshape(B, P, W)
         axes, init = (None, "embed", None), fan_in_normal(N * D)
         role = "a patch's vectors to the latent transformer"
-        w_NDW = param(self, self.ctx, "latent", (N, D, W), axes, init, 2, role)
-        return jnp.einsum("BPND,NDW->BPW", y_BPND, w_NDW)
+        w_NDW = weight_param(self, self.ctx, "latent", (N, D, W), axes, init, 2, role)
+        return matmul(y_BPND, w_NDW, "BPND,NDW->BPW")
 
 
 def _pool(h_BTD: jax.Array, patches: Patches, walk: Walk) -> tuple[jax.Array, jax.Array]:

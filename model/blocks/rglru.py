@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, bias_param, fan_in_normal, param
+from model.blocks.common import Context, TokenInfo, bias_param, fan_in_normal, param, weight_param
 from model.blocks.linear import linear, linear_out
 from model.blocks.recurrence import (
     OUTPUT_GATE,
@@ -26,6 +26,7 @@ from model.blocks.recurrence import (
 )
 from model.kernels.linear_scan import linear_scan
 from model.sharding import constrain
+from model.weights import matmul
 
 SHARPNESS = 8.0  # "c" of the paper: log decay = -c * gate * softplus(a)
 HEADS = ("heads", "head_dim")
@@ -100,9 +101,9 @@ class RGLRUModule(nn.Module):
     def _gate(self, name: str, x_BTHC: jax.Array, role: str) -> jax.Array:
         H, C = x_BTHC.shape[2:]
         declared = (H, C, C), ("heads", None, "head_dim"), fan_in_normal(C)
-        w_HCC = param(self, self.ctx, name, *declared, inputs=(1,), role=role)
+        w_HCC = weight_param(self, self.ctx, name, *declared, inputs=(1,), role=role)
         bias_HC = bias_param(self, self.ctx, f"{name}_bias", (H, C), HEADS)
-        return jax.nn.sigmoid((jnp.einsum("BTHI,HIC->BTHC", x_BTHC, w_HCC) + bias_HC).astype(jnp.float32))
+        return jax.nn.sigmoid((matmul(x_BTHC, w_HCC, "BTHI,HIC->BTHC") + bias_HC).astype(jnp.float32))
 
 
 def _between_decays(low: float, high: float):

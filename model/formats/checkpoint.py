@@ -4,12 +4,14 @@ A checkpoint is an Orbax folder, written under a temporary name and renamed when
 
     params/  optimizer/            arrays (the optimizer only in a training run)
     train/state.json               step, data position, rng
-    meta/model.json                the model's config; its presence marks the folder as a Crucible checkpoint
+    meta/model.json                the model's config, and which weights are quantized; its presence marks the folder as
+                                   a Crucible checkpoint
     tokenizer/                     the tokenizer's files and the chat template
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from orbax.checkpoint import v1 as ocp
 
@@ -28,6 +31,8 @@ from configs.files import replacing
 from model.config import ModelConfig
 from model.formats.lazy import Sliced, Stacked
 from model.function import Params, param_shapes
+from model.kernels.quantized_matmul.formats import FORMATS
+from model.weights import Quantized, is_quantized, shardings_like
 
 FORMAT_VERSION = 1
 
@@ -71,9 +76,10 @@ class Checkpoints:
     def restore(self, step: int, params: Params, optimizer: Any) -> tuple[Params, Any, dict]:
         """(params, optimizer, train) at `step`; the given trees of ShapeDtypeStructs say shapes and shardings."""
         train = _Folder({})
-        wanted = {"params": params, "optimizer": optimizer, "train": train}
+        wanted = {"params": _to_plain(params), "optimizer": optimizer, "train": train}
         items = self._checkpointer.load_checkpointables(step, wanted)
-        return items["params"], items["optimizer"], json.loads(train.files["state.json"])
+        found = _from_plain(items["params"], params)
+        return found, items["optimizer"], json.loads(train.files["state.json"])
 
     def kept_beside(self, step: int) -> set[str]:
         """What was saved as "optimizer" at `step`, by name."""
@@ -100,10 +106,12 @@ def save_native_lazily(path: str | Path, cfg: ModelConfig, params: Params, token
 
     Orbax, which wants all at once, writes a checkpoint of small arrays; these are then given their shape and content.
     """
-    small = jax.tree.map(lambda leaf: np.zeros((1,) * len(leaf.shape), leaf.dtype), params)
+    small = jax.tree.map(lambda leaf: np.zeros((1,) * len(leaf.shape), leaf.dtype), _to_plain(params))
+    items = _model_items(cfg, params, tokenizer) | {"params": small}
     with replacing(Path(path).absolute(), own="meta/model.json") as new:
-        save_native(new, cfg, small, tokenizer)
-        jax.tree_util.tree_map_with_path(lambda keys, leaf: _write_parts(_stored_at(new, keys), leaf), params)
+        ocp.save_checkpointables(str(new), items, overwrite=True)
+        write = lambda keys, leaf: _write_parts(_stored_at(new, keys), leaf)
+        jax.tree_util.tree_map_with_path(write, _to_plain(params))
 
 
 def _write_parts(kvstore: dict, array: Any) -> None:
@@ -125,7 +133,21 @@ def _write_parts(kvstore: dict, array: Any) -> None:
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    return ModelConfig.from_dict(json.loads((Path(path) / "meta" / "model.json").read_text())["model"])
+    return ModelConfig.from_dict(_meta(path)["model"])
+
+
+def stored_shapes(path: str | Path) -> Params:
+    """The parameters of a checkpoint as ShapeDtypeStructs, quantized ones as they are stored."""
+    flat: dict[Any, Any] = dict(flatten_dict(param_shapes(load_config(path)), sep="/"))
+    for name, saved in _meta(path).get("quantized", {}).items():
+        values: Any = jax.ShapeDtypeStruct(flat[name].shape, FORMATS[saved["kind"]].dtype)
+        scales: Any = jax.ShapeDtypeStruct(tuple(saved["scales"]), jnp.float32)
+        flat[name] = Quantized(values, scales, saved["kind"], tuple(saved["inputs"]))
+    return unflatten_dict(flat, sep="/")
+
+
+def _meta(path: str | Path) -> dict[str, Any]:
+    return json.loads((Path(path) / "meta" / "model.json").read_text())
 
 
 def load_native(
@@ -136,23 +158,30 @@ def load_native(
     Args:
       path: the checkpoint's own folder.
       shardings: one `Sharding` for all, or a tree of them like the parameters; default: the first device.
-      dtype: cast parameters to this while reading.
+      dtype: cast parameters to this while reading; quantized weights stay as they are.
     """
-    cfg = load_config(path)
-    shapes = param_shapes(cfg)
+    cfg, shapes = load_config(path), stored_shapes(path)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _, s=shardings: s, shapes)
-    abstract = jax.tree.map(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, dtype or s.dtype, sharding=sh), shapes, shardings
-    )
-    return cfg, ocp.load_checkpointables(str(Path(path).absolute()), {"params": abstract})["params"]
+    shaped = lambda leaf, dtype, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    def wanted(leaf: Any, sharding: Any) -> Any:
+        if not is_quantized(leaf):
+            return shaped(leaf, dtype or leaf.dtype, sharding)
+        return jax.tree.map(lambda part, sharding: shaped(part, part.dtype, sharding), leaf, sharding)
+
+    shardings = shardings_like(shapes, shardings)
+    abstract = jax.tree.map(wanted, shapes, shardings, is_leaf=is_quantized)
+    items = ocp.load_checkpointables(str(Path(path).absolute()), {"params": _to_plain(abstract)})
+    return cfg, _from_plain(items["params"], abstract)
 
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
     """As `load_native`, but parameters are read when they are used, and of stacked layers one at a time."""
-    cfg = load_config(path)
+    shapes = stored_shapes(path)
+    plain = {key for key, leaf in flatten_dict(shapes).items() if not is_quantized(leaf)}
 
     def stored(keys, leaf) -> Sliced:
         kvstore = _stored_at(Path(path).absolute(), keys)
@@ -163,9 +192,11 @@ def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig
             )
         stored_dtype = np.dtype(array.dtype.numpy_dtype)
         read = lambda index: array[index].read().result()
-        return Sliced(leaf.shape, np.dtype(jnp.dtype(dtype)) if dtype else stored_dtype, read)
+        casts = dtype and tuple(key.key for key in keys) in plain
+        return Sliced(leaf.shape, np.dtype(jnp.dtype(dtype)) if casts else stored_dtype, read)
 
-    return cfg, jax.tree_util.tree_map_with_path(stored, param_shapes(cfg))
+    found = jax.tree_util.tree_map_with_path(stored, _to_plain(shapes))
+    return load_config(path), _from_plain(found, shapes)
 
 
 def _stored_at(path: Path, keys: Any) -> dict:
@@ -182,11 +213,30 @@ def stored_arrays(path: str | Path) -> list[tuple[str, int]]:
 
 def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str, Any]:
     meta = {"format": "crucible", "version": FORMAT_VERSION, "model": cfg.to_dict()}
+    quantized = {
+        name: {"kind": leaf.kind, "inputs": leaf.inputs, "scales": leaf.scales.shape}
+        for name, leaf in flatten_dict(params, sep="/").items()
+        if isinstance(leaf, Quantized)
+    }
+    if quantized:
+        meta["quantized"] = quantized
     return {
-        "params": params,
+        "params": _to_plain(params),
         "meta": _Folder({"model.json": json.dumps(meta, indent=1).encode()}),
         "tokenizer": _Folder(tokenizer),
     }
+
+
+def _to_plain(params: Params) -> Params:
+    """Dicts and arrays alone, which Orbax stores under their own names."""
+    split = lambda leaf: {"values": leaf.values, "scales": leaf.scales} if is_quantized(leaf) else leaf
+    return jax.tree.map(split, params, is_leaf=is_quantized)
+
+
+def _from_plain(plain: Params, like: Params) -> Params:
+    """The inverse of `_to_plain`, for the tree that `like` is."""
+    join = lambda leaf, part: dataclasses.replace(leaf, **part) if is_quantized(leaf) else part
+    return jax.tree.map(join, like, plain, is_leaf=is_quantized)
 
 
 class _Folder:

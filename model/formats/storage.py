@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Sharding
 
 from configs.paths import ModelPath, resolve_model
@@ -15,6 +16,7 @@ from model.formats.lazy import LAZY, place
 from model.function import Params
 from model.kernels.backend import Kernels
 from model.layout import relayout
+from model.weights import is_quantized, shardings_like
 
 Format = Literal["native", "huggingface", "gguf"]
 
@@ -68,6 +70,12 @@ def save(
     Raises:
       ValueError: a format that can't hold this model.
     """
+    quantized = [name for name, leaf in flatten_dict(params, sep="/").items() if is_quantized(leaf)]
+    if quantized and format != "native":
+        raise ValueError(
+            f"format={format!r} has no place for quantized weights such as {quantized[0]}: widen them first "
+            '(model.dequantize), or save with format="native".'
+        )
     if format == "native":
         lazy = any(isinstance(leaf, LAZY) for leaf in jax.tree.leaves(params))
         write = checkpoint.save_native_lazily if lazy else checkpoint.save_native
@@ -110,7 +118,7 @@ def _place(params: Params, shardings: Any) -> Params:
     if isinstance(shardings, Sharding):
         wanted = [shardings] * len(leaves)
     else:
-        wanted = tree.flatten_up_to(shardings)
+        wanted = jax.tree.leaves(shardings_like(jax.tree.unflatten(tree, leaves), shardings))
     for i, sharding in enumerate(wanted):
         leaves[i] = jax.block_until_ready(place(leaves[i], sharding))
     return jax.tree.unflatten(tree, leaves)

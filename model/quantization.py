@@ -1,0 +1,114 @@
+"""Quantize the linear maps of a model after training, and widen them again."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from model.blocks.linear import within_block
+from model.config import ModelConfig
+from model.function import Params
+from model.kernels.quantized_matmul import formats
+from model.kernels.quantized_matmul.formats import FORMATS, Kind
+from model.parameters import ParamInfo, param_info
+from model.weights import Quantized, is_quantized
+
+Path = tuple[str, ...]
+
+
+def quantize(
+    cfg: ModelConfig,
+    params: Params,
+    kind: Kind,
+    block: int | Literal["all"] | None = None,
+    targets: tuple[str, ...] = ("*",),
+) -> Params:
+    """Rounds linear maps to few bits, each block of inputs of an output by its own scale; `apply` takes the result.
+
+    Args:
+      kind: "int8", "fp8", "int4", "mxfp4" or "nf4".
+      block: inputs that share a scale; None: the format's; "all": one scale an output, as the grouped kernel for
+        experts wants it.
+      targets: a map's name ("q") or its path within the block ("mixer/q"), with `*` and `?` for any. Routers and
+        embeddings, a tied head among them, stay as they are.
+
+    Raises:
+      ValueError: a kind that is unknown, a target that is no linear map or is quantized already, or a block that does
+        not fit one; names it.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"kind={kind!r} is no format of weights. Use one of {', '.join(FORMATS)}.")
+    flat = cast(dict[Path, Any], flatten_dict(params))
+    infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))
+    for path in dict.fromkeys(path for target in targets for path in _matches(infos, target)):
+        flat[path] = _quantized(path, flat[path], infos[path], kind, block)
+    return cast(Params, unflatten_dict(flat))
+
+
+def dequantize(params: Params, dtype: Any = jnp.float32) -> Params:
+    """The tree with an array in place of each quantized weight; other arrays stay as they are."""
+    widen = lambda leaf: leaf.dense(dtype) if is_quantized(leaf) else leaf
+    return jax.tree.map(widen, params, is_leaf=is_quantized)
+
+
+def scale_blocks(sizes: tuple[int, ...], block: int) -> tuple[int, ...] | None:
+    """How many blocks there are along each axis of inputs, the last axis filled first; None: the block does not fit."""
+    counts = []
+    for size in reversed(sizes):
+        part = math.gcd(block, size)
+        if part not in (block, size):
+            return None
+        counts.append(size // part)
+        block //= part
+    return tuple(reversed(counts)) if block == 1 else None
+
+
+def _matches(infos: dict[Path, ParamInfo], target: str) -> Iterator[Path]:
+    """The weights that a target names."""
+    named = [path for path in infos if any(fnmatch.fnmatchcase(name, target) for name in _names(path))]
+    weights = [path for path in named if infos[path].is_weight]
+    if not weights:
+        known = sorted({path[-1] for path, info in infos.items() if info.is_weight})
+        found = (
+            f"{'/'.join(named[0])} is no weight that can be quantized"
+            if named
+            else "no parameter is named so"
+        )
+        raise ValueError(f"targets: {target!r}: {found}. Those that can are named {', '.join(known)}.")
+    yield from weights
+
+
+def _names(path: Path) -> tuple[str, str]:
+    return path[-1], "/".join(within_block(path))
+
+
+def _quantized(
+    path: Path, array: Any, info: ParamInfo, kind: Kind, block: int | Literal["all"] | None
+) -> Quantized:
+    name = "/".join(path)
+    if is_quantized(array):
+        raise ValueError(f"{name} is quantized already, as {array.kind}.")
+    sizes = tuple(info.shape[i] for i in info.input_axes)
+    inputs = math.prod(sizes)
+    block = inputs if block == "all" else block or FORMATS[kind].block
+    counts = scale_blocks(sizes, block)
+    if counts is None:
+        fitting = [n for n in range(1, inputs + 1) if scale_blocks(sizes, n)]
+        raise ValueError(
+            f"{name}: blocks of {block} do not fit its inputs ({' x '.join(map(str, sizes))}). Use one of "
+            f"{', '.join(map(str, fitting))}, or leave it out of the targets."
+        )
+    places = list(info.input_axes)
+    order = places + [i for i in range(len(info.shape)) if i not in places]
+    back = [order.index(i) for i in range(len(order))]
+    array = jnp.asarray(array).transpose(order)
+    rounded = formats.quantize(array.reshape(inputs, -1), kind, block)
+    values = rounded.values_IO.reshape(array.shape).transpose(back)
+    scales = rounded.scales_NO.reshape(*counts, *array.shape[len(places) :]).transpose(back)
+    return Quantized(values, scales, kind, tuple(i - len(order) for i in places))

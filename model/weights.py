@@ -1,0 +1,180 @@
+"""The weight of a linear map: an array, or an array of few bits with scales, and the one product of both kinds.
+
+A quantized weight lies among the parameters in place of the array that it stands for, with that array's shape and axes.
+It is frozen: products have a gradient for what is multiplied, none for the weight. LLM.int8(), Dettmers et al. 2022,
+arXiv:2208.07339; QLoRA (NF4), Dettmers et al. 2023, arXiv:2305.14314; MXFP4, OCP Microscaling Formats 1.0, 2023.
+"""
+
+# I inputs, O outputs, M rows, E experts
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from model.kernels import mesh
+from model.kernels.grouped_matmul import grouped_matmul
+from model.kernels.grouped_matmul.quantized import quantized_grouped_matmul
+from model.kernels.grouped_matmul.sharded import Split, grouped_on_mesh
+from model.kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
+from model.kernels.quantized_matmul.formats import Kind, widen
+
+BITS = {"int8": 8, "fp8": 8, "int4": 4, "mxfp4": 4, "nf4": 4}
+
+
+@flax.struct.dataclass
+class Quantized:
+    """Values of few bits, and a scale for each block of inputs of an output.
+
+    Along an axis of inputs there are as many scales as there are blocks, along other axes as many as values; blocks run
+    along the last axis of inputs first. So layers and experts can be taken apart, and a mesh splits both alike.
+    """
+
+    values: jax.Array  # of the parameter's shape, in the format's dtype
+    scales: jax.Array  # float32
+    kind: Kind = flax.struct.field(pytree_node=False)
+    inputs: tuple[int, ...] = flax.struct.field(
+        pytree_node=False
+    )  # places of its inputs, counted from the last axis
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def size(self) -> int:
+        return self.values.size
+
+    @property
+    def block(self) -> int:
+        """Inputs that share a scale."""
+        return math.prod(self.shape[i] // self.scales.shape[i] for i in self.inputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its values, packed, and its scales."""
+        return self.values.size * BITS[self.kind] // 8 + self.scales.size * 4
+
+    def dense(self, dtype: Any) -> jax.Array:
+        """The array that it stands for."""
+        grid = [(n, size // n) for n, size in zip(self.scales.shape, self.shape, strict=True)]
+        values = widen(self.values, self.kind).reshape([part for pair in grid for part in pair])
+        scales = jax.lax.stop_gradient(self.scales).reshape([part for n, _ in grid for part in (n, 1)])
+        return (values * scales).reshape(self.shape).astype(dtype)
+
+    def matrix(self) -> QuantizedMatrix:
+        """[I, O] with its inputs and its other axes folded into one each."""
+        places = [i % self.ndim for i in self.inputs]
+        order = places + [i for i in range(self.ndim) if i not in places]
+        inputs = math.prod(self.shape[i] for i in places)
+        blocks = math.prod(self.scales.shape[i] for i in places)
+        values_IO = self.values.transpose(order).reshape(inputs, -1)
+        scales = jax.lax.stop_gradient(self.scales)
+        return QuantizedMatrix(values_IO, scales.transpose(order).reshape(blocks, -1), self.kind)
+
+    def of_outputs(self, last: slice) -> Quantized:
+        """Some of its last axis, which is no input."""
+        return dataclasses.replace(self, values=self.values[..., last], scales=self.scales[..., last])
+
+
+Weight = jax.Array | Quantized
+
+
+def dense(weight: Weight, dtype: Any) -> jax.Array:
+    """The weight as an array."""
+    return weight.dense(dtype) if isinstance(weight, Quantized) else jnp.asarray(weight, dtype)
+
+
+def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Array:
+    """`jnp.einsum(spec, x, weight)`, in `dtype` or that of `x`, added up in float32 where the weight is quantized.
+
+    The quantized kernel multiplies rows by a weight's inputs. What `spec` makes of it otherwise, and where a mesh is
+    set, is the plain product with the widened array, which the compiler fuses as it can.
+    """
+    if not isinstance(weight, Quantized):
+        return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
+    x = x if dtype is None else x.astype(dtype)
+    (of_x, of_w), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
+    inputs = "".join(of_w[i] for i in weight.inputs)
+    outputs = "".join(letter for letter in of_w if letter not in inputs)
+    is_map = (
+        set(inputs) <= set(of_x) - set(of_y) and not set(outputs) & set(of_x) and set(outputs) <= set(of_y)
+    )
+    if not is_map or mesh.mesh_axes():
+        return jnp.einsum(spec, x, weight.dense(x.dtype), preferred_element_type=dtype)
+    sizes = dict(zip(of_x + of_w, x.shape + weight.shape))
+    rows = "".join(letter for letter in of_x if letter not in inputs)
+    x_MI = jnp.einsum(f"{of_x}->{rows}{inputs}", x).reshape(-1, math.prod(sizes[i] for i in inputs))
+    y_MO = quantized_matmul(x_MI, weight.matrix())
+    y = y_MO.reshape([sizes[letter] for letter in rows + outputs])
+    return jnp.einsum(f"{rows}{outputs}->{of_y}", y)
+
+
+def grouped_product(
+    split: Split, x_MI: jax.Array, weight: Weight, sizes_E: jax.Array, names: tuple[str | None, str | None]
+) -> jax.Array:
+    """`grouped_on_mesh` of a weight [E, I, O]. The grouped kernel reads 8 bits with one scale an output as they are,
+    on one device; other quantized weights are widened first."""
+    if not isinstance(weight, Quantized):
+        return grouped_on_mesh(split, x_MI, weight, sizes_E, names)
+    if not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
+        return _grouped(x_MI, weight.values, jax.lax.stop_gradient(weight.scales[:, 0]), sizes_E)
+    return grouped_on_mesh(split, x_MI, weight.dense(x_MI.dtype), sizes_E, names)
+
+
+@jax.custom_vjp
+def _grouped(x_MI: jax.Array, w_EIO: jax.Array, scales_EO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return quantized_grouped_matmul(x_MI, w_EIO, scales_EO, sizes_E)
+
+
+def _grouped_forward(x_MI, w_EIO, scales_EO, sizes_E):
+    return _grouped(x_MI, w_EIO, scales_EO, sizes_E), (w_EIO, scales_EO, sizes_E)
+
+
+def _grouped_backward(saved, d_MO):
+    w_EIO, scales_EO, sizes_E = saved
+    wide_EIO = (w_EIO.astype(jnp.float32) * scales_EO[:, None]).astype(d_MO.dtype)
+    d_MI = grouped_matmul(d_MO, wide_EIO, sizes_E, transposed=True)
+    none = np.zeros(w_EIO.shape, jax.dtypes.float0) if w_EIO.dtype == jnp.int8 else jnp.zeros_like(w_EIO)
+    return d_MI, none, jnp.zeros_like(scales_EO), np.zeros(sizes_E.shape, jax.dtypes.float0)
+
+
+_grouped.defvjp(_grouped_forward, _grouped_backward)
+
+
+def scale_axes(names: tuple[Any, ...], weight: Quantized) -> tuple[Any, ...]:
+    """Axes of the scales, logical ones or those of a mesh: the weight's own, but none where one scale is for a whole
+    axis."""
+    return tuple(None if n == 1 else name for name, n in zip(names, weight.scales.shape, strict=True))
+
+
+def shardings_like(params: Any, shardings: Any) -> Any:
+    """A tree of shardings like that of dense parameters, for parameters some of which are quantized: scales are split
+    as their weight is."""
+
+    def of_leaf(leaf: Any, sharding: Any) -> Any:
+        if not is_quantized(leaf) or is_quantized(sharding):
+            return sharding
+        scales = sharding
+        if isinstance(sharding, NamedSharding):
+            spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
+            scales = NamedSharding(sharding.mesh, PartitionSpec(*scale_axes(spec, leaf)))
+        return dataclasses.replace(leaf, values=sharding, scales=scales)
+
+    return jax.tree.map(of_leaf, params, shardings, is_leaf=is_quantized)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf of parameters is quantized; as `is_leaf` it keeps `jax.tree.map` out of it."""
+    return isinstance(leaf, Quantized)
