@@ -189,7 +189,7 @@ class AttentionModule(nn.Module):
         if not spec.clip_first:
             x_BTHC = self._clip(x_BTHC)
         if spec.rope is not None:
-            x_BTHC = spec.rope(x_BTHC, info.positions, info.segment_ids)
+            x_BTHC = spec.rope(x_BTHC, info.rotary_positions, info.segment_ids)
         return x_BTHC if spec.qk_norm_first else self._qk_norm(name, x_BTHC, axis)
 
     def _clip(self, x: jax.Array) -> jax.Array:

@@ -81,7 +81,9 @@ class DifferentialAttentionModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
         projected = project_heads(self, x_BTD, QUERIES | KEYS_VALUES)
-        q_BTHC, k_BTKC = (spec.rope(projected[name], info.positions, info.segment_ids) for name in "qk")
+        q_BTHC, k_BTKC = (
+            spec.rope(projected[name], info.rotary_positions, info.segment_ids) for name in "qk"
+        )
         v_BTKC = projected["v"]
         if cache is None:
             v_BTKE = _shared_values(v_BTKC)

@@ -86,7 +86,7 @@ class LatentAttentionModule(nn.Module):
         spec = self.spec
         q_BTHC = self._queries(x_BTD)
         q_BTHN, q_BTHR = q_BTHC[..., : spec.nope_dim], q_BTHC[..., spec.nope_dim :]
-        q_BTHR = spec.rope(q_BTHR, info.positions, info.segment_ids)
+        q_BTHR = spec.rope(q_BTHR, info.rotary_positions, info.segment_ids)
         latent_BTL, k_BTR = self._latent(x_BTD, info)
         heads = (spec.num_heads, spec.nope_dim + spec.v_dim)
         role = "the latent to each head's key and value"
@@ -118,7 +118,7 @@ class LatentAttentionModule(nn.Module):
         both = self._linear("kv_a", x_BTD, spec.kv_rank + spec.rope_dim, role)
         norm = spec.norm.module(self.ctx, "kv_a_norm", role="the cached latent")
         latent_BTL = norm(both[..., : spec.kv_rank])
-        k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.positions, info.segment_ids)
+        k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.rotary_positions, info.segment_ids)
         return latent_BTL, k_BT1R[:, :, 0]
 
     def _attend(self, q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b: LinearMap, info: TokenInfo) -> jax.Array:

@@ -1,16 +1,18 @@
 """How a model knows the order of its tokens: rotary embedding and its context scalings, biases, learned, sinusoidal.
 
-Rotary: Su et al. 2021, arXiv:2104.09864. ALiBi: Press et al. 2021, arXiv:2108.12409. Sinusoidal: Vaswani et al. 2017,
-arXiv:1706.03762.
+Rotary: Su et al. 2021, arXiv:2104.09864; of several axes (M-RoPE): Wang et al. 2024, arXiv:2409.12191. ALiBi: Press et
+al. 2021, arXiv:2108.12409. Sinusoidal: Vaswani et al. 2017, arXiv:1706.03762.
 """
 
-# B batch, T tokens, D model width, H heads, C head width, R rotated channels of a head, F = R // 2 frequencies
+# B batch, T tokens, A axes of a position, D model width, H heads, C head width
+# R rotated channels of a head, F = R // 2 frequencies
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -131,6 +133,14 @@ class Rope:
     turning: float = (
         1.0  # p-RoPE (arXiv:2410.06205): of the frequencies, highest first; the others stand still
     )
+    # M-RoPE: how many frequencies turn by each axis of a position (time, height, width); None: positions have one axis
+    sections: tuple[int, ...] | None = None
+    # axes take turns, one frequency each, until the later axes have theirs (Qwen3-VL); False: one axis after the other
+    sections_interleaved: bool = False
+
+    def __post_init__(self):
+        if self.sections is not None and (not self.sections or min(self.sections) < 0):
+            raise ValueError(f"sections={self.sections}: give how many frequencies each axis has.")
 
     def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
         """[R // 2] float32 radians a token; `long`: those of LongRoPE's longer rows."""
@@ -148,17 +158,18 @@ class Rope:
         return int(head_dim * self.fraction)
 
     def __call__(
-        self, x_BTHC: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None
+        self, x_BTHC: jax.Array, positions: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> jax.Array:
         """Rotate `x` by its positions; angles in float32, result in the dtype of `x`.
 
         Args:
+          positions: int32 [B, T], or [B, T, A] where `sections` has A numbers.
           segment_ids_BT: where documents end, which LongRoPE asks for; None: each row is one.
         """
         C = x_BTHC.shape[-1]
         R = self.rotated(C)
-        frequencies = self._frequencies(C, positions_BT, segment_ids_BT)
-        angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+        frequencies = self._frequencies(C, positions, segment_ids_BT)
+        angles_BT1F = self._by_frequency(positions, R // 2)[:, :, None].astype(jnp.float32) * frequencies
         magnitude = getattr(self.scaling, "magnitude", 1.0)
         cos, sin = _cos_and_sin(angles_BT1F, magnitude)
         if backend.current().name == "tpu":
@@ -172,6 +183,29 @@ class Rope:
             turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         turned = turned.astype(x_BTHC.dtype)
         return turned if R == C else jnp.concatenate([turned, x_BTHC[..., R:]], axis=-1)
+
+    def axis_of_frequency(self, count: int) -> np.ndarray:
+        """[F] int: the axis of the position by which each of `count` frequencies turns."""
+        sections = cast(tuple[int, ...], self.sections)
+        if sum(sections) != count:
+            raise ValueError(f"sections={sections} are {sum(sections)} frequencies, and a head has {count}.")
+        if not self.sections_interleaved:
+            return np.repeat(np.arange(len(sections)), sections)
+        axis_F = np.zeros(count, int)
+        for axis, size in enumerate(sections[1:], 1):
+            axis_F[axis : size * len(sections) : len(sections)] = axis
+        return axis_F
+
+    def _by_frequency(self, positions: jax.Array, count: int) -> jax.Array:
+        """[B, T, F] ([B, T, 1] of one axis): the positions that each frequency turns by."""
+        if positions.ndim == 2:
+            return positions[..., None]
+        if self.sections is None or positions.shape[-1] != len(self.sections):
+            raise ValueError(
+                f"positions have {positions.shape[-1]} axes and the rotary embedding has sections={self.sections}. "
+                "Give positions [batch, tokens], or a rope with a section for each axis."
+            )
+        return positions[..., self.axis_of_frequency(count)]
 
     def _of_channels(self, head_dim: int, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of pairs [..., F] to those of all channels [..., C]: where nothing is rotated, 1 and 0."""
@@ -188,10 +222,11 @@ class Rope:
         return partners_CC
 
     def _frequencies(
-        self, head_dim: int, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+        self, head_dim: int, positions: jax.Array, segment_ids_BT: jax.Array | None
     ) -> jax.Array | np.ndarray:
         if not isinstance(self.scaling, LongRopeScaling):
             return self.frequencies(head_dim)
+        positions_BT = positions if positions.ndim == 2 else positions.max(axis=-1)
         is_long_BT = _last_position(positions_BT, segment_ids_BT) >= self.scaling.original_max_length
         return jnp.where(
             is_long_BT[..., None, None], self.frequencies(head_dim, long=True), self.frequencies(head_dim)

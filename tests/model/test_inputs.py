@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from model import Inputs, Media, apply, init, init_cache, logical_axes, param_shapes
+from model import Block, Inputs, Media, apply, init, init_cache, logical_axes, param_shapes
 from model.blocks.common import fan_in_normal, param
 
 from .conftest import compiled_fast, random_params, random_tokens, tiny
@@ -156,3 +156,58 @@ def test_parameters_of_an_input_are_made_counted_and_saved_with_the_others():
     made = init(cfg, jax.random.key(0))
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, param_shapes(cfg))
     assert made["image"]["patch"].shape == (4, 4, 3, 24) and float(made["image"]["patch"].std()) > 0.05
+
+
+def test_positions_of_several_axes_turn_queries_and_keys_and_leave_the_mask_as_it_is():
+    """Axes alike are plain positions; others change what attention finds, but no token sees a later one."""
+    cfg = tiny(layers=2)
+    rope = dataclasses.replace(cfg.blocks[0].mixer.rope, sections=(1, 1, 1))
+    mixer = dataclasses.replace(cfg.blocks[0].mixer, rope=rope)
+    cfg = cfg.replace(blocks=(dataclasses.replace(cfg.blocks[0], mixer=mixer),) * 2)
+    params, tokens = random_params(cfg), random_tokens(cfg, (1, 8))
+    run = compiled_fast(lambda tokens, positions: apply(cfg, params, Inputs(tokens, positions)).logits)
+    alike = np.broadcast_to(np.arange(8)[None, :, None], (1, 8, 3)).astype(np.int32)
+    plain = apply(cfg, params, tokens).logits
+    np.testing.assert_allclose(run(tokens, alike), plain, atol=1e-5)
+    grid = alike.copy()
+    grid[0, 2:6] = [[2, 2, 2], [2, 2, 3], [2, 3, 2], [2, 3, 3]]  # an image of 2 x 2 patches
+    seen = run(tokens, grid)
+    assert np.abs(seen - plain)[:, 3:].max() > 0.05
+    later = np.array(tokens)
+    later[0, 5] = (later[0, 5] + 1) % cfg.vocab_size
+    np.testing.assert_allclose(run(later, grid)[:, :5], seen[:, :5], atol=1e-6)
+    cache = init_cache(cfg, 1, 8)
+    first = apply(cfg, params, Inputs(tokens[:, :5], grid[:, :5]), cache)
+    rest = apply(cfg, params, Inputs(tokens[:, 5:], grid[:, 5:]), first.cache)
+    np.testing.assert_allclose(jnp.concatenate([first.logits, rest.logits], 1), seen, atol=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class LookUp:
+    """A toy network that looks its result up by the token itself, as per-layer embeddings do."""
+
+    vocab_size: int = 61
+
+    def module(self, ctx, name):
+        return LookUpModule(self, ctx, name=name)
+
+    def flops_per_token(self, width):
+        return 0
+
+
+class LookUpModule(nn.Module):
+    spec: LookUp
+    ctx: object
+
+    @nn.compact
+    def __call__(self, x, info):
+        shape, axes = (self.spec.vocab_size, self.ctx.width), ("vocab", "embed")
+        table = param(self, self.ctx, "table", shape, axes, nn.initializers.normal(), role="by token")
+        return jnp.take(table, info.tokens, axis=0), {}
+
+
+def test_a_network_may_look_up_by_token():
+    cfg = tiny(layers=1).replace(blocks=(Block(None, LookUp()),), final_norm=None)
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 7))
+    table = params["embedding"] + params["block_0"]["ffn"]["table"]
+    np.testing.assert_allclose(apply(cfg, params, tokens).hidden, table[tokens], atol=1e-6)

@@ -103,3 +103,24 @@ def test_slopes_of_alibi():
     np.testing.assert_allclose(Alibi().slopes(8), 2.0 ** -np.arange(1, 9))
     np.testing.assert_allclose(Alibi().slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
     np.testing.assert_allclose(Alibi(max_bias=4, scale=0.5).slopes(2), [2**-2 / 2, 2**-4 / 2])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_positions_of_several_axes_turn_as_in_transformers(name):
+    golden = np.load(GOLDENS / "mrope.npz")
+    rope = Rope(500.0, sections=tuple(golden["sections"].tolist()), sections_interleaved=name == "qwen3_vl")
+    x, positions = golden["x"].swapaxes(1, 2), np.moveaxis(golden["positions"], 0, -1)
+    np.testing.assert_allclose(rope(x, positions), golden[name].swapaxes(1, 2), atol=5e-6)
+    alike = jnp.repeat(positions[..., :1], 3, axis=-1)
+    np.testing.assert_array_equal(rope(x, alike), rope(x, positions[..., 0]))  # of text
+    np.testing.assert_array_equal(rope(x, alike), Rope(500.0)(x, positions[..., 0]))
+
+
+def test_positions_that_do_not_fit_the_sections_are_named():
+    x = jnp.ones((1, 3, 1, 8))
+    with pytest.raises(ValueError, match="positions have 2 axes and the rotary embedding has sections=None"):
+        Rope()(x, jnp.zeros((1, 3, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"sections=\(2, 3\) are 5 frequencies, and a head has 4"):
+        Rope(sections=(2, 3))(x, jnp.zeros((1, 3, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"sections=\(\): give how many"):
+        Rope(sections=())
