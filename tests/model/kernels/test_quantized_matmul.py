@@ -11,7 +11,15 @@ import pytest
 
 from model.kernels import backend
 from model.kernels.quantized_matmul import quantized_matmul
-from model.kernels.quantized_matmul.formats import E2M1, FORMATS, dequantize, quantize, quantize_rows, widen
+from model.kernels.quantized_matmul.formats import (
+    E2M1,
+    FORMATS,
+    NF4,
+    dequantize,
+    quantize,
+    quantize_rows,
+    widen,
+)
 from model.kernels.quantized_matmul.reference import widened_whole
 
 from ..conftest import compiled_fast as jit
@@ -47,7 +55,7 @@ def test_each_block_of_inputs_is_rounded_by_its_own_scale(kind):
     found = dequantize(quantize(jnp.asarray(w), kind, 64))
     alone = [dequantize(quantize(jnp.asarray(part), kind, 64)) for part in (w[:64], w[64:])]
     np.testing.assert_array_equal(found, np.concatenate(alone))
-    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "mxfp4": 0.25, "fp8": 0.04}[kind]
+    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "mxfp4": 0.25, "nf4": 0.152, "fp8": 0.04}[kind]
     largest = np.abs(w.reshape(2, 64, 24)).max(1, keepdims=True)
     assert (np.abs(found - w).reshape(2, 64, 24) <= step * largest * 1.001).all()
     np.testing.assert_array_equal(dequantize(quantize(jnp.zeros((64, 3)), kind, 64)), 0)
@@ -95,8 +103,16 @@ def test_rows_of_fp8_are_multiplied_as_rounded():
         assert np.abs(wanted - exact).std() < 0.06 * exact.std()
 
 
+def test_levels_of_nf4_come_back_and_between_them_the_nearest():
+    levels = np.resize(np.asarray(NF4, np.float32), 64)
+    np.testing.assert_array_equal(dequantize(quantize(jnp.asarray(levels)[:, None], "nf4"))[:, 0], levels)
+    column = np.linspace(-1, 1, 64).astype(np.float32)
+    wanted = levels[np.abs(column[:, None] - levels[:16]).argmin(1)]
+    np.testing.assert_array_equal(dequantize(quantize(jnp.asarray(column)[:, None], "nf4"))[:, 0], wanted)
+
+
 def test_what_does_not_fit_is_an_error_that_says_what_does():
-    with pytest.raises(ValueError, match="Use one of int8, int4, mxfp4, fp8"):
+    with pytest.raises(ValueError, match="Use one of int8, int4, mxfp4, nf4, fp8"):
         quantize(normal(8, 8), "int3")
     with pytest.raises(ValueError, match="do not divide 100 inputs"):
         quantize(normal(100, 8), "int8")
@@ -124,6 +140,7 @@ def compiled(chip, kind, block, round_rows, M):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_kernel_compiles_for_every_chip(chip):
     compiled(chip, "mxfp4", None, False, 16)
+    compiled(chip, "nf4", None, False, 16)
     compiled(chip, "fp8", None, True, 16)
     compiled(chip, "fp8", 32, True, 16)
 
@@ -133,6 +150,13 @@ def test_the_kernel_compiles_for_every_chip(chip):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("M", [16, 8192])
 def test_all_formats_compile_for_every_chip(chip, M):
-    for kind, block in (("int8", None), ("int8", 4096), ("int4", None), ("mxfp4", None), ("fp8", None)):
+    for kind, block in (
+        ("int8", None),
+        ("int8", 4096),
+        ("int4", None),
+        ("mxfp4", None),
+        ("nf4", None),
+        ("fp8", None),
+    ):
         compiled(chip, kind, block, False, M)
     compiled(chip, "fp8", None, True, M)
