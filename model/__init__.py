@@ -20,6 +20,8 @@ from model.cache import Cache, cache_axes, init_cache, init_pages
 from model.config import Block, ModelConfig, ScalarHead, decoder
 from model.function import Output, apply, init, logical_axes, param_shapes
 from model.inputs import Inputs, Media
+from model.parameters import ParamInfo, param_info
+from model.quantization import dequantize, quantize
 from model.sharding import MESH_AXES, ShardingRules
 from model.weighted import WeightedSum
 
@@ -42,6 +44,7 @@ __all__ = [
     "ModelConfig",
     "NTKScaling",
     "Output",
+    "ParamInfo",
     "RMSNorm",
     "ReGLU",
     "Rope",
@@ -54,13 +57,16 @@ __all__ = [
     "apply",
     "cache_axes",
     "decoder",
+    "dequantize",
     "init",
     "init_cache",
     "init_pages",
     "load",
     "load_config",
     "logical_axes",
+    "param_info",
     "param_shapes",
+    "quantize",
     "save",
 ]
 
