@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend, cpu
+from model.kernels.derivatives import differentiable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,9 @@ class TokenScores(NamedTuple):
     likeliest: jax.Array | None = None  # int32
 
 
-def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, score_options: ScoreOptions = ScoreOptions()) -> TokenScores:
+def scores_of_logits(
+    logits_BTV: jax.Array, targets_BT: jax.Array, score_options: ScoreOptions = ScoreOptions()
+) -> TokenScores:
     """From logits [..., V] and targets [...]."""
     if score_options.temperature != 1:
         logits_BTV = logits_BTV / score_options.temperature
@@ -53,7 +56,7 @@ def scores_of_logits(logits_BTV: jax.Array, targets_BT: jax.Array, score_options
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p(token) at each place, and the log-normaliser (logsumexp of the logits) for a z-loss; both [B, T].
 
-    The backward pass keeps one array of the logits' shape; there is no forward-mode derivative.
+    The backward pass keeps one array of the logits' shape.
     """
     if not backend.for_cpu():
         return _by_hand(logits_BTV, tokens_BT)
@@ -84,8 +87,15 @@ def _backward(saved, gradients: tuple[jax.Array, jax.Array]):
     return (d_BTV + jnp.where(is_token_BTV, of_logprobs_BT1, 0)).astype(like_logits.dtype), None
 
 
-_by_hand = jax.custom_vjp(lambda *arguments: _forward(*arguments)[0])
-_by_hand.defvjp(_forward, _backward)
+def _tangent(saved, tangents: tuple[jax.Array, None]):
+    (weights_BTV, total_BT1, tokens_BT, _), (moved_BTV, _) = saved, tangents
+    moved_BTV = moved_BTV.astype(jnp.float32)
+    chosen_BT = jnp.take_along_axis(moved_BTV, tokens_BT[..., None], axis=-1)[..., 0]
+    log_z_BT = jnp.sum(weights_BTV * moved_BTV, axis=-1) / total_BT1[..., 0]
+    return chosen_BT - log_z_BT, log_z_BT
+
+
+_by_hand = differentiable(_forward, _tangent, _backward)
 
 
 def entropy(logits_BTV: jax.Array) -> jax.Array:

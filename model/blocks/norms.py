@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from model.blocks.common import Context, in_float32, param
 from model.kernels import cpu
+from model.kernels.derivatives import differentiable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,24 +74,27 @@ class NormModule(nn.Module):
         return cpu.for_rows(parameter, rows)
 
 
-def _forward(x: jax.Array, axes: int, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(axes: int, eps: float, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(cpu.row_dot(x32, x32, axes) / math.prod(x.shape[-axes:]) + eps)
     return x32 * inverse, (x, inverse)
 
 
-def _backward(axes: int, eps: float, saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array]:
+def _backward(axes: int, saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array]:
     x, inverse = saved
     x32 = x.astype(jnp.float32)
     along = cpu.row_dot(d, x32, axes) * (inverse**2 / math.prod(x.shape[-axes:]))
     return (((d - x32 * along) * inverse).astype(x.dtype),)
 
 
-_by_hand = jax.custom_vjp(lambda x, axes, eps: _forward(x, axes, eps)[0], nondiff_argnums=(1, 2))
-_by_hand.defvjp(_forward, _backward)
+def _tangent(axes: int, saved: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array]) -> jax.Array:
+    (x, inverse), moved = saved, tangents[0].astype(jnp.float32)
+    x32 = x.astype(jnp.float32)
+    along = cpu.row_dot(moved, x32, axes) * (inverse**2 / math.prod(x.shape[-axes:]))
+    return (moved - x32 * along) * inverse
 
 
 def by_rms(x: jax.Array, axes: int, eps: float) -> jax.Array:
-    """x / rms(x) over so many of its last `axes`, float32. Of it the backward pass keeps x and one number a row; there
-    is no forward-mode derivative."""
-    return _by_hand(x, axes, eps)
+    """x / rms(x) over so many of its last `axes`, float32. The backward pass keeps x and one number a row."""
+    derivatives = functools.partial(_tangent, axes), functools.partial(_backward, axes)
+    return differentiable(functools.partial(_forward, axes, eps), *derivatives)(x)

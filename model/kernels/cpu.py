@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from model.kernels import backend, order
+from model.kernels.derivatives import differentiable
 
 _LEFT_TO_XLA = 32  # numbers that are left to XLA
 
@@ -36,16 +37,13 @@ def row_dot(x_W: jax.Array, y_W: jax.Array, axes: int = 1) -> jax.Array:
     return _folded(jnp.add, jnp.multiply, x_W, y_W).sum(axis=tuple(range(-axes, 0)), keepdims=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def for_rows(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    """[*rows, *x.shape], `x` for each row."""
-    return jnp.broadcast_to(x, (*rows, *x.shape))
-
-
-for_rows.defvjp(
-    lambda x, rows: (for_rows(x, rows), None),
-    lambda rows, _, d: (_sum_of_rows(d.reshape(-1, *d.shape[len(rows) :])),),
-)
+    """[*rows, *x.shape], `x` for each row; of a gradient whole rows are summed."""
+    spread = lambda x: jnp.broadcast_to(x, (*rows, *x.shape))
+    summed = lambda d: _sum_of_rows(d.reshape(-1, *d.shape[len(rows) :]))
+    return differentiable(
+        lambda x: (spread(x), ()), lambda _, moved: spread(*moved), lambda _, d: (summed(d),)
+    )(x)
 
 
 def sum_of_squares(x: jax.Array) -> jax.Array:

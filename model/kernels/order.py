@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
+from model.kernels.derivatives import differentiable, tangent_of
 
 
 def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function`, of which the backward pass keeps only what it is given: (x, *constants) to [*rows, any width].
 
     For what is cheap to compute and large to keep, as an activation; also where a product with a constant follows,
-    which would keep its factor. It has no forward-mode derivative.
+    which would keep its factor.
 
     Args:
       function: of a tree x of floating arrays [*rows, any width], which the backward pass does not read before the
@@ -35,9 +36,7 @@ def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         columns = [min(i, d.shape[-1] - 1) for i in range(len(leaves))]
         return tree.unflatten([jax.tree.leaves(gradients(column))[i] for i, column in enumerate(columns)])
 
-    kept = jax.custom_vjp(function)
-    kept.defvjp(lambda *given: (function(*given), given), backward)
-    return kept
+    return differentiable(lambda *given: (function(*given), given), tangent_of(function), backward)
 
 
 def order_after(gradient: jax.Array, x: jax.Array) -> jax.Array:

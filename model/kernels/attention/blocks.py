@@ -1,6 +1,7 @@
-"""Attention of tokens among themselves in plain jnp: each block of queries is given only the keys that some of it see.
+"""Attention of tokens among themselves in plain jnp: each block of queries reads only the keys that some of them see.
 
-The backward pass, by hand, computes the weights anew instead of keeping them, as Dao et al. 2022, arXiv:2205.14135, do.
+Derivatives are written by hand. They compute the weights again instead of keeping them, as Dao et al. 2022,
+arXiv:2205.14135, do.
 """
 
 # B batch, T queries, S keys, H query heads, K key/value heads, G query heads of one key/value head, N = G T of a block
@@ -27,6 +28,7 @@ from model.kernels.attention.reference import (
     to_add,
     tokens_first,
 )
+from model.kernels.derivatives import differentiable
 from model.kernels.names import ATTENTION
 
 MAX_QUERY_BLOCKS = 16  # a row is cut into at most this many blocks of queries
@@ -42,13 +44,13 @@ def in_query_blocks(
     mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> jax.Array:
-    """See `self_attention.self_attention`, [B, T, H, E]. Where scores have no bias there is no forward-mode
-    derivative."""
+    """See `self_attention`, [B, T, H, E]."""
     q_BTHC, scores = _scaled(q_BTHC, scores)
-    inputs = q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
+    inputs = mask, scores.sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
     if scores.bias is not None:  # which may have parameters of its own
-        return _forward(mask, scores, scores.sinks_H, *inputs)[0]
-    return _by_hand(mask, dataclasses.replace(scores, sinks_H=None), scores.sinks_H, *inputs)
+        return _forward(scores, *inputs)[0]
+    derivatives = (functools.partial(f, scores) for f in (_forward, _tangent, _backward))
+    return differentiable(*derivatives)(*inputs)
 
 
 def _scaled(q_BTHC: jax.Array, scores: Scores) -> tuple[jax.Array, Scores]:
@@ -66,15 +68,15 @@ def _blocks(T: int, mask: Mask) -> list[tuple[slice, slice]]:
     for start in range(0, T, block):
         stop = min(start + block, T)
         first = 0 if span is None else max(0, start - span + 1)
-        last = stop if mask.causal else T if span is None else min(T, stop + span - 1)
+        last = stop if mask.causal and not mask.listed() else T if span is None else min(T, stop + span - 1)
         blocks.append((slice(start, stop), slice(first, last)))
     return blocks
 
 
 def _forward(
-    mask: Mask, scores: Scores, sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
+    scores: Scores, mask: Mask, sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
 ) -> tuple[jax.Array, Any]:
-    """(what queries find [B, T, H, E], what the backward pass keeps)."""
+    """(outputs [B, T, H, E], what derivatives read)."""
     scores = dataclasses.replace(scores, sinks_H=sinks_H)
     blocks = _blocks(q_BTHC.shape[1], mask)
     # values come as one axis and queries leave with G apart from T: on CPU copies that merge or split axes are slow
@@ -95,7 +97,7 @@ def _forward(
         normalisers.append(tuple(checkpoint_name(x_BKGT1, ATTENTION) for x_BKGT1 in normaliser))
     # in one form for both passes
     out_BTHE = checkpoint_name(cpu.materialize(functools.partial(jnp.concatenate, axis=1))(outs), ATTENTION)
-    return out_BTHE, (sinks_H, inputs, out_BTHE, normalisers)
+    return out_BTHE, (mask, sinks_H, inputs, out_BTHE, normalisers)
 
 
 def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTN: jax.Array):
@@ -110,9 +112,9 @@ def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.
     return of_blocks, k_BTKC.swapaxes(1, 2), v_BTKE.swapaxes(1, 2)
 
 
-def _backward(mask: Mask, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
+def _backward(scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     """Scores with keys before queries, so no weight is transposed."""
-    sinks_H, (qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
+    mask, sinks_H, (qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
     laid_out = functools.partial(queries_heads_first, K=k_BKSC.shape[1])
     d_out_BTHE = d_out_BTHE.astype(jnp.float32)
     delta_BTH1 = cpu.row_dot(d_out_BTHE, out_BTHE)
@@ -137,11 +139,58 @@ def _backward(mask: Mask, scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     d_q_BTHC = jnp.concatenate(dqs_BTHC, axis=1).astype(qs_BKNC[0].dtype)
     d_k_BTKC, d_v_BTKE = (d.swapaxes(1, 2).astype(x.dtype) for d, x in ((dk_BKSC, k_BKSC), (dv_BKSE, v_BKSE)))
     d_sinks_H = None if sinks_H is None else d_sinks_KG.reshape(-1).astype(sinks_H.dtype)
-    return d_sinks_H, d_q_BTHC, d_k_BTKC, d_v_BTKE, None, None
+    return None, d_sinks_H, d_q_BTHC, d_k_BTKC, d_v_BTKE, None, None
 
 
-_by_hand = jax.custom_vjp(lambda *arguments: _forward(*arguments)[0], nondiff_argnums=(0, 1))
-_by_hand.defvjp(_forward, _backward)
+def _tangent(scores: Scores, saved: Any, tangents: tuple) -> jax.Array:
+    mask, sinks_H, (qs_BKNC, k_BKSC, v_BKSE, positions_BT, segment_ids_BT), out_BTHE, normalisers = saved
+    _, moved_sinks_H, moved_q_BTHC, moved_k_BTKC, moved_v_BTKE, _, _ = tangents
+    moved_k_BKSC, moved_v_BKSE = moved_k_BTKC.swapaxes(1, 2), moved_v_BTKE.swapaxes(1, 2)
+    sinks, outs = None if sinks_H is None else (sinks_H, moved_sinks_H), []
+    blocks = _blocks(out_BTHE.shape[1], mask)
+    for (at_T, at_S), q_BKNC, normaliser in zip(blocks, qs_BKNC, normalisers, strict=True):
+        mask_BTS = mask.within(at_T, at_S, positions_BT, segment_ids_BT)
+        moved_q_BKGTC = queries_heads_first(moved_q_BTHC[:, at_T], k_BKSC.shape[1])
+        q_BKGTC = q_BKNC.reshape(moved_q_BKGTC.shape)
+        keys, values = (
+            (x[:, :, at_S], d[:, :, at_S]) for x, d in ((k_BKSC, moved_k_BKSC), (v_BKSE, moved_v_BKSE))
+        )
+        moved = _block_tangent(scores, mask_BTS, (q_BKGTC, moved_q_BKGTC), keys, values, normaliser, sinks)
+        outs.append(tokens_first(moved))
+    return jnp.concatenate(outs, axis=1).astype(out_BTHE.dtype)
+
+
+Moving = tuple[jax.Array, jax.Array]  # a value and its tangent
+
+
+def _block_tangent(
+    scores: Scores,
+    mask_BTS: jax.Array,
+    queries: Moving,
+    keys: Moving,
+    values: Moving,
+    normaliser: Moving,
+    sinks: Moving | None,
+) -> jax.Array:
+    """[B, K, G, T, E] float32. With weights w = exp(score - top) / total, d log total is the sum of w d score over
+    keys, and d out that of w (d value + (d score - d log total) value)."""
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(einsum, "BKGTC,BKSC->BKGTS")
+    (q, moved_q), (k, moved_k), (top_BKGT1, total_BKGT1) = queries, keys, normaliser
+    scale = scores.scale_of(q.shape[-1])
+    scores_BKGTS, moved_BKGTS = product(q, k) * scale, (product(moved_q, k) + product(q, moved_k)) * scale
+    if scores.softcap is not None:
+        scores_BKGTS = scores.softcap * jnp.tanh(scores_BKGTS / scores.softcap)
+        moved_BKGTS *= 1 - (scores_BKGTS / scores.softcap) ** 2
+    weights_BKGTS = jnp.exp(less(scores_BKGTS, to_add(mask_BTS[:, None, None]), top_BKGT1)) / total_BKGT1
+    moved_total_BKGT1 = jnp.sum(weights_BKGTS * moved_BKGTS, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks_KG11, moved_KG11 = (x.astype(jnp.float32).reshape(*q.shape[1:3], 1, 1) for x in sinks)
+        moved_total_BKGT1 += jnp.exp(sinks_KG11 - top_BKGT1) / total_BKGT1 * moved_KG11
+    weigh = functools.partial(einsum, "BKGTS,BKSE->BKGTE")
+    return weigh(weights_BKGTS * (moved_BKGTS - moved_total_BKGT1), values[0]) + weigh(
+        weights_BKGTS, values[1]
+    )
 
 
 def _block_gradients(

@@ -12,12 +12,15 @@ memory in the dtype of the hidden states; two products of it give the gradients 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from model.kernels import backend
 from model.kernels.cross_entropy import stripes
 from model.kernels.cross_entropy.tiles import Cotangents, CrossEntropyCall, Scores, TileSizes
+from model.kernels.derivatives import differentiable, tangent_of
 from model.logprobs import ScoreOptions, TokenScores
 
 # Sizes by chip. For each channel a step reads tokens + entries and multiplies tokens * entries times: their ratio is
@@ -73,7 +76,8 @@ def part_scores(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, c
         short = -N % tokens
         hidden_ND = jnp.pad(hidden_ND, ((0, short), (0, 0)))
         targets_N = jnp.pad(targets_N, (0, short), constant_values=-1)
-    scores = _scores(call, hidden_ND, head_VD, bias_V, targets_N, choices)
+    derivatives = (functools.partial(f, call) for f in (_forward_and_save, _tangent, _backward))
+    scores = differentiable(*derivatives)(hidden_ND, head_VD, bias_V, targets_N, choices)
     return jax.tree.map(lambda x: x[:N], scores)
 
 
@@ -81,16 +85,21 @@ def _forward(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choi
     return _of_tiles(call).forward(call, hidden_ND, head_VD, bias_V, targets_N, choices)
 
 
-_scores = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-
-
 def _forward_and_save(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices):
     scores = _forward(call, hidden_ND, head_VD, bias_V, targets_N, choices)
-    return scores, (hidden_ND, head_VD, bias_V, targets_N, scores.log_z, scores.mean)
+    return scores, (hidden_ND, head_VD, bias_V, targets_N, choices, scores.log_z, scores.mean)
+
+
+def _tangent(call: CrossEntropyCall, saved, tangents) -> Scores:
+    if call.tiles is not None:
+        raise NotImplementedError(
+            "the kernel of cross-entropy has no forward-mode derivative. Use kernels.cross_entropy=stripes."
+        )
+    return tangent_of(functools.partial(_forward, call))(saved[:5], tangents)
 
 
 def _backward(call: CrossEntropyCall, saved, gradients: Scores):
-    hidden_ND, head_VD, bias_V, targets_N, log_z_N, mean_N = saved
+    hidden_ND, head_VD, bias_V, targets_N, _, log_z_N, mean_N = saved
     cotangents = _cotangents(log_z_N, mean_N, gradients)
     N, V = len(hidden_ND), len(head_VD)
     S = call.stripe(N, V, hidden_ND.dtype.itemsize)
@@ -112,9 +121,6 @@ def _backward(call: CrossEntropyCall, saved, gradients: Scores):
     zeros = *zeros, None if bias_V is None else jnp.zeros_like(bias_V)
     (dhidden_ND, dhead_VD, dbias_V), _ = jax.lax.scan(step, zeros, stripes.stripes(V, S))
     return dhidden_ND.astype(hidden_ND.dtype), dhead_VD, dbias_V, None, None
-
-
-_scores.defvjp(_forward_and_save, _backward)
 
 
 def _cotangents(log_z_N, mean_N, gradients: Scores) -> Cotangents:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from model.kernels.derivatives import differentiable
 from model.kernels.recurrence.chunks import same_document, scan_chunks
 
 CHUNK = 64
@@ -115,14 +116,13 @@ def decayed_products(
     return jnp.where(pairs_BHQQ, products_BHNUQ.reshape(B, H, Q, Q) + within_BHNUNU.reshape(B, H, Q, Q), 0)
 
 
-@jax.custom_vjp
 def solve_unit_lower(strict_BHQQ: jax.Array, y_BHQV: jax.Array) -> jax.Array:
     """x of (1 + strict) x = y, for a strictly lower triangular matrix whose size is a power of two.
 
     The inverse is built from the inverses of the diagonal's blocks, doubling their size: as stable as forward
-    substitution, in matrix products alone. Gradients take the inverse once more, not the way it was built.
+    substitution, in matrix products alone. Derivatives take the inverse once more, not the way it was built.
     """
-    return _product(_inverse_unit_lower(strict_BHQQ), y_BHQV)
+    return differentiable(_solve, _solve_tangent, _solve_gradients)(strict_BHQQ, y_BHQV)
 
 
 def _solve(strict_BHQQ: jax.Array, y_BHQV: jax.Array):
@@ -131,13 +131,15 @@ def _solve(strict_BHQQ: jax.Array, y_BHQV: jax.Array):
     return x_BHQV, (inverse_BHQQ, x_BHQV)
 
 
+def _solve_tangent(saved, tangents: tuple[jax.Array, jax.Array]) -> jax.Array:
+    (inverse_BHQQ, x_BHQV), (strict_BHQQ, y_BHQV) = saved, tangents
+    return _product(inverse_BHQQ, y_BHQV - _product(jnp.tril(strict_BHQQ, -1), x_BHQV))
+
+
 def _solve_gradients(saved, dx_BHQV: jax.Array):
     inverse_BHQQ, x_BHQV = saved
     dy_BHQV = _product(inverse_BHQQ.mT, dx_BHQV)
     return -jnp.tril(_product(dy_BHQV, x_BHQV.mT), -1), dy_BHQV
-
-
-solve_unit_lower.defvjp(_solve, _solve_gradients)
 
 
 def _inverse_unit_lower(strict_BHQQ: jax.Array) -> jax.Array:

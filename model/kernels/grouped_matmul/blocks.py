@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import cpu
+from model.kernels.derivatives import differentiable
 from model.kernels.grouped_matmul.reference import group_of_rows, within_groups
 
 MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so each group wastes half a block
 
 
-@jax.custom_vjp
 def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Blocks of rows of one group, one block after the other."""
+    return differentiable(_forward, _tangent, _backward, _products)(x_MI, w_EIO, sizes_E)
+
+
+def _products(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
     slot_M, group_N, R = _layout(sizes_E, x_MI.shape[0])
     x_NRI = _to_blocks(x_MI, slot_M, len(group_N), R)
 
@@ -33,6 +37,11 @@ def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Arra
 
 def _forward(x_MI, w_EIO, sizes_E):
     return in_blocks(x_MI, w_EIO, sizes_E), (x_MI, w_EIO, sizes_E)
+
+
+def _tangent(saved, tangents):
+    (x_MI, w_EIO, sizes_E), (moved_x_MI, moved_w_EIO, _) = saved, tangents
+    return in_blocks(moved_x_MI, w_EIO, sizes_E) + in_blocks(x_MI, moved_w_EIO, sizes_E)
 
 
 def _backward(saved, dy_MO: jax.Array):
@@ -50,9 +59,6 @@ def _backward(saved, dy_MO: jax.Array):
     zeros = cpu.zeros_after(dy_MO, w_EIO.shape, jnp.float32)
     dx_NRI, dw_EIO = jax.lax.fori_loop(0, _blocks_of(sizes_E, R).sum(), step, (empty, zeros))
     return dx_NRI.reshape(-1, x_MI.shape[1])[slot_M], dw_EIO.astype(w_EIO.dtype), None
-
-
-in_blocks.defvjp(_forward, _backward)
 
 
 def _layout(sizes_E: jax.Array, M: int) -> tuple[jax.Array, jax.Array, int]:

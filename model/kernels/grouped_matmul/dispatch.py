@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from model.kernels.derivatives import differentiable
+
 
 class Places(NamedTuple):
     """A permutation of the pairs n * K + k, and its inverse; int32."""
@@ -27,34 +29,41 @@ def sorted_by(key_M: jax.Array) -> Places:
     return Places(pair_M, jnp.argsort(pair_M))
 
 
-@jax.custom_vjp
 def to_rows(x_ND: jax.Array, places: Places) -> jax.Array:
     """[M, D]: each row's token."""
+    forward = lambda x_ND, places: (_to_rows(x_ND, places), places)
+    tangent = lambda places, moved: _to_rows(moved[0], places)
+    backward = lambda places, d_MD: (_sums_of_tokens(d_MD, places, len(x_ND)), None)
+    return differentiable(forward, tangent, backward)(x_ND, places)
+
+
+def _to_rows(x_ND: jax.Array, places: Places) -> jax.Array:
     return _taken(x_ND, places.pair_M // (len(places.pair_M) // len(x_ND)))
 
 
-def _to_rows_forward(x_ND: jax.Array, places: Places):
-    return to_rows(x_ND, places), (places, len(x_ND))
+def _sums_of_tokens(d_MD: jax.Array, places: Places, N: int) -> jax.Array:
+    return _of_tokens(d_MD, places, N).astype(jnp.float32).sum(1).astype(d_MD.dtype)
 
 
-def _to_rows_backward(saved, d_MD: jax.Array):
-    places, N = saved
-    d_NKD = _of_tokens(d_MD, places, N).astype(jnp.float32)
-    return d_NKD.sum(1).astype(d_MD.dtype), None
-
-
-to_rows.defvjp(_to_rows_forward, _to_rows_backward)
-
-
-@jax.custom_vjp
 def from_rows(y_MD: jax.Array, weights_NK: jax.Array, places: Places) -> jax.Array:
     """[N, D] float32: of each token the sum of its rows, by their weights, float32."""
+    return differentiable(_from_rows_forward, _from_rows_tangent, _from_rows_backward)(
+        y_MD, weights_NK, places
+    )
+
+
+def _from_rows(y_MD: jax.Array, weights_NK: jax.Array, places: Places) -> jax.Array:
     y_NKD = _of_tokens(y_MD, places, len(weights_NK)).astype(jnp.float32)
     return (y_NKD * weights_NK[..., None]).sum(1)
 
 
 def _from_rows_forward(y_MD: jax.Array, weights_NK: jax.Array, places: Places):
-    return from_rows(y_MD, weights_NK, places), (y_MD, weights_NK, places)
+    return _from_rows(y_MD, weights_NK, places), (y_MD, weights_NK, places)
+
+
+def _from_rows_tangent(saved, tangents):
+    (y_MD, weights_NK, places), (moved_MD, moved_NK, _) = saved, tangents
+    return _from_rows(moved_MD, weights_NK, places) + _from_rows(y_MD, moved_NK, places)
 
 
 def _from_rows_backward(saved, d_ND: jax.Array):
@@ -64,9 +73,6 @@ def _from_rows_backward(saved, d_ND: jax.Array):
     dweights_M = (d_MD * y_MD.astype(jnp.float32)).sum(1)
     dy_MD = d_MD * weights_NK.reshape(-1)[places.pair_M][:, None]
     return dy_MD.astype(y_MD.dtype), dweights_M[places.row_M].reshape(weights_NK.shape), None
-
-
-from_rows.defvjp(_from_rows_forward, _from_rows_backward)
 
 
 def _of_tokens(rows_MD: jax.Array, places: Places, N: int) -> jax.Array:

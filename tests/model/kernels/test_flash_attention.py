@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from model.kernels import backend
 from model.kernels.attention import Scores, self_attention
-from model.kernels.attention.reference import Mask
 from model.kernels.attention.blocks import in_query_blocks
+from model.kernels.attention.reference import Mask
 from model.kernels.attention.tpu import TILE_SIZES, flash_attention
 from model.kernels.attention.tpu_blocks import NO_KEY, FlashCall, TileSizes, block_bounds
 from model.sharding import MESH_AXES, ShardingRules, named_sharding
