@@ -175,6 +175,18 @@ def shardings_like(params: Any, shardings: Any) -> Any:
     return jax.tree.map(of_leaf, params, shardings, is_leaf=is_quantized)
 
 
+def in_whole_bytes(params: Any) -> Any:
+    """int4 arrays on CPUs as int8, the very bytes that they have there: JAX compares their layouts wrongly when a
+    program is called that was compiled ahead of time."""
+
+    def of_leaf(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.dtype != jnp.int4 or next(iter(x.devices())).platform != "cpu":
+            return x
+        return jax.device_put(x.astype(jnp.int8), x.sharding)
+
+    return jax.tree.map(of_leaf, params)
+
+
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf of parameters is quantized; as `is_leaf` it keeps `jax.tree.map` out of it."""
     return isinstance(leaf, Quantized)

@@ -16,6 +16,7 @@ import numpy as np
 
 from data import Tokenizer
 from model import ModelConfig
+from model.weights import in_whole_bytes
 from serve.engine_config import EngineConfig
 from serve.programs import Programs
 from serve.request import MAX_STOP_TOKENS, Answer, FinishReason, Output, Request, RequestError
@@ -68,6 +69,7 @@ class Engine:
                 "they do not belong together."
             )
         self._eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
+        params = in_whole_bytes(params)
         self._programs = Programs(cfg, params, self.config, self.vocab_size)
         self._params = self._placed(params)
         self._scheduler = Scheduler(self.config)
@@ -188,6 +190,7 @@ class Engine:
         Raises:
           ValueError: another tree, shape or dtype than the engine was made with.
         """
+        params = in_whole_bytes(params)
         _check_same(self._params, params)
         self._scheduler.preempt_all()
         self._params, self.version = self._placed(params), version

@@ -4,6 +4,7 @@ What they must compute is what the widened weights compute, as plain arrays; see
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from model import (
     ShardingRules,
     SwiGLU,
     apply,
+    init,
     init_cache,
     logical_axes,
     save,
@@ -44,6 +46,7 @@ from model.sharding import named_sharding
 from model.weights import Quantized, grouped_product, is_quantized, matmul, shardings_like
 
 from .conftest import check_decoding, compiled_fast, random_params, random_tokens
+from .tpu import compile_for, needs_libtpu
 
 ATTENTION = Attention(4, 2, 8, Rope(100.0))
 DENSE = Block(ATTENTION, SwiGLU(48, bias=True))
@@ -307,3 +310,25 @@ def test_a_weight_of_another_shape_is_named():
     quantized["block_1"]["mixer"]["q"] = quantized["block_1"]["mixer"]["k"]
     with pytest.raises(ValueError, match=r"mixer/q is quantized with the shape \(32, 2, 8\)"):
         apply(cfg, quantized, random_tokens(cfg, (1, 3)))
+
+
+@needs_libtpu
+def test_kernels_read_values_as_they_are_stored():
+    """A step of decoding for a TPU: each map by its kernel."""
+    blocks = (Block(ATTENTION, MoE(8, 2, SwiGLU(1024))), Block(ATTENTION, SwiGLU(2048)))
+    cfg = ModelConfig(512, 1024, blocks, tied_head=False, dtype="bfloat16", param_dtype="bfloat16")
+
+    def rounded(params):
+        params = quantize(cfg, params, "int8", "all", ("ffn/experts/*",))
+        return quantize(cfg, params, "nf4", 32, ("q", "k", "v", "o", "head"))
+
+    quantized = jax.eval_shape(lambda key: rounded(init(cfg, key)), jax.random.key(0))
+
+    def step(params, tokens):
+        with backend.use("tpu", chip="v5e"):
+            return apply(cfg, params, tokens).logits
+
+    program = compile_for("v5e", step, quantized, jax.ShapeDtypeStruct((4, 1), jnp.int32)).as_text()
+    kernels = re.findall(r'custom_call_target="tpu_custom_call".*?op_name="([^"]*)"', program)
+    by_kernel = lambda name: sum(name in kernel for kernel in kernels)
+    assert by_kernel("quantized_matmul_nf4") == 9 and by_kernel("grouped") == 3, kernels
