@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         head = vocabulary_head(self, cfg, ctx, embedding_VD, requested.logits_at)
         mtp_hidden, mtp_aux = [], {}
         if cfg.mtp is not None and cache is None:
-            after_blocks = dataclasses.replace(info, shared=trunk.more.shared)
+            after_blocks = dataclasses.replace(info, carry=trunk.more.carry)
             mtp_hidden, mtp_aux = cfg.mtp.read(ctx, stream, after_blocks)
         out = Output(
             logits=cast(jax.Array, None),

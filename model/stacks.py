@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 
 from model.blocks.block import Block, BlockModule
-from model.blocks.common import Context, More, TokenInfo
+from model.blocks.common import Context, Report, TokenInfo
 from model.blocks.norms import Norm
 from model.blocks.remat import rematerialised
 
@@ -82,21 +82,21 @@ class Trunk(NamedTuple):
     before_last: jax.Array  # what the last block reads; of a byte-latent model what the local encoder reads
     x_BTD: jax.Array  # what comes out of the last block
     states: dict[str, Any]  # the new layers of the cache
-    more: More
+    more: Report
 
 
 def run_trunk(ctx: Context, stack: Stack, x_BTD: jax.Array, layers: dict | None, info: TokenInfo) -> Trunk:
     """As `run_stack`, with what the last run of blocks reads, for multi-token prediction."""
     *runs, last = stack.runs(ctx.scan)
     x, states, more = run_blocks(ctx, runs, stack.blocks[0].residual.begin(x_BTD), layers, info)
-    info = dataclasses.replace(info, shared=more.shared)
+    info = dataclasses.replace(info, carry=more.carry)
     y, last_state, last_more = run_blocks(ctx, [last], x, layers, info)
     return Trunk(x, stack.blocks[-1].residual.end(y), states | last_state, more.join(last_more))
 
 
 def run_stack(
     ctx: Context, stack: Stack, x_BTD: jax.Array, states: dict | None, info: TokenInfo
-) -> tuple[jax.Array, dict, More]:
+) -> tuple[jax.Array, dict, Report]:
     """As `run_blocks`, from the stack's first block to its last, with the residual stream begun and ended."""
     x = stack.blocks[0].residual.begin(x_BTD)
     x, states, more = run_blocks(ctx, stack.runs(ctx.scan), x, states, info)
@@ -105,21 +105,21 @@ def run_stack(
 
 def run_blocks(
     ctx: Context, runs: list[Run], x: jax.Array, states: dict | None, info: TokenInfo
-) -> tuple[jax.Array, dict, More]:
+) -> tuple[jax.Array, dict, Report]:
     """Runs the blocks; returns the residual stream, each run's new state, and what the blocks report and share.
 
     Call it within a compact method: the runs become submodules of the calling module.
     """
-    new_states, gathered = {}, More({}, info.shared)
+    new_states, gathered = {}, Report({}, info.carry)
     for name, block, layers in runs:
         run = _run_module(ctx, name, block, len(layers))
         x, (new_states[name], more) = run(x, None if states is None else states[name], info)
-        run_aux, shared = more
+        run_aux, carry = more
         if ctx.scan:
             run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
-            shared = jax.tree.map(lambda s: s[-1], shared)
-        gathered = gathered.join(More(run_aux, shared))
-        info = dataclasses.replace(info, shared=gathered.shared)
+            carry = jax.tree.map(lambda c: c[-1], carry)
+        gathered = gathered.join(Report(run_aux, carry))
+        info = dataclasses.replace(info, carry=gathered.carry)
     return x, new_states, gathered
 
 

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, More, TokenInfo, param
+from model.blocks.common import Carry, Context, Report, TokenInfo, param
 from model.blocks.linear import Outputs, linear_out, linears
 from model.blocks.norms import Norm
 from model.blocks.positions import Alibi, RelativeBias, Rope
@@ -76,8 +76,8 @@ class Attention:
     gate: bool = False  # what each head found times the sigmoid of a projection of what it read
     temperature: Temperature | None = None
     key_scale: float = 1.0  # muP: of the keys
-    # whose keys and values: the layer's own; its own, which layers after it may take; those of the last that gives them
-    keys_values: Literal["own", "give", "take"] = "own"
+    # "provide": later layers may use this layer's keys and values; "reuse": this one uses those of the last that does
+    kv_sharing: Literal["none", "provide", "reuse"] = "none"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -104,20 +104,20 @@ class Attention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"k", "v"} of [N, Z, K * C]; none where another layer's are taken."""
-        if self.keys_values == "take":
+        """Empty pages: {"k", "v"} of [N, Z, K * C]; none where another layer's are reused."""
+        if self.kv_sharing == "reuse":
             return {}
         return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {} if self.keys_values == "take" else KEY_VALUE_AXES
+        return {} if self.kv_sharing == "reuse" else KEY_VALUE_AXES
 
     def mask(self) -> Mask:
         return Mask(self.causal, self.window, self.chunk)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
         """Of the forward pass, in the mean over a row of `seq_len` tokens."""
-        kv_heads = 0 if self.keys_values == "take" else self.num_kv_heads
+        kv_heads = 0 if self.kv_sharing == "reuse" else self.num_kv_heads
         projections = 2 * width * self.head_dim * ((2 + self.gate) * self.num_heads + 2 * kv_heads)
         reach = min(self.mask().span() or seq_len, seq_len)
         if not self.causal:
@@ -135,11 +135,11 @@ class AttentionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
-        spec, shared = self.spec, self._relative_bias(info)
-        own = QUERIES if spec.keys_values == "take" else QUERIES | KEYS_VALUES
+        spec, carry = self.spec, self._relative_bias(info)
+        own = QUERIES if spec.kv_sharing == "reuse" else QUERIES | KEYS_VALUES
         projected = project_heads(self, x_BTD, own)
         q_BTHC, keys_values = self._queries(projected["q"], info), self._keys_values(projected, info)
-        scores = self._scores(shared)
+        scores = self._scores(carry)
         if cache is None:
             k_BTKC, v_BTKC = keys_values["k"], keys_values["v"]
             sow_weights(self, q_BTHC, k_BTKC, info, spec.mask(), scores)
@@ -147,35 +147,31 @@ class AttentionModule(nn.Module):
             out_BTHC = self_attention(q_BTHC, k_BTKC, v_BTKC, *stretches, scores, self.ctx.rules)
         else:
             kv_layout, rest = KVLayout(spec.num_kv_heads), (info, spec.mask(), scores, self.ctx.rules)
-            if spec.keys_values == "take":
+            if spec.kv_sharing == "reuse":
                 out_BTHC, _ = attend_pages(q_BTHC, None, keys_values, kv_layout, *rest)
             else:
                 out_BTHC, cache = attend_pages(q_BTHC, keys_values, cache, kv_layout, *rest)
                 keys_values = cache
-        if spec.keys_values == "give":
-            shared |= {GIVEN + name: value for name, value in keys_values.items()}
+        if spec.kv_sharing == "provide":
+            carry = carry.update(Carry(shared_kv=dict(keys_values)))
         if spec.gate:
             gates = {"gate": "how much of each head's finding goes on"}
             out_BTHC = out_BTHC * nn.sigmoid(project_heads(self, x_BTD, gates)["gate"])
-        return combine_heads(self, out_BTHC), cache, More(shared=shared)
+        return combine_heads(self, out_BTHC), cache, Report(carry=carry)
 
     def _queries(self, q_BTHC: jax.Array, info: TokenInfo) -> jax.Array:
         q_BTHC, temperature = self._placed("q", q_BTHC, "heads", info), self.spec.temperature
         return q_BTHC if temperature is None else temperature(q_BTHC, info.positions)
 
     def _keys_values(self, projected: dict[str, jax.Array], info: TokenInfo) -> dict[str, jax.Array]:
-        """{"k", "v"} of these tokens; where another layer's are taken, what that layer attends to."""
+        """{"k", "v"} of these tokens; where another layer's are reused, what that layer attends to."""
         spec = self.spec
-        if spec.keys_values == "take":
-            if GIVEN + "k" not in info.shared:
+        if spec.kv_sharing == "reuse":
+            if info.carry.shared_kv is None:
                 raise ValueError(
-                    'keys_values="take", but no attention before this gives its keys and values.'
+                    'kv_sharing="reuse", but no attention before this one has kv_sharing="provide".'
                 )
-            return {
-                name.removeprefix(GIVEN): value
-                for name, value in info.shared.items()
-                if name.startswith(GIVEN)
-            }
+            return info.carry.shared_kv
         k_BTKC = self._placed("k", projected["k"] * spec.key_scale, "kv_heads", info)
         return {"k": k_BTKC, "v": self._clip(projected["v"])}
 
@@ -206,19 +202,19 @@ class AttentionModule(nn.Module):
             x_BTHC
         )
 
-    def _relative_bias(self, info: TokenInfo) -> dict[str, jax.Array]:
-        """The table of `spec.relative`, of this block or of the one before it that has it: for later blocks too."""
+    def _relative_bias(self, info: TokenInfo) -> Carry:
+        """The table of `spec.relative`, this block's own or that of an earlier block."""
         spec = self.spec
         if spec.relative is None:
-            return {}
+            return Carry()
         if not spec.relative.own:
-            return {"relative_bias": info.shared["relative_bias"]}
+            return Carry(relative_bias=info.carry.relative_bias)
         shape, init = (spec.relative.buckets, spec.num_heads), nn.initializers.normal(self.ctx.width**-0.5)
         role = "a number for each range of distances: what attention adds to its scores"
         declared = self.ctx, "relative", shape, ("norm", "heads"), init, 0, role
-        return {"relative_bias": param(self, *declared, decay=False)}
+        return Carry(relative_bias=param(self, *declared, decay=False))
 
-    def _scores(self, shared: dict[str, jax.Array]) -> Scores:
+    def _scores(self, carry: Carry) -> Scores:
         spec, sinks_H, bias = self.spec, None, None
         if spec.sinks:
             role = "a score a head that takes a share of its attention and gives nothing"
@@ -228,7 +224,7 @@ class AttentionModule(nn.Module):
             slopes_H = spec.alibi.slopes(spec.num_heads)
             bias = lambda distance: slopes_H[:, None, None] * distance[..., None, :, :].astype(jnp.float32)
         if spec.relative is not None:
-            bias = functools.partial(spec.relative, shared["relative_bias"], spec.causal)
+            bias = functools.partial(spec.relative, carry.relative_bias, spec.causal)
         return Scores(spec.scale, spec.softcap, sinks_H, bias)
 
 
@@ -276,7 +272,6 @@ def sow_weights(
         module.sow("intermediates", "attention", weights)
 
 
-GIVEN = "given_"  # before the names of keys and values that a layer gives to those after it
 PAGES = ("pages", "slots", "act_kv_heads")
 KEY_VALUE_AXES: dict[str, tuple[str | None, ...]] = {"k": PAGES, "v": PAGES}
 

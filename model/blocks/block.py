@@ -11,11 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, FeedForward, More, TokenInfo
+from model.blocks.common import Context, FeedForward, Report, TokenInfo
 from model.blocks.cross_attention import CrossAttention
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.residual import Connection, HyperConnections, ParallelResidual, Residual
 from model.sharding import constrain
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -106,7 +107,7 @@ class BlockModule(nn.Module):
         return x, result
 
     def _one_after_the_other(self, x: jax.Array, state: dict | None, info: TokenInfo):
-        spec, ctx, more = self.spec, self._ctx(info), More()
+        spec, ctx, more = self.spec, self._ctx(info), Report()
         new_state = None if state is None else {}
         if spec.mixer is not None:
             around = self._connection("mixer")
@@ -124,7 +125,7 @@ class BlockModule(nn.Module):
             read_BTD = self._norm(spec.norm, "ffn", "norm", around.read(x))
             y_BTD, aux = spec.ffn.module(ctx, "ffn")(read_BTD, info)
             x = self._add("ffn", around, x, y_BTD)
-            more = more.join(More(aux))
+            more = more.join(Report(aux))
         return x, (new_state, more)
 
     def _parallel(self, x: jax.Array, state: dict | None, info: TokenInfo):
@@ -134,7 +135,7 @@ class BlockModule(nn.Module):
         if spec.residual.parallel == "two norms":
             read_BTD = self._norm(spec.norm, "ffn", "norm", around.read(x))
         z_BTD, aux = spec.ffn.module(self._ctx(info), "ffn")(read_BTD, info)
-        return self._add("mixer", around, x, y_BTD + z_BTD), (state, more.join(More(aux)))
+        return self._add("mixer", around, x, y_BTD + z_BTD), (state, more.join(Report(aux)))
 
     def _connection(self, part: str) -> Connection:
         return self.spec.residual.connection(self.ctx, f"{part}_residual")
@@ -148,7 +149,7 @@ class BlockModule(nn.Module):
 
     def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
         y_BTD, state, *more = self.spec.mixer.module(self._ctx(info), "mixer")(read_BTD, info, state)
-        return y_BTD, state, More().join(*more)
+        return y_BTD, state, Report().join(*more)
 
     def _norm(self, norm: Norm | None, part: str, where: str, x_BTD: jax.Array) -> jax.Array:
         if norm is None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from model.blocks.balance import token_weights
 from model.blocks.block import Block, BlockModule
-from model.blocks.common import NO_PAGE, TokenInfo, fan_in_normal, in_float32, param
+from model.blocks.common import NO_PAGE, Carry, TokenInfo, fan_in_normal, in_float32, param
 from model.kernels.paged_attention.pages import gather
 from model.weighted import WeightedSum
 
@@ -59,7 +59,7 @@ class Chosen(NamedTuple):
             tokens=None if info.tokens is None else self.take(info.tokens),
             rope_positions=None if info.rope_positions is None else self.take(info.rope_positions),
             begins=begins_B,
-            shared={},
+            carry=Carry(),
             cached=None,
             **pages,
         )

@@ -25,7 +25,7 @@ class Mixer(Protocol):
     """What mixes tokens with each other: attention, or a recurrence."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache), or (y_BTD, cache, `More`)."""
+        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache), or (y_BTD, cache, `Report`)."""
         ...
 
     def init_cache(
@@ -68,18 +68,36 @@ class Context:
     )
 
 
-class More(NamedTuple):
+@flax.struct.dataclass
+class Carry:
+    """What blocks leave for later blocks beside the residual stream; None where no block has left it yet.
+
+    It is all that passes between blocks besides the stream and what `TokenInfo` holds for every block, so a pipeline
+    may be cut between any two blocks.
+    """
+
+    shared_kv: dict[str, jax.Array] | None = None  # keys and values, or the pages that hold them, by name
+    relative_bias: jax.Array | None = None  # [buckets, H], of `RelativeBias`
+    first_values: jax.Array | None = None  # [B, T, H, C], the values of RWKV-7's first block
+
+    def update(self, new: Carry) -> Carry:
+        """With what `new` has."""
+        pairs = {f.name: (getattr(self, f.name), getattr(new, f.name)) for f in dataclasses.fields(Carry)}
+        return Carry(**{name: mine if theirs is None else theirs for name, (mine, theirs) in pairs.items()})
+
+
+class Report(NamedTuple):
     """What a mixer gives beside its result and its state."""
 
-    aux: dict[str, WeightedSum] = {}  # what it reports
-    shared: dict[str, jax.Array] = {}  # what later blocks find in `info.shared`
+    aux: dict[str, WeightedSum] = {}  # losses and metrics
+    carry: Carry = Carry()  # for later blocks
 
-    def join(self, *others: More) -> More:
+    def join(self, *others: Report) -> Report:
         """With that of others; what several report is summed."""
-        aux, shared = self
+        aux, carry = self
         for other in others:
-            aux, shared = add_up(aux, other.aux), shared | other.shared
-        return More(aux, shared)
+            aux, carry = add_up(aux, other.aux), carry.update(other.carry)
+        return Report(aux, carry)
 
 
 def add_up(aux: dict[str, WeightedSum], more: dict[str, WeightedSum]) -> dict[str, WeightedSum]:
@@ -103,9 +121,7 @@ class TokenInfo:
         None  # [B, S, D] what the encoder made of its tokens, where it has just read them
     )
     encoder_segment_ids: jax.Array | None = None  # [B, S] int32, 0 is padding
-    shared: dict[str, jax.Array] = flax.struct.field(
-        default_factory=dict
-    )  # from earlier blocks to later ones
+    carry: Carry = flax.struct.field(default_factory=Carry)  # from earlier blocks
     adapter: jax.Array | None = None  # [B] int32, see `Context`
     # [B] bool, where a block passed tokens over: rows that begin a document among them; None: position 0 says so
     begins: jax.Array | None = None
@@ -117,6 +133,8 @@ class TokenInfo:
     cached: jax.Array | None = None
     tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
     rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
+    patch_vectors: jax.Array | None = None  # [B, P, N, D], for a local decoder's `PatchAttention`
+    patch_read: jax.Array | None = None  # [B, T] int32, the patch that each byte reads
 
     @property
     def rotary_positions(self) -> jax.Array:

@@ -28,7 +28,7 @@ from model.blocks.chosen import (
     run_chosen,
     state_axes,
 )
-from model.blocks.common import Context, More, TokenInfo, add_up
+from model.blocks.common import Context, Report, TokenInfo, add_up
 from model.weighted import WeightedSum
 
 
@@ -92,7 +92,7 @@ class MixtureOfDepthsModule(nn.Module):
         change_BMD, cache, aux = run_chosen(block, chosen, x_BTD, cache, info)
         change_BMD *= chosen.take(scores_BT)[..., None].astype(x_BTD.dtype)
         report = self._report(scores_BT, chosen, real_BT, token_weights(info, real_BT))
-        return chosen.add(jnp.zeros_like(x_BTD), change_BMD), cache, More(add_up(aux, report))
+        return chosen.add(jnp.zeros_like(x_BTD), change_BMD), cache, Report(add_up(aux, report))
 
     def _choose(self, scores_BT: jax.Array, real_BT: jax.Array, info: TokenInfo) -> Chosen:
         if self.spec.capacity is None or not self.ctx.train:

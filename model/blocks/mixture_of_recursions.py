@@ -29,7 +29,7 @@ from model.blocks.chosen import (
     run_chosen,
     state_axes,
 )
-from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, in_float32, param
+from model.blocks.common import Context, Report, TokenInfo, add_up, fan_in_normal, in_float32, param
 from model.blocks.mixture_of_depths import predict
 from model.weighted import WeightedSum
 
@@ -130,7 +130,7 @@ class MixtureOfRecursionsModule(nn.Module):
             y_BTD, aux = self._assign(spec.router, x_BTD, walk)
         else:
             y_BTD, aux = self._all(x_BTD, walk)
-        return y_BTD - x_BTD, None if cache is None else walk.states, More(add_up(aux, walk.aux))
+        return y_BTD - x_BTD, None if cache is None else walk.states, Report(add_up(aux, walk.aux))
 
     def _all(self, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
         everyone = choose_positive(jnp.ones(x_BTD.shape[:2]), walk.real_BT)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, More, TokenInfo
+from model.blocks.common import Context, Report, TokenInfo
 from model.blocks.norms import Norm
 
 
@@ -60,7 +60,7 @@ class ParallelModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, count = self.spec, len(self.spec.mixers)
-        new_cache, total_BTD, more = {}, jnp.zeros_like(x_BTD), More()
+        new_cache, total_BTD, more = {}, jnp.zeros_like(x_BTD), Report()
         for i, mixer in enumerate(spec.mixers):
             prefix = f"mixer_{i}/"
             own = None

@@ -10,6 +10,7 @@ whole. A patch stands there as several vectors, as wide as a byte's.
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -169,7 +170,7 @@ class PatchAttention:
     out_bias: bool = False
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Finds in `info.shared` the "patches" [B, P, N, D], and as "patch_read" [B, T] the patch for each byte."""
+        """Reads `info.patch_vectors`, at `info.patch_read` for each byte."""
         return PatchAttentionModule(self, ctx, name=name)
 
     def init_cache(
@@ -197,7 +198,7 @@ class PatchAttentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, (B, T, D) = self.spec, x_BTD.shape
-        vectors_BPND, read_BT = info.shared["patches"], info.shared["patch_read"]
+        vectors_BPND, read_BT = cast(jax.Array, info.patch_vectors), cast(jax.Array, info.patch_read)
         (_, P, N, _), K, C = vectors_BPND.shape, spec.num_kv_heads, spec.head_dim
         q_BTHC = project_heads(self, x_BTD, {"q": "queries to the last whole patch"})["q"]
         norm = spec.norm.module(self.ctx, "k_norm", role="what is read of a patch's vectors")

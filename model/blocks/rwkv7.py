@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, More, TokenInfo, bias_param, fan_in_normal, param
+from model.blocks.common import Carry, Context, Report, TokenInfo, bias_param, fan_in_normal, param
 from model.blocks.linear import linear, linear_map, linear_out
 from model.blocks.recurrence import HEAD_NORM, READ_OUT, Walk, begin, causal_conv, finish, param32
 from model.kernels.rwkv7 import rwkv7
@@ -28,8 +28,7 @@ FASTEST = -math.exp(-0.5)  # a channel's log decay is between this and 0
 class RWKV7:
     """Decay, learning rate, gate and value mix of a token are maps of low rank.
 
-    The first layer's values are shared: with `first`, the module gives {"v_first": [B, T, H, C]} to the blocks after
-    it, which find it in `info.shared`.
+    The first layer's values are shared: with `first`, the module leaves them to later blocks, in `info.carry`.
     """
 
     num_heads: int
@@ -102,10 +101,10 @@ class RWKV7Module(nn.Module):
         r_BTHC = self._project("r", mixed["r"], "receptance: where a token reads the state")
         k_BTHC = self._project("k", mixed["k"], "keys: where it writes")
         v_BTHC = self._project("v", mixed["v"], "values: what it writes")
-        shared = {"v_first": v_BTHC} if spec.first else {}
+        carry = Carry(first_values=v_BTHC) if spec.first else Carry()
         if not spec.first:
             mix_BTHC = jax.nn.sigmoid(self._low_rank("v", mixed["v"], spec.value_rank, 0.73))
-            v_BTHC += (info.shared["v_first"] - v_BTHC) * mix_BTHC
+            v_BTHC += (info.carry.first_values - v_BTHC) * mix_BTHC
         decay_BTHC = self._low_rank("w", mixed["w"], spec.decay_rank, _slow_to_fast, jnp.tanh)
         log_decay_BTHC = FASTEST * jax.nn.sigmoid(decay_BTHC.astype(jnp.float32))
         rate_BTHC = jax.nn.sigmoid(self._low_rank("a", mixed["a"], spec.rate_rank, -0.19).astype(jnp.float32))
@@ -131,7 +130,7 @@ class RWKV7Module(nn.Module):
         own_BTH1 = jnp.sum(r_BTHC * k_BTHC * own_HC, axis=-1, keepdims=True)
         y_BTHC = (self._norm(o_BTHC) + own_BTH1 * v_BTHC.astype(jnp.float32)).astype(ctx.dtype) * gate_BTHC
         y_BTD, cache = finish(linear_out(self, y_BTHC, HEADS, READ_OUT), state, walk, info, cache)
-        return y_BTD, cache, More(shared=shared)
+        return y_BTD, cache, Report(carry=carry)
 
     def _project(self, name: str, x_BTD: jax.Array, role: str) -> jax.Array:
         heads = (self.spec.num_heads, self.spec.head_dim)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.block import Block
-from model.blocks.common import Context, More, TokenInfo, add_up, fan_in_normal, weight_param, write_places
+from model.blocks.common import Context, Report, TokenInfo, add_up, fan_in_normal, weight_param, write_places
 from model.blocks.ngrams import NGrams
 from model.blocks.patch_attention import PatchAttention, PatchPool
 from model.blocks.patches import (
@@ -166,8 +166,7 @@ class ByteLatent:
         states, aux = states | new, add_up(aux, more)
 
         vectors_BPND = _vectors(module, of_encoder, x_BPW, walk.state["last"])
-        shared = info.shared | {"patches": vectors_BPND, "patch_read": patches.read_BT + 1}
-        info = dataclasses.replace(info, shared=shared)
+        info = dataclasses.replace(info, patch_vectors=vectors_BPND, patch_read=patches.read_BT + 1)
         y_BTD, new, more = local_decoder(h_BTD, self.local_decoder.part_of(layers), info)
         states, aux = states | self.local_decoder.as_part(new), add_up(aux, more)
         if rows is not None:
@@ -175,7 +174,7 @@ class ByteLatent:
             state |= {"recent": line.tail(walk), "pooled": pooled["pooled"], "last": last_BND}
             y_BTD, rows = finish(y_BTD, state, walk, info, rows)
             states |= {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}
-        return Trunk(embedded_BTD, y_BTD, states, More(aux))
+        return Trunk(embedded_BTD, y_BTD, states, Report(aux))
 
     def _patches(
         self, ctx: Context, vocab_size: int, line: Line, walk: Walk, layers: dict | None, info: TokenInfo

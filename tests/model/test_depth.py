@@ -195,10 +195,10 @@ LATENT = Block(LatentAttention(2, 4, 4, 5, kv_rank=8, rope=Rope(100.0, interleav
 WINDOWED = Block(dataclasses.replace(ATTENTION, window=3), SwiGLU(20), NORM)
 HYMBA = [
     Block(
-        Parallel((dataclasses.replace(ATTENTION, keys_values=kv, window=4), Mamba(20, 4, 3)), out_norm=NORM),
+        Parallel((dataclasses.replace(ATTENTION, kv_sharing=kv, window=4), Mamba(20, 4, 3)), out_norm=NORM),
         SwiGLU(20),
     )
-    for kv in ("give", "take", "own")
+    for kv in ("provide", "reuse", "none")
 ]
 DECODED = {
     "depths": model_of(
@@ -210,8 +210,8 @@ DECODED = {
     "loops": model_of(wrapped(MixtureOfRecursions((PLAIN,), 2))),
     "shared keys": model_of(
         *(
-            Block(dataclasses.replace(ATTENTION, keys_values=kv), SwiGLU(20), NORM)
-            for kv in ("give", "take", "take")
+            Block(dataclasses.replace(ATTENTION, kv_sharing=kv), SwiGLU(20), NORM)
+            for kv in ("provide", "reuse", "reuse")
         )
     ),
     "Samba": model_of(
@@ -278,7 +278,7 @@ def test_they_are_written_as_json_and_described(name):
 
 def test_keys_and_values_are_those_of_the_layer_that_gives_them():
     """By hand: softmax of the taker's queries with the giver's keys, in float64."""
-    give, take = (dataclasses.replace(ATTENTION, keys_values=kv, rope=None) for kv in ("give", "take"))
+    give, take = (dataclasses.replace(ATTENTION, kv_sharing=kv, rope=None) for kv in ("provide", "reuse"))
     cfg = model_of(Block(give, None, NORM), Block(take, None, NORM))
     params, tokens = random_params(cfg), random_tokens(cfg, (1, 6))
     double = jax.tree.map(np.float64, params)
@@ -305,14 +305,14 @@ def test_keys_and_values_are_those_of_the_layer_that_gives_them():
 
 def test_layers_that_take_keys_have_no_cache_of_their_own():
     shared, own = (
-        model_of(*(Block(dataclasses.replace(ATTENTION, keys_values=kv), None, NORM) for kv in kinds))
-        for kinds in (("give", "take"), ("own", "own"))
+        model_of(*(Block(dataclasses.replace(ATTENTION, kv_sharing=kv), None, NORM) for kv in kinds))
+        for kinds in (("provide", "reuse"), ("none", "none"))
     )
     assert 2 * anatomy(shared, 1, 8).cache_bytes_per_token == anatomy(own, 1, 8).cache_bytes_per_token
     saved = 2 * 2 * D * 2 * 6  # two maps for the keys and values of two heads, two flops each
     assert forward_flops_per_token(own, 8) - forward_flops_per_token(shared, 8) == saved
-    lonely = model_of(Block(dataclasses.replace(ATTENTION, keys_values="take"), None, NORM))
-    with pytest.raises(ValueError, match="no attention before this gives its keys"):
+    lonely = model_of(Block(dataclasses.replace(ATTENTION, kv_sharing="reuse"), None, NORM))
+    with pytest.raises(ValueError, match="no attention before this one has kv_sharing"):
         apply(lonely, random_params(lonely), random_tokens(lonely, (1, 3)))
 
 

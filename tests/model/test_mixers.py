@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.blocks.common import Context, TokenInfo
+from model.blocks.common import Carry, Context, TokenInfo
 from model.blocks.deltanet import GatedDeltaNet, KimiDeltaAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
@@ -230,7 +230,7 @@ def test_later_layers_of_rwkv7_mix_in_the_values_of_the_first():
     @jit
     def both(params_1, params_2, x_1, x_2):
         _, _, more = module_of(first).apply({"params": params_1}, x_1, TokenInfo(positions, None), None)
-        info = TokenInfo(positions, None, shared=more.shared)
+        info = TokenInfo(positions, None, carry=more.carry)
         y, cache, more_2 = module_of(later).apply({"params": params_2}, x_2, info, None)
         return y, cache, more, more_2
 
@@ -239,7 +239,7 @@ def test_later_layers_of_rwkv7_mix_in_the_values_of_the_first():
     v_first = loops.rwkv7_values(double(params_1), double(x_1[0]))
     wanted = loops.rwkv7(later, double(params_2), double(x_2[0]), v_first)
     np.testing.assert_allclose(y[0], wanted, atol=2e-5, rtol=2e-5)
-    assert cache is None and set(more.shared) == {"v_first"} and not more_2.shared
+    assert cache is None and more.carry.first_values is not None and more_2.carry == Carry()
 
 
 @every_option
