@@ -22,12 +22,12 @@ from model import (
     Rope,
     ScalarHead,
     SwiGLU,
-    huggingface,
     load,
     load_config,
     save,
 )
 from model.blocks.residual import Residual
+from model.formats import huggingface
 from model.formats.safetensors_file import SafetensorsError, read_header
 from model.layout import relayout
 
