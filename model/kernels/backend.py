@@ -41,9 +41,7 @@ class Backend:
     name: Literal["plain", "tpu", "gpu"] = (
         "plain"  # jnp, left to the compiler; Pallas kernels for TPUs; libraries' kernels for GPUs
     )
-    chip: str | None = (
-        None  # of CHIPS' values, whose block sizes are taken; None: sizes that serve every chip
-    )
+    chip: str | None = None  # one of CHIPS' values, for its tile sizes; None: sizes that serve every chip
     interpret: bool = False  # Pallas kernels step by step on any platform: right numbers, slowly
 
     def of_chip(self, table: dict[str, T], default: T) -> T:
@@ -84,7 +82,7 @@ def current() -> Backend:
 
 
 def for_cpu() -> bool:
-    """Whether what is traced is for a CPU, whose compiler wants some things said otherwise."""
+    """Whether programs that are traced are for a CPU, where XLA needs some operations in another form; see cpu.py."""
     return current().name == "plain" and jax.default_backend() == "cpu"
 
 

@@ -27,7 +27,7 @@ class Request(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """A request of which the back end is all that matters."""
+    """A request of an operation whose implementations differ by platform alone."""
 
     backend: backend.Backend
 

@@ -62,7 +62,7 @@ def _sum_of_squares(x: jax.Array, in_parts: bool) -> jax.Array:
 
 
 def _folded(combine: Callable, of: Callable, *arrays_W: jax.Array) -> jax.Array:
-    """On a CPU as wide as a few vectors; what `of` makes lies nowhere in memory."""
+    """On a CPU as wide as a few vectors; the values of `of` are not stored."""
     x_W = functools.reduce(combine, (of(*parts) for parts in zip(*map(_parts, arrays_W), strict=True)))
     while len(parts := _parts(x_W)) > 1:
         x_W = functools.reduce(combine, parts)
@@ -87,15 +87,15 @@ def _sum_of_rows(x_N: jax.Array) -> jax.Array:
 
 
 def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros for what is made of x [..., n] in place; without x XLA for CPUs makes all of a program's such arrays as it
-    begins. They are NaN where x begins with one."""
+    """Zeros for an array that a loop fills from x [..., n]. Without x, XLA for CPUs would allocate all such arrays of a
+    program as it begins. They are NaN where x begins with one."""
     if not backend.for_cpu():
         return jnp.zeros(shape, dtype)
     return jnp.broadcast_to(order.order_after(x[(0,) * x.ndim], jnp.zeros((), dtype)), shape)
 
 
 def materialize(function: Callable) -> Callable:
-    """`function`, whose result lies in memory once; XLA for CPUs would compute and keep it in each form read."""
+    """`function`, with its result stored once; XLA for CPUs would compute and store it in each layout that is read."""
     if not backend.for_cpu():
         return function
 
@@ -107,9 +107,9 @@ def materialize(function: Callable) -> Callable:
 
 
 def compute_first(function: Callable, *args: Any) -> tuple[Any, tuple]:
-    """(function(*args), args), where on CPU what becomes of these args comes after the result.
+    """(function(*args), args). On a CPU what uses these args is computed after the result.
 
-    Where a state is updated in place, all that reads it as it was has then done so. XLA for CPUs copies such a state
-    beforehand instead, unless data flow forbids it; other compilers find the order by themselves.
+    So a state can be updated in place, since all readers of the old one have finished. XLA for CPUs would copy the old
+    one instead, unless data flow forbids it; other compilers find the order by themselves.
     """
     return materialize(lambda *args: (function(*args), args))(*args)

@@ -13,10 +13,10 @@ from model.kernels.derivatives import differentiable, tangent_of
 
 
 def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function`, of which the backward pass keeps only what it is given: (x, *constants) to [*rows, any width].
+    """`function`, (x, *constants) to [*rows, any width]; its backward pass keeps only the arguments.
 
-    For what is cheap to compute and large to keep, as an activation; also where a product with a constant follows,
-    which would keep its factor.
+    For values that are cheap to compute and large to keep, as an activation, also where a product with a constant
+    follows, which would keep its factor.
 
     Args:
       function: of a tree x of floating arrays [*rows, any width], which the backward pass does not read before the
@@ -40,10 +40,10 @@ def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def order_after(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, of which nothing is computed before `gradient` is known; both floating.
+    """`x`, from which nothing is computed before `gradient` is known; both floating.
 
-    A compiler would otherwise see that the backward pass computes what the forward pass did and keep that, or compute
-    it far ahead of its use. On CPU rows of `x` are NaN where those of `gradient` begin with NaN.
+    Otherwise a compiler would see that the backward pass computes the same as the forward pass and keep that, or
+    compute it far ahead of its use. On CPU rows of `x` are NaN where those of `gradient` begin with NaN.
 
     Args:
       gradient: [*rows, any width], whose rows broadcast to those of `x`; or one number.

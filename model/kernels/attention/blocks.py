@@ -79,7 +79,7 @@ def _forward(
     """(outputs [B, T, H, E], what derivatives read)."""
     scores = dataclasses.replace(scores, sinks_H=sinks_H)
     blocks = _blocks(q_BTHC.shape[1], mask)
-    # values come as one axis and queries leave with G apart from T: on CPU copies that merge or split axes are slow
+    # values come as one axis and queries keep G and T as two axes: on CPU copies that merge or split axes are slow
     v_BTN = v_BTKE.reshape(*v_BTKE.shape[:2], -1)
     laid_out = cpu.materialize(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTN)
     qs_BKGTC, k_BKSC, v_BKSE = laid_out
@@ -95,7 +95,7 @@ def _forward(
         out_BKGTE, *normaliser = attend(q_BKGTC, *seen, mask_BTS, scores, distance_BTS)
         outs.append(tokens_first(out_BKGTE))
         normalisers.append(tuple(checkpoint_name(x_BKGT1, ATTENTION) for x_BKGT1 in normaliser))
-    # in one form for both passes
+    # one array for both passes
     out_BTHE = checkpoint_name(cpu.materialize(functools.partial(jnp.concatenate, axis=1))(outs), ATTENTION)
     return out_BTHE, (mask, sinks_H, inputs, out_BTHE, normalisers)
 

@@ -14,7 +14,7 @@ from model.kernels.attention.reference import Scores
 
 
 def cudnn(q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT, mask, scores, rules, chosen) -> jax.Array:
-    """`self_attention` by jax.nn.dot_product_attention. Where rows are packed it is given a mask of [B, 1, T, T]."""
+    """`self_attention` by jax.nn.dot_product_attention. Packed rows need a mask of [B, 1, T, T]."""
     attend = functools.partial(
         jax.nn.dot_product_attention, implementation="xla" if chosen.interpret else "cudnn"
     )

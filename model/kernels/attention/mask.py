@@ -1,4 +1,4 @@
-"""Which keys a query may look at: a small algebra of masks, of which an implementation may refuse parts by name."""
+"""Which keys a query may look at: a small algebra of masks. An implementation may refuse parts of it by name."""
 
 # B batch, T queries, S keys
 

@@ -1,6 +1,6 @@
 """JAX's splash attention for TPUs behind our arguments.
 
-What ours has and splash has not: rows whose tokens a mesh splits, keys and queries at an offset that is traced, blocks
+Ours has what splash has not: rows whose tokens a mesh splits, keys and queries at an offset that is traced, blocks
 skipped by the segments of a packed row, log-sum-exps with gradients.
 """
 

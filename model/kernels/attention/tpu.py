@@ -22,8 +22,8 @@ from model.kernels.names import ATTENTION
 
 # Sizes by chip. A block of keys and values is read once for each block of queries, at about as many flops a byte as
 # the block has queries, so queries are as many as the chip has flops for a byte of its memory (v4 229, v5e 240,
-# v5p 166, v6e 560, tpu7x 312) or more; 512 x 512 scores and their gradients in float32 fit the 16 MiB that a kernel
-# is given on the smallest.
+# v5p 166, v6e 560, tpu7x 312) or more; 512 x 512 scores and their gradients in float32 fit the 16 MiB of a kernel
+# on the smallest.
 TILE_SIZES = {
     "v4": TileSizes(512, 512),
     "v5e": TileSizes(512, 512),
@@ -49,19 +49,18 @@ def flash_attention(
     tiles: TileSizes = TileSizes(),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(what each query finds [B, T, H, E] in the dtype of `q`, log-sum-exp of its scores [B, H, T] float32).
+    """(outputs [B, T, H, E] in the dtype of `q`, log-sum-exp of its scores [B, H, T] float32).
 
-    A query that sees no key finds zeros, and its log-sum-exp is `NO_KEY`; both results have gradients. Parts that were
-    computed for different keys become one by their log-sum-exps, and so do sinks: see `with_sinks`.
+    The output of a query that sees no key is zero, and its log-sum-exp `NO_KEY`. Both results have gradients.
+    Parts that were computed for different keys are joined by their log-sum-exps, and so are sinks: see `with_sinks`.
 
     Args:
       query_ids_BT, key_ids_BS: int32; a query sees only keys of its own id (segments, chunks: see
-      `attention.stretch_ids`).
-        None, both: all.
-      offset: query i stands where key i + offset stands; may be traced, and negative. None: queries are the last T of
+        `mask.chunk_segment_ids`). None, both: all.
+      offset: query i has the place of key i + offset; may be traced, and negative. None: queries are the last T of
         the S keys.
       window: a query sees no key `window` or more places away.
-      reach: nor is any `reach` or more places away of its id, which lets blocks of keys be skipped. None: unknown.
+      span: no key of its id is `span` or more places away, so blocks of keys can be skipped. None: unknown.
     """
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
@@ -94,7 +93,7 @@ def flash_attention(
 
 
 def with_sinks(out_BTHE: jax.Array, lse_BHT: jax.Array, sinks_H: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The results of `flash_attention`, had each head a score `sinks_H` more that gives nothing. Xiao et al. 2023,
+    """The results of `flash_attention` with one more score a head, `sinks_H`, that gives nothing. Xiao et al. 2023,
     arXiv:2309.17453."""
     sinks_H1 = sinks_H.astype(jnp.float32)[:, None]
     share_BTH1 = jax.nn.sigmoid(lse_BHT - sinks_H1).swapaxes(1, 2)[..., None]

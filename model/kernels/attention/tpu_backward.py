@@ -1,5 +1,5 @@
-"""The backward kernels of flash attention: scores are computed again, once for the gradients of the queries and once
-for those of the keys and values. Algorithm 2 of Dao 2023, arXiv:2307.08691.
+"""The backward kernels of flash attention: scores are computed again, once for the gradients of queries and once
+for those of keys and values. Algorithm 2 of Dao 2023, arXiv:2307.08691.
 
 With d = dout . value and delta = dout . out - dlse, the gradient of a score is weight * (d - delta).
 """
@@ -182,7 +182,7 @@ def key_value_gradients(
 
 
 def _key_value_kernel(call: FlashCall, *refs):
-    """Keys down, queries across: so a number a query has is a row, as it lies in memory."""
+    """Keys down, queries across, so one number a query is a row, as in memory."""
     bounds = Bounds(*refs[: len(Bounds._fields)])
     q_QC, k_NC, v_NE, ids, dout_QE, lse_1Q, delta_1Q, dk_NC, dv_NE, sum_NC, sum_NE, key_ids_NL = refs[
         len(bounds) :

@@ -24,7 +24,7 @@ LEAST = (
 
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
-    """How many queries meet how many keys in one step of a kernel; multiples of 128."""
+    """Queries and keys of one step of a kernel; multiples of 128."""
 
     queries: int = 512
     keys: int = 512
@@ -36,7 +36,7 @@ class TileSizes:
 
 @dataclasses.dataclass(frozen=True)
 class FlashCall:
-    """All that is known of one attention before it runs."""
+    """The static arguments of one attention."""
 
     num_queries: int
     num_keys: int  # without padding
@@ -66,19 +66,19 @@ class FlashCall:
         return self._steps(self.tiles.keys, self.tiles.queries, self.query_blocks)
 
     def pairs(self) -> int:
-        """Queries and keys that meet, at most, where the queries are a row's last tokens."""
+        """At most so many pairs of a query and a key count, where the queries are a row's last tokens."""
         query = np.arange(self.num_queries) + (self.num_keys - self.num_queries if self.causal else 0)
         span = self.span or self.num_keys + self.num_queries
         last = np.minimum(query if self.causal else query + span - 1, self.num_keys - 1)
         return int(np.maximum(0, last - np.maximum(0, query - span + 1) + 1).sum())
 
     def cost(self, rows: int, channels: int, streamed: tuple, once: tuple) -> pl.CostEstimate:
-        """What the compiler plans other work around.
+        """An estimate, by which the compiler schedules other work.
 
         Args:
-          rows: of pairs: rows of the batch times query heads.
-          channels: that are multiplied for a pair.
-          streamed: (what is read anew for each block of the other side, how many rows that has) each.
+          rows: rows of the batch times query heads.
+          channels: multiplied for each pair.
+          streamed: (width, dtype, rows of a block of the other side) of each array that is read once for such a block.
           once: arrays that are read or written once.
         """
         pairs = rows * self.pairs()
@@ -137,7 +137,7 @@ def _first_and_last(needed_BIJ: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def key_block(call: FlashCall, bounds: Bounds, b, i, step):
-    """(the block of keys that is read at this step, whether it is needed); what isn't is read only once."""
+    """(the block of keys that is read at this step, whether it is needed); one that is not needed is read only once."""
     return _block(bounds.first_key_block, bounds.last_key_block, b * call.query_blocks + i, step)
 
 

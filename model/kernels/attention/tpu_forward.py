@@ -1,7 +1,7 @@
-"""The forward kernel of flash attention: a block of queries meets its blocks of keys one after the other.
+"""The forward kernel of flash attention: a block of queries goes through its blocks of keys.
 
-Algorithm 1 of Dao 2023, arXiv:2307.08691: the running maximum and sum of each query's weights are kept, and what was
-added up is shrunk when the maximum grows.
+Algorithm 1 of Dao 2023, arXiv:2307.08691: each query has a running maximum and sum of its weights, and sums
+shrink when the maximum grows.
 """
 
 # B batch, H query heads, K key/value heads, T queries, S keys, C width of a query and a key, E width of a value
@@ -105,8 +105,8 @@ def _kernel(call: FlashCall, *refs):
         weights_QN = jnp.exp(scores_QN - across(top_QL[...], N))
         shrink_QL = jnp.exp(before_QL - top_QL[...])
         total_QL[...] = total_QL[...] * shrink_QL + weights_QN.sum(axis=1, keepdims=True)
-        found_QE = product(weights_QN.astype(v_NE.dtype), v_NE[...], (1, 0))
-        sum_QE[...] = sum_QE[...] * across(shrink_QL, E) + found_QE
+        added_QE = product(weights_QN.astype(v_NE.dtype), v_NE[...], (1, 0))
+        sum_QE[...] = sum_QE[...] * across(shrink_QL, E) + added_QE
 
     def scores():
         return capped(call, product(q_QC[...], k_NC[...], (1, 1)))

@@ -4,8 +4,8 @@ Each tile updates the running maximum and sum of its tokens' weights (Milakov an
 Logits are computed again for the gradients, as in Wijmans et al. 2024, arXiv:2411.09009. Tiles are plain jnp in
 stripes.py and Pallas in tpu.py.
 
-Backward, a stripe of the vocabulary after the other: the gradient of the stripe's logits is made in tiles and lies in
-memory in the dtype of the hidden states; two products of it give the gradients of the hidden states and the head.
+Backward, a stripe of the vocabulary after the other: the gradient of the stripe's logits is made in tiles and stored
+in the dtype of the hidden states; two products of it give the gradients of the hidden states and the head.
 """
 
 # N tokens, V vocabulary, D model width, S entries of a stripe
@@ -25,7 +25,7 @@ from model.logprobs import ScoreOptions, TokenScores
 
 # Sizes by chip. For each channel a step reads tokens + entries and multiplies tokens * entries times: their ratio is
 # its flops for a byte in bfloat16, and is above what the chip has (v4 229, v5e 240, v5p 166, v6e 560, tpu7x 312).
-# Products and logits in float32 fit the fast memory that a kernel is given: 16 MiB on the smallest, 32 on v6e.
+# Products and logits in float32 fit a kernel's fast memory: 16 MiB on the smallest, 32 on v6e.
 TILE_SIZES = {
     "v4": TileSizes(512, 1024),
     "v5e": TileSizes(512, 1024),
@@ -69,7 +69,7 @@ def token_scores(scores: Scores) -> TokenScores:
 
 
 def part_scores(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
-    """Over a part of the vocabulary: targets and choices are counted from its first entry, and may lie outside."""
+    """Over a part of the vocabulary. Targets and choices count from its first entry, and may be outside of it."""
     N = len(hidden_ND)
     targets_N = jnp.where((targets_N >= 0) & (targets_N < len(head_VD)), targets_N, -1)
     if call.tiles is not None and N % (tokens := min(call.tiles.tokens, -(-N // 128) * 128)):
@@ -132,7 +132,7 @@ def _cotangents(log_z_N, mean_N, gradients: Scores) -> Cotangents:
 
 
 def _of_tiles(call: CrossEntropyCall):
-    """The module whose `forward` and `stripe_gradients` the call takes."""
+    """The module that computes tiles: its `forward` and `stripe_gradients`."""
     if call.tiles is None:
         return stripes
     from model.kernels.cross_entropy import tpu  # brings Pallas along

@@ -1,5 +1,5 @@
-"""What each tile of logits adds to the scores of its tokens, and its gradient: the maths that the plain form of
-cross-entropy and its TPU kernels share.
+"""What each tile of logits adds to the scores of its tokens, and its gradient: the maths that plain stripes and
+the TPU kernels of cross-entropy share.
 
 The running maximum and sum are those of Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
@@ -21,7 +21,7 @@ NOWHERE = 2**30  # the number of an entry that does not count
 
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
-    """How many tokens meet how many entries of the vocabulary in one step of a kernel, over how many channels."""
+    """Tokens, entries of the vocabulary and channels of one step of a kernel."""
 
     tokens: int = 512
     entries: int = 1024
@@ -43,12 +43,14 @@ class CrossEntropyCall:
     softcap: float | None = None
     mean: bool = False  # the mean logit is wanted
     likeliest: bool = False  # the likeliest entry is wanted
-    stripe_bytes: int = 128 << 20  # of what lies in memory at once of all tokens' logits or their gradients
+    stripe_bytes: int = (
+        128 << 20
+    )  # of the logits, or their gradients, of all tokens that are in memory at once
     tiles: TileSizes | None = None  # of the TPU kernels; None: plain jnp
     interpret: bool = False
 
     def stripe(self, N: int, V: int, itemsize: int) -> int:
-        """How many entries of the vocabulary all tokens meet at once."""
+        """Entries of the vocabulary in a stripe."""
         fitting, tile = self.stripe_bytes // (N * itemsize), self.tiles.entries if self.tiles else 128
         return min(V, max(tile, fitting // tile * tile))
 
@@ -64,7 +66,7 @@ class Scores(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Of each token, over the entries met so far."""
+    """Of each token, over the entries so far."""
 
     top_N1: jax.Array
     total_N1: jax.Array  # sum of exp(logit - top)
@@ -75,7 +77,7 @@ class Running(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """What a token's gradients are made of: d logit = weight * (shift + slope * logit) + chosen [at the target]."""
+    """The parts of a token's gradient: d logit = weight * (shift + slope * logit) + chosen [at the target]."""
 
     log_z_N1: jax.Array
     chosen_N1: jax.Array
@@ -98,7 +100,7 @@ def update(
     targets_N1: jax.Array,
     choices,
 ) -> Running:
-    """One tile more; entries that do not count are MASKED and NOWHERE.
+    """The state after one more tile; entries that do not count are MASKED and NOWHERE.
 
     Args:
       choices: entries from this one on are never the likeliest.
@@ -121,7 +123,7 @@ def update(
 
 
 def final_scores(state: Running) -> Scores:
-    """Columns still, [N, 1]."""
+    """Columns, [N, 1]."""
     mean_N1 = None if state.weighted_N1 is None else state.weighted_N1 / state.total_N1
     log_z_N1 = state.top_N1 + jnp.log(state.total_N1)
     return Scores(state.chosen_N1, log_z_N1, mean_N1, state.best_N1, state.likeliest_N1)

@@ -1,8 +1,8 @@
-"""The TPU kernels of cross-entropy: products of hidden states and the head, a tile after the other, whose logits never
+"""The TPU kernels of cross-entropy: products of hidden states and the head, a tile after the other. Logits never
 leave the chip's fast memory.
 
 A tile's products are added up over the channels, so its size does not depend on the model's width; the channels' last
-block makes logits of them and meets them.
+block turns them into logits and updates the scores.
 """
 
 # N tokens, V vocabulary, D model width; Q tokens, S entries and C channels of a tile
@@ -161,7 +161,7 @@ def _grid(
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """(steps, sizes of a tile); tokens are already a multiple.
 
-    Channels of float32 take twice the memory, so half as many entries are met, and far more time.
+    Channels of float32 take twice the memory, so a tile has half as many entries, and far more time.
     """
     (N, D), tiles = hidden_ND.shape, call.tiles or TileSizes()
     entries = tiles.entries if hidden_ND.dtype.itemsize <= 2 else max(LANES, tiles.entries // 2)

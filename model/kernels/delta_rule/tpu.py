@@ -1,10 +1,10 @@
 """The gated delta rule for TPUs, with one decay a head: the state goes from chunk to chunk in the chip's fast memory.
 
-Gated DeltaNet, arXiv:2412.06464; in chunks by Yang et al. 2024, arXiv:2406.06484. The plain form is
-model.kernels.delta_rule. The kernels themselves are in delta_forward and delta_backward; here is what they are given:
-tokens in whole blocks, the channels of all heads side by side, and sums of log decays over each chunk.
+Gated DeltaNet, arXiv:2412.06464; in chunks by Yang et al. 2024, arXiv:2406.06484. The kernels are in
+tpu_forward and tpu_backward. This file prepares their arguments: tokens in whole blocks, the channels of all heads side
+by side, and sums of log decays over each chunk.
 
-Factors of matrix products have the narrowest dtype of what is given. The triangular system, its inverse and what is
+Factors of matrix products have the narrowest dtype of the inputs. The triangular system, its inverse and what is
 solved with it are float32 throughout, since the inverse multiplies errors; so are sums, decays, states and the
 gradients of decays, which are differences of sums.
 """
@@ -31,7 +31,7 @@ from model.kernels.recurrence.tpu_chunks import (
 
 # Sizes by chip. A block is of one head; its width bounds that of keys and values together. At 512 tokens a state a
 # block is a quarter of the values of 128 channels in float32, the systems of four chunks are inverted side by side,
-# which hides that each is a chain of products, and all fits the 16 MiB that a kernel is given on the smallest chip.
+# which hides that each is a chain of products, and all fits the 16 MiB of a kernel on the smallest chip.
 TILE_SIZES = {
     "v4": TileSizes(512),
     "v5e": TileSizes(512),
@@ -53,7 +53,7 @@ def delta_rule(
     tiles: TileSizes = TileSizes(),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `model.kernels.delta_rule.delta_rule`, with gradients of all but `first_BT`."""
+    """As `delta_rule.delta_rule`, with gradients of all but `first_BT`."""
     (B, T, H, K), V = q_BTHK.shape, v_BTHV.shape[3]
     call = make_call(K, V, T, tiles, interpret)
     dtype, length = narrowest(q_BTHK, k_BTHK, v_BTHV), up(T, call.tokens)

@@ -220,7 +220,7 @@ def _from_decays(x: _Around, over_QQ, dinto_QK, dknown_QK, dout_QK) -> jax.Array
 
 
 def _before(x: _Around, dv_QV: jax.Array) -> jax.Array:
-    """dS = kept dS' + q^T (into do) - k^T (into dv)."""
+    """dS = carry dS' + q^T (into do) - k^T (into dv)."""
     chunk, into_Q1 = x.chunk, x.chunk.decay.into_QL[:, :1]
     from_found_KV = chunk.product(chunk.q_QK, x.do_QV * into_Q1, (0, 0))
     from_known_KV = chunk.product(chunk.k_QK, dv_QV * into_Q1, (0, 0))

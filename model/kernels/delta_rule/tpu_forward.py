@@ -1,12 +1,12 @@
 """The forward kernel of the gated delta rule: one head goes from chunk to chunk with its state.
 
-With S and S' the states before and after a chunk, decays from S to its tokens (into), from them to S' (out), from S to
-S' (kept) and from token to token (D), its tokens write u, find o and leave S':
+Let S and S' be the states before and after a chunk. With decays from S to its tokens (into), from them to S' (out),
+from S to S' (carry) and from token to token (D), its tokens write u and read o:
 
     A = beta D k k^T below the diagonal, X = (1 + A)^-1
     u = X r, r = beta (v - into k S)
     o = into q S + P u, P = D q k^T up to the diagonal
-    S' = kept S + k^T (out u)
+    S' = carry S + k^T (out u)
 
 A [Q, Q] does not depend on the state, so the chunks of a block are inverted together.
 """
@@ -198,7 +198,7 @@ def _found(chunk: Chunk, state_KV: jax.Array, written_QV: jax.Array) -> jax.Arra
 
 
 def after(chunk: Chunk, state_KV: jax.Array, written_QV: jax.Array) -> jax.Array:
-    """S' = kept S + k^T (out u)."""
+    """S' = carry S + k^T (out u)."""
     added_KV = chunk.product(chunk.k_QK, written_QV * chunk.decay.out_QL[:, :1], (0, 0))
     return state_KV * chunk.decay.carry(0) + added_KV
 
@@ -229,8 +229,8 @@ def inverses_unit_lower(stricts: list[jax.Array], dtype: jnp.dtype) -> list[jax.
 
 
 def exact(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """A product of float32 factors, of which more is kept than the `dtype` of what they come from says: of bfloat16
-    the 16 bits of two halves, in half as many passes of the matrix unit as all 24 take."""
+    """A product of float32 factors, more exact than the `dtype` of the inputs: for bfloat16 with the 16 bits of two
+    halves, in half as many passes of the matrix unit as all 24 bits take."""
     if dtype != jnp.bfloat16:
         dims = (((contract[0],), (contract[1],)), ((), ()))
         return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
@@ -240,6 +240,6 @@ def exact(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: jnp.dtyp
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """bfloat16 numbers, and what they lack."""
+    """(x in bfloat16, the rest of x in bfloat16)."""
     first = x.astype(jnp.bfloat16)
     return first, (x - first.astype(jnp.float32)).astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Tokens to the rows that their experts multiply, and what those found back to the tokens: gathers in both directions.
+"""Tokens to the rows that their experts multiply, and the experts' outputs back to tokens: gathers both ways.
 
 Left to autodiff, the gradient of a gather is a scatter, which on TPUs adds up in float32 arrays of all rows. Rows are
 here a permutation of the pairs of a token and one of its experts, so each direction has the other's places.
@@ -68,7 +68,7 @@ def _from_rows_tangent(saved, tangents):
 
 def _from_rows_backward(saved, d_ND: jax.Array):
     y_MD, weights_NK, places = saved
-    # to the rows in their own dtype: a model that computes in bfloat16 rounds what is found here, too
+    # to the rows in their own dtype: a model that computes in bfloat16 rounds gradients here, too
     d_MD = to_rows(d_ND.astype(y_MD.dtype), places).astype(jnp.float32)
     dweights_M = (d_MD * y_MD.astype(jnp.float32)).sum(1)
     dy_MD = d_MD * weights_NK.reshape(-1)[places.pair_M][:, None]

@@ -1,9 +1,9 @@
 """Grouped products on a mesh.
 
 Each device has its own tokens and sorts them itself. Where the mesh splits experts, or the width of each, the devices
-that share tokens have their own rows of them, too, multiply these with their own experts or channels, and what they
-found for each token is added up at the end. Nothing goes from device to device but matrices gathered over `fsdp`, and
-these sums, forward of what tokens get, backward of their gradients.
+that share tokens have their own rows of them, too, multiply these with their own experts or channels, and their
+outputs for each token are added up at the end. Devices exchange only matrices gathered over `fsdp` and these sums,
+forward of outputs, backward of gradients.
 """
 
 # B batch, T tokens, M rows (pairs of a token and an expert), I inputs, O outputs, E experts
@@ -45,7 +45,7 @@ class Split:
 
     @property
     def parts(self) -> Axes:
-        """Axes of the devices that share tokens, each of which finds a part of what these get."""
+        """Axes of the devices that share tokens; each of them computes a part of the sums for these tokens."""
         return (*self.experts, *self.width("mlp"))
 
     def width(self, name: str | None) -> Axes:
@@ -111,7 +111,7 @@ def grouped_on_mesh(
     """
     inputs, outputs = (split.width(name) for name in names)
     x_inputs, y_outputs = (split.width(name) if name != "mlp" else () for name in names)
-    # Gathered along its last axis, a matrix would come in pieces of a few channels, to be laid out anew.
+    # Gathered along its last axis, a matrix would come in pieces of a few channels, to be copied.
     transposed = split.gathers(names[1]) and not split.gathers(names[0])
 
     def part(x_MI, w_EIO, sizes_E):

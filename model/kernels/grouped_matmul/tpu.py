@@ -44,11 +44,11 @@ TILE_SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class GroupedCall:
-    """All that is known of a grouped product before it runs."""
+    """The static arguments of a grouped product."""
 
     tiles: TileSizes = TileSizes()
     interpret: bool = False
-    transposed: bool = False  # the matrices are [E, O, I] and are read as they lie
+    transposed: bool = False  # the matrices are [E, O, I] and are read as they are
 
     def transposed_back(self) -> GroupedCall:
         return dataclasses.replace(self, transposed=not self.transposed)
@@ -97,7 +97,7 @@ def products(
     """Each row times its group's matrix, [M, O] in the dtype of `x`, added up in float32.
 
     Args:
-      w_EIO: of the dtype of `x`, or of fewer bits: then it is widened in fast memory; [E, O, I] if `plan.transposed`.
+      w_EIO: of the dtype of `x`, or of fewer bits: then it is widened in fast memory; [E, O, I] if `call.transposed`.
       scales_EO: what a column of a matrix is to be multiplied with.
     """
     transposed = call.transposed
@@ -238,7 +238,7 @@ def _gradient_kernel(tiles: StepSizes, *refs):
 
     @pl.when(~whole & (start < stop))
     def add_parts():
-        # both, since what lies beyond the rows may be no number, and no number times 0 is none either
+        # both, since numbers beyond the rows may be NaN, and NaN times 0 is NaN
         cleared = lambda x, mine_P1: jnp.where(mine_P1, x, jnp.zeros_like(x))
         _each_part(
             *(start, stop, tiles),
@@ -262,7 +262,7 @@ def _each_part(start, stop, tiles: StepSizes, use) -> None:
 
 
 def _inside(block: jax.Array, step, size: int, axis: int) -> jax.Array:
-    """The block with zeros for what lies beyond `size` along the axis, if anything of any block does."""
+    """The block with zeros beyond `size` along the axis, where blocks extend beyond it."""
     width = block.shape[axis]
     if size % width == 0:
         return block

@@ -1,6 +1,6 @@
-"""Which tile of rows meets which group's matrix, and in what order: what the kernels of grouped products share.
+"""Which tile of rows is multiplied by which group's matrix, and in what order, for the kernels of grouped products.
 
-Rows are cut into tiles where they lie, without regard to the groups (Gale et al. 2022, arXiv:2211.15841); a tile is
+Rows are cut into tiles in their order, whatever the groups (Gale et al. 2022, arXiv:2211.15841); a tile is
 visited once for each group that has rows in it.
 """
 
@@ -19,12 +19,12 @@ PART = 128  # rows; of a tile that groups share, each part is multiplied only fo
 
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
-    """What a step of a kernel holds of bfloat16, multiples of 128; of float32, half as many inputs and outputs."""
+    """Numbers of bfloat16 in a step of a kernel, multiples of 128; of float32, half as many inputs and outputs."""
 
     rows: int = 512
     inputs: int = 1024
     outputs: int = 1024
-    memory: int | None = None  # bytes of fast memory; None: the 16 MiB that a kernel is given
+    memory: int | None = None  # bytes of fast memory; None: the default of 16 MiB
 
     def __post_init__(self):
         if any(n % PART or n < PART for n in (self.rows, self.inputs, self.outputs)):

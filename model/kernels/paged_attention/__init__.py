@@ -60,8 +60,9 @@ def paged_attention(
     """Write new tokens into pages and attend to them and to all before them in their rows.
 
     Args:
-      new: what `kept` names, of these tokens, [T, K, C] each (one head: [T, C]); None: the pages hold them already.
-      cache: pages [N, Z, K * C] and scales; given back with the new tokens, in the same memory where it is donated.
+      new: the arrays that `kv_layout` names, of these tokens, [T, K, C] each (one head: [T, C]); None: the pages hold
+        them already.
+      cache: pages [N, Z, K * C] and scales; returned with the new tokens, in the same memory where it is donated.
       page_table_RP: int32; entries past a row's length may be anything.
       cu_q_lens: [R + 1] int32; row r's are the tokens cu_q_lens[r] to cu_q_lens[r + 1], none where both are equal.
       kv_lens: [R] int32, tokens of each row with the new ones, which are its last.
@@ -88,7 +89,7 @@ def attend_in_rows(
     scores: Scores = Scores(),
     first_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`paged_attention` of rows of T places, `count_B` of which, from `first_B` on (None: 0), are tokens, at positions
+    """`paged_attention` of rows of T places. From `first_B` on (None: 0), `count_B` places are tokens, at positions
     from `start_B` on."""
     B, T = q_BTHC.shape[:2]
     begins_B = jnp.arange(B, dtype=jnp.int32) * T

@@ -1,4 +1,4 @@
-"""Pages of keys and values: how they lie in memory, and how tokens are put there and found again in plain jnp.
+"""Pages of keys and values: their layout in memory, and how plain jnp writes tokens there and reads them.
 
 A page holds Z slots, and a slot the channels of all heads side by side, [N, Z, K * C]. So a head's keys are columns of
 a matrix that a TPU multiplies by as it is: no head is picked out of a tile, and heads of 64 channels, or one head left
@@ -48,10 +48,10 @@ def empty_pages(
 
 
 def row_by_row(pages: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding) -> Format:
-    """How pages lie where a program is given them and gives them back: the last axis without gaps.
+    """The layout of pages as arguments and results of a program: the last axis without gaps.
 
-    A compiler for TPUs that may choose turns pages whose slots do not fill whole vectors (64 channels of a rotated key,
-    or 3 heads of 64), and then copies all of them before and after the kernel that reads them row by row.
+    Left to choose, the compiler for TPUs transposes pages whose slots do not fill whole vectors (64 channels of a
+    rotated key, or 3 heads of 64), and then copies all of them before and after the kernel, which reads rows.
     """
     return Format(Layout(tuple(range(pages.ndim))), sharding)
 

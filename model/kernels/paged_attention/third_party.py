@@ -55,7 +55,7 @@ def _attend(
 
     k_NZKC, v_NZKC = (cache[name].reshape(*cache[name].shape[:2], heads, -1) for name in "kv")
     both_NZXC = jnp.stack([k_NZKC, v_NZKC], axis=3).reshape(*k_NZKC.shape[:2], 2 * heads, -1)
-    # its rows follow on each other: what lies between two of ours is read as the first one's last tokens
+    # its rows are consecutive: places between two of ours are read as the first one's last tokens
     offsets_R1 = jnp.append(rows.first_R, rows.first_R[-1] + rows.count_R[-1]).astype(jnp.int32)
     lengths_R = (rows.start_R + jnp.diff(offsets_R1)).astype(jnp.int32)
     return kernel.ragged_paged_attention(

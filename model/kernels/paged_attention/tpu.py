@@ -1,6 +1,6 @@
 """Paged attention by its TPU kernel: the arguments of the kernel."""
 
-# T tokens of all rows, J matrices of queries an item, M rows of one
+# T tokens of all rows, J matrices of queries a work item, M rows of one
 # H query heads, C channels of a key, E channels of a value, L lanes (128)
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the kernel of paged attention copies from and to main memory: queries and answers, old pages, new tokens."""
+"""What the kernel of paged attention copies from and to main memory: queries, outputs, old pages, new tokens."""
 
 # T tokens of all rows, H query heads, C channels of a key, E channels of a value, n heads together
-# Q tokens of an item, J matrices of queries, M rows of one, L lanes (128)
+# Q tokens of a work item, J matrices of queries, M rows of one, L lanes (128)
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.kernels.paged_attention.tpu_plan import PagedCall, Part, Scalars
 
 @dataclasses.dataclass
 class Memory:
-    """What a kernel is given."""
+    """The arguments and scratch memory of the kernel."""
 
     call: PagedCall
     scalars: Scalars
@@ -30,27 +30,27 @@ class Memory:
     q_THC: Any
     fresh: dict
     pages: dict
-    found_THE: Any
+    out_THE: Any
     blocks: dict  # [2, ...] of each part
     new_kv: dict  # [2, groups, ...]
-    q_QHC: Any  # the item's queries as they come, and
-    found_QHE: Any  # what they find as it goes
+    q_QHC: Any  # the work item's queries
+    out_QHE: Any  # its outputs
     queries: list  # of each part of a key [J, M, n * C]; of heads that are together, each in its own head's channels
     top_JML: Any
     total_JML: Any
     sum_JME: Any
-    buffer_slot: Any  # which of the two blocks the next item's first is copied to
-    kv_read: Any
+    buffer_slot: Any  # which of the two buffers the next work item's first block is copied to
+    kv_read: Any  # semaphores
     pages_written: Any
-    queries_read: Any  # queries
-    outputs_written: Any  # what they find
+    queries_read: Any
+    outputs_written: Any
 
 
-# Queries and what they find
+# Queries and outputs
 
 
 def query_copies(memory: Memory, w, do) -> None:
-    """The copies of the item's queries."""
+    """`do(copy)` of each copy of the work item's queries."""
 
     def piece(token, at, size):
         source, target = memory.q_THC.at[pl.ds(token, size)], memory.q_QHC.at[pl.ds(at, size)]
@@ -60,18 +60,18 @@ def query_copies(memory: Memory, w, do) -> None:
 
 
 def output_copies(memory: Memory, w, do) -> None:
-    """The copies of what they find."""
+    """`do(copy)` of each copy of its outputs."""
 
     def piece(token, at, size):
-        source, target = memory.found_QHE.at[pl.ds(at, size)], memory.found_THE.at[pl.ds(token, size)]
+        source, target = memory.out_QHE.at[pl.ds(at, size)], memory.out_THE.at[pl.ds(token, size)]
         do(pltpu.make_async_copy(source, target, memory.outputs_written.at[0]))
 
     _each_piece(memory, w, piece)
 
 
 def _each_piece(memory: Memory, w, do) -> None:
-    """`do(token among all, place in the item, size)` for the item's tokens cut into powers of two, the largest first:
-    copies have sizes that are known, and what lies after the item is neither read nor written."""
+    """`do(token among all, place in the work item, size)` for its tokens cut into powers of two, the largest first:
+    copies need sizes that are known, and tokens after the work item are neither read nor written."""
     token, count = memory.scalars.work_item_token[w], memory.scalars.work_item_count[w]
     most = min(memory.call.tokens, memory.q_THC.shape[0])
     for size in (1 << n for n in reversed(range(most.bit_length()))):
@@ -83,7 +83,7 @@ def _each_piece(memory: Memory, w, do) -> None:
 
 
 def work_item_positions(memory: Memory, w):
-    """(the row, the first position that some token of the item sees, its first token's, that after its last)."""
+    """(the row, the first position that some token of the work item sees, its first token's, that after its last)."""
     scalars, mask = memory.scalars, memory.call.mask
     first = scalars.work_item_first[w]
     low = jnp.int32(0)
@@ -95,13 +95,13 @@ def work_item_positions(memory: Memory, w):
 
 
 def work_item_blocks(memory: Memory, w):
-    """(the first block of the row that the item reads, that after the last)."""
+    """(the first block of the row that the work item reads, that after the last)."""
     _, low, _, stop = work_item_positions(memory, w)
     return _div(low, memory.call.block), _up(stop, memory.call.block)
 
 
 def kv_copies(memory: Memory, w, j, buffer_slot, do) -> None:
-    """The copies of what item w reads of block j: old pages, and groups of new slots."""
+    """`do(copy)` of each copy that work item w reads of block j: old pages, and groups of new slots."""
     call, scalars = memory.call, memory.scalars
     row, low, _, _ = work_item_positions(memory, w)
     start = scalars.row_start[row]
@@ -133,7 +133,7 @@ def kv_copies(memory: Memory, w, j, buffer_slot, do) -> None:
 
 
 def _new_groups(memory: Memory, part: Part, w, j):
-    """(the first group of block j that holds new tokens up to the item's last, that after the last)."""
+    """(the first group of block j that holds new tokens up to the work item's last, that after the last)."""
     per_block, (row, _, _, stop) = memory.call.block // part.group, work_item_positions(memory, w)
     begin = jnp.maximum(j * per_block, _div(memory.scalars.row_start[row], part.group))
     return begin, jnp.minimum((j + 1) * per_block, _up(stop, part.group))
@@ -194,7 +194,7 @@ def choose(which, yes, no):
 
 
 def page_writes(memory: Memory, w, j, buffer_slot, do) -> None:
-    """The copies to pages of the groups of block j whose first new token is the item's."""
+    """`do(copy)` of each copy to pages: of the groups of block j whose first new token is the work item's."""
     call = memory.call
     row, _, first, stop = work_item_positions(memory, w)
     for part in call.parts:

@@ -1,14 +1,13 @@
-"""The kernel of paged attention for TPUs: each item's queries meet the blocks of pages of its row, one after the other.
+"""The TPU kernel of paged attention: the queries of each work item go through the blocks of pages of its row.
 
 Kwon et al. 2023, arXiv:2309.06180; weights are added up as in Dao 2023, arXiv:2307.08691. Pages stay in the chip's main
-memory. Those of the next block, be it of the next item, are copied while this block is computed; only pages that some
-query of the item sees are copied at all. New tokens are put among the old in fast memory, where they are attended to,
-and go to their pages from there. Queries come from the flat tokens as they lie in main memory, and what they find goes
-back to the same places, of an item only the tokens that it has.
+memory. Those of the next block, even of the next work item, are copied while this block is computed. Only pages that
+some query of the work item sees are copied. New tokens are merged with the old in fast memory, and copied to their
+pages from there. Queries are read from the flat tokens in main memory; outputs are written to the same places.
 """
 
 # T tokens of all rows, H query heads, C channels of a key, E channels of a value
-# I items, Q tokens of one, J matrices of queries an item, M rows of one, G of them of one token, n heads together
+# I work items of Q tokens, J matrices of queries a work item, M rows of one, G of them of one token, n heads together
 # N pages, Z slots a page, S slots of a block, W slots of a group, U groups, X channels of a slot, L lanes (128)
 
 from __future__ import annotations
@@ -45,27 +44,27 @@ def attend(
     fresh: dict[str, jax.Array],
     pages: dict[str, jax.Array],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(what each query finds [T, H, E], zero for tokens of no row, the pages with the new tokens).
+    """(outputs [T, H, E], zero for tokens of no row, the pages with the new tokens).
 
     Args:
-      fresh: new tokens of each part of pages, in groups; {}: nothing is written, and the pages are given back.
+      fresh: new tokens of each part of pages, in groups; {}: nothing is written, and the pages are returned.
     """
     (T, H, _), names, write = q_THC.shape, [part.name for part in call.parts], bool(fresh)
     constants = [*_constants(call, q_THC.dtype), sinks_JML]
-    nothing_THE = jnp.zeros((T, H, call.width_of(call.values)), q_THC.dtype)  # tokens of no row keep it
+    zeros_THE = jnp.zeros((T, H, call.width_of(call.values)), q_THC.dtype)  # for tokens of no row
     # A compiler with fast memory to spare would move all pages of scales there and back. With arrays that stay it
-    # refuses a program whose results are this call's in their order, so what is found comes last here and first there.
+    # refuses a program whose results are this call's in their order, so outputs come last here and first there.
     stay = lambda x: x if call.interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
     in_memory = [
         q_THC,
         [fresh[name] for name in names if write],
         [stay(pages[name]) for name in names],
-        nothing_THE,
+        zeros_THE,
     ]
     updated = jax.tree.leaves(in_memory)[-1 - len(names) * write :]
     first = len(scalars) + len(jax.tree.leaves((constants, in_memory))) - len(updated)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    *written, found_THE = pl.pallas_call(
+    *written, out_THE = pl.pallas_call(
         functools.partial(_kernel, call, write),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -84,7 +83,7 @@ def attend(
         interpret=call.interpret,
         name="paged_attention",
     )(*scalars, constants, in_memory)
-    return found_THE, pages | dict(zip(names, written))
+    return out_THE, pages | dict(zip(names, written))
 
 
 def _constants(call: PagedCall, dtype) -> list[Any]:
@@ -142,10 +141,10 @@ def _scratch(call: PagedCall, q_THC: jax.Array, dtypes: dict) -> list:
 def _kernel(call: PagedCall, write: bool, *refs):
     scalars, refs = Scalars(*refs[: len(Scalars._fields)]), refs[len(Scalars._fields) :]
     constants, (q_THC, fresh, pages, _), *refs = refs
-    written, (found_THE, *scratch) = (refs[: len(pages)], refs[len(pages) :]) if write else (pages, refs)
+    written, (out_THE, *scratch) = (refs[: len(pages)], refs[len(pages) :]) if write else (pages, refs)
     named = lambda xs: {part.name: x for part, x in zip(call.parts, xs)}
     blocks, new_kv, *rest = scratch
-    of_parts = named(fresh), named(written), found_THE, named(blocks), named(new_kv)
+    of_parts = named(fresh), named(written), out_THE, named(blocks), named(new_kv)
     given: list[Any] = [call, scalars, *constants, q_THC, *of_parts, *rest]
     memory = Memory(*given)
     step = pl.program_id(1)
@@ -206,7 +205,7 @@ def _run_work_item(memory: Memory, w, step) -> None:
 
 
 def _small_or_full_tile(memory: Memory, w, do) -> None:
-    """`do(tokens)`, of all places of an item or, where it has no more tokens than those, of the first few."""
+    """`do(tokens)` of a small tile where the work item has no more tokens, else of all its places."""
     small_tile, tokens = memory.call.small_tile, memory.call.tokens
     if small_tile == tokens:
         return do(tokens)
@@ -230,19 +229,19 @@ def _start(memory: Memory, tokens: int) -> None:
             q_MC = _matrix(memory, k, tokens, slice(begin, begin + width))
             if call.together > 1:
                 wide = _exact(q_MC, memory.spread_keys[part][...])
-                q_MC = (wide * _own(memory, width, len(q_MC))).astype(q_MC.dtype)
+                q_MC = (wide * _own_head(memory, width, len(q_MC))).astype(q_MC.dtype)
             memory.queries[part][k, of_rows[1]] = q_MC
         begin += width
 
 
 def _matrix(memory: Memory, k: int, tokens: int, channels: slice):
-    """[M, C] the k-th matrix of the first tokens' queries, turned in 32 bits, which each chip can do."""
+    """[M, C] the k-th matrix of the first tokens' queries, transposed in 32 bits, which each chip can do."""
     G = memory.call.matrix_heads
     q_QGC = memory.q_QHC[:tokens, k * G : (k + 1) * G, channels]
     return q_QGC.astype(jnp.float32).reshape(tokens * G, -1).astype(q_QGC.dtype)
 
 
-def _own(memory: Memory, width: int, rows: int):
+def _own_head(memory: Memory, width: int, rows: int):
     """[M, n * width] 1 in the channels of the head that a row looks at."""
     own_Mn = memory.own_Mn[:rows]
     n = own_Mn.shape[1]
@@ -259,7 +258,7 @@ def _exact(a, b):
 
 
 def _update(memory: Memory, w, j, buffer_slot, tokens: int) -> None:
-    """The queries of the item's first tokens meet block j."""
+    """Updates the sums of the work item's first tokens with block j."""
     _, low, first, stop = work_item_positions(memory, w)
     call, mask, begin = memory.call, memory.call.mask, j * memory.call.block
     rows = slice(tokens * call.matrix_heads)
@@ -303,7 +302,7 @@ def _sees(call: PagedCall, begin, first, stop, rows: int):
         seen &= query - key < call.mask.window
     if call.mask.chunk is not None:
         chunk = first - jax.lax.rem(first, jnp.int32(call.mask.chunk))
-        # an item is no longer than a chunk, so its tokens are in two at most
+        # a work item is no longer than a chunk, so its tokens are in two at most
         seen &= key >= jnp.where(query < chunk + call.mask.chunk, chunk, chunk + call.mask.chunk)
     return seen
 
@@ -335,8 +334,8 @@ def _add(memory: Memory, k: int, buffer_slot, scores_MS, copied) -> None:
         v_SE = choose(copied[0], v_SE, jnp.zeros_like(v_SE))
     if call.values + SCALE in memory.blocks:
         weights_MS *= _scale_of_rows(memory, call.values, k, buffer_slot, copied, rows)
-    found_ME = product(weights_MS.astype(dtype), v_SE, (1, 0))
-    memory.sum_JME[k, rows] = memory.sum_JME[k, rows] * across(shrink_ML, E) + found_ME
+    out_ME = product(weights_MS.astype(dtype), v_SE, (1, 0))
+    memory.sum_JME[k, rows] = memory.sum_JME[k, rows] * across(shrink_ML, E) + out_ME
 
 
 def _channels(memory: Memory, name: str, k: int, buffer_slot, width: int, dtype):
@@ -356,20 +355,20 @@ def _scale_of_rows(memory: Memory, name: str, k: int, buffer_slot, copied, rows:
 
 def _finish(memory: Memory, tokens: int) -> None:
     call, E, rows = memory.call, memory.sum_JME.shape[-1], tokens * memory.call.matrix_heads
-    G, dtype = call.matrix_heads, memory.found_QHE.dtype
+    G, dtype = call.matrix_heads, memory.out_QHE.dtype
     for k in range(call.matrices):
         total_ML = memory.total_JML[k, :rows]
-        found_ME = memory.sum_JME[k, :rows] / across(jnp.where(total_ML > 0, total_ML, 1.0), E)
+        out_ME = memory.sum_JME[k, :rows] / across(jnp.where(total_ML > 0, total_ML, 1.0), E)
         if call.together > 1:
-            found_ME = _own_channels(memory, found_ME)
-        found_QGE = found_ME.reshape(tokens, G, -1)
-        memory.found_QHE[:tokens, k * G : (k + 1) * G] = found_QGE.astype(dtype)
+            out_ME = _own_channels(memory, out_ME)
+        out_QGE = out_ME.reshape(tokens, G, -1)
+        memory.out_QHE[:tokens, k * G : (k + 1) * G] = out_QGE.astype(dtype)
 
 
-def _own_channels(memory: Memory, found_ME):
+def _own_channels(memory: Memory, out_ME):
     """Of the values of heads that are together, those of the head that a row looks at."""
-    width, dtype = memory.found_QHE.shape[-1], memory.found_QHE.dtype
-    mine_ME = jnp.where(_own(memory, width, len(found_ME)) > 0, found_ME, 0.0)
+    width, dtype = memory.out_QHE.shape[-1], memory.out_QHE.dtype
+    mine_ME = jnp.where(_own_head(memory, width, len(out_ME)) > 0, out_ME, 0.0)
     return jax.lax.dot_general(
         mine_ME.astype(dtype),
         memory.spread_values[...],

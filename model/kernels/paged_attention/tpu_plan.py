@@ -1,4 +1,4 @@
-"""What is known of paged attention before it runs: which tokens are computed at once, and what their kernel reads.
+"""The static plan of paged attention: which tokens are computed at once, and what the kernel reads for them.
 
 Tokens are cut into work items of up to Q tokens of one row. A work item reads its row in blocks of pages, from the
 first that some of its tokens see to the last. Old tokens come from the row's pages. New ones come from `fresh`, cut as
@@ -6,7 +6,7 @@ the slots of pages are, in groups that are written as a whole. So no work item w
 item of few tokens, as of a row that decodes beside prompts, only a small tile of rows is computed.
 """
 
-# R rows, T tokens, P pages a row, N pages, Z slots a page, W slots of a group, U groups, I items, Q tokens of an item
+# R rows, T tokens, P pages a row, N pages, Z slots a page, W slots of a group, U groups, I work items, Q tokens of one
 # H query heads, K key/value heads, G = H // K, X channels of a slot
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SUBLANES = 8  # of 32 bits
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How much of a chip's fast memory a kernel takes for blocks of pages, and how many cores share its items."""
+    """How much of a chip's fast memory a kernel takes for blocks of pages, and how many cores share its work items."""
 
     block_bytes: int = 2**21  # keys and values of one block; there are two, and as much again for new tokens
     cores: int = 1
 
 
 # A copy of 1 MiB takes longer than its start on every chip (0.4 us of v5p's 2.8 TB/s). Two such blocks with
-# their queries and what the compiler keeps beside them fit the 16 MiB that a kernel is given on v4, v5e and
+# their queries and what the compiler keeps beside them fit the 16 MiB of a kernel on v4, v5e and
 # v5p, where two of 2 MiB do not; v6e and tpu7x give it more. On v4 and v5p one device is two cores.
 BLOCK_SIZES = {
     "v4": BlockSizes(2**20, cores=2),
@@ -48,13 +48,13 @@ BLOCK_SIZES = {
 MAX_BLOCK = 1024  # slots
 MAX_SCORES = 2**17  # of one matrix of queries and one block: 512 KiB in float32, several times over
 MAX_ROWS = 512  # of a matrix of queries
-MAX_FOUND = 2**18  # numbers that an item's queries find: 1 MiB in float32
-MAX_TABLE = 2**17  # entries of the page table, which lies in a core's scalar memory, at most 1 MiB
+MAX_OUTPUTS = 2**18  # numbers in a work item's outputs: 1 MiB in float32
+MAX_TABLE = 2**17  # entries of the page table, which is in a core's scalar memory, at most 1 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One array of pages. Its slots lie in rows of a matrix; those of scales [K, Z] in columns."""
+    """One array of pages. Its slots are rows of a matrix; those of scales [K, Z] are columns."""
 
     name: str
     width: int  # X, or K of scales
@@ -67,7 +67,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class PagedCall:
-    """All that is known of one paged attention before it runs."""
+    """The static arguments of one paged attention."""
 
     keys: tuple[str, ...]  # parts whose channels, side by side, are a key
     values: str
@@ -79,7 +79,7 @@ class PagedCall:
     heads: int  # K
     group: int  # query heads of one key/value head
     together: int  # key/value heads that one matrix of queries looks at, each query at its own only
-    tokens: int  # of an item, a power of two
+    tokens: int  # of a work item, a power of two
     max_new: int | None  # new tokens of a row at most; None: nothing is written
     mask: Mask
     scale: float
@@ -108,7 +108,7 @@ class PagedCall:
 
     @property
     def matrices(self) -> int:
-        """J, of an item."""
+        """J, of a work item."""
         return self.heads // self.together
 
     def part(self, name: str) -> Part:
@@ -133,7 +133,7 @@ def groups_of(tokens: int, group: int) -> int:
 
 
 def tokens_together(H: int, K: int, C: int, E: int, longest: int, chunk: int | None) -> tuple[int, int]:
-    """(tokens of an item, key/value heads that one matrix of queries looks at).
+    """(tokens of a work item, key/value heads that one matrix of queries looks at).
 
     Few tokens: all heads at once, since time goes into reading and multiplying by zeros costs nothing beside it. Many
     tokens: so many heads as fill a vector.
@@ -142,7 +142,7 @@ def tokens_together(H: int, K: int, C: int, E: int, longest: int, chunk: int | N
     if longest * H <= MAX_ROWS // 2 or longest == 1:
         return longest, K
     together = next((n for n in range(1, K) if K % n == 0 and n * C % LANES == 0 and n * E % LANES == 0), K)
-    most = min(MAX_ROWS // (together * (H // K)), MAX_FOUND // (H * together * E))
+    most = min(MAX_ROWS // (together * (H // K)), MAX_OUTPUTS // (H * together * E))
     return max(1, min(longest, _power(most + 1) // 2)), together
 
 
@@ -193,7 +193,7 @@ def block_pages(
 
 
 class Scalars(NamedTuple):
-    """What a kernel knows of its items and rows, int32."""
+    """What the kernel knows of its work items and rows, int32."""
 
     num_work_items: jax.Array  # [1]
     work_item_row: jax.Array  # [I]
@@ -252,7 +252,7 @@ def groups(rows: Rows, T: int, longest: int, group: int) -> tuple[jax.Array, jax
 
 
 def fresh_of(part: Part, new_TX: jax.Array, token_UW: jax.Array | None) -> jax.Array:
-    """New tokens as groups of slots, see `Plan.fresh_shape`."""
+    """New tokens as groups of slots, see `PagedCall.fresh_shape`."""
     if token_UW is None:
         return new_TX[:, None]
     fresh_UWX = new_TX[token_UW]

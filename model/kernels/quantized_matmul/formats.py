@@ -10,7 +10,7 @@ Dettmers et al. 2023, arXiv:2305.14314 (NF4 by 64).
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,8 @@ def widen(values: jax.Array, kind: Kind) -> jax.Array:
     """Values as float32; the codes of mxfp4 and nf4 by arithmetic alone, as a kernel does it."""
     if kind == "nf4":
         level = values.astype(jnp.int32) + 8
-        return functools.reduce(lambda wide, i: jnp.where(level == i, NF4[i], wide), range(1, 16), NF4[0])
+        nearest = functools.reduce(lambda wide, i: jnp.where(level == i, NF4[i], wide), range(1, 16), NF4[0])
+        return cast(jax.Array, nearest)
     if kind != "mxfp4":
         return values.astype(jnp.float32)
     code = values.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The product with a rounded matrix for TPUs: blocks of it are widened in fast memory and multiplied at once.
+"""The product with a rounded matrix for TPUs: blocks of it are widened in fast memory and multiplied there.
 
 Where a scale covers a whole step of inputs it is put on the
 step's sum, else on the widened values.
@@ -182,7 +182,7 @@ def _dot(x_RX: jax.Array, w_XY: jax.Array) -> jax.Array:
 
 
 def _fitted(tiles: TileSizes, M: int, I: int, O: int, block: int) -> tuple[int, int, int]:
-    """The plan's sizes for this product: no more rows than there are, and inputs that are whole blocks or
+    """Sizes for this product: no more rows than there are, and inputs that are whole blocks or
     whole parts of one."""
     rows = min(tiles.rows, pl.cdiv(M, 32) * 32)
     outputs = min(tiles.outputs, pl.cdiv(O, 128) * 128)

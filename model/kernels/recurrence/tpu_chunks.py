@@ -1,6 +1,6 @@
-"""Chunks of 128 tokens as the TPU kernels of recurrences meet them: who sees whom, and decays as columns and as rows.
+"""Chunks of 128 tokens in the TPU kernels of recurrences: which tokens see which, and decays as columns and as rows.
 
-A chunk is as long as a vector has lanes, so that what happens within it are square matrices that fill the matrix unit.
+A chunk is as long as a vector has lanes, so square matrices within it fill the matrix unit.
 """
 
 # B batch, T tokens of a block, Q tokens of a chunk (128), R heads of a block, L lanes of a vector (128)

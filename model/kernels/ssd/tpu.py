@@ -1,10 +1,10 @@
 """State-space duality for TPUs: the state goes from chunk to chunk in the chip's fast memory.
 
-Dao and Gu 2024, arXiv:2405.21060, section 6. The plain form is model.kernels.ssd. The kernels themselves are in
-ssd_forward and ssd_backward; here is what they are given: tokens in whole blocks, the channels of all heads side by
-side, and sums of log decays over each chunk.
+Dao and Gu 2024, arXiv:2405.21060, section 6. The kernels are in tpu_forward and tpu_backward. This file
+prepares their arguments: tokens in whole blocks, the channels of all heads side by side, and sums of log decays over
+each chunk.
 
-Factors of matrix products have the narrowest dtype of what is given; sums, decays and states are float32, and so are
+Factors of matrix products have the narrowest dtype of the inputs; sums, decays and states are float32, and so are
 the gradients of decays, which are differences of sums.
 """
 
@@ -30,8 +30,8 @@ from model.kernels.ssd.tpu_backward import gradients
 from model.kernels.ssd.tpu_forward import Inputs, Results, SSDCall, forward
 
 # Sizes by chip. Keys of 128 channels make a state a block a quarter of float32 values at 512 tokens; blocks of values
-# and of their gradients, each twice so that one is fetched meanwhile, and the states of a group fit the 16 MiB that a
-# kernel is given on the smallest chip. A group's keys are read once for all its heads, whatever the width of a block.
+# and of their gradients, each twice so that one is fetched meanwhile, and the states of a group fit the 16 MiB of a
+# kernel on the smallest chip. A group's keys are read once for all its heads, whatever the width of a block.
 TILE_SIZES = {
     "v4": TileSizes(512, 512),
     "v5e": TileSizes(512, 512),
@@ -53,7 +53,7 @@ def ssd(
     tiles: TileSizes = TileSizes(),
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `model.kernels.ssd.ssd`, with gradients of all but `first_BT`."""
+    """As `ssd.ssd`, with gradients of all but `first_BT`."""
     B, T, H, P = v_BTHP.shape
     G, N = k_BTGN.shape[2:]
     N = up(N, LANES)

@@ -2,7 +2,7 @@
 
 The forward pass left the state before each block; those before its chunks, and all within a chunk, are computed again.
 A decay's gradient is what passes over its token: sums over tokens after it minus sums over tokens before it, of the
-same float32 numbers, so that what cancels does so exactly. Letters are those of ssd_forward.
+same float32 numbers, so that what cancels does so exactly. Letters are those of tpu_forward.
 """
 
 # B batch, T tokens of a block, Q tokens of a chunk, R heads of a block, J blocks of heads of a walk, W walks
@@ -189,7 +189,7 @@ class _Head(NamedTuple):
 
 
 def _head_gradients(shared: _Shared, x: _Head) -> tuple[jax.Array, jax.Array, _Sums]:
-    """(dv = P^T dy + out k dS', dS = kept dS' + q^T (into dy), what it adds to sums over heads)."""
+    """(dv = P^T dy + out k dS', dS = carry dS' + q^T (into dy), what it adds to sums over heads)."""
     chunk, decay, product = shared.chunk, shared.chunk.decay, shared.chunk.product
     into_Q1, out_Q1 = decay.into_QL[:, x.h : x.h + 1], decay.out_QL[:, x.h : x.h + 1]
     between_QQ = decay.between(x.h, chunk.mask.pairs_QQ)

@@ -1,11 +1,11 @@
 """The forward kernel of state-space duality: a block of heads goes from chunk to chunk with its states.
 
-Within a chunk tokens meet as in attention, with a decay for each pair; what came before is one state a head. With S and
-S' a head's states before and after a chunk, decays from S to its tokens (into), from them to S' (out), from S to S'
-(kept) and from token to token (D):
+Within a chunk tokens attend to one another, with a decay for each pair; all earlier tokens are one state a head. Let S
+and S' be a head's states before and after a chunk. With decays from S to its tokens (into), from them to S' (out), from
+S to S' (carry) and from token to token (D):
 
     y = into q S + P v, P = D q k^T
-    S' = kept S + k^T (out v)
+    S' = carry S + k^T (out v)
 """
 
 # B batch, T tokens of a block, Q tokens of a chunk, R heads of a block, J blocks of heads of a walk, W walks
@@ -210,6 +210,6 @@ def _found(chunk: Chunk, h: int, scores_QQ: jax.Array, v_QP: jax.Array, state_NP
 
 
 def after(chunk: Chunk, h: int, v_QP: jax.Array, state_NP: jax.Array) -> jax.Array:
-    """S' = kept S + k^T (out v) of the block's head h."""
+    """S' = carry S + k^T (out v) of the block's head h."""
     out_QP = v_QP.astype(jnp.float32) * chunk.decay.out_QL[:, h : h + 1]
     return state_NP * chunk.decay.carry(h) + chunk.product(chunk.k_QN, out_QP, (0, 0))
