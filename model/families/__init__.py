@@ -43,7 +43,7 @@ _ALL = (
     qwen.QWEN3,
     mistral.FAMILY,
     *(gemma.GEMMA, gemma.GEMMA2, gemma.GEMMA3),
-    olmo.OLMO2,
+    *(olmo.OLMO2, olmo.OLMO3),
     granite.FAMILY,
     smollm3.FAMILY,
     phi.PHI3,

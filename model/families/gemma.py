@@ -25,10 +25,11 @@ from model.families.decoders import (
     write_layer_types,
     write_model,
 )
-from model.families.rope import read_rope, write_scaling
+from model.families.rope import read_rope, read_ropes, write_ropes
 from model.families.tensors import Names
 
 KINDS = ("full_attention", "sliding_attention")
+THETAS = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}  # of Gemma 3
 SANDWICH: Names = (
     OUTSIDE
     | ATTENTION
@@ -85,44 +86,14 @@ def read_gemma3(config: Reader) -> ModelConfig:
     return _read_sandwich(
         config,
         config.layer_kinds(layers, KINDS, kinds),
-        _read_gemma3_ropes(config),
+        read_ropes(
+            config, read_head_dim(config, 256), THETAS, "rope_local_base_freq", kinds=("default", "linear")
+        ),
         max_length=131_072,
         softcap=None,
         logit_softcap=config.number_or_none("final_logit_softcapping", None),
         qk_norm=read_rms_norm(config, zero_centered=True),
     )
-
-
-def _read_gemma3_ropes(config: Reader) -> dict[str, Rope]:
-    """One for each kind of layer: nested in transformers 5, `rope_local_base_freq` for the windows before."""
-    both = config.part("rope_parameters")
-    if any(kind in both.saved for kind in KINDS):
-        wrong = set(both.saved) - set(KINDS)
-        if wrong:
-            raise ValueError(f"rope_parameters has {sorted(wrong)} beside a part for each kind of layer.")
-        parts = {kind: {"rope_parameters": both.get(kind)} for kind in KINDS}
-    else:
-        full = {
-            key: config.get(key)
-            for key in ("rope_theta", "rope_scaling", "rope_parameters")
-            if key in config.saved
-        }
-        scaling = config.get("rope_scaling") or {}
-        if "type" in scaling and "rope_type" not in scaling:
-            raise ValueError(
-                f"rope_scaling.type={str(scaling['type'])[:100]!r} is not supported: transformers passes it over. "
-                "Write it as rope_scaling.rope_type."
-            )
-        parts = {
-            "full_attention": full,
-            "sliding_attention": {"rope_theta": config.number("rope_local_base_freq", 10_000.0)},
-        }
-    thetas = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
-    head_dim, kinds = config.integer("head_dim", 256), ("default", "linear")
-    return {
-        kind: read_rope(Reader(part), head_dim, theta=thetas[kind], kinds=kinds)
-        for kind, part in parts.items()
-    }
 
 
 def _read_sandwich(
@@ -176,14 +147,7 @@ def write_gemma2(cfg: Any) -> dict[str, Any]:
 def write_gemma3(cfg: Any) -> dict[str, Any]:
     saved = write_gemma2(cfg)
     saved = {key: value for key, value in saved.items() if not key.startswith("rope_")}
-    ropes = {bool(block.mixer.window): block.mixer.rope for block in cfg.blocks}
-    full, local = ropes.get(False, Rope(1_000_000.0)), ropes.get(True, Rope(10_000.0))
-    parts = {kind: _rope_part(rope) for kind, rope in zip(KINDS, (full, local))}
-    return saved | {"rope_parameters": parts}
-
-
-def _rope_part(rope: Rope) -> dict[str, Any]:
-    return {"rope_theta": rope.theta, **(write_scaling(rope.scaling) or {"rope_type": "default"})}
+    return saved | write_ropes([block.mixer for block in cfg.blocks], THETAS)
 
 
 GEMMA = Family("gemma", "GemmaForCausalLM", read_gemma, write_gemma, NAMES, harmless=ROTARY)

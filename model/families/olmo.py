@@ -1,10 +1,12 @@
-"""OLMo 2 and OLMoE: a norm on all heads' queries and keys at once. arXiv:2501.00656, 2409.02060.
+"""OLMo 2, OLMo 3 and OLMoE: a norm on all heads' queries and keys at once. arXiv:2501.00656, 2512.13961, 2409.02060.
 
-OLMo 2 has its other norms on what attention and network give.
+OLMo 2 and 3 have their other norms on the results of attention and network. Three of four layers of OLMo 3 have a
+window, and its scaled rotary positions are those of the others.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from model.blocks.ffn import GatedMLP
@@ -22,13 +24,17 @@ from model.families.decoders import (
     read_head_dim,
     read_model,
     read_rms_norm,
+    read_windows,
+    window_of,
     write_attention,
+    write_layer_types,
     write_model,
 )
 from model.families.experts import EXPERTS
-from model.families.rope import read_rope
+from model.families.rope import read_rope, read_ropes, write_ropes
 from model.families.tensors import Names
 
+THETAS = {"full_attention": 500_000.0, "sliding_attention": 500_000.0}  # of OLMo 3, by kind of layer
 POST_NORMS: Names = {
     "model.layers.{i}.post_attention_layernorm.weight": "mixer_post_norm/scale",
     "model.layers.{i}.post_feedforward_layernorm.weight": "ffn_post_norm/scale",
@@ -47,6 +53,30 @@ def read_olmo2(config: Reader) -> ModelConfig:
 
 def write_olmo2(cfg: Any) -> dict[str, Any]:
     return write_model(cfg) | {"attention_bias": cfg.blocks[0].mixer.qkv_bias}
+
+
+def read_olmo3(config: Reader) -> ModelConfig:
+    norm, head_dim, layers = read_rms_norm(config, 1e-5), read_head_dim(config), config.layers()
+    kinds = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
+    kinds = config.layer_kinds(layers, tuple(THETAS), kinds)
+    mixer = read_attention(config, head_dim, None, qk_norm=norm, qk_norm_over="all heads")
+    ropes = read_ropes(config, head_dim, THETAS, None)
+    ffn = GatedMLP(config.integer("intermediate_size"), read_activation(config))
+    windows = read_windows(config, kinds, config.integer_or_none("sliding_window", 4096))
+    blocks = [
+        Block(dataclasses.replace(mixer, rope=ropes[kind], window=window), ffn, norm=None, post_norm=norm)
+        for kind, window in zip(kinds, windows)
+    ]
+    return read_model(config, blocks, norm, max_length=2048)
+
+
+def write_olmo3(cfg: Any) -> dict[str, Any]:
+    saved = {key: value for key, value in write_olmo2(cfg).items() if not key.startswith("rope_")}
+    return (
+        saved
+        | write_ropes([block.mixer for block in cfg.blocks], THETAS)
+        | {"sliding_window": window_of(cfg) or cfg.max_length, "layer_types": write_layer_types(cfg)}
+    )
 
 
 def read_olmoe(config: Reader) -> ModelConfig:
@@ -100,6 +130,14 @@ OLMO2 = Family(
     "Olmo2ForCausalLM",
     read_olmo2,
     write_olmo2,
+    OUTSIDE | ATTENTION | GATED_MLP | POST_NORMS,
+    harmless=ROTARY,
+)
+OLMO3 = Family(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    read_olmo3,
+    write_olmo3,
     OUTSIDE | ATTENTION | GATED_MLP | POST_NORMS,
     harmless=ROTARY,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from model.blocks.positions import (
@@ -173,6 +174,66 @@ def _original_length(config: Reader, rope: Reader, length_key: str) -> int:
     if rope.integer(key, outside) != outside:
         raise ValueError(f"{key}={outside} disagrees with {rope.where}{key}={rope.integer(key)}.")
     return outside
+
+
+def read_ropes(
+    config: Reader,
+    head_dim: int,
+    thetas: Mapping[str, float],
+    window_theta_key: str | None,
+    kinds: tuple[str, ...] = KINDS,
+) -> dict[str, Rope]:
+    """The rotary positions of each kind of layer, "full_attention" and "sliding_attention".
+
+    transformers 5 nests a part for each kind in `rope_parameters`. Before, the whole was of full attention and layers
+    with a window had no scaling.
+
+    Args:
+      thetas: the family's defaults by kind of layer.
+      window_theta_key: where the theta of layers with a window stands in the older form; None: it is the default.
+      kinds: of scalings that the family has.
+    """
+    both = config.part("rope_parameters")
+    length = {"max_position_embeddings": config.get("max_position_embeddings")}
+    if any(kind in both.saved for kind in thetas):
+        wrong = set(both.saved) - set(thetas)
+        if wrong:
+            raise ValueError(f"rope_parameters has {sorted(wrong)} beside a part for each kind of layer.")
+        parts = {kind: {"rope_parameters": both.get(kind)} for kind in thetas}
+        if any(isinstance(part, dict) and part.get("truncate") is False for part in both.saved.values()):
+            raise ValueError(
+                "truncate=False in the rope_parameters of a kind of layer is not supported: transformers ignores it. "
+                "Remove it."
+            )
+    else:
+        keys = ("rope_theta", "rope_scaling", "rope_parameters")
+        full = {key: config.get(key) for key in keys if key in config.saved}
+        scaling = config.get("rope_scaling") or {}
+        if "type" in scaling and "rope_type" not in scaling:
+            raise ValueError(
+                f"rope_scaling.type={str(scaling['type'])[:100]!r} is not supported: transformers passes it over. "
+                "Write it as rope_scaling.rope_type."
+            )
+        window_theta = thetas["sliding_attention"]
+        if window_theta_key is not None:
+            window_theta = config.number(window_theta_key, window_theta)
+        parts = {"full_attention": full, "sliding_attention": {"rope_theta": window_theta}}
+    return {
+        kind: read_rope(Reader(length | part), head_dim, theta=thetas[kind], kinds=kinds)
+        for kind, part in parts.items()
+    }
+
+
+def write_ropes(mixers: Iterable[Any], thetas: Mapping[str, float]) -> dict[str, Any]:
+    """In the form of transformers 5; `thetas` are of kinds of layers that the model lacks."""
+    ropes = {bool(mixer.window): mixer.rope for mixer in mixers}
+    pairs = {kind: ropes.get(kind == "sliding_attention", Rope(theta)) for kind, theta in thetas.items()}
+    return {
+        "rope_parameters": {
+            kind: {"rope_theta": rope.theta, **(write_scaling(rope.scaling) or {"rope_type": "default"})}
+            for kind, rope in pairs.items()
+        }
+    }
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

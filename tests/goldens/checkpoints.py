@@ -106,6 +106,19 @@ CHECKPOINTS = {
         {},
     ),
     "olmo2": ("Olmo2Config", SMALL, {}),
+    "olmo3": (
+        "Olmo3Config",
+        SMALL
+        | {"sliding_window": 4, "num_hidden_layers": 5}
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0}
+                | {"original_max_position_embeddings": 16},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+        {},
+    ),
     "granite": (
         "GraniteConfig",
         SMALL

@@ -30,7 +30,7 @@ Case = list[Any]  # [[path, ...], value]; a path is a list of keys into nested o
 
 # One checkpoint of each family, and those of its variants that read other keys.
 NAMES = (
-    "llama_tied mistral_windowed qwen2_windowed qwen2 qwen3 gemma gemma2 gemma3_text olmo2 granite smollm3 phi3 "
+    "llama_tied mistral_windowed qwen2_windowed qwen2 qwen3 gemma gemma2 gemma3_text olmo2 olmo3 granite smollm3 phi3 "
     "phi3_partial cohere starcoder2 gpt2 gpt_neox bloom mpt falcon_7b falcon_40b falcon_rw mixtral qwen2_moe qwen3_moe "
     "olmoe deepseek_v2 deepseek_v2_yarn deepseek_v3 glm4_moe gpt_oss llama4_text bert bert_bare bert_classes "
     "modernbert t5 flan_t5 blt mamba mamba2 jamba falcon_h1 recurrent_gemma qwen3_next dbrx"
