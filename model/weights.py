@@ -99,8 +99,8 @@ def dense(weight: Weight, dtype: Any) -> jax.Array:
 def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Array:
     """`jnp.einsum(spec, x, weight)`, in `dtype` or that of `x`, added up in float32 where the weight is quantized.
 
-    The quantized kernel multiplies rows by a weight's inputs. What `spec` makes of it otherwise, and where a mesh is
-    set, is the plain product with the widened array, which the compiler fuses as it can.
+    The quantized kernel multiplies rows by a weight's inputs. Where `spec` wants anything else, and where a mesh of
+    several devices is set, it is the plain product with the widened array, which the compiler fuses as it can.
     """
     if not isinstance(weight, Quantized):
         return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
@@ -111,7 +111,7 @@ def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Ar
     is_map = (
         set(inputs) <= set(of_x) - set(of_y) and not set(outputs) & set(of_x) and set(outputs) <= set(of_y)
     )
-    if not is_map or mesh.mesh_axes():
+    if not is_map or mesh.ways(tuple(mesh.mesh_axes())) > 1:
         return jnp.einsum(spec, x, weight.dense(x.dtype), preferred_element_type=dtype)
     sizes = dict(zip(of_x + of_w, x.shape + weight.shape))
     rows = "".join(letter for letter in of_x if letter not in inputs)

@@ -31,6 +31,7 @@ from model.formats.peft_targets import Patterns, check_targets, read_by_module
 from model.formats.safetensors_file import StoredTensor
 from model.function import Params, logical_axes, param_shapes
 from model.layout import relayout
+from model.weights import is_quantized
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
@@ -169,7 +170,7 @@ def _empty(cfg: ModelConfig, params: Params) -> dict[Place, np.ndarray]:
         made[path] = np.zeros(leaf.shape, np.float32)
         if path[-1].endswith("_lora_magnitude"):
             lead = get(axes, path).index("adapters")
-            weight = np.asarray(get(params, (*path[:-1], path[-1].removesuffix("_lora_magnitude"))))
+            weight = _array(params, (*path[:-1], path[-1].removesuffix("_lora_magnitude")))
             inputs = weight.ndim - (made[path].ndim - 1)
             made[path][:] = np.expand_dims(column_lengths(weight, inputs, lead), lead)
     return made
@@ -198,20 +199,26 @@ def _fill(new, params: Params, cfg: ModelConfig, adapter: Adapter, tensor: Tenso
         elif cast(
             LoRA, cfg.adapters
         ).decomposed:  # a plain adapter among decomposed ones: the length of the sum
-            weight = get(params, piece.path)
-            weight = np.asarray(weight if piece.expert is None else weight[piece.expert], np.float32)
+            weight = _array(params, piece.path)
+            weight = weight if piece.expert is None else weight[piece.expert]
             update = np.tensordot(of("_lora_a"), of("_lora_b"), 1)
             of("_lora_magnitude")[...] = column_lengths(weight + update, piece.inputs)
 
 
 def _weight(tensor: Tensor, params: Params) -> np.ndarray:
     """The base's own map, float32 [outputs, inputs]."""
-    whole = [np.asarray(get(params, piece.path), np.float32) for piece in tensor.pieces]
+    whole = [_array(params, piece.path) for piece in tensor.pieces]
     pieces = [
         x if piece.expert is None else x[piece.expert] for x, piece in zip(whole, tensor.pieces, strict=True)
     ]
     weight = tensor.to_theirs(pieces)
     return weight if tensor.transposed else weight.T
+
+
+def _array(params: Params, path: Place) -> np.ndarray:
+    """A map's weight in float32, widened if it is quantized."""
+    found = get(params, path)
+    return np.asarray(found.dense(np.float32) if is_quantized(found) else found, np.float32)
 
 
 def _to_theirs(tensor: Tensor, params: Params, slot: int, decomposed: bool) -> dict[str, np.ndarray]:

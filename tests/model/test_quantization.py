@@ -34,6 +34,7 @@ from model.blocks.lora import LoRA
 from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.rglru import RGLRU
+from model.formats.peft import load_adapters
 from model.formats.storage import load_lazily
 from model.kernels import backend
 from model.kernels.grouped_matmul.sharded import Split
@@ -45,7 +46,7 @@ from model.readouts.mtp import SequentialMTP
 from model.sharding import named_sharding
 from model.weights import Quantized, grouped_product, is_quantized, matmul, shardings_like
 
-from .conftest import check_decoding, compiled_fast, random_params, random_tokens
+from .conftest import GOLDENS, check_decoding, compiled_fast, random_params, random_tokens
 from .tpu import compile_for, needs_libtpu
 
 ATTENTION = Attention(4, 2, 8, Rope(100.0))
@@ -352,3 +353,17 @@ def test_kernels_read_values_as_they_are_stored():
     kernels = re.findall(r'custom_call_target="tpu_custom_call".*?op_name="([^"]*)"', program)
     by_kernel = lambda name: sum(name in kernel for kernel in kernels)
     assert by_kernel("quantized_matmul_nf4") == 9 and by_kernel("grouped") == 3, kernels
+
+
+@pytest.mark.parametrize("name", ["llama_dora", "llama_pissa"])
+def test_adapters_of_peft_go_beside_quantized_weights(name):
+    """The lengths of DoRA and what PiSSA takes out are those of the weights as they are, that is widened."""
+    cfg, params = load_model(GOLDENS / "llama_tied")
+    quantized = quantize(cfg, params, "int8", "all")
+    trees = [
+        load_adapters(cfg, tree, [GOLDENS / "adapters" / name]) for tree in (quantized, dequantize(quantized))
+    ]
+    assert is_quantized(trees[0][1]["block_0"]["mixer"]["q"])
+    found, wanted = (forward(*tree, random_tokens(cfg, (2, 9))).logits for tree in trees)
+    close(found, wanted)
+    assert np.abs(found - forward(cfg, quantized, random_tokens(cfg, (2, 9))).logits).max() > 1e-3
