@@ -44,22 +44,22 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function; jit it with the state donated.
 
-    Where the model has adapters, they alone are trained: the others have no gradient and no state in the optimizer.
-    A step whose loss or gradient is not finite changes neither parameters nor optimizer and counts in `skipped`. Nor
-    does one in which nothing counts: an optimizer with momentum would go on without being told anything.
+    A model with adapters trains them alone: other parameters have no gradient and no optimizer state. A step whose loss
+    or gradient is not finite changes neither parameters nor optimizer, and counts in `skipped`. A step in which no
+    token counts changes nothing either: momentum alone would move the parameters without any signal.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, rest = split_trained(state.params)
-        of_trained = lambda trained, batch: objective(join(trained, rest), batch)
-        grads, (loss, metrics) = accumulate(of_trained, trained, batch, microbatches, rules)
-        # where they are read, so that no second gradient lies in memory
+        trainable_loss = lambda trained, batch: objective(join(trained, rest), batch)
+        grads, (loss, metrics) = accumulate(trainable_loss, trained, batch, microbatches, rules)
+        # divided where they are read, so that no second copy of the gradient is in memory
         share = 1 / jnp.maximum(loss.weight, 1e-9)
         mean_grads = lambda: jax.tree.map(lambda g: g * share, grads)
         grad_norm = global_norm(mean_grads())
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        wanted = finite & (loss.weight > 0)
-        trained, opt_state = _updated(optimizer, wanted, mean_grads, trained, state.opt_state)
+        take_step = finite & (loss.weight > 0)
+        trained, opt_state = _update(optimizer, take_step, mean_grads, trained, state.opt_state)
         bad = 1 - finite.astype(jnp.int32)
         state = dataclasses.replace(
             state,
@@ -74,11 +74,15 @@ def make_train_step(
     return train_step
 
 
-def _updated(
-    optimizer: optax.GradientTransformation, wanted: jax.Array, grads: Callable[[], Params], params, opt_state
+def _update(
+    optimizer: optax.GradientTransformation,
+    take_step: jax.Array,
+    grads: Callable[[], Params],
+    params: Params,
+    opt_state: optax.OptState,
 ):
-    """(parameters, state of the optimizer), new where it is wanted."""
-    keep = functools.partial(jax.tree.map, functools.partial(jnp.where, wanted))
+    """(new parameters, new optimizer state); the old ones unless `take_step`."""
+    keep = functools.partial(jax.tree.map, functools.partial(jnp.where, take_step))
 
     def new_params(opt_state):
         updates, _ = optimizer.update(grads(), opt_state, params)
@@ -91,7 +95,10 @@ def _updated(
 def accumulate(
     objective: Objective, params: Params, batch: Batch, microbatches: int, rules: ShardingRules | None = None
 ) -> tuple[Params, tuple[WeightedSum, Metrics]]:
-    """The gradient of the loss' total and the summed metrics over equal parts of the batch; nothing is divided."""
+    """The gradient of the summed loss, and the loss and metrics, added up over equal parts of the batch.
+
+    Nothing is divided here: sums and weights add up, and the step divides once.
+    """
 
     def total(params, part):
         loss, metrics = objective(params, part)
