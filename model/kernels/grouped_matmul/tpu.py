@@ -50,7 +50,7 @@ class GroupedCall:
     interpret: bool = False
     transposed: bool = False  # the matrices are [E, O, I] and are read as they are
 
-    def transposed_back(self) -> GroupedCall:
+    def flipped(self) -> GroupedCall:
         return dataclasses.replace(self, transposed=not self.transposed)
 
 
@@ -70,7 +70,7 @@ def _forward(call: GroupedCall, x_MI, w_EIO, sizes_E):
 
 def _backward(call: GroupedCall, saved, dy_MO):
     x_MI, w_EIO, sizes_E = saved
-    dx_MI = products(call.transposed_back(), dy_MO, w_EIO, sizes_E)
+    dx_MI = products(call.flipped(), dy_MO, w_EIO, sizes_E)
     factors = (dy_MO, x_MI) if call.transposed else (x_MI, dy_MO)
     return dx_MI, matrix_gradients(call, *factors, sizes_E), None
 

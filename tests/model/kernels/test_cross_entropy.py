@@ -14,8 +14,8 @@ from model import LayerNorm, ShardingRules, apply
 from model.blocks.heads import Transform
 from model.kernels import backend
 from model.kernels import cross_entropy as cross_entropy_package
-from model.kernels.cross_entropy import TileSizes, cross_entropy, from_all_logits
-from model.kernels.cross_entropy.sharded import cross_entropy_on_mesh
+from model.kernels.cross_entropy import CROSS_ENTROPY, TileSizes, cross_entropy, from_all_logits
+from model.kernels.cross_entropy.sharded import cross_entropy_on_mesh, request_on_mesh
 from model.kernels.cross_entropy.stripes import stripes
 from model.kernels.cross_entropy.tiled import TILE_SIZES
 from model.logprobs import ScoreOptions, scores_of_logits, token_logprobs
@@ -245,7 +245,7 @@ def test_the_model_and_its_mtp_modules_score_targets(monkeypatch):
     out = jit(applied, static_argnums=0)(cfg, params, tokens)
     asked = targets, np.pad(targets[:, 1:], ((0, 0), (0, 1)))
     wanted = [scores_of_logits(x, y, ALL) for x, y in zip((out.logits, *out.mtp_logits), asked, strict=True)]
-    with forced(monkeypatch, "plain"):
+    with forced(monkeypatch, "stripes"):
         out = jit(lambda params: apply(cfg, params, tokens, targets=targets, score_options=ALL))(params)
     assert out.logits is None and out.mtp_logits == ()
     assert_close([out.scores, *out.mtp_scores], wanted, 5e-6)

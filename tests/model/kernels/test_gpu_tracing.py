@@ -11,7 +11,7 @@ from model import apply, init_pages, load_config, param_shapes
 from model.cache import Cache
 from model.kernels import backend
 from model.kernels.attention import Mask, Scores, self_attention
-from model.kernels.paged_attention import KVLayout
+from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout, request_for
 from tests.model.conftest import applied
 from train.objectives import language_modelling
 

@@ -231,7 +231,7 @@ def test_chips_have_a_program_for_each_size(chip, size, dtype):
     if dtype == jnp.float32:
         E //= 4
     call, wide, sizes = GroupedCall(TILE_SIZES[chip]), functools.partial(shaped, dtype), shaped(jnp.int32, E)
-    transposed = functools.partial(products, call.turned())
+    transposed = functools.partial(products, call.flipped())
     compile_for(chip, functools.partial(products, call), wide(M, I), wide(E, I, O), sizes)
     compile_for(chip, transposed, wide(M, O), wide(E, I, O), sizes)
     compile_for(chip, functools.partial(matrix_gradients, call), wide(M, I), wide(M, O), sizes)
