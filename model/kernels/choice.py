@@ -85,7 +85,7 @@ class Operation(Generic[R]):
         for name in names:
             if (reason := self._refusal(name, request)) is None:
                 if reasons:
-                    _say(self.name, name, names[0], reasons[names[0]], self.implementations[name].cost)
+                    said(self.name, name, names[0], reasons[names[0]], self.implementations[name].cost)
                 return name
             reasons[name] = reason
         why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
@@ -100,8 +100,9 @@ class Operation(Generic[R]):
 
 
 @functools.cache
-def _say(operation: str, taken: str, first: str, reason: str, cost: str) -> None:
-    level = logging.WARNING if cost else logging.INFO
+def said(operation: str, taken: str, first: str, reason: str, cost: str) -> None:
+    """Logs, once, that one implementation runs in place of another."""
+    level, costs = (logging.WARNING, " " + cost) if cost else (logging.INFO, "")
     _log.log(
-        level, "kernels.%s: %r runs, since %r can't serve: %s. %s", operation, taken, first, reason, cost
+        level, "kernels.%s: %r runs, since %r can't serve: %s.%s", operation, taken, first, reason, costs
     )

@@ -1,4 +1,4 @@
-"""Forms of a kernel beside ours: the same numbers, and errors that say which form can."""
+"""Which implementation is chosen, errors that say which can serve, and other implementations' numbers beside ours."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from model import apply, init
-from model.kernels import backend
+from model.kernels import backend, choice
 from model.kernels.attention import ATTENTION, Mask, Scores, self_attention
 from model.kernels.attention.blocks import in_query_blocks
 from model.kernels.backend import Kernels
 from model.kernels.grouped_matmul import grouped_matmul
 from model.kernels.grouped_matmul.reference import every_product
+from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout
+from model.kernels.paged_attention import Request as PagedRequest
+from model.kernels.recurrence import chunks
+from model.kernels.ssd import SSD
 from train.config import Execution, ModelSpec
 
 from ..tpu import compile_for
@@ -134,3 +138,22 @@ def test_a_config_names_the_forms_of_a_run():
     assert cfg.kernels.attention == "splash" and cfg.remat == "products"
     with pytest.raises(ValueError, match="attention='splash' can't serve this: it runs on tpu"):
         jax.eval_shape(lambda: apply(cfg, init(cfg, jax.random.key(0)), jnp.zeros((1, 8), jnp.int32)))
+
+
+def test_giving_way_is_logged_once_and_warns_only_where_it_costs(caplog):
+    choice.said.cache_clear()
+    with backend.use("tpu") as chosen, caplog.at_level("INFO"):
+        for _ in range(2):
+            assert (
+                SSD.chosen_name(chunks.Request(chosen, 4)) == "plain"
+                and SSD.chosen_name(chunks.Request(chosen, 40)) == "kernel"
+            )
+            assert PAGED_ATTENTION.chosen_name(paged_request(chosen, bias=True)) == "plain"
+    found = [(record.levelname, record.getMessage()) for record in caplog.records]
+    short = "'plain' runs, since 'kernel' can't serve: rows of 16 tokens or fewer are one small chunk."
+    biased = "'plain' runs, since 'kernel' can't serve: its scores have no biases. It gathers whole rows for each token."
+    assert found == [("INFO", f"kernels.ssd: {short}"), ("WARNING", f"kernels.paged: {biased}")]
+
+
+def paged_request(chosen, bias):
+    return PagedRequest(chosen, frozenset("kv"), KVLayout(2), Mask(), bias, False, 128)
