@@ -19,6 +19,7 @@ from model.blocks.block import Block
 from model.config import ModelConfig
 from model.kernels import backend
 from model.kernels.paged_attention.pages import SCALE, check_cache_dtype, is_quantized
+from model.stacks import Stack
 
 _KERNEL_PAGE = 128  # slots, of a dense cache for TPUs
 

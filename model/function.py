@@ -166,14 +166,15 @@ class Transformer(nn.Module):
     def __call__(
         self, inputs: Inputs, cache: Cache | None = None, requested: Requested = Requested()
     ) -> Output:
-        cfg, ctx = self.cfg, self.context()
+        cfg = self.cfg
+        ctx = model_context(cfg, self.rules, self.train)
         info = token_info(cfg, inputs, cache)
         embedding_VD = embedding_table(self, cfg, ctx)
         embedded_BTD = self._embed(ctx, embedding_VD, inputs, info)
         info, encoder_aux = self._encode(ctx, embedding_VD, inputs, info)
 
         trunk = self._run_blocks(ctx, embedded_BTD, None if cache is None else cache.layers, info)
-        final_norm = self.final_norm(ctx)
+        final_norm = final_norm_of(cfg, ctx)
         hidden_BTD = final_norm(trunk.x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler", POOLED)(hidden_BTD)
         stream = Stream(embedded_BTD, trunk.before_last, hidden_BTD, pooled_BTD, final_norm)
@@ -194,27 +195,16 @@ class Transformer(nn.Module):
             mtp_aux=mtp_aux,
         )
         if requested.targets is None:
-            return out.replace(logits=head.logits(hidden_BTD), mtp_logits=tuple(map(head.logits, mtp_hidden)))
+            mtp_logits = tuple(map(head.logits, mtp_hidden))
+            return dataclasses.replace(out, logits=head.logits(hidden_BTD), mtp_logits=mtp_logits)
         targets, options = requested.targets, requested.score_options
-        return out.replace(
+        return dataclasses.replace(
+            out,
             scores=head.scores(hidden_BTD, targets, options),
             mtp_scores=tuple(
                 head.scores(h_BTD, look_ahead(targets, k), options) for k, h_BTD in enumerate(mtp_hidden, 1)
             ),
         )
-
-    def context(self) -> Context:
-        """What the modules of blocks are built with."""
-        cfg = self.cfg
-        dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
-        modes = self.rules, cfg.scan, cfg.remat, self.train
-        return Context(cfg.token_width, len(cfg.blocks), *dtypes, *modes, cfg.adapters)
-
-    def final_norm(self, ctx: Context) -> Callable[[jax.Array], jax.Array]:
-        norm = self.cfg.final_norm
-        if norm is None:
-            return lambda x_BTD: x_BTD
-        return norm.module(ctx, "final_norm", role="the last hidden state")
 
     def _embed(self, ctx: Context, embedding_VD: jax.Array, inputs: Inputs, info: TokenInfo) -> jax.Array:
         cfg = self.cfg
@@ -243,6 +233,20 @@ class Transformer(nn.Module):
             return run_trunk(ctx, cfg.stack(), x_BTD, layers, info)
         latent = dataclasses.replace(ctx, width=cfg.width)
         return cfg.byte_latent.run(self, latent, cfg.stack(), cfg.vocab_size, x_BTD, layers, info)
+
+
+def model_context(cfg: ModelConfig, rules: ShardingRules | None = None, train: bool = False) -> Context:
+    """What the modules of a model's blocks are built with."""
+    dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
+    modes = rules, cfg.scan, cfg.remat, train
+    return Context(cfg.token_width, len(cfg.blocks), *dtypes, *modes, cfg.adapters)
+
+
+def final_norm_of(cfg: ModelConfig, ctx: Context) -> Callable[[jax.Array], jax.Array]:
+    """The norm of the last hidden state; the identity of a model without one. Call it within a compact method."""
+    if cfg.final_norm is None:
+        return lambda x_BTD: x_BTD
+    return cfg.final_norm.module(ctx, "final_norm", role="the last hidden state")
 
 
 def _advance(cache: Cache | None, states: dict, inputs: Inputs) -> Cache | None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -85,7 +86,7 @@ def _generate(cfg, vocab_size, params, tokens_BT, lengths_B, stops, max_new_toke
     inputs = Inputs(tokens_BT, segment_ids=real_BT)
     if source is not None:
         real_BS = _real(source[0].shape[1], source[1])
-        inputs = inputs.replace(encoder_tokens=source[0], encoder_segment_ids=real_BS)
+        inputs = dataclasses.replace(inputs, encoder_tokens=source[0], encoder_segment_ids=real_BS)
     out = apply(cfg, params, inputs, cache, logits_at=lengths_B[:, None] - 1)
 
     def choose(logits_BV, i):

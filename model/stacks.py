@@ -126,11 +126,15 @@ def run_blocks(
 def _run_module(ctx: Context, name: str, block: Block, count: int):
     if not ctx.scan:
         return _traced_once(ctx.remat)(block, ctx, name=name)
+    inputs: Any = (
+        0,
+        nn.broadcast,
+    )  # states by layer, the tokens' info whole; flax takes a tuple, its types do not
     scanned = nn.scan(
         rematerialised(BlockModule, ctx.remat, scan=True),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # flax takes a tuple too
+        in_axes=inputs,
         length=count,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

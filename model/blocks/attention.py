@@ -208,6 +208,8 @@ class AttentionModule(nn.Module):
         if spec.relative is None:
             return Carry()
         if not spec.relative.own:
+            if info.carry.relative_bias is None:
+                raise ValueError("RelativeBias(own=False), but no attention before this one has a table of its own.")
             return Carry(relative_bias=info.carry.relative_bias)
         shape, init = (spec.relative.buckets, spec.num_heads), nn.initializers.normal(self.ctx.width**-0.5)
         role = "a number for each range of distances: what attention adds to its scores"
@@ -224,7 +226,7 @@ class AttentionModule(nn.Module):
             slopes_H = spec.alibi.slopes(spec.num_heads)
             bias = lambda distance: slopes_H[:, None, None] * distance[..., None, :, :].astype(jnp.float32)
         if spec.relative is not None:
-            bias = functools.partial(spec.relative, carry.relative_bias, spec.causal)
+            bias = functools.partial(spec.relative, cast(jax.Array, carry.relative_bias), spec.causal)
         return Scores(spec.scale, spec.softcap, sinks_H, bias)
 
 

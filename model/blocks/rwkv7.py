@@ -103,6 +103,8 @@ class RWKV7Module(nn.Module):
         v_BTHC = self._project("v", mixed["v"], "values: what it writes")
         carry = Carry(first_values=v_BTHC) if spec.first else Carry()
         if not spec.first:
+            if info.carry.first_values is None:
+                raise ValueError("RWKV7(first=False), but no RWKV7(first=True) comes before it.")
             mix_BTHC = jax.nn.sigmoid(self._low_rank("v", mixed["v"], spec.value_rank, 0.73))
             v_BTHC += (info.carry.first_values - v_BTHC) * mix_BTHC
         decay_BTHC = self._low_rank("w", mixed["w"], spec.decay_rank, _slow_to_fast, jnp.tanh)

@@ -41,9 +41,9 @@ class Inputs:
     media: dict[str, Media] = flax.struct.field(default_factory=dict)  # by the name of one of `cfg.media`
 
     @classmethod
-    def of(cls, inputs: Inputs | Any) -> Inputs:
+    def of(cls, inputs: Inputs | jax.Array) -> Inputs:
         """`inputs` itself, or bare token ids [B, T] as Inputs. Raises TypeError or ValueError for anything else."""
-        if isinstance(inputs, cls):
+        if isinstance(inputs, Inputs):
             return inputs
         if isinstance(inputs, dict):
             raise TypeError(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.function import Params, Transformer
+from model.function import Params, Transformer, final_norm_of, model_context
 from model.inputs import Inputs
 from model.inputs.tokens import embedding_table
 from model.readouts.vocabulary import vocabulary_head
@@ -98,11 +98,13 @@ def _read_out(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Ar
     return cast(jax.Array, _Readout(cfg).apply({"params": params}, hidden_BTD))
 
 
-class _Readout(Transformer):
+class _Readout(nn.Module):
     """The end of the model alone, with the same parameters."""
 
+    cfg: ModelConfig
+
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:  # pyright: ignore[reportIncompatibleMethodOverride]
-        cfg, ctx = self.cfg, self.context()
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cfg, ctx = self.cfg, model_context(self.cfg)
         embedding_VD = embedding_table(self, cfg, ctx) if cfg.tied_head else None
-        return vocabulary_head(self, cfg, ctx, embedding_VD).logits(self.final_norm(ctx)(x_BTD))
+        return vocabulary_head(self, cfg, ctx, embedding_VD).logits(final_norm_of(cfg, ctx)(x_BTD))
