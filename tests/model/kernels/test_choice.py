@@ -1,4 +1,4 @@
-"""Which implementation is chosen, errors that say which can serve, and other implementations' numbers beside ours."""
+"""Which implementation is chosen, errors that say which can serve, and numbers of libraries' kernels beside ours."""
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +151,11 @@ def test_giving_way_is_logged_once_and_warns_only_where_it_costs(caplog):
             assert PAGED_ATTENTION.chosen_name(paged_request(chosen, bias=True)) == "plain"
     found = [(record.levelname, record.getMessage()) for record in caplog.records]
     short = "'plain' runs, since 'kernel' can't serve: rows of 16 tokens or fewer are one small chunk."
-    biased = "'plain' runs, since 'kernel' can't serve: its scores have no biases. It gathers whole rows for each token."
-    assert found == [("INFO", f"kernels.ssd: {short}"), ("WARNING", f"kernels.paged: {biased}")]
+    biased = "'plain' runs, since 'kernel' can't serve: its scores have no biases. It gathers whole rows"
+    assert found == [
+        ("INFO", f"kernels.ssd: {short}"),
+        ("WARNING", f"kernels.paged: {biased} for each token."),
+    ]
 
 
 def paged_request(chosen, bias):
