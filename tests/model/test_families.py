@@ -88,7 +88,7 @@ def test_logits_equal_those_of_transformers(name):
     pairs = [(getattr(out, key)[real], golden[key][real]) for key in ("logits", "hidden") if key in golden]
     if "classes" in golden:  # of the first token, where that is none of the padding
         pairs.append((out.heads["class"][real[:, 0], 0], golden["classes"][real[:, 0]]))
-    ahead = {int(key.removeprefix("mtp_")): golden[key] for key in golden if key.startswith("mtp_")}
+    ahead = {int(key.removeprefix("future_")): golden[key] for key in golden if key.startswith("future_")}
     assert len(out.mtp_logits) == len(ahead)
     for k, theirs in ahead.items():  # where token i + k is real too
         there = real[:, :-k] & real[:, k:]
