@@ -9,6 +9,7 @@ length.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -140,9 +141,11 @@ def _decoding(cfg: ModelConfig) -> list[Stack]:
 
 def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:
     """Slots a page of a cache's layers; None for a model without pages."""
-    axes = jax.tree.leaves(cache_axes(cfg), is_leaf=_is_axes)
-    arrays = jax.tree.leaves(jax.tree.map(lambda names, x: x, cache_axes(cfg), layers, is_leaf=_is_axes))
-    return next((x.shape[names.index("slots")] for names, x in zip(axes, arrays) if "slots" in names), None)
+    for path, names in jax.tree_util.tree_leaves_with_path(cache_axes(cfg), is_leaf=_is_axes):
+        if "slots" in names:
+            array = functools.reduce(lambda tree, entry: tree[entry.key], path, layers)
+            return array.shape[names.index("slots")]
+    return None
 
 
 def has_recurrent_state(cfg: ModelConfig) -> bool:

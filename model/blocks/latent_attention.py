@@ -1,9 +1,11 @@
-"""Multi-head latent attention: keys and values of all heads come from one small vector a token, and that is cached.
+"""Multi-head latent attention (MLA): keys and values of all heads come from a small vector a token, which is cached.
 
-DeepSeek-AI 2024, arXiv:2405.04434. Beside the latent, one rotated key is shared by all heads.
+DeepSeek-AI 2024, arXiv:2405.04434. Beside the latent, one rotated key is shared by all heads. Grouped latent attention
+(GLA) has several latents a token, each for a group of heads, which devices may split: Zadouri et al. 2025,
+arXiv:2505.21487.
 """
 
-# B batch, T tokens, D model width, H heads, Q rank of the queries, L rank of keys and values (the latent)
+# B batch, T tokens, D model width, H heads in G groups, Q rank of the queries, L rank of keys and values (the latent)
 # C channels of a query and a key: N without rotation, then R rotated; E channels of a value; S slots of a row
 
 from __future__ import annotations
@@ -24,8 +26,6 @@ from model.kernels.paged_attention import KVLayout
 from model.kernels.paged_attention.pages import empty_pages, is_quantized
 from model.sharding import constrain
 
-KV_LAYOUT = KVLayout(1, ("latent", "k_rope"), "latent")
-
 
 @dataclasses.dataclass(frozen=True)
 class LatentAttention:
@@ -41,8 +41,11 @@ class LatentAttention:
     norm: Norm = RMSNorm(1e-6)  # of both latents
     bias: bool = False  # of the maps from and to the model's width, save that of queries without a latent
     scale: float | None = None  # of the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
+    groups: int = 1  # of heads, each with a latent of its own; the cache holds them all
 
     def __post_init__(self):
+        if self.groups < 1 or self.num_heads % self.groups:
+            raise ValueError(f"groups={self.groups} do not divide num_heads={self.num_heads}.")
         if self.rope is None:
             raise ValueError("latent attention has channels that are rotated: give it a Rope, not rope=None.")
         if self.rope.rotated(self.rope_dim) % 2:
@@ -56,22 +59,23 @@ class LatentAttention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"latent", "k_rope"}, [num_pages, page_size, kv_rank] and [num_pages, page_size, rope_dim].
+        """Empty pages {"latent", "k_rope"}, [num_pages, page_size, G * kv_rank] and [.., G * rope_dim].
 
         Of quantised ones the rotated key stays in bfloat16, as in DeepSeek's FlashMLA: it is small, and not normalised.
         """
         of_rope = jnp.dtype("bfloat16") if is_quantized(dtype) else dtype
-        latent = empty_pages("latent", num_pages, page_size, 1, self.kv_rank, dtype)
-        return latent | empty_pages("k_rope", num_pages, page_size, 1, self.rope_dim, of_rope)
+        latent = empty_pages("latent", num_pages, page_size, self.groups, self.kv_rank, dtype)
+        return latent | empty_pages("k_rope", num_pages, page_size, self.groups, self.rope_dim, of_rope)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        return {"latent": ("pages", "slots", None), "k_rope": ("pages", "slots", None)}
+        heads = "act_kv_heads" if self.groups > 1 else None
+        return {"latent": ("pages", "slots", heads), "k_rope": ("pages", "slots", heads)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
         """Of the forward pass without a cache, in the mean over a row of `seq_len` tokens."""
         H, C = self.num_heads, self.nope_dim + self.rope_dim
         queries = width * H * C if self.q_rank is None else self.q_rank * (width + H * C)
-        latent = width * (self.kv_rank + self.rope_dim)
+        latent = width * (self.groups * self.kv_rank + self.rope_dim)
         keys_values = self.kv_rank * H * (self.nope_dim + self.v_dim)
         seen = (seq_len + 1) / 2
         return 2 * (queries + latent + keys_values + H * self.v_dim * width + seen * H * (C + self.v_dim))
@@ -87,15 +91,12 @@ class LatentAttentionModule(nn.Module):
         q_BTHC = self._queries(x_BTD)
         q_BTHN, q_BTHR = q_BTHC[..., : spec.nope_dim], q_BTHC[..., spec.nope_dim :]
         q_BTHR = spec.rope(q_BTHR, info.rotary_positions, info.segment_ids)
-        latent_BTL, k_BTR = self._latent(x_BTD, info)
-        heads = (spec.num_heads, spec.nope_dim + spec.v_dim)
-        role = "the latent to each head's key and value"
-        kv_b = linear_map(self, "kv_b", (spec.kv_rank,), heads, ("norm", "heads", "head_dim"), role)
+        latents, k_BTR = self._latents(x_BTD, info)
+        maps = [self._kv_map(name) for name in self._of_groups("kv_b")]
         if cache is None:
-            out_BTHE = self._attend(q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b, info)
+            out_BTHE = self._attend(q_BTHN, q_BTHR, latents, k_BTR, maps, info)
         else:
-            new = {"latent": latent_BTL, "k_rope": k_BTR}
-            out_BTHE, cache = self._attend_pages(q_BTHN, q_BTHR, new, cache, kv_b, info)
+            out_BTHE, cache = self._attend_pages(q_BTHN, q_BTHR, latents, k_BTR, cache, maps, info)
         role = "adds the heads' findings to the residual stream"
         return linear_out(self, out_BTHE, ("heads", "head_dim"), role, bias=spec.bias), cache
 
@@ -111,20 +112,35 @@ class LatentAttentionModule(nn.Module):
             q_BTHC = linear(self, "q_b", latent_BTQ, heads, axes, role, in_axes=("norm",))
         return constrain(q_BTHC, ctx.rules, "batch", "length", "act_heads", None)
 
-    def _latent(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array]:
-        """(the normalised latent, the rotated key)."""
+    def _of_groups(self, name: str) -> list[str]:
+        """The name of each group's parameter."""
+        groups = self.spec.groups
+        return [name] if groups == 1 else [f"{name}_{group}" for group in range(groups)]
+
+    def _latents(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[list[jax.Array], jax.Array]:
+        """(each group's normalised latent [B, T, L], the rotated key [B, T, R])."""
         spec = self.spec
         role = "the token to the latent that is cached, and to the rotated key"
-        both = self._linear("kv_a", x_BTD, spec.kv_rank + spec.rope_dim, role)
-        norm = spec.norm.module(self.ctx, "kv_a_norm", role="the cached latent")
-        latent_BTL = norm(both[..., : spec.kv_rank])
-        k_BT1R = spec.rope(both[:, :, None, spec.kv_rank :], info.rotary_positions, info.segment_ids)
-        return latent_BTL, k_BT1R[:, :, 0]
+        both = self._linear("kv_a", x_BTD, spec.groups * spec.kv_rank + spec.rope_dim, role)
+        latents = []
+        for group, name in enumerate(self._of_groups("kv_a_norm")):
+            norm = spec.norm.module(self.ctx, name, role="the cached latent")
+            latents.append(norm(both[..., group * spec.kv_rank : (group + 1) * spec.kv_rank]))
+        k_BT1R = both[:, :, None, spec.groups * spec.kv_rank :]
+        return latents, spec.rope(k_BT1R, info.rotary_positions, info.segment_ids)[:, :, 0]
 
-    def _attend(self, q_BTHN, q_BTHR, latent_BTL, k_BTR, kv_b: LinearMap, info: TokenInfo) -> jax.Array:
-        """Keys and values of each head, made from the latent."""
+    def _kv_map(self, name: str) -> LinearMap:
         spec = self.spec
-        kv = kv_b(latent_BTL)
+        heads = (spec.num_heads // spec.groups, spec.nope_dim + spec.v_dim)
+        role = "the latent to each head's key and value"
+        return linear_map(self, name, (spec.kv_rank,), heads, ("norm", "heads", "head_dim"), role)
+
+    def _attend(
+        self, q_BTHN, q_BTHR, latents: list[jax.Array], k_BTR, maps: list[LinearMap], info: TokenInfo
+    ) -> jax.Array:
+        """Keys and values of each head, made from its group's latent."""
+        spec = self.spec
+        kv = jnp.concatenate([kv_b(latent_BTL) for kv_b, latent_BTL in zip(maps, latents)], axis=2)
         k_BTHR = jnp.broadcast_to(k_BTR[:, :, None], (*kv.shape[:3], spec.rope_dim))
         q_BTHC = jnp.concatenate([q_BTHN, q_BTHR], -1)
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
@@ -133,14 +149,31 @@ class LatentAttentionModule(nn.Module):
         stretches = info.positions, info.segment_ids, Mask()
         return self_attention(q_BTHC, k_BTHC, v_BTHE, *stretches, self._scores(), self.ctx.rules)
 
-    def _attend_pages(self, q_BTHN, q_BTHR, new: dict, cache: dict, kv_b: LinearMap, info: TokenInfo):
+    def _attend_pages(
+        self,
+        q_BTHN,
+        q_BTHR,
+        latents: list[jax.Array],
+        k_BTR,
+        cache: dict,
+        maps: list[LinearMap],
+        info: TokenInfo,
+    ) -> tuple[jax.Array, dict]:
         """The same numbers without making keys and values: q . (W z) = (W^T q) . z, so heads look at latents."""
-        spec = self.spec
-        keys, values = kv_b.part(slice(0, spec.nope_dim)), kv_b.part(slice(spec.nope_dim, None))
-        q_BTHX = jnp.concatenate([keys.einsum("BTHN,LHN->BTHL", q_BTHN), q_BTHR], -1)
+        spec, split = self.spec, lambda x_BTHX: jnp.split(x_BTHX, self.spec.groups, axis=2)
+        keys = [kv_b.part(slice(0, spec.nope_dim)) for kv_b in maps]
+        values = [kv_b.part(slice(spec.nope_dim, None)) for kv_b in maps]
+        q_BTHL = [key.einsum("BTHN,LHN->BTHL", q) for key, q in zip(keys, split(q_BTHN))]
+        q_BTHX = jnp.concatenate([jnp.concatenate(q_BTHL, axis=2), q_BTHR], -1)
+        new = {"latent": latents[0], "k_rope": k_BTR}
+        if spec.groups > 1:  # a head of the layout for each group, each with the rotated key
+            k_BTGR = jnp.broadcast_to(k_BTR[:, :, None], (*k_BTR.shape[:2], spec.groups, spec.rope_dim))
+            new = {"latent": jnp.stack(latents, axis=2), "k_rope": k_BTGR}
+        layout = KVLayout(spec.groups, ("latent", "k_rope"), "latent")
         rest = info, Mask(), self._scores(), self.ctx.rules
-        out_BTHL, cache = attend_pages(q_BTHX, new, cache, KV_LAYOUT, *rest)
-        return values.einsum("BTHL,LHE->BTHE", out_BTHL), cache
+        out_BTHL, cache = attend_pages(q_BTHX, new, cache, layout, *rest)
+        found = [value.einsum("BTHL,LHE->BTHE", out) for value, out in zip(values, split(out_BTHL))]
+        return jnp.concatenate(found, axis=2), cache
 
     def _scores(self) -> Scores:
         spec = self.spec

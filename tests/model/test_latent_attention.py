@@ -14,6 +14,7 @@ from model import (
     RMSNorm,
     ShardingRules,
     apply,
+    cache_axes,
     init_cache,
     logical_axes,
     param_shapes,
@@ -23,6 +24,7 @@ from model.blocks.latent_attention import LatentAttention
 from model.blocks.positions import Rope, YarnScaling
 from model.config import Block
 from model.inspect.flops import forward_flops_per_token
+from model.kernels import backend
 from model.sharding import named_sharding
 from tests.meshes import assert_divided, compiled
 
@@ -35,6 +37,9 @@ PLAIN = LatentAttention(4, 6, 4, 5, kv_rank=7, rope=Rope(100.0, interleaved=True
 FULL = LatentAttention(
     4, 6, 4, 5, 7, q_rank=9, rope=Rope(50.0, YarnScaling(4.0, 16)), bias=True, scale=0.5, norm=RMSNorm(1e-3)
 )
+
+
+GROUPED = dataclasses.replace(FULL, groups=2)
 
 
 def model(*mixers):
@@ -61,18 +66,27 @@ def brute_rotate(x, position, rope):
     return out
 
 
+def ends_of(spec):
+    return [""] if spec.groups == 1 else [f"_{group}" for group in range(spec.groups)]
+
+
 def brute_attention(spec, p, x):
     """[T, D] to [T, D], equations (37) to (47) of the paper, one head and token at a time."""
     T, N, eps = len(x), spec.nope_dim, spec.norm.eps
     latents, shared = [], []
     for t in range(T):
         both = x[t] @ p["kv_a"] + p.get("kv_a_bias", 0)
-        latents.append(brute_norm(both[: spec.kv_rank], p["kv_a_norm"]["scale"], eps))
-        shared.append(brute_rotate(both[spec.kv_rank :], t, spec.rope))
+        own = np.split(both[: spec.groups * spec.kv_rank], spec.groups)
+        latents.append(
+            [brute_norm(z, p[f"kv_a_norm{end}"]["scale"], eps) for z, end in zip(own, ends_of(spec))]
+        )
+        shared.append(brute_rotate(both[spec.groups * spec.kv_rank :], t, spec.rope))
     y = np.zeros_like(x) + p.get("o_bias", 0)
     for h in range(spec.num_heads):
-        keys = [np.concatenate([c @ p["kv_b"][:, h, :N], k]) for c, k in zip(latents, shared)]
-        values = [c @ p["kv_b"][:, h, N:] for c in latents]
+        group, in_group = divmod(h, spec.num_heads // spec.groups)
+        kv_b = p[f"kv_b{ends_of(spec)[group]}"][:, in_group]
+        keys = [np.concatenate([z[group] @ kv_b[:, :N], k]) for z, k in zip(latents, shared)]
+        values = [z[group] @ kv_b[:, N:] for z in latents]
         for t in range(T):
             if spec.q_rank is None:
                 q = x[t] @ p["q"][:, h]
@@ -85,7 +99,7 @@ def brute_attention(spec, p, x):
     return y
 
 
-@pytest.mark.parametrize("spec", [PLAIN, FULL], ids=["plain", "every option"])
+@pytest.mark.parametrize("spec", [PLAIN, FULL, GROUPED], ids=["plain", "every option", "two groups"])
 def test_latent_attention_equals_a_loop_over_heads_and_tokens(spec):
     cfg = model(spec)
     params, tokens = random_params(cfg), random_tokens(cfg, (2, 7))
@@ -184,3 +198,23 @@ def test_an_odd_number_of_rotated_channels_is_refused():
 def test_a_config_with_latent_attention_comes_back_from_json(small):
     cfg, _ = small
     assert ModelConfig.from_dict(cfg.to_dict()) == cfg
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_two_groups_decode_by_the_kernel_from_pages_that_devices_split(dtype):
+    """Pages have a head for each group, so two devices hold half of the latents each."""
+    cfg = model(GROUPED)
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 12))
+    shapes = jax.tree.map(jnp.shape, init_cache(cfg, 2, 12).layers)["block_0"]
+    assert shapes == {"latent": (2, 12, 2 * GROUPED.kv_rank), "k_rope": (2, 12, 2 * GROUPED.rope_dim)}
+    assert cache_axes(cfg)["block_0"]["latent"] == ("pages", "slots", "act_kv_heads")
+    check_decoding(forward, cfg, params, tokens, paged_cache(cfg, 2, 5, 4), (7, 1, 1, 3))
+    atol = 3e-5 if dtype is None else 0.1
+    with backend.use("tpu", interpret=True):
+        cache = init_cache(cfg, 2, 12, dtype)
+        check_decoding(jit(applied, static_argnums=0), cfg, params, tokens, cache, (7, 1, 1, 3), atol=atol)
+
+
+def test_groups_must_divide_the_heads():
+    with pytest.raises(ValueError, match="groups=3 do not divide num_heads=4"):
+        dataclasses.replace(PLAIN, groups=3)
