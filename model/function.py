@@ -153,6 +153,11 @@ def _check(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> None:
         raise ValueError("encoder_tokens were given to a model without an encoder.")
     if inputs.encoder_tokens is None and cfg.encoder is not None and cache is None:
         raise ValueError("an encoder-decoder needs encoder_tokens, or a cache that has seen them.")
+    if inputs.prefix is not None or inputs.spans is not None:
+        mixers = {type(block.mixer).__name__ for block in cfg.blocks if block.mixer is not None}
+        if cfg.byte_latent is not None or (unable := mixers - {"Attention", "LatentAttention"}):
+            what = "byte-latent models" if cfg.byte_latent is not None else ", ".join(sorted(unable))
+            raise ValueError(f"inputs.prefix and inputs.spans are for attention alone, and not for {what}.")
     if inputs.adapter_ids is not None and cfg.adapters is None:
         raise ValueError("adapter_ids were given to a model whose config has no adapters.")
 

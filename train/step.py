@@ -32,8 +32,9 @@ class TrainState:
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
-    opt_state, zero = optimizer.init(split_trained(params)[0]), jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, opt_state, zero, jax.random.key_data(jax.random.key(seed)))
+    opt_state, zero = optimizer.init(split_trained(params)[0]), lambda: jnp.zeros((), jnp.int32)
+    # two zeros: a buffer that is donated can be one array of the state only
+    return TrainState(zero(), params, opt_state, zero(), jax.random.key_data(jax.random.key(seed)))
 
 
 def make_train_step(

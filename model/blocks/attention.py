@@ -139,14 +139,14 @@ class AttentionModule(nn.Module):
         own = QUERIES if spec.kv_sharing == "reuse" else QUERIES | KEYS_VALUES
         projected = project_heads(self, x_BTD, own)
         q_BTHC, keys_values = self._queries(projected["q"], info), self._keys_values(projected, info)
-        scores = self._scores(carry)
+        scores, mask = self._scores(carry), with_spans(spec.mask(), info)
         if cache is None:
             k_BTKC, v_BTKC = keys_values["k"], keys_values["v"]
-            sow_weights(self, q_BTHC, k_BTKC, info, spec.mask(), scores)
-            stretches = info.positions, info.segment_ids, spec.mask()
-            out_BTHC = self_attention(q_BTHC, k_BTKC, v_BTKC, *stretches, scores, self.ctx.rules)
+            sow_weights(self, q_BTHC, k_BTKC, info, mask, scores)
+            order = info.positions, info.segment_ids
+            out_BTHC = self_attention(q_BTHC, k_BTKC, v_BTKC, *order, mask, scores, self.ctx.rules)
         else:
-            kv_layout, rest = KVLayout(spec.num_kv_heads), (info, spec.mask(), scores, self.ctx.rules)
+            kv_layout, rest = KVLayout(spec.num_kv_heads), (info, mask, scores, self.ctx.rules)
             if spec.kv_sharing == "reuse":
                 out_BTHC, _ = attend_pages(q_BTHC, None, keys_values, kv_layout, *rest)
             else:
@@ -209,7 +209,9 @@ class AttentionModule(nn.Module):
             return Carry()
         if not spec.relative.own:
             if info.carry.relative_bias is None:
-                raise ValueError("RelativeBias(own=False), but no attention before this one has a table of its own.")
+                raise ValueError(
+                    "RelativeBias(own=False), but no attention before this one has a table of its own."
+                )
             return Carry(relative_bias=info.carry.relative_bias)
         shape, init = (spec.relative.buckets, spec.num_heads), nn.initializers.normal(self.ctx.width**-0.5)
         role = "a number for each range of distances: what attention adds to its scores"
@@ -296,9 +298,29 @@ def read_pages(cache: dict, name: str, info: TokenInfo, heads: int, dtype: jnp.d
     return pages.read(cache, name, cast(jax.Array, info.page_table), heads, dtype)
 
 
+def with_spans(mask: Mask, info: TokenInfo) -> Mask:
+    """The mask with what the inputs say of prefixes and spans."""
+    if info.prefix is None and info.spans is None:
+        return mask
+    return dataclasses.replace(mask, prefix=info.prefix, spans_BT=info.spans)
+
+
 def sees_slots(info: TokenInfo, mask: Mask, num_slots: int) -> jax.Array:
-    """Which slots of its row each token sees, [B, T, S] bool."""
-    mask_BTS = mask.allows(info.positions[:, :, None], jnp.arange(num_slots))
+    """Which slots of its row each token sees, [B, T, S] bool. A slot holds the position of its number.
+
+    A prefix, or a span, must be given in one call: slots that are not yet written have no keys to see.
+    """
+    slot_S = jnp.arange(num_slots)
+    mask_BTS = mask.allows(info.positions[:, :, None], slot_S)
+    if mask.prefix is not None:
+        prefix_BT = mask.prefix[:, None] if mask.prefix.ndim == 1 else mask.prefix
+        mask_BTS |= (info.positions < prefix_BT)[:, :, None] & (slot_S < prefix_BT[..., None])
+    if mask.spans_BT is not None:
+        rows_B1 = jnp.arange(len(info.positions))[:, None]
+        spans_BS = jnp.zeros((len(info.positions), num_slots), jnp.int32)
+        spans_BS = spans_BS.at[rows_B1, info.positions].set(mask.spans_BT, mode="drop")
+        same_BTS = mask.spans_BT[:, :, None] == spans_BS[:, None]
+        mask_BTS |= same_BTS & (mask.spans_BT != 0)[:, :, None]
     return mask_BTS if info.slots_filled is None else mask_BTS & info.slots_filled[:, None]
 
 
@@ -312,14 +334,17 @@ def attend_pages(
     scores: Scores,
     rules: ShardingRules | None,
 ) -> tuple[jax.Array, dict]:
-    """(what tokens find in their rows, [B, T, H, E], the cache with them): by the kernel on TPUs, by gathering rows
-    elsewhere, and where the kernel can't: scores with a bias, and tokens that don't follow on those in the cache.
+    """(what tokens find in their rows, [B, T, H, E], the cache with them).
+
+    On TPUs by the kernel. Rows are gathered elsewhere, and for what the kernel can't do: scores with a bias, masks with
+    a prefix or spans, and tokens that don't follow on those in the cache.
 
     Args:
       new: what `kv_layout` names, of these tokens; None: the cache holds them already.
     """
     if backend.current().name == "tpu":
-        if scores.bias is None and info.cached is not None and info.page_table is not None:
+        follows_on = info.cached is not None and info.page_table is not None
+        if scores.bias is None and follows_on and not mask.listed():
             T = q_BTHC.shape[1]
             first_B, count_B = None, jnp.full_like(info.cached, T)
             if info.segment_ids is not None:
@@ -329,7 +354,7 @@ def attend_pages(
             rows = info.page_table, info.cached, count_B
             return attend_on_mesh(q_BTHC, new, cache, *rows, kv_layout, mask, scores, rules, first_B)
         say_that_rows_are_gathered(
-            "The kernel has no biases of the scores, and its tokens follow on those in the cache."
+            "The kernel has no biases of the scores, no prefix and no spans, and its tokens follow on the cached ones."
         )
     if new is not None:
         cache = write_pages(cache, new, info)

@@ -133,6 +133,8 @@ class TokenInfo:
     cached: jax.Array | None = None
     tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
     rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
+    prefix: jax.Array | None = None  # [B] or [B, T] int32, see `Inputs`
+    spans: jax.Array | None = None  # [B, T] int32, see `Inputs`
     patch_vectors: jax.Array | None = None  # [B, P, N, D], for a local decoder's `PatchAttention`
     patch_read: jax.Array | None = None  # [B, T] int32, the patch that each byte reads
 

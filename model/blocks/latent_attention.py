@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.attention import attend_pages, sow_weights
+from model.blocks.attention import attend_pages, sow_weights, with_spans
 from model.blocks.common import Context, TokenInfo
 from model.blocks.linear import LinearMap, linear, linear_map, linear_out
 from model.blocks.norms import Norm, RMSNorm
@@ -145,9 +145,9 @@ class LatentAttentionModule(nn.Module):
         q_BTHC = jnp.concatenate([q_BTHN, q_BTHR], -1)
         k_BTHC = jnp.concatenate([kv[..., : spec.nope_dim], k_BTHR], -1)
         v_BTHE = kv[..., spec.nope_dim :]
-        sow_weights(self, q_BTHC, k_BTHC, info, scores=self._scores())
-        stretches = info.positions, info.segment_ids, Mask()
-        return self_attention(q_BTHC, k_BTHC, v_BTHE, *stretches, self._scores(), self.ctx.rules)
+        sow_weights(self, q_BTHC, k_BTHC, info, with_spans(Mask(), info), self._scores())
+        order = info.positions, info.segment_ids, with_spans(Mask(), info)
+        return self_attention(q_BTHC, k_BTHC, v_BTHE, *order, self._scores(), self.ctx.rules)
 
     def _attend_pages(
         self,
@@ -170,7 +170,7 @@ class LatentAttentionModule(nn.Module):
             k_BTGR = jnp.broadcast_to(k_BTR[:, :, None], (*k_BTR.shape[:2], spec.groups, spec.rope_dim))
             new = {"latent": jnp.stack(latents, axis=2), "k_rope": k_BTGR}
         layout = KVLayout(spec.groups, ("latent", "k_rope"), "latent")
-        rest = info, Mask(), self._scores(), self.ctx.rules
+        rest = info, with_spans(Mask(), info), self._scores(), self.ctx.rules
         out_BTHL, cache = attend_pages(q_BTHX, new, cache, layout, *rest)
         found = [value.einsum("BTHL,LHE->BTHE", out) for value, out in zip(values, split(out_BTHL))]
         return jnp.concatenate(found, axis=2), cache

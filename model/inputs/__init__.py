@@ -38,6 +38,11 @@ class Inputs:
     )
     # [B, T] float32, weight of each token in the losses of `aux`; default: 1. Padding never counts
     loss_weights: jax.Array | None = None
+    # int32: tokens of a document at positions before it see each other both ways; [B], or [B, T] for packed documents
+    prefix: jax.Array | None = None
+    spans: jax.Array | None = (
+        None  # [B, T] int32: tokens of one span, as an image, see each other both ways; 0: none
+    )
     media: dict[str, Media] = flax.struct.field(default_factory=dict)  # by the name of one of `cfg.media`
 
     @classmethod

@@ -31,6 +31,8 @@ def token_info(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> TokenIn
         rope_positions=rope_positions,
         adapter=inputs.adapter_ids,
         weights=inputs.loss_weights,
+        prefix=inputs.prefix,
+        spans=inputs.spans,
     )
     if cache is None:
         return info

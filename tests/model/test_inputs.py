@@ -11,6 +11,8 @@ import pytest
 
 from model import Block, Inputs, Media, apply, init, init_cache, logical_axes, param_shapes
 from model.blocks.common import fan_in_normal, param
+from model.blocks.latent_attention import LatentAttention
+from model.blocks.mamba import Mamba
 
 from .conftest import compiled_fast, random_params, random_tokens, tiny
 
@@ -211,3 +213,57 @@ def test_a_network_may_look_up_by_token():
     params, tokens = random_params(cfg), random_tokens(cfg, (2, 7))
     table = params["embedding"] + params["block_0"]["ffn"]["table"]
     np.testing.assert_allclose(apply(cfg, params, tokens).hidden, table[tokens], atol=1e-6)
+
+
+def whole_text_both_ways(cfg):
+    blind = dataclasses.replace(cfg.blocks[0].mixer, causal=False)
+    return cfg.replace(blocks=tuple(dataclasses.replace(block, mixer=blind) for block in cfg.blocks))
+
+
+def test_a_prefix_of_everything_is_an_encoder_and_of_nothing_a_decoder():
+    cfg = tiny(layers=2)
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 9))
+    run = compiled_fast(lambda prefix: apply(cfg, params, Inputs(tokens, prefix=prefix)).logits)
+    np.testing.assert_allclose(run(jnp.array([0, 1])), apply(cfg, params, tokens).logits, atol=1e-5)
+    wanted = apply(whole_text_both_ways(cfg), params, tokens).logits
+    np.testing.assert_allclose(run(jnp.array([9, 12])), wanted, atol=1e-5)
+
+
+def test_what_a_prefix_and_a_span_show_is_seen_and_nothing_else():
+    """By what changes when one token does: a brute reading of the mask."""
+    cfg = tiny(layers=1)
+    params, tokens = random_params(cfg), random_tokens(cfg, (1, 10))
+    spans = np.array([[0, 0, 0, 1, 1, 1, 0, 2, 2, 0]], np.int32)
+    run = compiled_fast(
+        lambda tokens: apply(cfg, params, Inputs(tokens, prefix=jnp.array([2]), spans=spans)).logits
+    )
+    base, seen = np.asarray(run(tokens)), np.zeros((10, 10), bool)
+    for key in range(10):
+        other = np.array(tokens)
+        other[0, key] = (other[0, key] + 7) % cfg.vocab_size
+        seen[:, key] = np.abs(np.asarray(run(other)) - base)[0].max(-1) > 1e-5
+    wanted = np.tril(np.ones((10, 10), bool))
+    wanted[:2, :2] = wanted[3:6, 3:6] = wanted[7:9, 7:9] = True
+    np.testing.assert_array_equal(seen, wanted)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_a_text_with_a_prefix_and_spans_is_decoded_on_from_a_cache(latent):
+    cfg = tiny(layers=2)
+    if latent:
+        mixer = LatentAttention(4, 6, 4, 5, kv_rank=7)
+        cfg = cfg.replace(blocks=(dataclasses.replace(cfg.blocks[0], mixer=mixer),) * 2)
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 10))
+    prefix, spans = jnp.array([3, 0]), np.array([[0, 0, 0, 1, 1, 0], [2, 2, 2, 0, 3, 3]], np.int32)
+    padded = np.pad(spans, ((0, 0), (0, 4)))
+    whole = apply(cfg, params, Inputs(tokens, prefix=prefix, spans=padded)).logits
+    first = apply(cfg, params, Inputs(tokens[:, :6], prefix=prefix, spans=spans), init_cache(cfg, 2, 10))
+    rest = apply(cfg, params, tokens[:, 6:], first.cache)
+    np.testing.assert_allclose(jnp.concatenate([first.logits, rest.logits], 1), whole, atol=3e-5)
+
+
+def test_a_mixer_that_is_no_attention_has_no_spans():
+    cfg = tiny(layers=1)
+    cfg = cfg.replace(blocks=(dataclasses.replace(cfg.blocks[0], mixer=Mamba(20, 4, 3, 2)),))
+    with pytest.raises(ValueError, match="for attention alone, and not for Mamba"):
+        apply(cfg, random_params(cfg), Inputs(random_tokens(cfg, (1, 4)), prefix=jnp.array([2])))
