@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from model import MESH_AXES, ModelConfig, ShardingRules, decoder, init_cache
+from model import MESH_AXES, Inputs, ModelConfig, ShardingRules, decoder, init_cache
 from model.blocks.common import Context, TokenInfo
 from model.blocks.experts import ClampedSwiGLU
 from model.blocks.ffn import MLP, GatedMLP
@@ -401,7 +401,7 @@ def test_scanned_blocks_give_the_logits_and_losses_of_unrolled_ones():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), unrolled.aux, rolled.aux)
     assert float(rolled.aux["moe_entropy"].weight) == 2 * 18
     trace = lambda p: Transformer(scanned_cfg).apply(
-        {"params": p}, tokens, None, None, None, None, mutable=["intermediates"]
+        {"params": p}, Inputs(tokens), mutable=["intermediates"]
     )
     load_LE = jit(trace)(scanned)[1]["intermediates"]["run_1"]["ffn"]["expert_load"][0]
     assert load_LE.shape == (2, E) and np.all(load_LE.sum(1) == 18 * 3)
