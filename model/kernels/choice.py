@@ -47,6 +47,7 @@ class Implementation(Generic[R]):
     platforms: tuple[str, ...]  # names of back ends that it runs on; an interpreted kernel runs on all
     run: Callable[..., Any]
     refusal: Callable[[R], str | None] = serves_all  # why it can't serve, as a clause: "it has no sinks"
+    drawback: Callable[[R], str | None] = serves_all  # why "auto" takes the next, though this could serve
     cost: str = ""  # what is lost where this one steps in for another, as a sentence; the log then warns
 
 
@@ -83,12 +84,14 @@ class Operation(Generic[R]):
         platform = "cpu" if backend.for_cpu() and "cpu" in self.preferred else request.backend.name
         names, reasons = self.preferred[platform], {}
         for name in names:
-            if (reason := self._refusal(name, request)) is None:
+            refused = self._refusal(name, request)
+            reason = refused or self.implementations[name].drawback(request)
+            if reason is None:
                 if reasons:
-                    said(self.name, name, names[0], reasons[names[0]], self.implementations[name].cost)
+                    said(self.name, name, *reasons[names[0]], self.implementations[name].cost)
                 return name
-            reasons[name] = reason
-        why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+            reasons[name] = f"{name!r} can't serve" if refused else f"{name!r} is passed over", reason
+        why = "; ".join(f"{name!r}: {reason}" for name, (_, reason) in reasons.items())
         raise ValueError(f"no implementation of {self.name} can serve this on {request.backend.name}. {why}.")
 
     def _refusal(self, name: str, request: R) -> str | None:
@@ -100,9 +103,7 @@ class Operation(Generic[R]):
 
 
 @functools.cache
-def said(operation: str, taken: str, first: str, reason: str, cost: str) -> None:
+def said(operation: str, taken: str, what: str, reason: str, cost: str) -> None:
     """Logs, once, that one implementation runs in place of another."""
     level, costs = (logging.WARNING, " " + cost) if cost else (logging.INFO, "")
-    _log.log(
-        level, "kernels.%s: %r runs, since %r can't serve: %s.%s", operation, taken, first, reason, costs
-    )
+    _log.log(level, "kernels.%s: %r runs, since %s: %s.%s", operation, taken, what, reason, costs)

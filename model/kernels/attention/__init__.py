@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ class Request:
     value_width: int
     dtype: jnp.dtype
     length: int  # tokens of a row
+    packed: bool  # whether ids say which tokens of a row see each other
     split_length: bool  # whether a mesh splits the tokens of a row
 
 
@@ -66,6 +69,7 @@ def self_attention(
         v_BTKE.shape[-1],
         jnp.dtype(q_BTHC.dtype),
         q_BTHC.shape[1],
+        segment_ids_BT is not None or mask.chunk is not None,
         any(mesh.ways((axis,)) > 1 for axis in mesh.split_by(rules, "length")[0]),
     )
     run = ATTENTION.choose(request).run
@@ -76,7 +80,22 @@ def _plain(*arguments: Any) -> jax.Array:
     return in_query_blocks(*arguments[:7])
 
 
-def _flash(
+def _flash(*arguments: Any) -> jax.Array:
+    # here, since Pallas takes long to import and is wanted on TPUs and GPUs alone
+    from model.kernels.attention.tpu import TILE_SIZES, TileSizes, flash_attention
+
+    tiles = arguments[-1].of_chip(TILE_SIZES, TileSizes())
+    return _by_flash(functools.partial(flash_attention, tiles=tiles), *arguments)
+
+
+def _triton(*arguments: Any) -> jax.Array:
+    from model.kernels.attention.gpu_triton import flash_attention
+
+    return _by_flash(flash_attention, *arguments)
+
+
+def _by_flash(
+    attend: Callable[..., tuple[jax.Array, jax.Array]],
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKE: jax.Array,
@@ -87,18 +106,18 @@ def _flash(
     rules: ShardingRules | None,
     chosen: backend.Backend,
 ) -> jax.Array:
-    # here, since Pallas takes long to import and is wanted on TPUs alone
     from model.kernels.attention.sharded import flash_on_mesh
-    from model.kernels.attention.tpu import TILE_SIZES, TileSizes, with_sinks
+    from model.kernels.attention.tpu import with_sinks
 
     out_BTHE, lse_BHT = flash_on_mesh(
-        *(q_BTHC, k_BTKC, v_BTKE, chunk_segment_ids(positions_BT, segment_ids_BT, mask.chunk), rules),
+        *(attend, q_BTHC, k_BTKC, v_BTKE),
+        chunk_segment_ids(positions_BT, segment_ids_BT, mask.chunk),
+        rules,
         causal=mask.causal,
         window=mask.window,
         span=mask.span(),
         scale=scores.scale,
         softcap=scores.softcap,
-        tiles=chosen.of_chip(TILE_SIZES, TileSizes()),
         interpret=chosen.interpret,
     )
     return out_BTHE if scores.sinks_H is None else with_sinks(out_BTHE, lse_BHT, scores.sinks_H)[0]
@@ -106,6 +125,12 @@ def _flash(
 
 def _flash_refusal(request: Request) -> str | None:
     return "its scores have no biases" if request.bias else request.mask.without(*LISTED)
+
+
+def _triton_refusal(request: Request) -> str | None:
+    from model.kernels.attention.gpu_triton import refusal
+
+    return refusal(request.key_width, request.value_width, request.dtype) or _flash_refusal(request)
 
 
 def _splash_refusal(request: Request) -> str | None:
@@ -127,6 +152,10 @@ def _cudnn_refusal(request: Request) -> str | None:
     return request.mask.without("window to both sides") or _tokamax_refusal(request)
 
 
+def _cudnn_drawback(request: Request) -> str | None:
+    return "packed rows need a mask of [rows, tokens, tokens] in memory" if request.packed else None
+
+
 def _tokamax_refusal(request: Request) -> str | None:
     return "it has no sinks" if request.sinks else _flash_refusal(request)
 
@@ -141,8 +170,9 @@ ATTENTION = Operation(
         ),
         "flash": Implementation(("tpu",), _flash, _flash_refusal),
         "splash": Implementation(("tpu",), third_party.splash, _splash_refusal),
-        "cudnn": Implementation(("gpu",), gpu.cudnn, _cudnn_refusal),
+        "cudnn": Implementation(("gpu",), gpu.cudnn, _cudnn_refusal, _cudnn_drawback),
+        "triton": Implementation(("gpu",), _triton, _triton_refusal),
         "tokamax": Implementation(("gpu", "tpu"), gpu.tokamax, _tokamax_refusal),
     },
-    preferred={"plain": ("plain",), "tpu": ("flash", "plain"), "gpu": ("cudnn", "plain")},
+    preferred={"plain": ("plain",), "tpu": ("flash", "plain"), "gpu": ("cudnn", "triton", "plain")},
 )

@@ -15,11 +15,11 @@ import jax
 from jax.sharding import PartitionSpec
 
 from model.kernels import mesh
-from model.kernels.attention.tpu import flash_attention
 from model.sharding import Axes, ShardingRules
 
 
 def flash_on_mesh(
+    attend: Callable[..., tuple[jax.Array, jax.Array]],
     q_BTHC: jax.Array,
     k_BTKC: jax.Array,
     v_BTKE: jax.Array,
@@ -27,18 +27,19 @@ def flash_on_mesh(
     rules: ShardingRules | None,
     **options,
 ) -> tuple[jax.Array, jax.Array]:
-    """`flash_attention` of tokens among themselves, on the mesh set with `jax.set_mesh`; without one, on one device.
+    """Flash attention of tokens among themselves, on the mesh set with `jax.set_mesh`; without one, on one device.
 
     Args:
+      attend: `flash_attention` of a platform.
       rules: None: every device of the mesh computes the whole.
-      options: those of `flash_attention`.
+      options: those of `attend`.
     """
     if not mesh.mesh_axes():
-        return flash_attention(q_BTHC, k_BTKC, v_BTKE, ids_BT, ids_BT, **options)
+        return attend(q_BTHC, k_BTKC, v_BTKE, ids_BT, ids_BT, **options)
     batch, length, heads, kv_heads = _splits(rules)
     keys = PartitionSpec(batch, None, kv_heads, None)
     return mesh.on_mesh(
-        functools.partial(_part, length, () if kv_heads else heads, options),
+        functools.partial(_part, functools.partial(attend, **options), length, () if kv_heads else heads),
         in_specs=(PartitionSpec(batch, length, heads, None), keys, keys)
         + (PartitionSpec(batch, length), PartitionSpec(batch, None)),
         out_specs=(PartitionSpec(batch, length, heads, None), PartitionSpec(batch, heads, length)),
@@ -81,11 +82,11 @@ def _splits(rules: ShardingRules | None) -> tuple[Axes, Axes, Axes, Axes]:
     return batch, length, heads, kv_heads
 
 
-def _part(length: Axes, heads: Axes, options: dict, q_BTHC, k_BSKC, v_BSKE, *ids_BT_BS):
+def _part(attend, length: Axes, heads: Axes, q_BTHC, k_BSKC, v_BSKE, *ids_BT_BS):
     """What one device computes; `heads`: the axes that split the heads of queries only."""
     k_BSKC, v_BSKE = _of_heads(heads, k_BSKC, v_BSKE)
     offset = jax.lax.axis_index(length) * q_BTHC.shape[1] if length else 0
-    return flash_attention(q_BTHC, k_BSKC, v_BSKE, *ids_BT_BS, offset=offset, **options)
+    return attend(q_BTHC, k_BSKC, v_BSKE, *ids_BT_BS, offset=offset)
 
 
 def _of_heads(heads: Axes, k_BSKC: jax.Array, v_BSKE: jax.Array) -> tuple[jax.Array, jax.Array]:

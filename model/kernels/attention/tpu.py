@@ -64,7 +64,7 @@ def flash_attention(
     """
     B, T, H, C = q_BTHC.shape
     S, K = k_BSKC.shape[1:3]
-    _check(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS)
+    check_shapes(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS)
     call = FlashCall(
         num_queries=T,
         num_keys=S,
@@ -128,7 +128,8 @@ def _flash_backward(call: FlashCall, saved, gradients):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _check(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS) -> None:
+def check_shapes(q_BTHC, k_BSKC, v_BSKE, query_ids_BT, key_ids_BS) -> None:
+    """ValueError where arguments of flash attention don't fit one another."""
     H, K = q_BTHC.shape[2], k_BSKC.shape[2]
     if H % K or k_BSKC.shape[:3] != v_BSKE.shape[:3] or q_BTHC.shape[3] != k_BSKC.shape[3]:
         raise ValueError(

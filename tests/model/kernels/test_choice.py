@@ -43,7 +43,7 @@ def arrays(C=64):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["splash", "cudnn", "tokamax"])
+@pytest.mark.parametrize("form", ["splash", "cudnn", "triton", "tokamax"])
 def test_each_form_computes_what_the_plain_form_does(form, kind):
     if form == "tokamax":
         pytest.importorskip("tokamax")
@@ -94,9 +94,10 @@ def test_a_form_of_another_platform_is_an_error_that_says_which_can():
 
 def test_the_platform_gives_way_to_a_form_that_can_and_says_so(caplog):
     q, k, v, _ = arrays(C=20)
+    mask = Mask(prefix=jnp.array([3, 20]))
     with backend.use("gpu"), caplog.at_level("INFO"):
-        out = self_attention(q, k, v, POSITIONS, SEGMENTS)
-        np.testing.assert_array_equal(out, in_query_blocks(q, k, v, POSITIONS, SEGMENTS))
+        out = self_attention(q, k, v, POSITIONS, SEGMENTS, mask)
+        np.testing.assert_array_equal(out, in_query_blocks(q, k, v, POSITIONS, SEGMENTS, mask))
     assert (
         "kernels.attention: 'plain' runs, since 'cudnn' can't serve: it computes in bfloat16" in caplog.text
     )

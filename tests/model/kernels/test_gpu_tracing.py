@@ -1,7 +1,9 @@
 """What is traced for GPUs: no family's forward pass, loss, gradient or engine step takes a kernel for TPUs, and cudnn
-accepts what it is handed. Nothing runs; the values are those of benchmarks/gpu.py on a card."""
+accepts what it is handed. Nothing runs; the values of our own kernels are in test_gpu_attention.py, and those of a card
+in benchmarks/gpu.py."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from model import apply, init_pages, load_config, param_shapes
 from model.cache import Cache
 from model.kernels import backend
 from model.kernels.attention import Mask, Scores, self_attention
+from model.kernels.backend import Kernels
 from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout, request_for
 from tests.model.conftest import applied
 from train.objectives import language_modelling
@@ -32,15 +35,21 @@ def cudnn_as_on_a_card(monkeypatch):
 
 
 def primitives(jaxpr, found=None):
-    """Names of all primitives, in whatever is called."""
+    """Names of all primitives, in whatever is called; of a kernel its own name."""
     found = set() if found is None else found
     for eqn in jaxpr.eqns:
-        found.add(eqn.primitive.name)
+        found.add(
+            eqn.primitive.name if eqn.primitive.name != "pallas_call" else f"kernel {eqn.params['name']}"
+        )
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 primitives(inner, found)
     return found
+
+
+def tpu_kernels(names):
+    return {name for name in names if name.startswith("kernel ") and not name.endswith("_gpu")}
 
 
 def traced(function, *arguments):
@@ -77,9 +86,9 @@ def test_no_family_takes_a_tpu_kernel_on_a_gpu(name):
             loss = functools.partial(total_of, language_modelling(cfg))
             batch = batch_of(rows, length)
         names = traced(jax.grad(loss), params, batch)
-        assert "pallas_call" not in names, (name, rows, length)
+        assert not tpu_kernels(names), (name, rows, length)
         if cfg.encoder is None and cfg.causal:
-            assert "pallas_call" not in traced(functools.partial(engine_step, cfg), params, ints(rows, 8))
+            assert not tpu_kernels(traced(functools.partial(engine_step, cfg), params, ints(rows, 8)))
 
 
 def of_encoder_decoder(cfg, params, batch):
@@ -111,12 +120,23 @@ def engine_step(cfg, params, tokens):
     return apply(cfg, params, tokens, cache=cache).logits
 
 
-KINDS = {
+def test_a_kernel_for_tpus_is_found_among_what_is_traced():
+    """What the test above looks for."""
+    q = jax.ShapeDtypeStruct((1, 64, 2, 16), jnp.bfloat16)
+    attend = lambda q: self_attention(q, q, q, jnp.arange(64)[None], jnp.ones((1, 64), jnp.int32))
+    assert tpu_kernels(traced(attend, q)) == set() and "kernel flash_forward_gpu" in traced(attend, q)
+    with backend.use("tpu"):
+        assert tpu_kernels(primitives(jax.make_jaxpr(attend)(q).jaxpr)) == {"kernel flash_forward"}
+
+
+KINDS = {  # whether rows are packed, and the mask
     "causal": (False, Mask()),
     "packed": (True, Mask()),
-    "window": (True, Mask(window=33)),
+    "window": (False, Mask(window=33)),
+    "packed, window": (True, Mask(window=33)),
     "chunks": (True, Mask(chunk=32)),
-    "both sides": (True, Mask(causal=False)),
+    "both sides": (False, Mask(causal=False)),
+    "packed, both sides": (True, Mask(causal=False)),
     "windows to both sides": (True, Mask(causal=False, window=20)),
 }
 
@@ -124,27 +144,31 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [64, 77])
 @pytest.mark.parametrize("width", [64, 256])
-def test_what_cudnn_is_handed_it_takes(kind, length, width):
+def test_cudnn_takes_what_it_is_handed_and_our_kernels_the_rest(kind, length, width):
+    """A mask of a packed row is a square in memory, so cudnn has packed rows only where it is named."""
     packed, mask = KINDS[kind]
+    cudnn_can = width <= 128 and length % 2 == 0 and kind != "windows to both sides"
+    assert calls_of_gradients(packed, mask, length, width) == (
+        {"cudnn"} if cudnn_can and not packed and mask.chunk is None else {"triton"}
+    )
+    if cudnn_can:
+        assert calls_of_gradients(packed, mask, length, width, named="cudnn") == {"cudnn"}
+
+
+def calls_of_gradients(packed, mask, length, width, named="auto"):
+    """Which of cudnn and Triton the program of a GPU calls."""
     q, k = (jax.ShapeDtypeStruct((2, length, heads, width), jnp.bfloat16) for heads in (4, 2))
 
     def loss(q, k, v, ids):
         positions = jnp.arange(length)[None].repeat(2, 0)
-        return (
-            self_attention(q, k, v, positions, ids if packed else None, mask, Scores())
-            .astype(jnp.float32)
-            .sum()
-        )
+        out = self_attention(q, k, v, positions, ids if packed else None, mask, Scores())
+        return out.astype(jnp.float32).sum()
 
-    with backend.use("gpu"):
-        program = (
-            jax.jit(jax.grad(loss, (0, 1, 2)))
-            .trace(q, k, k, ints(2, length))
-            .lower(lowering_platforms=("cuda",))
-        )
-    text = program.as_text()
-    plain = width > 128 or kind == "windows to both sides" or length % 2
-    assert ("cudnn" in text) == (not plain), kind
+    with backend.use("gpu"), backend.prefer(Kernels(attention=named)):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, ints(2, length))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    targets = re.findall(r"custom_call @([^(]+)", text)
+    return {name for name in ("cudnn", "triton") for target in targets if name in target}
 
 
 def test_attention_to_pages_is_plain_on_a_gpu():
