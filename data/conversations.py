@@ -61,8 +61,8 @@ class ConversationConfig:
     files: tuple[str, ...] = ()  # files, or folders of them
     tokenizer: str = ""  # tokenizer, model or run folder; its chat template writes the dialogues
     format: Literal["auto"] | FormatName = "auto"  # auto: as each file's first row
-    on_bad: Literal["error", "skip"] = "error"  # the first bad row ends the run, or is counted and left out
-    max_bad: int = 100  # with "skip": more than this end the run all the same
+    on_bad: Literal["error", "skip"] = "skip"  # the first bad row ends the run, or is counted and left out
+    max_bad: int = 100  # with "skip": more than this, and than one row in a hundred, end the run all the same
     workers: int = 0  # processes; 0: one a core where the files are large; changes nothing in what is written
     validation: float = 0.0  # part of the prompts held out, by a hash of each
     licence: str = "unknown"
@@ -75,7 +75,7 @@ class Conversations:
     whole message of its first row}.
     """
 
-    def __init__(self, files: list[Path], format: str = "auto", on_bad: str = "error", max_bad: int = 100):
+    def __init__(self, files: list[Path], format: str = "auto", on_bad: str = "skip", max_bad: int = 100):
         self.files, self._on_bad, self._max_bad = files, on_bad, max_bad
         self.formats: dict[Path, FormatName] = {}
         for path in files:
@@ -119,10 +119,11 @@ class Conversations:
         self.first_bad.setdefault(reason, text)
         if self._on_bad == "error":
             raise DatasetError(f'{text} Mend the row, or set config.on_bad="skip" to leave such rows out.')
-        if self.bad.total() > self._max_bad:
+        read = self.counts.total() + self.bad.total()
+        if self.bad.total() > max(self._max_bad, read // 100):
             raise DatasetError(
-                f"{self.bad.total()} bad rows, more than config.max_bad={self._max_bad}: {self.bad_rows()} Mend the "
-                "file, give config.format where the guess is wrong, or raise config.max_bad."
+                f"{self.bad.total()} bad rows of {read}, more than config.max_bad={self._max_bad}: {self.bad_rows()} "
+                "Mend the file, give config.format where the guess is wrong, or raise config.max_bad."
             )
 
     def bad_rows(self) -> str:

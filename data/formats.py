@@ -5,12 +5,13 @@ should be, and turned into one form.
 |------------|---------------------------------------------------------------------------|------------|
 | hh         | {"chosen", "rejected"}: text, "\\n\\nHuman: ... \\n\\nAssistant: ..."         | preference |
 | preference | {"prompt", "chosen", "rejected"}: text or messages, the prompt in them or not | preference |
+| oasst      | a tree of messages, {"prompt": {"text", "role", "replies"}}                | chat       |
 | kto        | messages, or {"prompt", "completion"}, with "label" true or false         | labelled   |
 | messages   | {"messages": [{"role", "content"}, ...]} with "tools": OpenAI, ChatML      | chat       |
 | sharegpt   | {"conversations": [{"from", "value"}, ...]} with "system", "tools"          | chat       |
 | alpaca     | {"instruction", "input", "output"} with "system", "history"               | chat       |
 | completion | {"prompt", "completion"}: text or messages                                | chat       |
-| prompt     | text, {"prompt"} or {"question"}, with "answer", "solution", ... for RL     | prompt     |
+| prompt     | text, {"prompt"}, {"question"} or messages without an answer; with "answer", ... for RL | prompt |
 
 Messages come out as {"role": system | user | assistant | tool, "content": text}, with "reasoning_content" and
 "tool_calls" where there are some, as chat templates take them (data/messages.py).
@@ -28,7 +29,9 @@ from data.messages import Message, not_empty, read_messages, read_tools, text_of
 from data.row_files import RowError
 
 Makes = Literal["chat", "preference", "labelled", "prompt"]
-FormatName = Literal["hh", "preference", "kto", "messages", "sharegpt", "alpaca", "completion", "prompt"]
+FormatName = Literal[
+    "hh", "preference", "oasst", "kto", "messages", "sharegpt", "alpaca", "completion", "prompt"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,14 @@ class Format(NamedTuple):
 
 def detect(row: Any) -> FormatName:
     """The format of a row by its keys. Raises RowError that names them."""
+    if _has(row, "prompt", "completions", "labels"):
+        raise RowError(
+            "a row of step labels",
+            "it has prompt, completions and labels, as for a reward model of steps, which is not trained here. "
+            "Wanted one answer a row.",
+        )
+    if _has(row, "messages") and _has_no_answer(row["messages"]) and not _has(row, "label"):
+        return "prompt"
     for name, format in FORMATS.items():
         if format.fits(row):
             return name
@@ -124,7 +135,36 @@ def _read_preference(row: Mapping) -> Preference:
         if f"chosen{suffix}" in row:
             chosen, rejected = row[f"chosen{suffix}"], row[f"rejected{suffix}"]
     prompt = _prompt_of(row)
-    return _pair([*prompt, *_answer(chosen, "chosen")], [*prompt, *_answer(rejected, "rejected")], tools)
+    whole = [_after_prompt(prompt, _answer(x, n), n) for x, n in ((chosen, "chosen"), (rejected, "rejected"))]
+    return _pair(whole[0], whole[1], tools)
+
+
+def _after_prompt(prompt: list[Message], said: list[Message], name: str) -> list[Message]:
+    """The prompt and what is said after it. Many sets repeat the prompt in what is said: there it counts once.
+
+    Raises RowError where `said` begins with other messages than the prompt.
+    """
+    if not prompt or not said or said[0]["role"] == "assistant":
+        return [*prompt, *said]
+    if prompt[-1]["role"] == "assistant" and said[0]["role"] != "system":
+        return [*prompt, *said]  # the dialogue goes on
+    system = [message for message in (*prompt[:1], *said[:1]) if message["role"] == "system"]
+    if len(system) == 2 and not _same(system[0], system[1]):
+        raise RowError(f"{name} has another system message than the prompt", "wanted one system message")
+    asked, dialogue = ([m for m in messages if m["role"] != "system"] for messages in (prompt, said))
+    starts = range(max(len(dialogue) - len(asked), 0))
+    start = next((i for i in starts if all(map(_same, asked, dialogue[i:]))), None)
+    if start is None:
+        raise RowError(
+            f"{name} begins with other messages than the prompt",
+            "wanted the answer alone, or the prompt and the answer",
+        )
+    return [*system[:1], *dialogue[:start], *asked, *dialogue[start + len(asked) :]]
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Whether two messages say the same; space around them is no difference."""
+    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
 
 
 def _pair(chosen: list[Message], rejected: list[Message], tools: list[Any] | None) -> Preference:
@@ -138,6 +178,8 @@ def _pair(chosen: list[Message], rejected: list[Message], tools: list[Any] | Non
         raise RowError(
             "chosen and rejected differ before the last answer", "wanted one prompt with two answers to it"
         )
+    if without_weight(chosen[-1]) == without_weight(rejected[-1]):
+        raise RowError("chosen and rejected are the same answer", "wanted two answers, one of them preferred")
     return Preference(plain[0], without_weight(chosen[-1]), without_weight(rejected[-1]), tools)
 
 
@@ -150,6 +192,32 @@ def _read_kto(row: Mapping) -> Labelled:
     ]
     _check_answer(messages, "the dialogue")
     return Labelled(messages[:-1], messages[-1], bool(label), read_tools(row))
+
+
+def _read_oasst(row: Mapping) -> Dialogue:
+    """The best path: from each message on to its reply of the lowest rank, and no further than an answer."""
+    node, messages, length = row["prompt"], [], 0
+    while isinstance(node, Mapping):
+        role = _OASST_ROLES.get(str(node.get("role")))
+        if role is None:
+            raise RowError("a message of a tree has no known role", f"it is {node.get('role')!r:.40}")
+        messages.append({"role": role, "content": text_of(node.get("text"), "text")})
+        if role == "assistant":
+            length = len(messages)
+        replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+        replies = [reply for reply in replies if not reply.get("deleted")]
+        ranked = [reply for reply in replies if isinstance(reply.get("rank"), int)]
+        node = min(ranked, key=lambda reply: reply["rank"]) if ranked else next(iter(replies), None)
+    return _dialogue(messages[:length], row)
+
+
+_OASST_ROLES = {"prompter": "user", "assistant": "assistant", "system": "system"}
+
+
+def _is_oasst(row: Any) -> bool:
+    return (
+        _has(row, "prompt") and isinstance(row["prompt"], Mapping) and {"text", "role"} <= set(row["prompt"])
+    )
 
 
 def _read_messages(row: Mapping) -> Dialogue:
@@ -199,7 +267,11 @@ def _read_prompt(row: Any) -> Prompt:
     answer = None if name is None else row[name]
     if answer is not None and not isinstance(answer, str):
         answer = json.dumps(answer, ensure_ascii=False)
-    kept = {k: v for k, v in row.items() if k not in (*_PROMPTS, name, "tools", "system") and _is_plain(v)}
+    kept = {
+        k: v
+        for k, v in row.items()
+        if k not in (*_PROMPTS, name, "tools", "system", "messages", "conversations") and _is_plain(v)
+    }
     return Prompt(prompt, answer, read_tools(row), kept)
 
 
@@ -233,6 +305,13 @@ def _has_prompt(row: Any) -> bool:
     return any(_has(row, name) and isinstance(row[name], (str, list)) for name in _PROMPTS)
 
 
+def _has_no_answer(messages: Any) -> bool:
+    """Whether messages end with a question: a prompt alone."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    roles = [last.get("role"), last.get("from")] if isinstance(last, Mapping) else []
+    return "user" in roles or "human" in roles
+
+
 def _is_kto(row: Any) -> bool:
     answered = _has(row, "messages") or (_has_prompt(row) and any(_has(row, c) for c in _COMPLETIONS))
     return answered and (_has(row, "label") or _has(row, "kto_tag"))
@@ -246,10 +325,16 @@ FORMATS: dict[FormatName, Format] = {
         _read_preference,
         '{"prompt", "chosen", "rejected"}',
     ),
+    "oasst": Format("chat", _is_oasst, _read_oasst, '{"prompt": {"text", "role", "replies": [...]}}'),
     "kto": Format(
         "labelled", _is_kto, _read_kto, '{"prompt", "completion", "label"} or {"messages", "label"}'
     ),
-    "messages": Format("chat", lambda row: _has(row, "messages"), _read_messages, '{"messages": [...]}'),
+    "messages": Format(
+        "chat",
+        lambda row: _has(row, "messages"),
+        _read_messages,
+        '{"messages": [...]}',
+    ),
     "sharegpt": Format(
         "chat",
         lambda row: _has(row, "conversations"),
@@ -270,7 +355,7 @@ FORMATS: dict[FormatName, Format] = {
     ),
     "prompt": Format(
         "prompt",
-        lambda row: isinstance(row, str) or _has_prompt(row),
+        lambda row: isinstance(row, str) or _has_prompt(row) or _has(row, "messages"),
         _read_prompt,
         '{"prompt", "answer"} or text',
     ),
@@ -304,7 +389,7 @@ def _prompt_of(row: Mapping) -> list[Message]:
 
 def _completed(row: Mapping) -> list[Message]:
     name = next(name for name in _COMPLETIONS if row.get(name) is not None)
-    return [*_prompt_of(row), *_answer(row[name], name)]
+    return _after_prompt(_prompt_of(row), _answer(row[name], name), name)
 
 
 def _answer(value: Any, name: str) -> list[Message]:

@@ -26,6 +26,7 @@ def said(text):
 FUNCTION = {"name": "add", "arguments": {"a": 1}}
 CALL = {"type": "function", "function": FUNCTION}
 ASKED = [user("Hi"), said("Hello")]
+SYSTEM = {"role": "system", "content": "S"}
 ROWS = [
     (
         "sharegpt",
@@ -165,6 +166,65 @@ ROWS = [
         {"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "No"},
         Preference([user("Hi")], said("Hello"), said("No")),
     ),
+    (  # the commonest form on the hub: the prompt again, as the first message of both
+        "preference",
+        {"prompt": "Hi", "chosen": ASKED, "rejected": [user("Hi"), said("No")]},
+        Preference([user("Hi")], said("Hello"), said("No")),
+    ),
+    (
+        "preference",
+        {
+            "prompt": [SYSTEM, user("Hi")],
+            "chosen": [SYSTEM, *ASKED],
+            "rejected": [SYSTEM, user("Hi "), said("No")],
+        },
+        Preference([SYSTEM, user("Hi")], said("Hello"), said("No")),
+    ),
+    (
+        "preference",
+        {"system": "S", "prompt": "Hi", "chosen": ASKED, "rejected": [user("Hi"), said("No")]},
+        Preference([SYSTEM, user("Hi")], said("Hello"), said("No")),
+    ),
+    (  # the prompt is the last question of several
+        "preference",
+        {
+            "prompt": "More",
+            "chosen": [*ASKED, user("More"), said("Bye")],
+            "rejected": [*ASKED, user("More"), said("No")],
+        },
+        Preference([*ASKED, user("More")], said("Bye"), said("No")),
+    ),
+    (  # the dialogue goes on after the prompt
+        "preference",
+        {
+            "prompt": ASKED,
+            "chosen": [user("More"), said("Bye")],
+            "rejected": [user("More"), said("No")],
+        },
+        Preference([*ASKED, user("More")], said("Bye"), said("No")),
+    ),
+    ("completion", {"prompt": "Hi", "completion": ASKED}, Dialogue(ASKED)),
+    (
+        "oasst",
+        {
+            "message_tree_id": "1",
+            "prompt": {
+                "text": "Hi",
+                "role": "prompter",
+                "replies": [
+                    {"text": "No", "role": "assistant", "rank": 1, "replies": []},
+                    {
+                        "text": "Hello",
+                        "role": "assistant",
+                        "rank": 0,
+                        "replies": [{"text": "And?", "role": "prompter", "replies": []}],
+                    },
+                    {"text": "Gone", "role": "assistant", "rank": -1, "deleted": True},
+                ],
+            },
+        },
+        Dialogue(ASKED),
+    ),
     (
         "kto",
         {"prompt": "Hi", "completion": "Hello", "label": True},
@@ -185,6 +245,7 @@ ROWS = [
         Prompt([user("1+1?")], "2", None, {"level": 1}),
     ),
     ("prompt", {"prompt": [user("Hi")]}, Prompt([user("Hi")])),
+    ("prompt", {"messages": [user("Hi")], "answer": "2"}, Prompt([user("Hi")], "2")),
     ("prompt", "Hi", Prompt([user("Hi")])),
 ]
 
@@ -201,8 +262,18 @@ BAD = [
     ({"messages": [user("x"), said("z") | {"tool_calls": "f"}]}, "tool_calls are no list|message 2 has 'f'"),
     ({"messages": [user("x"), {"role": "assistant", "content": None}]}, "message 2 has None"),
     ({"messages": []}, "messages are no list"),
+    ({"prompt": "x", "chosen": "y", "rejected": "y"}, "chosen and rejected are the same answer"),
+    (
+        {"prompt": "x", "chosen": ASKED, "rejected": ASKED},
+        "chosen begins with other messages than the prompt",
+    ),
+    (
+        {"prompt": [SYSTEM, user("Hi")], "chosen": [SYSTEM | {"content": "T"}, *ASKED], "rejected": ASKED},
+        "chosen has another system message than the prompt",
+    ),
+    ({"prompt": "x", "completions": ["y"], "labels": [True]}, "a row of step labels"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has 'robot'; wanted one of"),
-    ({"messages": [user("x")]}, "the assistant says nothing"),
+    ({"messages": [SYSTEM]}, "the assistant says nothing"),
     ({"messages": [user("x"), said(" ")]}, "an answer is empty"),
     ({"messages": [user("x"), {"role": "assistant", "content": 3}]}, "message 2 has 3; wanted text"),
     (
@@ -283,12 +354,15 @@ def test_bad_rows_end_the_run_or_are_counted_up_to_a_limit(tmp_path):
     rows = [{"prompt": "x", "completion": "y"}, {"prompt": "x", "completion": 3}, {"text": "z"}] * 3
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DatasetError, match=r'a.jsonl, line 2: .*on_bad="skip"'):
-        list(Conversations([path]).map("chat", lambda example, where: example))
-    skipping = Conversations([path], on_bad="skip")
+        list(Conversations([path], on_bad="error").map("chat", lambda example, where: example))
+    skipping = Conversations([path])
     assert len(list(skipping.map("chat", lambda example, where: example))) == 3
     assert sorted(skipping.bad.values()) == [3, 3] and "line 2" in skipping.bad_rows()
-    with pytest.raises(DatasetError, match="6 bad rows|3 bad rows, more than config.max_bad=2"):
-        list(Conversations([path], on_bad="skip", max_bad=2).map("chat", lambda example, where: example))
+    with pytest.raises(DatasetError, match="3 bad rows of 5, more than config.max_bad=2"):
+        list(Conversations([path], max_bad=2).map("chat", lambda example, where: example))
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*[rows[0]] * 500, *rows[1:4]]))
+    many = Conversations([path], max_bad=1)  # of 503 rows two are less than one in a hundred
+    assert len(list(many.map("chat", lambda example, where: example))) == 501 and many.bad.total() == 2
 
 
 def write_lines(path, rows):
@@ -372,6 +446,7 @@ REAL = {
     "sft/llamafactory/v1_sft_demo.jsonl": ("messages", 500, 0),
     "sft/oasst_en_100_text.jsonl": ("prompt", 100, 0),
     "preference/hh_rlhf_harmless_test.jsonl.gz": ("hh", 2303, 9),
+    "sft/oasst_en_100_tree.jsonl": ("oasst", 100, 0),
     "preference/llamafactory_dpo_en_demo.json": ("preference", 300, 0),
     "preference/llamafactory_kto_en_demo.json": ("kto", 300, 0),
     "preference/llamafactory_v1_dpo_demo.jsonl": ("preference", 10, 0),
