@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from data.documents import read_parquet
 from data.shards import open_dataset
+from data.urls import host_of
 
 _BINS = 30
 _SAMPLES, _SAMPLE_CHARACTERS = 5, 600
@@ -224,5 +224,4 @@ def _shares(counts: Counter[str]) -> list[tuple[str, float]]:
 
 
 def _domain(metadata: dict[str, Any]) -> str:
-    host = urlsplit(str(metadata.get("url") or "")).netloc.lower()
-    return host.removeprefix("www.").split(":")[0]
+    return host_of(metadata.get("url"))

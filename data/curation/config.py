@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from data.curation.workers import Workers
 from data.decontaminate import Decontaminate, DecontaminateSpans
@@ -102,3 +103,13 @@ class CurationConfig:
             raise ValueError(
                 f"tags_in_metadata: no stage is a {missing[0]}; there are {', '.join(sorted(known))}"
             )
+
+    def numbered_stages(self) -> Iterator[tuple[int, CurationStage]]:
+        """The stages from 1 on; before them, as 0, the extraction of web pages where the config has none.
+
+        A page that no stage extracts would go into the tokens with its tags.
+        """
+        extracts = any(isinstance(stage, Extract) for stage in self.stages)
+        if not extracts and any(source.has_pages() for source in self.sources):
+            yield 0, Extract()
+        yield from enumerate(self.stages, start=1)

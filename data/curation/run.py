@@ -238,7 +238,7 @@ class _Progress:
 
 def _steps(config: CurationConfig) -> list[Step]:
     steps = []
-    for number, stage in enumerate(config.stages, start=1):
+    for number, stage in config.numbered_stages():
         name, settings = type(stage).__name__, to_dict(stage)
         files = [(path, file_state(path)) for path in stage.files()]
         attached = name in config.tags_in_metadata

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from data.dedup.corpus import Keep, best_of_components, decisions, digest, feature_table, fixed, gather
 from data.documents import Document, DocumentType
 from data.stage import Corpus, Decision, Global
+from data.urls import split_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ def _url(document: Document) -> str:
     url = str(document["metadata"].get("url") or "")
     if not url:
         return "no address: " + document["id"]
-    parts = urlsplit(url)
+    if (parts := split_url(url)) is None:
+        return url.strip()
     host = parts.netloc.lower().removeprefix("www.")
     return f"{host}{parts.path.rstrip('/')}?{parts.query}"
 

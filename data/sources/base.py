@@ -34,6 +34,10 @@ class SourceBase:
         """The documents of these files; None: of all."""
         raise NotImplementedError
 
+    def has_pages(self) -> bool:
+        """Whether documents of type html may come, which must be extracted."""
+        return getattr(self, "type", "") == "html"
+
     def within(self, path: str) -> str:
         """A file's path as seen from the source's folder: the same wherever that folder lies."""
         folder = str(getattr(self, "path", ""))

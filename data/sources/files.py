@@ -153,6 +153,9 @@ class Folder(SourceBase):
             )
         return found
 
+    def has_pages(self) -> bool:
+        return any(storage.suffix(path) in _HTML for path in self.files())
+
     def documents(self, paths: Sequence[str] | None = None) -> Items:
         source = self.label()
         for path in self.files() if paths is None else paths:

@@ -53,6 +53,9 @@ class Warc(SourceBase):
             )
         return found
 
+    def has_pages(self) -> bool:
+        return True
+
     def documents(self, paths: Sequence[str] | None = None) -> Items:
         name = self.label()
         for path in self.files() if paths is None else paths:

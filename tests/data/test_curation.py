@@ -20,6 +20,7 @@ import zstandard
 from configs import ConfigError, build, to_dict
 from configs.files import temporary_beside
 from data import build_corpus, curate, load_tokenizer, make_batches, open_dataset
+from data.card.page import write_card
 from data.corpus import CorpusConfig, TokenizerConfig
 from data.curation import CurationConfig, Workers, split_of
 from data.dedup import ExactDedup, MinHashDedup
@@ -299,6 +300,40 @@ def test_a_filter_that_fails_on_a_document_drops_it_and_goes_on(folder, tmp_path
         "error: ZeroDivisionError: by this text"
     ]
     assert len(all_documents(tmp_path / "w")) == 11
+
+
+def test_pages_are_extracted_whatever_the_config_names(folder, tmp_path):
+    """And only pages are: text that speaks of tags stays as it is."""
+    pages, plain = tmp_path / "pages", "A tag such as <b> begins what </b> ends. " * 40
+    pages.mkdir()
+    body = "".join(f"<p>{article(seed)}</p>" for seed in (91, 92))
+    (pages / "page.html").write_text(f"<html><head><meta charset=utf-8></head><body>{body}</body></html>")
+    (pages / "plain.txt").write_text(plain)
+    for seed in range(30):
+        (pages / f"more_{seed}.txt").write_text(article(200 + seed))
+    splits = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    curate(CurationConfig((Folder(str(pages)),), (Normalise(),), **splits), tmp_path / "out")
+    texts = [document["text"] for document in all_documents(tmp_path / "out")]
+    assert len(texts) == 32 and sum("<b> begins" in text for text in texts) == 1
+    (page,) = (text for text in texts if article(91)[:40] in text)
+    assert "<" not in page and article(92)[:40] in page
+
+
+def test_addresses_that_are_none_end_no_run(tmp_path):
+    """Neither the stages that read addresses nor the card that counts hosts."""
+    rows = [{"id": f"{i}", "text": article(i), "url": url} for i, url in enumerate(BAD_URLS * 3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | {"text": article(i)}) + "\n" for i, row in enumerate(rows)))
+    source = Jsonl(str(path), metadata_fields=("url",))
+    splits = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    curate(CurationConfig((source,), (ExactDedup(by="url"),), **splits), tmp_path / "out")
+    found = [document["metadata"]["url"] for document in all_documents(tmp_path / "out")]
+    assert {"http://[foo/bar", "http://[::1", "http://b.org/x"} <= set(found) and found.count("") == 3
+    write_card(tmp_path / "out")
+    assert "b.org" in (tmp_path / "out" / "card.json").read_text()
+
+
+BAD_URLS = ("http://[foo/bar", "http://a.org:port/", "http://[::1", "//", "http://b.org/x", "\u2100.org", "")
 
 
 def test_the_result_does_not_depend_on_the_order_of_sources(folder, tmp_path):
