@@ -5,6 +5,7 @@ The same documents give the same bytes: no times, no compression that depends on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 from configs.files import temporary_beside
 
+COPY_MARK = "~~"  # before the number of a further document with the same id
 COLUMNS = ("id", "text", "source", "licence", "metadata")  # metadata is JSON
 DocumentType = Literal["any", "prose", "code", "html"]
 
@@ -38,6 +40,11 @@ class Rejected(NamedTuple):
 
 def make_document(name: str, text: str, source: str, licence: str, metadata: dict[str, Any]) -> Document:
     return {"id": name, "text": text, "source": source, "licence": licence, "metadata": metadata}
+
+
+def content_key(text: str) -> str:
+    """An id for a text that has no name of its own: it stays the same wherever the text is in its file."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=10).hexdigest()
 
 
 def type_of(document: Document) -> str:

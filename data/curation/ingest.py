@@ -17,7 +17,7 @@ from typing import Any
 from configs.typed import ConfigError, to_dict
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.curation.shard import Counts, kind_of
-from data.documents import Document, Rejected, make_document, write_documents
+from data.documents import COPY_MARK, Document, Rejected, make_document, write_documents
 from data.shards import hash_of
 from data.sources import Source, file_state, parts_of
 
@@ -81,7 +81,7 @@ def _items(part: Part) -> Iterator[Document | Rejected]:
         name = _valid(item.id if isinstance(item, Rejected) else item["id"]) + mark
         digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
         seen[digest] += 1
-        name = name if seen[digest] == 1 else f"{name}~~{seen[digest]}"
+        name = name if seen[digest] == 1 else f"{name}{COPY_MARK}{seen[digest]}"
         if isinstance(item, Rejected):
             yield Rejected(name, f"source: {_valid(item.reason)}", item.source)
         elif (text := _valid(item["text"])) != item["text"]:

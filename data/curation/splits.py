@@ -13,13 +13,13 @@ from typing import Any
 from configs.typed import ConfigError
 from data.curation.config import CurationConfig
 from data.curation.shard import Rows, ShardTask
-from data.documents import Document
+from data.documents import COPY_MARK, Document
 from data.shards import Dataset, hash_of, is_current, open_dataset, write_dataset
 
 
 def split_of(document: Document, validation_fraction: float, test_fraction: float) -> str:
-    """train, validation or test: by a hash of the document's group, else of its id."""
-    group = document["metadata"].get("group") or document["id"]
+    """train, validation or test: by a hash of the document's group, else of its id. Copies fall into one split."""
+    group = document["metadata"].get("group") or document["id"].partition(COPY_MARK)[0]
     point = int.from_bytes(hashlib.sha256(group.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
     if point < validation_fraction:
         return "validation"

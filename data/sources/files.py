@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.typed import ConfigError
 from data import storage
-from data.documents import Document, Rejected, make_document
+from data.documents import Document, Rejected, content_key, make_document
 from data.extract.encoding import decode
 from data.sources.base import Items, SourceBase
 from data.sources.code import LANGUAGES
@@ -47,8 +47,9 @@ class TextFile(SourceBase):
             yield Rejected(f"{name}/0", f"unreadable: {error}", name)
             return
         parts = [text] if self.separator is None else _split_at(text, self.separator)
-        for i, part in enumerate(parts):
-            yield make_document(f"{name}/{i}", part, name, self.licence, metadata)
+        for part in parts:
+            key = "0" if self.separator is None else content_key(part)
+            yield make_document(f"{name}/{key}", part, name, self.licence, metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Jsonl(SourceBase):
 
     path: str
     text_field: str = "text"
-    id_field: str | None = None  # None: the number of the line
+    id_field: str | None = None  # None: a hash of the text
     metadata_fields: tuple[str, ...] = ()  # taken over into the metadata where they are there, e.g. ("url",)
     type: str = "prose"
     licence: str = "unknown"
@@ -80,7 +81,7 @@ class Jsonl(SourceBase):
             return Rejected(f"{name}/{i}", f"bad line: {row.why}", name)
         try:
             text = row[self.text_field]
-            key = i if self.id_field is None else row[self.id_field]
+            key = None if self.id_field is None else row[self.id_field]
         except (KeyError, TypeError) as error:
             return Rejected(f"{name}/{i}", f"bad line: {type(error).__name__}: {error}", name)
         if not isinstance(text, str):
@@ -88,6 +89,7 @@ class Jsonl(SourceBase):
             return Rejected(f"{name}/{i}", reason, name)
         metadata = {"type": self.type, "path": self.path}
         metadata |= {field: row[field] for field in self.metadata_fields if field in row}
+        key = content_key(text) if key is None else key
         return make_document(f"{name}/{key}", text, name, self.licence, metadata)
 
 
@@ -97,6 +99,7 @@ class Parquet(SourceBase):
 
     path: str
     text_field: str = "text"
+    id_field: str | None = None  # None: a hash of the text
     metadata_fields: tuple[str, ...] = ()  # columns taken over into the metadata
     type: str = "prose"
     licence: str = "unknown"
@@ -117,15 +120,18 @@ class Parquet(SourceBase):
             yield Rejected(f"{name}/0", f"unreadable: {error}", name)
             return
         columns = file.schema_arrow.names
-        if missing := [field for field in (self.text_field, *self.metadata_fields) if field not in columns]:
+        wanted = list(dict.fromkeys((self.text_field, *filter(None, [self.id_field]), *self.metadata_fields)))
+        if missing := [field for field in wanted if field not in columns]:
             raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns)}")
-        batches = file.iter_batches(columns=[self.text_field, *self.metadata_fields], batch_size=1024)
+        batches = file.iter_batches(columns=wanted, batch_size=1024)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         for i, row in enumerate(rows):
-            text = row.pop(self.text_field)
+            text = row[self.text_field]
             if isinstance(text, str):
-                metadata = {"type": self.type, "path": self.path, **row}
-                yield make_document(f"{name}/{i}", text, name, self.licence, metadata)
+                taken = {field: row[field] for field in self.metadata_fields}
+                metadata = {"type": self.type, "path": self.path, **taken}
+                key = content_key(text) if self.id_field is None else row[self.id_field]
+                yield make_document(f"{name}/{key}", text, name, self.licence, metadata)
             else:
                 reason = f"bad row: {self.text_field} is {type(text).__name__}"
                 yield Rejected(f"{name}/{i}", reason, name)

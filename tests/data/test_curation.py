@@ -25,7 +25,7 @@ from data.corpus import CorpusConfig, TokenizerConfig
 from data.curation import CurationConfig, Workers, split_of
 from data.dedup import ExactDedup, MinHashDedup
 from data.filters import GopherQuality, GopherRepetition, Normalise
-from data.sources import Folder, Jsonl, PythonStdlib, Rejected, TextFile
+from data.sources import Folder, Jsonl, Parquet, PythonStdlib, Rejected, TextFile
 
 
 def article(seed, words=120):
@@ -344,6 +344,38 @@ def test_the_result_does_not_depend_on_the_order_of_sources(folder, tmp_path):
         made = curate(config(folder, sources=order), tmp_path / str(i), log=lambda line: None)
         hashes.add(json.dumps({k: d.manifest["sha256"] for k, d in made.items()}))
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text"])
+def test_a_row_added_at_the_head_moves_no_document_into_another_split(tmp_path, kind):
+    """And copies of one text are in one split."""
+    texts = [article(seed, words=20) for seed in range(300)] + [article(7, words=20)] * 3
+
+    def split_by_text(texts, folder):
+        folder.mkdir()
+        if kind == "jsonl":
+            (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            source = Jsonl(str(folder / "a.jsonl"))
+        elif kind == "parquet":
+            pq.write_table(pa.table({"text": texts}), folder / "a.parquet")
+            source = Parquet(str(folder / "a.parquet"))
+        else:
+            (folder / "a.txt").write_text("\n###\n".join(texts))
+            source = TextFile(str(folder / "a.txt"), separator="###")
+        curate(CurationConfig((source,), (), validation_fraction=0.3, test_fraction=0.3), folder / "out")
+        found = {}
+        for split, document in by_split(folder / "out"):
+            assert found.setdefault(document["text"].strip(), split) == split
+        return found
+
+    before, after = (
+        split_by_text(rows, tmp_path / name) for name, rows in (("a", texts), ("b", ["New."] + texts))
+    )
+    assert len(before) == 300 and all(after[text] == split for text, split in before.items())
+
+
+def by_split(workdir):
+    return [(split.name, d) for split in sorted((workdir / "text").iterdir()) for d in open_dataset(split)]
 
 
 def test_a_group_falls_into_one_split():
