@@ -49,7 +49,7 @@ def models() -> dict[str, Any]:
     from model import Block, ModelConfig, RMSNorm, SwiGLU, decoder
     from model.blocks.deltanet import GatedDeltaNet
     from model.blocks.mamba2 import Mamba2
-    from train.config import MixtureSpec
+    from train.config import MoESpec
 
     llama = decoder(512, 128, 4, 4, 2, 32, 256)
     blocks = {
@@ -57,7 +57,7 @@ def models() -> dict[str, Any]:
         "delta rule": (Block(GatedDeltaNet(4, 2, 64, 64), SwiGLU(256)),),
     }
     others = {name: ModelConfig(512, 128, block * 3, final_norm=RMSNorm()) for name, block in blocks.items()}
-    return {"llama": llama, "mixture": MixtureSpec(8, 2).put_into(llama, 128)} | others
+    return {"llama": llama, "moe": MoESpec(8, 2).put_into(llama, 128)} | others
 
 
 def difference(cfg: Any, dtype: str) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step [--model=llama|moe|mamba2] [--rows=8] [--length=512] [--rounds=5]
 
-25 million parameters (the mixture: 78 million, of which 8 x 2 experts), float32, AdamW, clipping by the global norm, as
+25 million parameters (with 8 experts, 2 a token: 78 million), float32, AdamW, clipping by the global norm, as
 `python -m train` runs it. The peer is transformers' own model, eager and under torch.compile. Each round runs ours and
 then each peer, a step that is not timed and one that is: after another process's turn the first has to get its memory
 from the system again. The figures are medians over the rounds. All get memory in huge pages, where Linux gives them on
@@ -212,13 +212,13 @@ def make_config(options: argparse.Namespace):
     from model import ModelConfig, RMSNorm, decoder
     from model.blocks.block import Block
     from model.blocks.mamba2 import Mamba2
-    from train.config import MixtureSpec
+    from train.config import MoESpec
 
     if options.model == "mamba2":
         return ModelConfig(VOCAB, 512, (Block(Mamba2(16, 64, 64), None),) * 14, final_norm=RMSNorm())
     width = 704 if options.model == "moe" else 1408
     cfg = decoder(VOCAB, 512, 8, 8, 4, 64, width, tied_head=True)
-    return MixtureSpec(8, 2).put_into(cfg, width) if options.model == "moe" else cfg
+    return MoESpec(8, 2).put_into(cfg, width) if options.model == "moe" else cfg
 
 
 def run(compiled, state, batch):

@@ -1,4 +1,4 @@
-"""The pure model function and what it is made of: blocks, kernels, sharding names, checkpoints and conversion."""
+"""The model as a pure function, with its blocks, kernels, sharding names, checkpoints and conversions."""
 
 from typing import Literal
 
@@ -79,7 +79,7 @@ def load(path, **options):
 
 
 def load_config(path):
-    """The `ModelConfig` of what `load` takes; reads no weights."""
+    """The `ModelConfig` at a path that `load` takes; reads no weights."""
     from model.formats.storage import load_config as load_model_config
 
     return load_model_config(path)

@@ -1,8 +1,7 @@
 """The decoding cache: pages of keys and values, a page table, recurrent states, and the length of each row.
 
-One form serves both uses. The engine hands pages out from a free list (Kwon et al. 2023, arXiv:2309.06180); a plain
-dense cache is the same thing with one long page a row. What a recurrent mixer remembers has one size for a row of any
-length.
+The engine hands pages out from a free list (Kwon et al. 2023, arXiv:2309.06180). A dense cache is the same structure
+with one long page a row. The state of a recurrent mixer has the same size for rows of any length.
 """
 
 # B rows, P pages a row, N pages in all, Z slots a page, R rows of recurrent state
@@ -10,7 +9,7 @@ length.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -22,18 +21,21 @@ from model.kernels import backend
 from model.kernels.paged_attention.pages import SCALE, check_cache_dtype, is_quantized
 from model.stacks import Stack
 
-_KERNEL_PAGE = 128  # slots, of a dense cache for TPUs
+_KERNEL_PAGE = 128  # slots a page of a dense cache on TPUs
 
 
 @flax.struct.dataclass
 class Cache:
-    """Goes into `apply` and comes out anew; position p of row b lives in page `page_table[b, p // Z]`, slot p % Z."""
+    """The decoding state: `apply` takes one and returns a new one.
 
-    layers: dict[str, Any]  # as the blocks' parameters: a run's name (in its stack) -> the state of its mixer
+    Position p of row b is in page `page_table[b, p // Z]`, slot p % Z.
+    """
+
+    layers: dict[str, Any]  # nested like the blocks' parameters: stack, run -> the state of its mixer
     page_table: jax.Array  # [B, P] int32; entries past a row's length may be anything
     length: jax.Array  # [B] int32, tokens already in the cache
     rows: jax.Array | None = (
-        None  # [B] int32, which recurrent state each row has; None: the one of its own number
+        None  # [B] int32, the index of each row's recurrent state; None: row b has state b
     )
 
 
@@ -48,14 +50,13 @@ def init_pages(
     """The empty state of every block.
 
     Args:
-      dtype: of keys and values; default: that of the computation. "int8" and "float8_e4m3fn": each head of each token
-        has a scale beside it; see model.kernels.paged_attention.pages. What is no page is in the dtype of the
-        computation then.
-      num_rows: of recurrent state, for the mixers that have one, and of what is remembered of an encoder.
-      encoder_length: the most tokens that an encoder reads for a row; default: `cfg.max_length`.
+      dtype: of keys and values; default: `cfg.dtype`. "int8" and "float8_e4m3fn" store a scale for each head of each
+        token; see model.kernels.paged_attention.pages. Recurrent states then have `cfg.dtype`.
+      num_rows: rows of recurrent state and of an encoder's keys and values.
+      encoder_length: the most encoder tokens of a row; default: `cfg.max_length`.
 
     Raises:
-      ValueError: an encoder, which has nothing to continue.
+      ValueError: the model is an encoder, which cannot generate.
     """
     if not cfg.causal:
         raise ValueError(
@@ -64,7 +65,9 @@ def init_pages(
         )
     check_cache_dtype(dtype or cfg.dtype)
     of_pages = jnp.dtype(dtype or cfg.dtype)
-    of_cache = jnp.dtype(cfg.dtype) if is_quantized(of_pages) else of_pages  # of all that is no page
+    of_cache = (
+        jnp.dtype(cfg.dtype) if is_quantized(of_pages) else of_pages
+    )  # recurrent states and scales aside
     layers = {}
     for stack in _decoding(cfg):
         part = {}
@@ -93,7 +96,7 @@ def init_cache(
 ) -> Cache:
     """An empty dense cache for `batch_size` rows of at most `max_length` tokens; see `init_pages`.
 
-    A row is one page, or where the kernel for TPUs reads it, pages that it reads one by one.
+    Each row is one page; for the TPU kernel, pages of 128 slots.
     """
     page_size = max_length if backend.current().name == "plain" else _KERNEL_PAGE
     num_pages = batch_size * -(-max_length // page_size)
@@ -105,7 +108,7 @@ def init_cache(
 
 
 def _with_pages(axes: dict[str, tuple], state: dict[str, Any], quantized: dict[str, Any]) -> dict[str, Any]:
-    """The state, its pages and their scales from the quantised one."""
+    """`state`, with the pages and scales of `quantized`."""
     is_page = lambda key: key.endswith(SCALE) or "slots" in axes[key]
     return {key: value if is_page(key) else state[key] for key, value in quantized.items()}
 
@@ -135,21 +138,21 @@ def _scale_axes(block: Block) -> dict[str, tuple]:
 
 
 def _decoding(cfg: ModelConfig) -> list[Stack]:
-    """The stacks that have a state. Patches have pages as bytes do, and fill fewer of the slots."""
+    """The stacks with a decoding state. Patches have as many pages as bytes, and fill fewer slots."""
     return [stack for stack in cfg.stacks if stack.name != "encoder"]
 
 
 def page_size_of(cfg: ModelConfig, layers: dict[str, Any]) -> int | None:
-    """Slots a page of a cache's layers; None for a model without pages."""
+    """Slots a page of `Cache.layers`; None for a model without pages."""
     for path, names in jax.tree_util.tree_leaves_with_path(cache_axes(cfg), is_leaf=_is_axes):
         if "slots" in names:
-            array = functools.reduce(lambda tree, entry: tree[entry.key], path, layers)
+            array = functools.reduce(lambda tree, entry: tree[entry.key], path, cast(Any, layers))
             return array.shape[names.index("slots")]
     return None
 
 
 def has_recurrent_state(cfg: ModelConfig) -> bool:
-    """Whether some block remembers a row, or its encoder's text, in a state that can't be cut at a page."""
+    """Whether a block has a state for each row (recurrent, or an encoder's keys and values) that pages cannot share."""
     return any("rows" in axes for axes in jax.tree.leaves(cache_axes(cfg), is_leaf=_is_axes))
 
 

@@ -22,7 +22,11 @@ from model.blocks.lora import LoRA
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
-from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
+from model.blocks.mixture_of_recursions import (
+    MixtureOfRecursions,
+    RecursionExpertChoice,
+    RecursionTokenChoice,
+)
 from model.blocks.moe import MoE
 from model.blocks.ngrams import NGrams
 from model.blocks.norms import LayerNorm, Norm, RMSNorm
@@ -54,13 +58,13 @@ from model.readouts.heads import ClassHead, ScalarHead
 from model.readouts.mtp import MTP, ParallelMTP, SequentialMTP
 from model.stacks import Run, Stack
 
-# The parts that a saved config may name. A new part is added here and in its own file, nowhere else.
+# The parts that a saved config may name. Add a new part here.
 PARTS = {
     cls.__name__: cls
     for cls in (
         *(Attention, CrossAttention, Temperature, LatentAttention, DifferentialAttention),
         *(Mamba, Mamba2, GatedDeltaNet, KimiDeltaAttention, Retention, RGLRU, RWKV7, RWKV7ChannelMix),
-        *(Parallel, MixtureOfDepths, MixtureOfRecursions, Narrowing, Assigned),
+        *(Parallel, MixtureOfDepths, MixtureOfRecursions, RecursionExpertChoice, RecursionTokenChoice),
         *(GatedMLP, MLP),
         *(Residual, ParallelResidual, HyperConnections),
         *(MoE, ClampedSwiGLU, Router, SparseMixer, ExpertChoice),
@@ -78,7 +82,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """All that defines the pure function. `scan` and `dtype` change how it runs, not what it computes."""
+    """Everything that defines the model's function.
+
+    `scan`, `remat`, `kernels` and `dtype` change how it runs, not what it computes.
+    """
 
     vocab_size: int
     width: int
@@ -87,27 +94,31 @@ class ModelConfig:
     tied_head: bool = True  # logits through the transposed embedding
     head_bias: bool = False
     positions: LearnedPositions | SinusoidalPositions | None = None  # added to the embedding
-    token_types: int = 0  # kinds of tokens (BERT's sentences A and B), each with a vector that is added
-    embed_norm: Norm | None = None  # of what the first block reads
+    token_types: int = 0  # kinds of tokens (BERT's sentences A and B); each adds a vector to the embedding
+    embed_norm: Norm | None = None  # norm of the embedding, before the first block
     embed_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # logits stay within +-logit_softcap
-    head_transform: Transform | None = None  # of the hidden state, before the logits (BERT)
-    pooler: Transform | None = None  # of the hidden state: `out.pooled`
+    head_transform: Transform | None = None  # applied to the hidden state before the logits (BERT)
+    pooler: Transform | None = None  # applied to the hidden state: `out.pooled`
     heads: tuple[Any, ...] = ()  # each a `Readout` of model.readouts.heads: `out.heads`
-    media: tuple[Any, ...] = ()  # each a `MediaInput` of model.inputs.media: what is read among the tokens
-    max_length: int = 2048  # longest context that the model is meant for, tokens
-    dtype: str = "float32"  # of the computation
-    param_dtype: str = "float32"  # of freshly made parameters
-    scan: bool = False  # equal runs of blocks as one lax.scan: fast to compile on pods, slower to run on CPU
-    kernels: Kernels = Kernels()  # which form of attention and of products of experts; "auto": the platform's
-    remat: str = "none"  # what the backward pass finds kept of a block: see model.blocks.remat
+    media: tuple[Any, ...] = ()  # each a `MediaInput` of model.inputs.media: images, audio and so on
+    max_length: int = 2048  # tokens of the longest supported context
+    dtype: str = "float32"  # of activations
+    param_dtype: str = "float32"  # of new parameters
+    scan: bool = False  # one lax.scan over equal neighbouring blocks: compiles faster, runs slower on CPUs
+    kernels: Kernels = Kernels()  # the implementation of each operation; "auto": the platform's
+    remat: str = (
+        "none"  # which activations of a block are saved for the backward pass: see model.blocks.remat
+    )
     encoder: Encoder | None = None
-    # where it came from: Hugging Face's model_type that it is saved as, if that family can hold it
+    # Hugging Face's model_type of the loaded checkpoint; `save` uses this family if it can express the model
     family: str | None = dataclasses.field(default=None, compare=False)
-    adapters: LoRA | None = None  # beside the linear maps of all blocks
+    adapters: LoRA | None = None  # low-rank adapters of the blocks' linear maps
     mtp: MTP | None = None  # multi-token prediction: `out.mtp_logits`
-    byte_latent: ByteLatent | None = None  # `blocks` work on patches of bytes, `width` is that of a patch
+    byte_latent: ByteLatent | None = (
+        None  # `blocks` then run on patches of bytes, and `width` is a patch's width
+    )
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
@@ -122,9 +133,7 @@ class ModelConfig:
                 "mtp: an encoder sees the tokens that multi-token prediction would predict. Use mtp=None."
             )
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
-            raise ValueError(
-                "a head that reads what the pooler makes needs a pooler, and this model has none."
-            )
+            raise ValueError("a pooled head needs a pooler, and this model has none.")
         if not self.blocks or self.vocab_size < 1 or self.width < 1:
             raise ValueError(
                 f"a model needs at least one block, token and channel; given {len(self.blocks)} blocks, "
@@ -137,13 +146,13 @@ class ModelConfig:
             raise ValueError("blocks with cross attention need an encoder, and this model has none.")
         if self.encoder is not None and (self.positions or self.token_types or self.embed_norm):
             raise ValueError(
-                "an encoder-decoder has nothing beside its embedding that blocks read: give positions to attention."
+                "an encoder-decoder has no positions, token types or norm at its embedding: use rope or biases."
             )
 
     def _check_patches(self) -> None:
         if any(isinstance(block.mixer, PatchAttention) for block in self.blocks):
             raise ValueError(
-                "patches are read by a local decoder (`byte_latent`), not by the model's own blocks."
+                "PatchAttention belongs in the local decoder of `byte_latent`, not in the model's own blocks."
             )
         if self.byte_latent is None:
             return
@@ -154,18 +163,18 @@ class ModelConfig:
 
     @property
     def causal(self) -> bool:
-        """Whether no token sees those after it, so that text can be written one token after the other."""
+        """Whether no token attends to later tokens, so that the model can generate text."""
         stacks = [stack for stack in self.stacks if stack.name != "encoder"]
         return all(_is_causal(block.mixer) for stack in stacks for block in stack.blocks)
 
     @property
     def token_width(self) -> int:
-        """Of the embedding and of the last hidden state."""
+        """Width of the embedding and of the last hidden state."""
         return self.width if self.byte_latent is None else self.byte_latent.width
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """All stacks of blocks, in the order of the computation; the model's own has the name ""."""
+        """All stacks of blocks in the order of the computation; the main stack has the name ""."""
         own = Stack("", self.blocks, last_apart=isinstance(self.mtp, ParallelMTP))
         encoder = () if self.encoder is None else (self.encoder.stack,)
         before = () if self.byte_latent is None else self.byte_latent.before
@@ -173,23 +182,23 @@ class ModelConfig:
         return *encoder, *before, own, *after
 
     def stack(self, name: str = "") -> Stack:
-        """The stack of this name, by default the model's own blocks. Raises KeyError for one that the model lacks."""
+        """The stack of this name, by default the main one. Raises KeyError for an unknown name."""
         return {stack.name: stack for stack in self.stacks}[name]
 
     def runs(self, stack: str = "") -> list[Run]:
-        """Name, block and layer numbers of each parameter group of a stack: equal neighbours together when scanned."""
+        """The parameter groups of a stack: name, block, layer numbers. With `scan`, equal neighbours form one group."""
         return self.stack(stack).runs(self.scan)
 
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; nested parts carry the name of their class under "kind"."""
+        """A dict for JSON; each part has its class name under "kind"."""
         return _to_jsonable(self)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; an unknown part or field is a ValueError that names it."""
+        """The inverse of `to_dict`. Raises ValueError that names an unknown part or field."""
         config = _from_jsonable(saved)
         if not isinstance(config, cls):
             raise ValueError(f"a saved model config has kind ModelConfig; this one is {saved.get('kind')!r}.")
@@ -210,7 +219,7 @@ def decoder(
     norm_eps: float = 1e-5,
     **model,
 ) -> ModelConfig:
-    """A Llama-like decoder of `layers` equal blocks; `model` are further fields of `ModelConfig`."""
+    """A Llama-like decoder of `layers` equal blocks; `model` sets further fields of `ModelConfig`."""
     norm = RMSNorm(norm_eps)
     mixer = Attention(num_heads, num_kv_heads, head_dim, Rope(rope_theta), qk_norm=norm if qk_norm else None)
     block = Block(mixer, SwiGLU(ffn_width), norm)
@@ -252,13 +261,13 @@ def _from_jsonable(value: Any) -> Any:
 
 
 def _is_causal(mixer: Any) -> bool:
-    """Whether a mixer, and all mixers within it, see no later token."""
+    """Whether a mixer, and all mixers within it, are causal."""
     within = [*getattr(mixer, "mixers", ()), *(block.mixer for block in getattr(mixer, "blocks", ()))]
     return getattr(mixer, "causal", True) and all(map(_is_causal, within))
 
 
 def _check_given(part: Any, where: str) -> None:
-    """Raises ValueError for a None, anywhere within, that its field does not allow."""
+    """Raises ValueError if a field, at any depth, is None without allowing it."""
     if isinstance(part, tuple):
         for i, each in enumerate(part):
             _check_given(each, f"{where}[{i}]")
@@ -267,7 +276,7 @@ def _check_given(part: Any, where: str) -> None:
     for name, allowed in _allows_none(type(part)).items():
         value = getattr(part, name)
         if value is None and not allowed:
-            raise ValueError(f"{where}.{name} is None, and a {type(part).__name__} can't do without it.")
+            raise ValueError(f"{where}.{name} is None, and a {type(part).__name__} needs it.")
         _check_given(value, f"{where}.{name}")
 
 

@@ -72,7 +72,7 @@ class _Run:
         # A run that has begun says all about itself; the model that it began from may be gone.
         source = workdir if has_checkpoint(workdir) else config.init_from
         self.tokenizer = data.load_tokenizer(source)
-        self.cfg = config.run.of(model.load_config(source))
+        self.cfg = config.run.apply_to(model.load_config(source))
         check_mesh(self.cfg, mesh, config.sharding)
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(config, workdir)

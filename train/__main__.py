@@ -11,7 +11,7 @@ from train.config import TrainConfig
 DESCRIPTION = """Train a model: pretraining, fine-tuning or preferences, by config.objective and the dataset.
 
 The run folder keeps config.json, metrics.jsonl, tensorboard/, samples.jsonl and checkpoints/. The same command,
-given again, goes on from the newest checkpoint."""
+given again, resumes from the newest checkpoint."""
 
 
 def main(config: TrainConfig, workdir, plan: bool = False) -> int:

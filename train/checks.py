@@ -1,4 +1,4 @@
-"""What is compared before a run trains: its datasets with its tokenizer, its model with that of its checkpoint."""
+"""Checks before training: the datasets against the tokenizer, the model against the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from train.config import DataSpec, ModelSpec
 
 
 def check_datasets(spec: DataSpec, tokenizer: Tokenizer, source: object, rows: int) -> None:
-    """The datasets, validation too, hold ids of this tokenizer; `rows` are those of the model's embedding.
+    """The datasets, validation included, hold ids of this tokenizer; the model's embedding has `rows` rows.
 
-    A manifest that names no tokenizer can't be checked: that is printed.
+    A manifest without a tokenizer cannot be checked, which is printed.
 
     Raises:
-      ConfigError: names the dataset, what it was written with, and the mend.
+      ConfigError: names the dataset, its tokenizer, and the fix.
     """
     ours = None
     for folder in _folders(spec):
@@ -35,7 +35,7 @@ def check_datasets(spec: DataSpec, tokenizer: Tokenizer, source: object, rows: i
                 f"(its tokenizer {source} has {tokenizer.vocab_size} tokens). Write the dataset with {source}."
             )
         if theirs is None:
-            print(f"{folder} does not say which tokenizer wrote it; that it is {source} is not checked.")
+            print(f"{folder} does not name its tokenizer; whether it is {source} is not checked.")
             continue
         ours = ours or fingerprint(tokenizer)
         if theirs != ours and spec.check_tokenizer:
@@ -48,10 +48,10 @@ def check_datasets(spec: DataSpec, tokenizer: Tokenizer, source: object, rows: i
 
 
 def check_validation(spec: DataSpec, kind: BatchKind) -> None:
-    """Validation data give rows; else a run would learn it when it first validates, maybe at its end.
+    """The validation data fill at least one row, so that a run does not fail when it first validates.
 
     Raises:
-      DatasetError: a folder that is no dataset of this kind, or none of whose records fits a row.
+      DatasetError: a folder is no dataset of this kind, or no record of it fits a row.
     """
     if spec.validation:
         per_step = spec.batch_size // (2 if kind == "preference" else 1)
@@ -59,7 +59,7 @@ def check_validation(spec: DataSpec, kind: BatchKind) -> None:
 
 
 def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, spec: ModelSpec) -> None:
-    """A run that goes on has the model of its checkpoint.
+    """A resumed run has the model of its checkpoint.
 
     Raises:
       ConfigError: names the keys of config.model that differ, or else the parts of the model.
@@ -72,7 +72,7 @@ def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, sp
     changed = changed or _changes("model", stored.to_dict(), wanted.to_dict())
     raise ConfigError(
         f"{workdir} holds a checkpoint of another model than the config builds: {', '.join(changed[:8])}. Give the "
-        "old values (and config.init_from, if the run began from a model), or begin anew in another --workdir."
+        "old values (and config.init_from, if the run began from a model), or start a new run in another --workdir."
     )
 
 

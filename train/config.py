@@ -1,4 +1,4 @@
-"""What one training run is: frozen dataclasses, filled from a config file and command-line overrides."""
+"""The config of a training run: frozen dataclasses, filled from a config file and command-line overrides."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ from model.readouts.mtp import ParallelMTP, SequentialMTP
 
 
 def check_at_least(least: int, **values: int) -> None:
-    """Raises ValueError that names the first key below `least`; a config's `build` says where the key is."""
+    """Raises ValueError that names the first key below `least`."""
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name}={value}; wanted at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureSpec:
-    """Experts in place of the blocks' feed-forward networks; the fields are those of `model.blocks.moe.MoE`."""
+class MoESpec:
+    """A mixture of experts in place of the blocks' feed-forward networks; fields as in `model.blocks.moe.MoE`."""
 
-    num_experts: int = 0  # 0: no mixture; else `ffn_width` is that of one expert
+    num_experts: int = 0  # 0: no experts; else `ffn_width` is the width of one expert
     experts_per_token: int = 2
-    shared_width: int = 0  # of an expert that every token passes through; 0: none
-    dense_layers: int = 0  # first blocks that keep a network, as wide as all that a token passes through
+    shared_width: int = 0  # width of an expert that every token uses; 0: none
+    dense_layers: int = 0  # first blocks with a dense network, as wide as the experts of a token together
     dispatch: Literal["dropless", "capacity"] = "dropless"
     capacity_factor: float = 1.25
     balance_loss: float = 0.01
-    balance_over: Literal["document", "batch"] = "document"  # "batch" wants config.microbatches=1
+    balance_over: Literal["document", "batch"] = "document"  # "batch" needs config.microbatches=1
     z_loss: float = 0.001
-    balance_rate: float = (
-        0.0  # above 0: sigmoid scores and a bias for choice, as in DeepSeek-V3; 1e-3 is usual
-    )
+    balance_rate: float = 0.0  # above 0: sigmoid scores and a choice bias, as in DeepSeek-V3; 1e-3 is usual
 
     def __post_init__(self):
         check_at_least(0, num_experts=self.num_experts, shared_width=self.shared_width)
@@ -52,7 +50,7 @@ class MixtureSpec:
 
     def put_into(self, cfg: ModelConfig, ffn_width: int) -> ModelConfig:
         router = Router("sigmoid", choice_bias=True) if self.balance_rate else Router()
-        mixture = MoE(
+        moe = MoE(
             self.num_experts,
             self.experts_per_token,
             GatedMLP(ffn_width),
@@ -66,17 +64,17 @@ class MixtureSpec:
             balance_rate=self.balance_rate,
         )
         dense = GatedMLP(self.experts_per_token * ffn_width + self.shared_width)
-        networks = [dense if i < self.dense_layers else mixture for i in range(len(cfg.blocks))]
+        networks = [dense if i < self.dense_layers else moe for i in range(len(cfg.blocks))]
         blocks = zip(cfg.blocks, networks, strict=True)
         return cfg.replace(blocks=tuple(dataclasses.replace(block, ffn=ffn) for block, ffn in blocks))
 
 
 @dataclasses.dataclass(frozen=True)
 class MTPSpec:
-    """Multi-token prediction, see `model.readouts.mtp`; its blocks are as the model's last."""
+    """Multi-token prediction (MTP), see `model.readouts.mtp`; its blocks equal the model's last block."""
 
-    tokens: int = 0  # after the next one that are foretold, each by a module of its own; 0: none
-    kind: Literal["sequential", "parallel"] = "sequential"  # as in DeepSeek-V3; as in Gloeckle et al. 2024
+    tokens: int = 0  # predicted tokens after the next one, each by its own module; 0: none
+    kind: Literal["sequential", "parallel"] = "sequential"  # DeepSeek-V3; Gloeckle et al. 2024
 
     def __post_init__(self):
         check_at_least(0, tokens=self.tokens)
@@ -92,7 +90,7 @@ class MTPSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """The dimensions of a fresh Llama-like decoder; passed over when `init_from` names a model."""
+    """The dimensions of a new Llama-like decoder; ignored when `init_from` names a model."""
 
     width: int = 256
     layers: int = 4
@@ -104,9 +102,9 @@ class ModelSpec:
     qk_norm: bool = False
     norm_eps: float = 1e-5
     tied_head: bool = True
-    max_length: int = 2048  # tokens of context that the model is meant for
-    vocab_multiple: int = 64  # the vocabulary is padded up to this, so that it splits over devices
-    mixture: MixtureSpec = MixtureSpec()
+    max_length: int = 2048  # tokens of the longest supported context
+    vocab_multiple: int = 64  # the vocabulary is padded to a multiple of this, so that it splits over devices
+    moe: MoESpec = MoESpec()
     mtp: MTPSpec = MTPSpec()
 
     def __post_init__(self):
@@ -115,12 +113,12 @@ class ModelSpec:
         check_at_least(1, max_length=self.max_length, vocab_multiple=self.vocab_multiple)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: each serves equally "
-                "many heads."
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: each key/value "
+                "head serves equally many query heads."
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim}; wanted an even number: RoPE turns pairs of channels."
+                f"head_dim={self.head_dim}; wanted an even number: RoPE rotates pairs of channels."
             )
 
     def build(self, vocab_size: int, run: Execution) -> ModelConfig:
@@ -139,23 +137,23 @@ class ModelSpec:
             tied_head=self.tied_head,
             max_length=self.max_length,
         )
-        if self.mixture.num_experts:
-            cfg = self.mixture.put_into(cfg, self.ffn_width)
-        return run.of(self.mtp.put_into(cfg))
+        if self.moe.num_experts:
+            cfg = self.moe.put_into(cfg, self.ffn_width)
+        return run.apply_to(self.mtp.put_into(cfg))
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How the model runs; changes speed and memory, not what is computed (beyond rounding)."""
+    """How the model runs: speed and memory. Results change by rounding only."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters stay float32
-    scan: bool | None = None  # stack equal blocks in one scan; None: on TPU and GPU yes, on CPU no
-    # what is kept for the backward pass: all, products of matrices, those in the host's memory, or blocks' inputs alone
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    scan: bool | None = None  # one lax.scan over equal blocks; None: on TPUs and GPUs, not on CPUs
+    # what is saved for the backward pass: everything, matrix products, these in host memory, or only blocks' inputs
     remat: Literal["none", "products", "offload", "full"] = "none"
 
-    kernels: Kernels = Kernels()  # "auto": the platform's own; another one is used or is an error
+    kernels: Kernels = Kernels()  # the implementation of each operation; "auto": the platform's
 
-    def of(self, cfg: ModelConfig) -> ModelConfig:
+    def apply_to(self, cfg: ModelConfig) -> ModelConfig:
         scan = jax.default_backend() != "cpu" if self.scan is None else self.scan
         how = {"scan": scan, "remat": self.remat, "kernels": self.kernels}
         return cfg.replace(dtype=self.dtype, param_dtype="float32", **how)
@@ -163,9 +161,9 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec:
-    """Adapters beside the model of `init_from`, trained alone; the fields are those of `model.blocks.lora.LoRA`."""
+    """LoRA for the model of `init_from`; only adapters are trained. Fields as in `model.blocks.lora.LoRA`."""
 
-    rank: int = 0  # 0: none, all parameters are trained
+    rank: int = 0  # 0: no adapters, all parameters are trained
     alpha: float = 16.0
     targets: tuple[str, ...] = ("*",)
     rank_stabilized: bool = False
@@ -173,7 +171,7 @@ class AdapterSpec:
 
     def __post_init__(self):
         check_at_least(0, rank=self.rank)
-        self.build()  # what LoRA refuses is refused here
+        self.build()  # checks the values
 
     def build(self) -> LoRA | None:
         if not self.rank:
@@ -196,13 +194,13 @@ class DataSpec(BatchSpec):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW with decoupled decay on matrices only. Loshchilov and Hutter 2017, arXiv:1711.05101."""
+    """AdamW with decoupled weight decay of matrices. Loshchilov and Hutter 2017, arXiv:1711.05101."""
 
     peak_lr: float = 1e-3
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after a linear warmup
     warmup_steps: int = 100
-    decay_steps: int = 0  # of "wsd": length of the last, linear decay; 0: a fifth of all steps
-    final_lr_fraction: float = 0.1  # of the peak, at the last step
+    decay_steps: int = 0  # "wsd": steps of the final linear decay; 0: a fifth of all steps
+    final_lr_fraction: float = 0.1  # learning rate at the last step, as a share of the peak
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -215,7 +213,7 @@ class OptimizerSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-    """Devices along each axis; one of them may be -1: all that are left."""
+    """Devices along each axis of the mesh; one axis may be -1: all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -228,8 +226,8 @@ class MeshSpec:
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
     every: int = 500  # steps; the last step is always saved
-    keep: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # steps divisible by this are kept for good; 0: none
+    keep: int = 2  # how many of the newest checkpoints stay
+    keep_every: int = 0  # checkpoints at multiples of this stay for good; 0: none
 
     def __post_init__(self):
         check_at_least(1, every=self.every, keep=self.keep)
@@ -251,21 +249,19 @@ class SampleSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run: an objective on a mixture of datasets."""
+    """One training run: an objective on a data mixture."""
 
     objective: Literal["lm", "dpo"] = (
-        "lm"  # lm: pretraining and fine-tuning, the dataset's mask says on which tokens
+        "lm"  # lm: pretraining and fine-tuning; the dataset's mask selects the tokens
     )
     init_from: str | None = None  # run folder, checkpoint, Hugging Face folder or GGUF file to start from
-    tokenizer: str | None = None  # default: that of init_from
+    tokenizer: str | None = None  # default: the tokenizer of init_from
     steps: int = 1000
     seed: int = 0
-    microbatches: int = 1  # the batch is split into this many parts whose gradients are added
+    microbatches: int = 1  # the batch is split into this many parts; their gradients are added
     z_loss: float = 0.0  # coefficient of log(Z)^2; 1e-4 is usual
-    mtp_weight: float = (
-        0.3  # of the mean loss on later tokens, where the model foretells some; 0: not trained
-    )
-    dpo_beta: float = 0.1  # strength of the pull towards the reference
+    mtp_weight: float = 0.3  # coefficient of the mean MTP loss; 0: MTP modules are not trained
+    dpo_beta: float = 0.1  # strength of the penalty for leaving the reference
     dpo_label_smoothing: float = 0.0  # above 0: conservative DPO
     max_bad_steps: int = 10  # steps in a row without a finite loss and gradient before the run stops
     log_every: int = 10
@@ -287,5 +283,5 @@ class TrainConfig:
 
     @property
     def batch_kind(self) -> Literal["lm", "preference"]:
-        """What the objective's batches are made of."""
+        """The kind of batches that the objective takes."""
         return "preference" if self.objective == "dpo" else "lm"

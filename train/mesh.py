@@ -40,7 +40,7 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     if len(devices) % fixed or (not free and fixed != len(devices)):
         raise ConfigError(
             f"mesh {shown} asks for {'a multiple of ' if free else ''}{fixed} devices, and there are {len(devices)}. "
-            "Set config.mesh.data=-1 to use what is left."
+            "Set config.mesh.data=-1 to use all remaining devices."
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
@@ -48,8 +48,8 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-    except AssertionError:  # a v4 whose chips are two devices each: jax knows no order of these for a torus
-        _log.warning("mesh %s: devices are taken in the order that the platform has them.", shown)
+    except AssertionError:  # v4 with two devices a chip: jax has no order of these for a torus
+        _log.warning("mesh %s: devices are used in the platform's order.", shown)
         return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
     except NotImplementedError:  # as of 64 by 4 on a torus of 16 by 16
         _log.info("mesh %s: an axis of the slice's torus is divided among axes of the mesh.", shown)
@@ -58,7 +58,7 @@ def make_mesh(spec: MeshSpec, devices: list | None = None) -> Mesh:
 
 
 def param_shardings(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> Params:
-    """A `NamedSharding` for each parameter; an axis that does not divide is an error that names it."""
+    """A `NamedSharding` for each parameter. Raises ValueError that names an axis that does not divide."""
     axes = logical_axes(cfg)
     check_divisible(param_shapes(cfg), axes, rules, mesh)
     return jax.tree.map(
@@ -70,7 +70,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> None:
     """Every axis of the mesh splits work of this model.
 
     Raises:
-      ConfigError: an axis whose devices would all compute the same; says what splits instead.
+      ConfigError: the devices of an axis would all compute the same; names the axes to use instead.
     """
     blocks = [block for stack in cfg.stacks for block in stack.blocks] + list(mtp_blocks(cfg.mtp).values())
     has_experts = any(isinstance(network, MoE) for block in blocks for network in block.networks)
@@ -79,7 +79,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> None:
         "expert": None if has_experts else "this model has no experts",
         "context": None
         if backend.current().name == "tpu"
-        else "tokens of a row are split by the attention kernel for TPUs alone",
+        else "only the attention kernel for TPUs splits the tokens of a row",
     }
     for axis, reason in reasons.items():
         size = mesh.shape.get(axis, 1)
@@ -93,7 +93,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, rules: ShardingRules) -> None:
 def rows_here(mesh: Mesh, rules: ShardingRules, rows: int, process: int | None = None) -> tuple[int, int]:
     """(index, count): this process loads part `index` of `count` equal parts of a batch's rows.
 
-    Processes whose devices have the same rows load the same part, as where `tensor` spans two hosts.
+    Processes load the same part if their devices have the same rows, for example if `tensor` spans two hosts.
 
     Args:
       process: default: this one.
@@ -120,10 +120,10 @@ def rows_here(mesh: Mesh, rules: ShardingRules, rows: int, process: int | None =
 
 
 def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
-    """Shardings of a whole train state: what the optimizer keeps for a parameter is split as that parameter is.
+    """Shardings of a whole train state: optimizer state is split like its parameter.
 
-    An array belongs to the parameter whose path ends its own. One with fewer axes, such as a factored second moment, is
-    split along the axes that it has.
+    An array belongs to the parameter with the longest path that ends the array's path. An array with fewer axes, such
+    as a factored second moment, is split along the axes that it has.
     """
     known = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
     shapes = {
@@ -142,21 +142,21 @@ def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
 
 
 def _keys(path: tuple) -> tuple[str, ...]:
-    """The names of dicts along a path; fields and places in tuples say nothing of the parameter."""
+    """The dict keys along a path, without fields and tuple indices."""
     return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _like(
     sharding: NamedSharding, shape: tuple[int, ...], wanted: tuple[int, ...], mesh: Mesh
 ) -> NamedSharding:
-    """That of an array which has some of a parameter's axes, in their order."""
+    """The sharding of an array with some of a parameter's axes, in their order."""
     spec, axes = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))], iter(enumerate(shape))
     found = [next((spec[i] for i, n in axes if n == size), None) for size in wanted]
     return NamedSharding(mesh, PartitionSpec(*found))
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, rules: ShardingRules) -> dict[str, jax.Array]:
-    """This process' rows, see `rows_here`, as its part of the global batch."""
+    """The global batch, made of each process' rows (see `rows_here`)."""
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
     ways = math.prod(mesh.shape[axis] for axis in rules.batch)
     rows = len(next(iter(batch.values()))) * rows_here(mesh, rules, ways)[1]

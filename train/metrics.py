@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, and a line on the terminal."""
+"""Metrics: metrics.jsonl, TensorBoard, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model import WeightedSum
 
 
 class MetricsLog:
-    """Writes a run's metrics; after a resume, rows of steps that will be taken again are dropped first."""
+    """Writes a run's metrics; a resumed run first drops the rows of steps that it repeats."""
 
     def __init__(self, workdir: Path, resumed_step: int, *, write: bool = True):
         self._write = write
@@ -39,17 +39,19 @@ class MetricsLog:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def forget(self, step: int, split: str) -> None:
-        """Drop the rows of a step that is measured again."""
+        """Drop the rows of a step that will be measured again."""
         if not self._write:
             return
         self._file.close()
         rows = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if not {"step": step, "split": split}.items() <= json.loads(row).items()]
-        configs.atomic_write(self._path, "".join(kept))
+        remaining = [
+            row for row in rows if not {"step": step, "split": split}.items() <= json.loads(row).items()
+        ]
+        configs.atomic_write(self._path, "".join(remaining))
         self._file = open(self._path, "a", encoding="utf-8")
 
     def write_sample(self, row: dict) -> None:
-        """A row of samples.jsonl; it must have "step"."""
+        """Write a row of samples.jsonl; it must have "step"."""
         if self._write:
             self._samples.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._samples.flush()
@@ -62,13 +64,13 @@ class MetricsLog:
 
 
 class Window:
-    """Metrics added up between two log lines."""
+    """Sums of metrics between two log lines."""
 
     def __init__(self):
         self._sums: dict[str, tuple[float, float]] = {}
 
     def add(self, metrics: dict[str, WeightedSum]) -> dict[str, float]:
-        """Add one step's metrics (this waits for the device) and give that step's own means."""
+        """Add one step's metrics, which waits for the device, and return that step's means."""
         host = jax.device_get(metrics)
         means = {}
         for name, value in host.items():
@@ -119,14 +121,14 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Keeps the rows up to `step`; a last line that was cut off by a kill goes too."""
+    """Drops rows after `step`, and a last line that was cut off when the run was killed."""
     if not path.exists():
         return
-    kept = []
+    remaining = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                remaining.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    configs.atomic_write(path, "".join(kept))
+    configs.atomic_write(path, "".join(remaining))

@@ -1,4 +1,4 @@
-"""Objectives: `objective(params, batch) -> (WeightedSum, dict[str, WeightedSum])`, not yet divided.
+"""Objectives: `objective(params, batch) -> (WeightedSum, dict[str, WeightedSum])`, sums not yet divided.
 
 A batch is a dict of [B, T] arrays: tokens, targets, loss_weights, segment_ids, positions.
 """
@@ -25,28 +25,28 @@ Objective = Callable[[Params, Batch], tuple[WeightedSum, dict[str, WeightedSum]]
 
 
 def batch_logprobs(cfg: ModelConfig, params: Params, batch: Batch, rules: ShardingRules | None = None):
-    """(log p of the targets, log-normaliser, the blocks' aux) of a packed batch; the first two [B, T] float32 nats."""
+    """(log p of the targets, log-normalizer, the blocks' aux) of a packed batch; the first two [B, T] float32 nats."""
     out = scored(cfg, params, batch, ScoreOptions(), rules)
     scores = cast(TokenScores, out.scores)
     return scores.logprobs, scores.log_z, out.aux
 
 
 def scored(
-    cfg: ModelConfig, params: Params, batch: Batch, ask: ScoreOptions, rules: ShardingRules | None = None
+    cfg: ModelConfig, params: Params, batch: Batch, options: ScoreOptions, rules: ShardingRules | None = None
 ) -> Output:
-    """The output of a packed batch with the scores of its targets, and no logits."""
+    """The output of a packed batch, with the scores of its targets instead of logits."""
     weights_BT = router_weights(batch) if "router_weights" not in batch else batch["router_weights"]
     inputs = Inputs.from_batch(batch, loss_weights=weights_BT)
     return apply(
-        cfg, params, inputs, targets=batch["targets"], score_options=ask, rules=rules, train=True
+        cfg, params, inputs, targets=batch["targets"], score_options=options, rules=rules, train=True
     )
 
 
 def router_weights(batch: Batch) -> jax.Array:
     """[B, T] float32: the loss weight of each document, spread evenly over its tokens.
 
-    By these the routers' losses are averaged: their weights then add up to the objective's own, in any part of a batch,
-    and so the loss is the same number however the batch is cut.
+    They weight the routers' losses. In any part of a batch they sum to the objective's weights, so the loss does not
+    depend on how the batch is split.
     """
     segment_ids_BT = batch["segment_ids"]
     weights_BT = document_mean(batch["loss_weights"][..., None], segment_ids_BT)[..., 0]
@@ -56,9 +56,9 @@ def router_weights(batch: Batch) -> jax.Array:
 def with_aux(
     loss: WeightedSum, metrics: dict[str, WeightedSum], aux: dict[str, WeightedSum]
 ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-    """The loss plus what the blocks want added to it (routers' losses), and the metrics with theirs.
+    """The loss plus the losses of blocks (of routers), and the metrics with those of blocks.
 
-    The means add up: `aux["loss"]` is a mean over tokens and counts with the weight of the objective's loss.
+    Means are added: the mean of `aux["loss"]` is scaled by the weight of the objective's loss.
     """
     metrics = metrics | {name: value for name, value in aux.items() if name != "loss"}
     if "loss" not in aux:
@@ -69,18 +69,16 @@ def with_aux(
 def language_modelling(
     cfg: ModelConfig, rules: ShardingRules | None = None, z_loss: float = 0.0, mtp_weight: float = 0.3
 ) -> Objective:
-    """Cross-entropy over the tokens that `loss_weights` counts, plus z_loss * log(Z)^2, plus mtp_weight times the mean
-    over the model's modules of what they lose on later tokens.
+    """Cross-entropy weighted by `loss_weights`, plus z_loss * log(Z)^2, plus mtp_weight times the mean MTP loss.
 
     Pretraining and supervised fine-tuning differ in the dataset's mask only. Z-loss: Chowdhery et al. 2022,
-    arXiv:2204.02311. Each module's sum is divided by the number of next tokens, as DeepSeek-V3 does it
-    (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is cut.
+    arXiv:2204.02311. The sum of each MTP module is divided by the weight of the next-token loss, as in DeepSeek-V3
+    (arXiv:2412.19437, section 2.2), so the loss does not depend on how the batch is split.
     """
-
-    ask = ScoreOptions(likeliest=mtp_weight != 0 and cfg.mtp is not None)
+    options = ScoreOptions(likeliest=mtp_weight != 0 and cfg.mtp is not None)
 
     def objective(params: Params, batch: Batch):
-        out = scored(cfg, params, batch, ask, rules)
+        out = scored(cfg, params, batch, options, rules)
         scores = cast(TokenScores, out.scores)
         logprobs_BT, log_z_BT = scores.logprobs, scores.log_z
         weights_BT = batch["loss_weights"]
@@ -99,9 +97,9 @@ def language_modelling(
 def mtp_losses(
     scores_by_module: tuple[TokenScores, ...], batch: Batch
 ) -> tuple[dict[str, WeightedSum], jax.Array]:
-    """What each module loses and how often its likeliest token is right, by name; and the sum of all their losses.
+    """(loss and accuracy of each MTP module by name, the sum of all losses).
 
-    Module k is asked at token i for the target of token i + k, where that is in the same segment and counts.
+    At token i, module k predicts the target of token i + k, if this token is in the same segment and has a loss weight.
 
     Args:
       scores_by_module: `Output.mtp_scores`, with the likeliest tokens.
@@ -122,9 +120,9 @@ def mtp_losses(
 def dpo(
     cfg: ModelConfig, rules: ShardingRules | None = None, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> Objective:
-    """Direct preference optimisation; Rafailov et al. 2023, arXiv:2305.18290.
+    """Direct preference optimization (DPO); Rafailov et al. 2023, arXiv:2305.18290.
 
-    Rows 2n and 2n + 1 are the chosen and the rejected completion of one prompt. The batch also carries
+    Rows 2n and 2n + 1 are the chosen and the rejected completion of one prompt. The batch also has
     `reference_logprobs` [B, T], the frozen model's log-probabilities of the same targets (see `with_reference`).
     Label smoothing e gives conservative DPO: (1 - e) L(delta) + e L(-delta).
     """
@@ -152,13 +150,13 @@ def dpo(
 
 
 def _real_pairs(batch: Batch) -> jax.Array:
-    """[N] float32: 1 where both completions have tokens that count."""
+    """[N] float32: 1 if both completions have tokens with a loss weight."""
     counted_B = jnp.sum(batch["loss_weights"], axis=1)
     return (counted_B.reshape(-1, 2).min(axis=1) > 0).astype(jnp.float32)
 
 
 def _pair_weights(batch: Batch) -> jax.Array:
-    """As `router_weights`, for pairs that count 1: a half for each completion's tokens together."""
+    """As `router_weights`, for pairs of weight 1: each completion's tokens sum to a half."""
     real_BT = (batch["segment_ids"] != 0).astype(jnp.float32)
     half_B = 0.5 * jnp.repeat(_real_pairs(batch), 2) / jnp.maximum(real_BT.sum(axis=1), 1)
     return real_BT * half_B[:, None]

@@ -1,4 +1,4 @@
-"""AdamW, its decay mask and its schedules, on optax; the balancing of experts without a loss."""
+"""AdamW with its decay mask and schedules, on optax; expert balancing without a loss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def learning_rate(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
 
 def adamw(spec: OptimizerSpec, steps: int, cfg: ModelConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, Adam, decay of matrices, the schedule."""
+    """Clipping by the global norm, Adam, weight decay of matrices, the schedule."""
     parts = [clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
     parts += [
         optax.scale_by_adam(spec.b1, spec.b2, spec.eps),
@@ -45,11 +45,11 @@ def adamw(spec: OptimizerSpec, steps: int, cfg: ModelConfig) -> optax.GradientTr
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """As optax has it, of `global_norm`."""
+    """As `optax.clip_by_global_norm`, with this module's `global_norm`."""
 
     def update(updates, state, params=None):
         norm = global_norm(updates)
-        # one number, so that no divided gradients lie in memory
+        # one factor, so that memory holds no divided copy of the gradients
         scale = jnp.where(norm < max_norm, 1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
 
@@ -57,7 +57,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def global_norm(tree) -> jax.Array:
-    """The root of the sum of all squares, float32."""
+    """The square root of the sum of all squares, float32."""
     squares = (cpu.sum_of_squares(x.astype(jnp.float32)) for x in jax.tree.leaves(tree))
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
@@ -65,10 +65,10 @@ def global_norm(tree) -> jax.Array:
 def balance_experts(
     cfg: ModelConfig, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """`optimizer`, but each mixture's `choice_bias` takes steps of its `balance_rate` against its gradient's sign.
+    """`optimizer`, except that each MoE's `choice_bias` steps by `balance_rate` against its gradient's sign.
 
-    That gradient is how much more than its share an expert had to do (see `model.blocks.moe`); it is hidden from
-    `optimizer`, so it counts neither in the clipping norm nor in any moment. Wang et al. 2024, arXiv:2408.15664.
+    This gradient is an expert's load above the mean (see `model.blocks.moe`). `optimizer` does not see it, so it
+    affects neither the clipping norm nor the moments. Wang et al. 2024, arXiv:2408.15664.
     """
     runs = [(stack.name, run) for stack in cfg.stacks for run in stack.runs(cfg.scan)]
     rates = {(*([stack] if stack else []), run.name): _balance_rate(run.block) for stack, run in runs}
@@ -84,7 +84,7 @@ def balance_experts(
         return rates[keys[:1]] if keys[:1] in rates else rates[keys[:2]]
 
     def update(updates, state, params=None):
-        grads = updates  # optax's name for what comes in as for what goes out
+        grads = updates  # optax uses one name for gradients and updates
         hidden = jax.tree_util.tree_map_with_path(
             lambda path, g: jnp.zeros_like(g) if is_choice_bias(path) else g, grads
         )
@@ -103,12 +103,12 @@ def _balance_rate(block: Block) -> float:
     rates = {network.balance_rate for network in block.networks if isinstance(network, MoE)}
     if len(rates) > 1:
         raise ValueError(
-            f"mixtures within one block have different balance_rate {sorted(rates)}; give them one."
+            f"MoE layers within one block have different balance_rate {sorted(rates)}; give them one."
         )
     return rates.pop() if rates else 0.0
 
 
 def decay_mask(cfg: ModelConfig):
-    """True for what decays among what is trained, as each parameter says: matrices, not norms, biases and scalars."""
+    """True for each trained parameter with weight decay: matrices, not norms, biases and scalars."""
     trained, _ = split_trained(param_info(cfg))
     return jax.tree.map(lambda info: info.decays, trained)

@@ -1,4 +1,4 @@
-"""Samples in the loop: what the model writes now."""
+"""Samples during training: continuations of prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.config import SampleSpec
 def draw_samples(
     cfg: ModelConfig, params: Params, tokenizer: Tokenizer, spec: SampleSpec
 ) -> list[dict[str, str]]:
-    """One row {"prompt", "completion"} for each of the spec's prompts."""
+    """A row {"prompt", "completion"} for each prompt of `spec`."""
     prompts = [encode_prompt(tokenizer, prompt, spec.chat) for prompt in spec.prompts]
     completions = generate(
         cfg,

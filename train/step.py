@@ -1,4 +1,4 @@
-"""The train step: any objective, any optimizer, on the mesh that is set."""
+"""The train step: any objective, any optimizer, on the current mesh."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Metrics = dict[str, WeightedSum]
 
 @flax.struct.dataclass
 class TrainState:
-    step: jax.Array  # int32, steps taken, the skipped ones too
+    step: jax.Array  # int32, steps taken, including skipped ones
     params: Params
     opt_state: optax.OptState
     skipped: jax.Array  # int32, steps whose loss or gradient was not finite
-    rng: jax.Array  # uint32 [2], the data of a key; a step's own is this one with the step folded in
+    rng: jax.Array  # uint32 [2], key data; fold in `step` for a step's key
 
 
 def new_state(params: Params, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
     opt_state, zero = optimizer.init(split_trained(params)[0]), lambda: jnp.zeros((), jnp.int32)
-    # two zeros: a buffer that is donated can be one array of the state only
+    # two zeros, because two arrays of a donated state cannot share a buffer
     return TrainState(zero(), params, opt_state, zero(), jax.random.key_data(jax.random.key(seed)))
 
 
@@ -45,16 +45,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step as a pure function; jit it with the state donated.
 
-    A model with adapters trains them alone: other parameters have no gradient and no optimizer state. A step whose loss
-    or gradient is not finite changes neither parameters nor optimizer, and counts in `skipped`. A step in which no
-    token counts changes nothing either: momentum alone would move the parameters without any signal.
+    A model with adapters trains only them: other parameters have no gradient and no optimizer state. If the loss or the
+    gradient is not finite, parameters and optimizer state stay as they are, and `skipped` counts the step. They also
+    stay if no token has a loss weight: momentum would move the parameters without any signal.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, rest = split_trained(state.params)
         trainable_loss = lambda trained, batch: objective(join(trained, rest), batch)
         grads, (loss, metrics) = accumulate(trainable_loss, trained, batch, microbatches, rules)
-        # divided where they are read, so that no second copy of the gradient is in memory
+        # divided at each use, so that memory holds no second copy of the gradients
         share = 1 / jnp.maximum(loss.weight, 1e-9)
         mean_grads = lambda: jax.tree.map(lambda g: g * share, grads)
         grad_norm = global_norm(mean_grads())
@@ -82,7 +82,7 @@ def _update(
     params: Params,
     opt_state: optax.OptState,
 ):
-    """(new parameters, new optimizer state); the old ones unless `take_step`."""
+    """(new parameters, new optimizer state), or the old ones if `take_step` is false."""
     keep = functools.partial(jax.tree.map, functools.partial(jnp.where, take_step))
 
     def new_params(opt_state):
@@ -96,9 +96,9 @@ def _update(
 def accumulate(
     objective: Objective, params: Params, batch: Batch, microbatches: int, rules: ShardingRules | None = None
 ) -> tuple[Params, tuple[WeightedSum, Metrics]]:
-    """The gradient of the summed loss, and the loss and metrics, added up over equal parts of the batch.
+    """The gradient of the summed loss, the loss and the metrics, summed over equal parts of the batch.
 
-    Nothing is divided here: sums and weights add up, and the step divides once.
+    Nothing is divided here; the step divides once.
     """
 
     def total(params, part):

@@ -1,4 +1,4 @@
-"""A train state on disk: restored onto whatever mesh there is now, or made new."""
+"""Saves train states, and restores them onto the current mesh."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from train.step import TrainState, new_state
 
 
 class StateStore:
-    """The `checkpoints/` of a run that trains; each also holds the model's config and the tokenizer."""
+    """The `checkpoints/` of a training run; each also holds the model config and the tokenizer."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class StateStore:
     def restore_or_init(
         self, initial_params: Callable[[], Params], optimizer: optax.GradientTransformation, seed: int = 0
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The newest checkpoint's state and what was saved beside it, or a new state and {}."""
+        """(state, progress) of the newest checkpoint, or (a new state, {})."""
         step = self._checkpoints.latest_step()
         params = initial_params() if step is None else model.param_shapes(self._cfg)
         abstract = jax.eval_shape(lambda p: new_state(p, optimizer, seed), params)
@@ -56,15 +56,15 @@ class StateStore:
         wanted = jax.tree.map(
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
         )
-        kept = self._checkpoints.kept_beside(step)
-        beside = {name: value for name, value in _all_but_params(wanted).items() if name in kept}
+        saved = self._checkpoints.names_beside_params(step)
+        beside = {name: value for name, value in _all_but_params(wanted).items() if name in saved}
         params, rest, progress = self._checkpoints.restore(step, wanted.params, beside)
-        if "rng" not in kept:  # a checkpoint of an earlier version of this code
+        if "rng" not in saved:  # checkpoints of earlier versions have none
             rest["rng"] = jax.device_put(jax.random.key_data(jax.random.key(seed)), wanted.rng.sharding)
         return TrainState(params=params, **rest), progress
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
-        """Start writing; `progress` (JSON-able) is what else a resumed run must know."""
+        """Start writing; `progress` (JSON) is what else a resumed run needs."""
         rest = _all_but_params(state)
         self._checkpoints.save(
             step, self._cfg, state.params, rest, {"step": step} | progress, self._tokenizer_files
@@ -75,16 +75,16 @@ class StateStore:
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this folder can go on from a complete checkpoint."""
+    """Whether this folder has a complete checkpoint to resume from."""
     folder = workdir / "checkpoints"
     return folder.is_dir() and bool(complete_steps(folder))
 
 
 def check_reference(workdir: Path, source: str, params: Params) -> None:
-    """Note which model a run compares with; when it goes on, it must be the same one.
+    """Record the reference model of a run; a resumed run must have the same one.
 
     Raises:
-      ConfigError: `source` now holds another model than when the run began.
+      ConfigError: `source` holds another model than at the run's start.
     """
     path, found = workdir / "reference.json", fingerprint(params)
     if not path.exists():
@@ -96,13 +96,13 @@ def check_reference(workdir: Path, source: str, params: Params) -> None:
     if noted["fingerprint"] != found:
         raise ConfigError(
             f"{source} is not the reference that this run began with ({noted['source']}, fingerprint "
-            f"{noted['fingerprint']}; now {found}). Give config.init_from the old model, or begin anew in another "
-            "--workdir."
+            f"{noted['fingerprint']}; now {found}). Give config.init_from the old model, or start a new run in "
+            "another --workdir."
         )
 
 
 def fingerprint(params: Params) -> str:
-    """Of all names, shapes and bits; the same on any mesh and in any layout of the devices."""
+    """A hash of all names, shapes and bits; the same on any mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     sums = jax.device_get(jax.jit(lambda leaves: [_weighed_bits(x) for x in leaves])([x for _, x in leaves]))
     parts = [
@@ -113,7 +113,7 @@ def fingerprint(params: Params) -> str:
 
 
 def _weighed_bits(x: jax.Array) -> jax.Array:
-    """uint32: the sum of all bit patterns, each times an odd number that depends on its place, modulo 2^32."""
+    """uint32: the sum of all bit patterns modulo 2^32, each times an odd number that depends on its index."""
     bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
     place = jnp.full(x.shape, 0x9E3779B9, jnp.uint32)
     for axis in range(x.ndim):
@@ -123,7 +123,7 @@ def _weighed_bits(x: jax.Array) -> jax.Array:
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """What `tokenizer.save` writes, by relative name."""
+    """The files that `tokenizer.save` writes, by relative path."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         root = Path(folder)

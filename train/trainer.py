@@ -47,7 +47,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclasses.dataclass
 class Setup:
-    """What a run is made of once the config has been understood."""
+    """The parts of a run, built from its config."""
 
     config: TrainConfig
     cfg: ModelConfig
@@ -55,23 +55,23 @@ class Setup:
     mesh: Mesh
     optimizer: optax.GradientTransformation
     objective: objectives.Objective
-    prepare: Callable[[dict], dict]  # a placed batch to the batch that the objective takes
+    prepare: Callable[[dict], dict]  # maps a placed batch to the objective's batch
     initial_params: Callable[[], Any]
 
 
 def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dict[str, Any]:
-    """Train until `config.steps`, from the newest checkpoint in `workdir` when there is one.
+    """Train until `config.steps`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
-      stop_at: leave after this step as an interruption would (the schedule still spans `config.steps`).
+      stop_at: stop after this step like an interruption; the schedule still spans `config.steps`.
 
     Returns:
       final figures: step, loss, tokens_per_second, mfu, and the last validation metrics.
 
     Raises:
       TrainingDiverged: `config.max_bad_steps` steps in a row were not finite.
-      Stopped: SIGTERM came; the step in hand is saved.
-      ValueError: the mesh, the data or the model do not fit together; says how to mend it.
+      Stopped: after SIGTERM; the current step is saved.
+      ValueError: mesh, data and model do not fit together; says how to fix it.
     """
     prepare_compiler()
     setup = prepare_run(config, Path(workdir))
@@ -80,7 +80,7 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
 
 
 def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
-    """What the config means; a run that has begun in `workdir` has its model and tokenizer from there."""
+    """Build a run; one that has begun in `workdir` takes its model and tokenizer from there."""
     mesh = make_mesh(config.mesh)
     begun = workdir if workdir is not None and has_checkpoint(workdir) else None
     source = begun or config.tokenizer or config.init_from
@@ -96,14 +96,14 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
             raise configs.ConfigError("config.adapters adapt a model: give config.init_from.")
         cfg = config.model.build(tokenizer.vocab_size, config.run)
         if begun is not None:
-            check_same_model(config.run.of(model.load_config(begun)), cfg, begun, config.model)
+            check_same_model(config.run.apply_to(model.load_config(begun)), cfg, begun, config.model)
     else:
-        cfg = config.run.of(model.load_config(begun or config.init_from))
+        cfg = config.run.apply_to(model.load_config(begun or config.init_from))
         if begun is not None and adapters is not None:
             if cfg.adapters != adapters:
                 raise configs.ConfigError(
                     f"{begun} trains {cfg.adapters or 'no adapters'}, and config.adapters asks for {adapters}. Give "
-                    "the old values, or begin anew in another --workdir."
+                    "the old values, or start a new run in another --workdir."
                 )
             cfg = cfg.replace(adapters=None)
     base_cfg, cfg = cfg, cfg if adapters is None else _with_adapters(config, cfg, adapters)
@@ -158,7 +158,7 @@ def _with_adapters(config: TrainConfig, cfg: ModelConfig, adapters: LoRA) -> Mod
     if not any(map(is_adapter, paths)):
         names = sorted({"/".join(within_block(path)) for path in paths if len(path) > 1})
         raise configs.ConfigError(
-            f"config.adapters.targets={adapters.targets}: no linear map of the model is named so. Its parameters are "
+            f"config.adapters.targets={adapters.targets}: no linear map of the model matches. Its parameters are "
             f"{', '.join(names)}."
         )
     return with_them
@@ -169,7 +169,7 @@ def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:
     over_batch = any(isinstance(n, MoE) and n.balance_over == "batch" and n.balance_loss for n in networks)
     if over_batch and config.microbatches > 1:
         raise configs.ConfigError(
-            f"balance_over='batch' evens the load of a whole batch, and config.microbatches={config.microbatches} "
+            f"balance_over='batch' balances the load of a whole batch, and config.microbatches={config.microbatches} "
             "cuts it. Set config.microbatches=1, or balance_over='document'."
         )
 
@@ -181,7 +181,7 @@ def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
     if config.data.batch_size % unit:
         raise configs.ConfigError(
             f"config.data.batch_size={config.data.batch_size} is not a multiple of {unit} = data*fsdp devices ({ways}) "
-            f"* microbatches ({config.microbatches}) * rows a unit ({rows}). Use "
+            f"* microbatches ({config.microbatches}) * rows an example ({rows}). Use "
             f"{max(unit, config.data.batch_size // unit * unit)}."
         )
     if not config.data.mixture:
@@ -227,7 +227,9 @@ class _Run:
                 batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
                 self.state, metrics = self.train_step(self.state, batch)
                 self.examples += config.data.batch_size
-                if pending is not None:  # the step before: the host never waits for the one just started
+                if (
+                    pending is not None
+                ):  # metrics of the step before, so the host never waits for the current one
                     bad_in_a_row = self._count_bad(window.add(pending), bad_in_a_row)
                 pending = metrics
                 if step % config.log_every == 0 or step == stop_at:
@@ -238,7 +240,7 @@ class _Run:
                     self.log.write(step, "train", last)
                     self._show(progress, step, last)
                 with clock.paused():
-                    self._occasionally(step, stop_at)
+                    self._periodic(step, stop_at)
                 if self.stopping:
                     break
         if start == config.steps:  # all steps are saved; the last validation may have been cut short
@@ -250,9 +252,9 @@ class _Run:
             raise Stopped(f"stopped after step {int(self.state.step)}; the same command goes on from here.")
         return final | {"step": int(self.state.step)} | clock.overall()
 
-    def _occasionally(self, step: int, stop_at: int) -> None:
+    def _periodic(self, step: int, stop_at: int) -> None:
         config, end = self.config, step == self.config.steps
-        # Saved first: nothing that fails below may lose the steps.
+        # Save first, so that a failure below loses no steps.
         if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
             self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
         if end or (config.validate_every and step % config.validate_every == 0):
@@ -332,13 +334,13 @@ class _Run:
 
 
 class _Rate:
-    """Tokens a second and MFU between log lines and overall, without the time of validation and checkpoints."""
+    """Tokens a second and MFU, between log lines and overall; validation and checkpoints do not count."""
 
     def __init__(self, setup: Setup):
         spec = setup.config.data
         self._tokens = spec.batch_size * spec.seq_len
-        foretells = setup.config.objective == "lm" and setup.config.mtp_weight
-        computed = setup.cfg if foretells else setup.cfg.replace(mtp=None)
+        trains_mtp = setup.config.objective == "lm" and setup.config.mtp_weight
+        computed = setup.cfg if trains_mtp else setup.cfg.replace(mtp=None)
         self._flops, self._devices = train_flops_per_token(computed, spec.seq_len), setup.mesh.size
         self._mark, self._steps = time.monotonic(), 0
         self._seconds, self._counted = 0.0, 0
@@ -346,7 +348,7 @@ class _Rate:
     def tick(self, steps: int) -> dict[str, float]:
         now, done = time.monotonic(), steps - self._steps
         seconds = now - self._mark
-        if self._steps:  # the first window holds the compilation
+        if self._steps:  # the first window includes compilation
             self._seconds, self._counted = self._seconds + seconds, self._counted + done
         self._mark, self._steps = now, steps
         return self._figures(done, seconds)
@@ -373,17 +375,17 @@ class _Rate:
 
 
 class Preemption:
-    """Within it, SIGTERM (a preemption notice) sets `run.stopping`: save and leave after the step in hand."""
+    """While active, SIGTERM (a preemption notice) makes the run save and stop after the current step."""
 
     def __init__(self, run: Any):
         self._run = run
 
     def __enter__(self):
-        def ask(*_):
+        def stop(*_):
             self._run.stopping = True
 
         try:
-            self._old = signal.signal(signal.SIGTERM, ask)
+            self._old = signal.signal(signal.SIGTERM, stop)
         except ValueError:  # not the main thread
             self._old = None
 
@@ -393,7 +395,7 @@ class Preemption:
 
 
 def save_config(config: Any, workdir: Path) -> None:
-    """Write config.json; say what differs from the one that the run began with."""
+    """Write config.json; print what differs from the run's previous config."""
     path, new = workdir / "config.json", configs.to_dict(config)
     if path.exists():
         old = _flat(json.loads(path.read_text()))

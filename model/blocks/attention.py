@@ -36,8 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Temperature:
-    """Queries grow with their position, 1 + amount * ln(1 + floor((position + 1) / every)): Llama 4, layers without
-    rotary positions."""
+    """Llama 4, layers without rope: multiplies queries by 1 + amount * ln(1 + floor((position + 1) / every))."""
 
     every: float
     amount: float
@@ -58,25 +57,24 @@ class Attention:
     rope: Rope | None = Rope()
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Norm | None = None  # of queries and keys
-    # over what qk_norm takes its mean, and what has a scale of its own: each head, with one scale for all heads; each
-    # head with its own scale; all heads together
+    qk_norm: Norm | None = None  # applied to queries and keys
+    # what qk_norm normalizes: each head with one shared scale, each head with its own scale, or all heads together
     qk_norm_over: Literal["head", "own head", "all heads"] = "head"
-    qk_norm_first: bool = True  # before the rotation
-    window: int | None = None  # a token sees itself and the window - 1 tokens before it; None: all before it
-    chunk: int | None = None  # a token sees its own chunk of so many positions
+    qk_norm_first: bool = True  # before rotary positions
+    window: int | None = None  # tokens that a token sees, itself included; None: all before it
+    chunk: int | None = None  # a token sees only its own chunk of this many positions
     alibi: Alibi | None = None
     relative: RelativeBias | None = None
-    causal: bool = True  # False: an encoder, whose tokens see those after them too; has no cache
-    scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    causal: bool = True  # False: tokens also see later tokens (an encoder, without a cache)
+    scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
     softcap: float | None = None
     sinks: bool = False
     clip_qkv: float | None = None  # queries, keys and values stay within +-clip_qkv
     clip_first: bool = True  # before qk_norm
-    gate: bool = False  # what each head found times the sigmoid of a projection of what it read
+    gate: bool = False  # multiplies each head's output by the sigmoid of a projection of x
     temperature: Temperature | None = None
-    key_scale: float = 1.0  # muP: of the keys
-    # "provide": later layers may use this layer's keys and values; "reuse": this one uses those of the last that does
+    key_scale: float = 1.0  # muP: multiplies the keys
+    # "provide": later layers may use this layer's keys and values; "reuse": uses those of the last providing layer
     kv_sharing: Literal["none", "provide", "reuse"] = "none"
 
     def __post_init__(self):
@@ -91,8 +89,8 @@ class Attention:
                 raise ValueError(f"{name}={value}: a token sees at least itself, so give 1 or more, or None.")
         if self.rope is not None and self.rope.rotated(self.head_dim) % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} leaves an odd number of channels to rotate; rotary positions turn pairs, "
-                "so use an even width."
+                f"head_dim={self.head_dim} leaves an odd number of channels to rotate; rotary positions rotate "
+                "pairs, so use an even width."
             )
 
         if self.relative is not None and self.alibi is not None:
@@ -104,7 +102,7 @@ class Attention:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Empty pages: {"k", "v"} of [N, Z, K * C]; none where another layer's are reused."""
+        """Empty pages {"k", "v"} of [N, Z, K * C]; none if another layer's are reused."""
         if self.kv_sharing == "reuse":
             return {}
         return key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
@@ -116,16 +114,16 @@ class Attention:
         return Mask(self.causal, self.window, self.chunk)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        """Mean FLOPs of the forward pass over a row of `seq_len` tokens."""
         kv_heads = 0 if self.kv_sharing == "reuse" else self.num_kv_heads
         projections = 2 * width * self.head_dim * ((2 + self.gate) * self.num_heads + 2 * kv_heads)
-        reach = min(self.mask().span() or seq_len, seq_len)
+        span = min(self.mask().span() or seq_len, seq_len)
         if not self.causal:
-            seen = float(min(2 * reach - 1, seq_len))
-        elif self.chunk is not None and reach == self.chunk:
-            seen = (reach + 1) / 2
-        else:  # token i sees min(i, reach) tokens
-            seen = reach * (seq_len - (reach - 1) / 2) / seq_len
+            seen = float(min(2 * span - 1, seq_len))
+        elif self.chunk is not None and span == self.chunk:
+            seen = (span + 1) / 2
+        else:  # token i sees min(i, span) tokens
+            seen = span * (seq_len - (span - 1) / 2) / seq_len
         return projections + 2 * 2 * seen * self.num_heads * self.head_dim
 
 
@@ -155,7 +153,7 @@ class AttentionModule(nn.Module):
         if spec.kv_sharing == "provide":
             carry = carry.update(Carry(shared_kv=dict(keys_values)))
         if spec.gate:
-            gates = {"gate": "how much of each head's finding goes on"}
+            gates = {"gate": "gate: scales each head's output"}
             out_BTHC = out_BTHC * nn.sigmoid(project_heads(self, x_BTD, gates)["gate"])
         return combine_heads(self, out_BTHC), cache, Report(carry=carry)
 
@@ -164,7 +162,7 @@ class AttentionModule(nn.Module):
         return q_BTHC if temperature is None else temperature(q_BTHC, info.positions)
 
     def _keys_values(self, projected: dict[str, jax.Array], info: TokenInfo) -> dict[str, jax.Array]:
-        """{"k", "v"} of these tokens; where another layer's are reused, what that layer attends to."""
+        """{"k", "v"} of these tokens, or the reused ones of an earlier layer."""
         spec = self.spec
         if spec.kv_sharing == "reuse":
             if info.carry.shared_kv is None:
@@ -176,7 +174,7 @@ class AttentionModule(nn.Module):
         return {"k": k_BTKC, "v": self._clip(projected["v"])}
 
     def _placed(self, name: str, x_BTHC: jax.Array, axis: str, info: TokenInfo) -> jax.Array:
-        """Queries or keys, cut, normalised and rotated."""
+        """Queries or keys, clipped, normalized and rotated."""
         spec = self.spec
         if spec.clip_first:
             x_BTHC = self._clip(x_BTHC)
@@ -203,7 +201,7 @@ class AttentionModule(nn.Module):
         )
 
     def _relative_bias(self, info: TokenInfo) -> Carry:
-        """The table of `spec.relative`, this block's own or that of an earlier block."""
+        """The table of `spec.relative`, this block's own or an earlier block's."""
         spec = self.spec
         if spec.relative is None:
             return Carry()
@@ -214,14 +212,14 @@ class AttentionModule(nn.Module):
                 )
             return Carry(relative_bias=info.carry.relative_bias)
         shape, init = (spec.relative.buckets, spec.num_heads), nn.initializers.normal(self.ctx.width**-0.5)
-        role = "a number for each range of distances: what attention adds to its scores"
+        role = "what attention adds to its scores at each range of distances"
         declared = self.ctx, "relative", shape, ("norm", "heads"), init, 0, role
         return Carry(relative_bias=param(self, *declared, decay=False))
 
     def _scores(self, carry: Carry) -> Scores:
         spec, sinks_H, bias = self.spec, None, None
         if spec.sinks:
-            role = "a score a head that takes a share of its attention and gives nothing"
+            role = "one score a head that takes a share of the attention and adds no value"
             declared = "sinks", (spec.num_heads,), ("heads",), nn.initializers.zeros
             sinks_H = param(self, self.ctx, *declared, role=role)
         if spec.alibi is not None:
@@ -240,8 +238,10 @@ KEYS_VALUES = {
 
 
 def project_heads(module: Any, x_BTD: jax.Array, roles: Mapping[str, str]) -> dict[str, jax.Array]:
-    """[B, T, D] to {name: [B, T, H or K, C]} for each map that `roles` names, by the `head_dim` and `qkv_bias` of the
-    module's spec: "k" and "v" are of its key/value heads, others of its query heads."""
+    """Projects [B, T, D] to {name: [B, T, H or K, C]} for each name of `roles`.
+
+    "k" and "v" have the key/value heads of the module's spec, the others its query heads.
+    """
     spec, ctx = module.spec, module.ctx
     axes = {name: "kv_heads" if name in ("k", "v") else "heads" for name in roles}
     heads = {"heads": spec.num_heads, "kv_heads": spec.num_kv_heads}
@@ -256,9 +256,9 @@ def project_heads(module: Any, x_BTD: jax.Array, roles: Mapping[str, str]) -> di
 
 
 def combine_heads(
-    module: Any, out_BTHC: jax.Array, role: str = "adds the heads' findings to the residual stream"
+    module: Any, out_BTHC: jax.Array, role: str = "adds the heads' outputs to the residual stream"
 ) -> jax.Array:
-    """What the heads found, as wide as the model."""
+    """Projects the heads' outputs to the model's width."""
     return linear_out(module, out_BTHC, ("heads", "head_dim"), role, bias=module.spec.out_bias)
 
 
@@ -270,7 +270,7 @@ def sow_weights(
     mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> None:
-    """Sows the attention weights for `model.inspect.trace`; does nothing outside a trace."""
+    """Sows attention weights for `model.inspect.trace`; outside a trace it does nothing."""
     if module.is_mutable_collection("intermediates"):
         weights = self_attention_weights(q_BTHC, k_BTKC, info.positions, info.segment_ids, mask, scores)
         module.sow("intermediates", "attention", weights)
@@ -289,7 +289,7 @@ def key_value_pages(
 
 
 def write_pages(cache: dict, new: dict[str, jax.Array], info: TokenInfo) -> dict:
-    """Put each token's [B, T, ...] values into its page and slot; a page out of range takes nothing."""
+    """Write each token's [B, T, ...] values to its page and slot; a token with a page out of range is not written."""
     return pages.write(cache, new, cast(jax.Array, info.write_page), cast(jax.Array, info.write_slot))
 
 
@@ -299,16 +299,16 @@ def read_pages(cache: dict, name: str, info: TokenInfo, heads: int, dtype: jnp.d
 
 
 def with_spans(mask: Mask, info: TokenInfo) -> Mask:
-    """The mask with what the inputs say of prefixes and spans."""
+    """The mask with the prefixes and spans of the inputs."""
     if info.prefix is None and info.spans is None:
         return mask
     return dataclasses.replace(mask, prefix=info.prefix, spans_BT=info.spans)
 
 
 def sees_slots(info: TokenInfo, mask: Mask, num_slots: int) -> jax.Array:
-    """Which slots of its row each token sees, [B, T, S] bool. A slot holds the position of its number.
+    """Which slots of its row each token sees, [B, T, S] bool; slot s holds position s.
 
-    A prefix, or a span, must be given in one call: slots that are not yet written have no keys to see.
+    One call must hold a whole prefix or span, because slots that are not yet written have no keys.
     """
     slot_S = jnp.arange(num_slots)
     mask_BTS = mask.allows(info.positions[:, :, None], slot_S)
@@ -334,17 +334,17 @@ def attend_pages(
     scores: Scores,
     rules: ShardingRules | None,
 ) -> tuple[jax.Array, dict]:
-    """(what tokens find in their rows, [B, T, H, E], the cache with them).
+    """Attention of new tokens to their rows of the cache: (output [B, T, H, E], the cache with the new tokens).
 
-    On TPUs by the kernel. Rows are gathered elsewhere, and for what the kernel can't do: scores with a bias, masks with
-    a prefix or spans, and tokens that don't follow on those in the cache.
+    TPUs run the kernel. Other platforms gather rows, and so do TPUs where the kernel cannot serve: scores with a bias,
+    masks with a prefix or spans, and tokens that do not directly follow those in the cache.
 
     Args:
-      new: what `kv_layout` names, of these tokens; None: the cache holds them already.
+      new: the arrays that `kv_layout` names, for these tokens; None: the cache holds them already.
     """
     if backend.current().name == "tpu":
-        follows_on = info.cached is not None and info.page_table is not None
-        if scores.bias is None and follows_on and not mask.listed():
+        plain = scores.bias is None and not mask.listed()
+        if plain and info.cached is not None and info.page_table is not None:
             T = q_BTHC.shape[1]
             first_B, count_B = None, jnp.full_like(info.cached, T)
             if info.segment_ids is not None:
@@ -353,8 +353,8 @@ def attend_pages(
                 count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
             rows = info.page_table, info.cached, count_B
             return attend_on_mesh(q_BTHC, new, cache, *rows, kv_layout, mask, scores, rules, first_B)
-        say_that_rows_are_gathered(
-            "The kernel has no biases of the scores, no prefix and no spans, and its tokens follow on the cached ones."
+        log_gathered_rows(
+            "The kernel has no score biases, no prefix and no spans, and its tokens directly follow the cached ones."
         )
     if new is not None:
         cache = write_pages(cache, new, info)
@@ -366,6 +366,6 @@ def attend_pages(
 
 
 @functools.cache
-def say_that_rows_are_gathered(why: str) -> None:
-    """Once: attention to a cache does without the kernel for TPUs."""
-    _log.warning("Some attention to a cache gathers whole rows, in memory and in time. %s", why)
+def log_gathered_rows(why: str) -> None:
+    """Log once that attention to a cache runs without the TPU kernel."""
+    _log.warning("Some attention to a cache gathers whole rows, which costs memory and time. %s", why)

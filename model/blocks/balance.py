@@ -1,6 +1,6 @@
-"""How even a router's choices are, token by token, so that sums of it over parts of a batch add up to the batch's.
+"""The load-balance loss of a router, token by token, so that sums over parts of a batch add up to the batch's.
 
-Fedus et al. 2021, arXiv:2101.03961; over one document at a time as in DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
+Fedus et al. 2021, arXiv:2101.03961; for each document as in DeepSeek-V3, arXiv:2412.19437, section 2.1.2.
 """
 
 # B batch, T tokens, E choices (experts, or numbers of recursions)
@@ -18,7 +18,7 @@ Over = Literal["document", "batch"]
 
 
 def token_weights(info: TokenInfo, real_BT: jax.Array) -> jax.Array:
-    """[B, T] float32: how much each token counts in what blocks add to the loss; 0 for padding."""
+    """[B, T] float32: each token's weight in the losses of blocks; 0 for padding."""
     weights_BT = jnp.ones(real_BT.shape, jnp.float32) if info.weights is None else info.weights
     return jnp.where(real_BT, weights_BT, 0.0)
 
@@ -28,8 +28,8 @@ def balance_of_tokens(
 ) -> jax.Array:
     """[B, T] float32: E * sum_e load_e * probability_e, with the load of the token's document (or of the whole batch).
 
-    Its mean over a document is the number of choices a token where both are even, more where what is chosen often is
-    also probable. The gradient goes through the probabilities.
+    Its mean over a document is the number of choices a token for even loads and probabilities, and larger if frequent
+    choices are also probable. The gradient goes through the probabilities.
 
     Args:
       counts_BTE: how often each token made each choice.
@@ -45,7 +45,7 @@ def balance_of_tokens(
 
 
 def document_mean(x_BTE: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-    """[B, T, E]: the mean of `x` over the document of each token, by differences of running sums."""
+    """[B, T, E]: the mean of `x` over each token's document, from differences of running sums."""
     T, at_T = segment_ids_BT.shape[1], jnp.arange(segment_ids_BT.shape[1])
     change_BT = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     starts_BT = jnp.pad(change_BT, ((0, 0), (1, 0)), constant_values=True)

@@ -1,4 +1,4 @@
-"""The block, a model's unit of depth: a mixer of tokens and a network for each token, in residual connections."""
+"""The block, a model's unit of depth: a token mixer and a feed-forward network with residual connections."""
 
 # B batch, T tokens, D model width
 
@@ -20,45 +20,45 @@ from model.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """x + mixer(norm(x)), then, in a decoder with an encoder, x + cross(norm(x)), then x + ffn(norm(x)).
+    """x + mixer(norm(x)), then x + cross(norm(x)) if the model has an encoder, then x + ffn(norm(x)).
 
-    Norms may be elsewhere: on the results of mixer and network before they are added (`post_norm`; with `norm` as well
-    the sandwich of Gemma 2, without it OLMo 2), or on the sums (`sum_norm`: BERT; with a `skip_scale` DeepNorm).
+    `post_norm` normalizes the outputs of mixer and network before they are added (OLMo 2; together with `norm`, Gemma
+    2's sandwich). `sum_norm` normalizes the sums (BERT; with a `skip_scale`, DeepNorm).
     """
 
     mixer: Any = None  # a `Mixer` of model.blocks.common; None: the block is a network alone
     ffn: Any = None  # a `FeedForward`; None: the block is a mixer alone
     norm: Norm | None = RMSNorm()
-    norm_mixer: bool = True  # False: the mixer reads x itself (ModernBERT's first block: the embedding has a norm)
+    norm_mixer: bool = True  # False: no norm before the mixer (ModernBERT's first block)
     post_norm: Norm | None = None
     sum_norm: Norm | None = None
     residual: Residual | ParallelResidual | HyperConnections = Residual()
-    cross: CrossAttention | None = None  # to the encoder of `ModelConfig.encoder`
+    cross: CrossAttention | None = None  # attends to `ModelConfig.encoder`
 
     def __post_init__(self):
         if self.mixer is None and self.ffn is None:
             raise ValueError("a block needs a mixer or a network, and both are None.")
         parallel = self.residual.parallel
         if self.cross is not None and parallel != "no":
-            raise ValueError(f"a parallel residual ({parallel}) has no place for cross attention.")
+            raise ValueError(f"a parallel residual ({parallel}) does not support cross attention.")
         if parallel != "no" and (self.mixer is None or self.ffn is None):
             raise ValueError(f"a parallel residual ({parallel}) needs a mixer and a network.")
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """Mixer, cross attention and network, those that there are."""
+        """The mixer, cross attention and network that the block has."""
         return tuple(part for part in (self.mixer, self.cross, self.ffn) if part is not None)
 
     @property
     def networks(self) -> tuple[FeedForward, ...]:
-        """Its feed-forward network, and those of blocks within it."""
+        """Its feed-forward network and those of nested blocks."""
         inside = (network for block in getattr(self.mixer, "blocks", ()) for network in block.networks)
         return *(() if self.ffn is None else (self.ffn,)), *inside
 
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """The mixer's empty state; that of cross attention is apart."""
+        """The mixer's empty state; `cross` has its own `init_cache`."""
         return {} if self.mixer is None else self.mixer.init_cache(num_pages, page_size, num_rows, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
@@ -66,19 +66,18 @@ class Block:
         return {} if self.mixer is None else self.mixer.cache_axes()
 
     def active_share(self, path: str) -> float:
-        """Share of a parameter, by its path within the block, that one token uses."""
+        """The share of a parameter that one token uses; `path` is within the block."""
         part, _, rest = path.partition("/")
         of_part = getattr(getattr(self, part, None), "active_share", None)
         return 1.0 if of_part is None else of_part(rest)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        """Mean FLOPs of the forward pass over a row of `seq_len` tokens."""
         mixed = self.mixer.flops_per_token(width, seq_len) if self.mixer else 0
         crossed = self.cross.flops_per_token(width, seq_len) if self.cross else 0
         return mixed + crossed + (self.ffn.flops_per_token(width) if self.ffn else 0)
 
 
-# What each norm normalises.
 NORM_ROLES = {
     "mixer_norm": "what the mixer reads",
     "mixer_post_norm": "what the mixer adds",
@@ -98,15 +97,15 @@ class BlockModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, state: dict | None, info: TokenInfo):
-        """(the stream, (the new state, what the block reports and shares)); x is [B, T, D] in a plain residual."""
+        """(x, (new state, `Report`)); x is the residual stream, [B, T, D] for a plain residual."""
         if self.spec.residual.parallel == "no":
-            x, result = self._one_after_the_other(x, state, info)
+            x, result = self._sequential(x, state, info)
         else:
             x, result = self._parallel(x, state, info)
         self.sow("intermediates", "residual", x)
         return x, result
 
-    def _one_after_the_other(self, x: jax.Array, state: dict | None, info: TokenInfo):
+    def _sequential(self, x: jax.Array, state: dict | None, info: TokenInfo):
         spec, ctx, more = self.spec, self._ctx(info), Report()
         new_state = None if state is None else {}
         if spec.mixer is not None:
@@ -141,7 +140,7 @@ class BlockModule(nn.Module):
         return self.spec.residual.connection(self.ctx, f"{part}_residual")
 
     def _ctx(self, info: TokenInfo) -> Context:
-        """What the parts are built with."""
+        """The context of the parts, with the adapters of the rows."""
         return dataclasses.replace(self.ctx, adapter=info.adapter)
 
     def _mixer_norm(self) -> Norm | None:
@@ -164,7 +163,7 @@ class BlockModule(nn.Module):
 
 
 def _part(state: dict | None, *, cross: bool) -> dict | None:
-    """The part of a block's state that its mixer, or its cross attention, has."""
+    """The part of a block's state that belongs to its cross attention, or to its mixer."""
     if state is None:
         return None
     return {key: value for key, value in state.items() if key.startswith("cross_") == cross}

@@ -1,7 +1,7 @@
-"""Running blocks on some of a row's tokens: what mixtures of depths and of recursions share.
+"""Runs blocks on chosen tokens of a row, for mixtures of depths and of recursions.
 
-The chosen tokens move to the front of the row, keep their positions, and see each other alone; afterwards what the
-blocks made of them is added where they came from.
+The chosen tokens move to the front of the row, keep their positions, and see only each other. Then the blocks' changes
+are added at the tokens' places in the row.
 """
 
 # B batch, T tokens, D model width, M chosen tokens a row at most, S slots of a row
@@ -21,14 +21,14 @@ from model.blocks.common import NO_PAGE, Carry, TokenInfo, fan_in_normal, in_flo
 from model.kernels.paged_attention.pages import gather
 from model.weighted import WeightedSum
 
-FILLED = "filled"  # among a state: which slots of the pages hold a token that was chosen
+FILLED = "filled"  # name in a state: which slots of the pages hold a chosen token
 
 
 class Chosen(NamedTuple):
-    """Tokens of a row that go on, in their order, before padding."""
+    """The chosen tokens of a row, in their order, before padding."""
 
-    index_BM: jax.Array  # int32, where each stands in its row
-    real_BM: jax.Array  # bool, the others are padding
+    index_BM: jax.Array  # int32, the index of each in its row
+    real_BM: jax.Array  # bool; False: padding
 
     def take(self, x_BT: jax.Array) -> jax.Array:
         index = self.index_BM.reshape(self.index_BM.shape + (1,) * (x_BT.ndim - 2))
@@ -41,7 +41,7 @@ class Chosen(NamedTuple):
         return x_BTD.at[rows_B1, self.index_BM].add(change_BMD)
 
     def info(self, info: TokenInfo) -> TokenInfo:
-        """That of the chosen tokens."""
+        """The `TokenInfo` of the chosen tokens."""
         real_BM = self.real_BM.astype(jnp.int32)
         segments_BM = real_BM if info.segment_ids is None else self.take(info.segment_ids) * real_BM
         pages: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def real_tokens(info: TokenInfo) -> jax.Array:
 
 
 def choose_positive(scores_BT: jax.Array, real_BT: jax.Array) -> Chosen:
-    """All real tokens whose score is above 0: each token by itself, so that text can be written one by one."""
+    """All real tokens with a positive score. The choice is causal, so it works in decoding."""
     wanted_BT = (scores_BT > 0) & real_BT
     index_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
     return Chosen(index_BT, jnp.take_along_axis(wanted_BT, index_BT, axis=1))
@@ -86,14 +86,16 @@ def choose_best(
     segment_ids_BT: jax.Array | None,
     share: float,
 ) -> Chosen:
-    """Of each document the tokens in `left_BT` with the highest scores, this share of its real tokens, rounded down,
-    whatever else is in the row."""
+    """The tokens in `left_BT` with the highest scores: a share of each document's real tokens, rounded down.
+
+    The choice in a document does not depend on the rest of the row.
+    """
     B, T = scores_BT.shape
     segment_BT = jnp.ones((B, T), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     first_BT = jnp.pad(segment_BT[:, 1:] != segment_BT[:, :-1], ((0, 0), (1, 0)))
     number_BT = jnp.cumsum(first_BT, axis=1)
     document_BT = jnp.where(left_BT, number_BT, T)
-    by_score_BT = jnp.lexsort((-scores_BT, document_BT), axis=1)  # the best of a document first
+    by_score_BT = jnp.lexsort((-scores_BT, document_BT), axis=1)  # a document's best tokens first
     sorted_BT = jnp.take_along_axis(document_BT, by_score_BT, axis=1)
     count = jax.vmap(lambda ids: jnp.bincount(ids, length=T + 1))
     left_BN, real_BN = count(document_BT), count(jnp.where(real_BT, number_BT, T))
@@ -101,7 +103,7 @@ def choose_best(
     most_BT = jnp.floor(share * jnp.take_along_axis(real_BN, sorted_BT, axis=1) + 1e-4)
     best_BT = (jnp.arange(T) - begins_BT < most_BT) & (sorted_BT < T)
     wanted_BT = jnp.zeros((B, T), bool).at[jnp.arange(B)[:, None], by_score_BT].set(best_BT)
-    most = max(1, math.floor(share * T + 1e-4))  # of all documents of a row together
+    most = max(1, math.floor(share * T + 1e-4))  # the sum over a row's documents
     index_BM = jnp.argsort(~wanted_BT, axis=1, stable=True)[:, :most]
     return Chosen(index_BM, jnp.take_along_axis(wanted_BT, index_BM, axis=1))
 
@@ -115,19 +117,19 @@ def membership(chosen: Chosen, length: int) -> jax.Array:
 
 
 def router_scores(module: Any, x_BTD: jax.Array, name: str, role: str) -> jax.Array:
-    """[B, T] float32, a linear map of each token to one number: the parameter `name` [D]."""
+    """[B, T] float32: a linear map of each token to one score, with the parameter `name` [D]."""
     D = x_BTD.shape[-1]
     w_D = param(module, in_float32(module.ctx), name, (D,), ("norm",), fan_in_normal(D), 1, role)
     return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), w_D, precision=jax.lax.Precision.HIGHEST)
 
 
 def check_choosable(block: Block) -> None:
-    """Distances must not matter to a block that some tokens pass by."""
+    """Raises ValueError for a block with windows or distances, which skipped tokens would change."""
     for name in ("window", "alibi", "relative"):
         value = getattr(block.mixer, name, None)
         if value is not None:
             raise ValueError(
-                f"{name}={value} counts tokens that are not there for a block that some pass by. Give the block "
+                f"{name}={value} counts tokens, and this block skips some. Give the block "
                 "attention without it; rotary positions are those of the row."
             )
 
@@ -135,7 +137,7 @@ def check_choosable(block: Block) -> None:
 def init_states(
     block: Block, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
-    """A block's state, and which slots of its pages hold a token."""
+    """A block's state, with the slots of its pages that hold a token."""
     state = block.mixer.init_cache(num_pages, page_size, num_rows, dtype)
     return state | ({FILLED: jnp.zeros((num_pages, page_size), bool)} if has_pages(block) else {})
 
@@ -151,7 +153,7 @@ def has_pages(block: Block) -> bool:
 def run_chosen(
     module: BlockModule, chosen: Chosen, x_BTD: jax.Array, state: dict | None, info: TokenInfo
 ) -> tuple[jax.Array, dict | None, dict]:
-    """[B, M, D] what the block adds to each chosen token, its state, and what it reports."""
+    """(the block's change of each chosen token [B, M, D], its state, its losses and metrics)."""
     of_chosen, filled = chosen.info(info), {}
     if state is not None and FILLED in state:
         filled_NZ, of_chosen = _fill(state[FILLED], info, of_chosen)
@@ -160,9 +162,7 @@ def run_chosen(
     read_BMD = chosen.take(x_BTD)
     made_BMD, (state, more) = module(read_BMD, state, of_chosen)
     aux = more.aux
-    if (
-        "loss" in aux
-    ):  # a mean over all tokens, not over those that came here: so sums of parts of a batch add up
+    if "loss" in aux:  # a mean over all tokens, not over the chosen ones, so that parts of a batch add up
         parts = aux["loss"].weight / jnp.maximum(token_weights(of_chosen, chosen.real_BM).sum(), 1e-9)
         everyone = token_weights(info, real_tokens(info)).sum()
         aux = aux | {"loss": WeightedSum(aux["loss"].total, parts * everyone)}
@@ -170,9 +170,9 @@ def run_chosen(
 
 
 def _fill(filled_NZ: jax.Array, info: TokenInfo, of_chosen: TokenInfo) -> tuple[jax.Array, TokenInfo]:
-    """The slots that now hold a token, and the chosen tokens' info with it.
+    """(the slots that hold a token after this call, the chosen tokens' info with them).
 
-    Every real token writes whether it was chosen, so that a page that was another row's says nothing of that row.
+    Every real token writes whether it was chosen, which clears what an earlier row left in a page.
     """
     filled_NZ = filled_NZ.at[info.write_page, info.write_slot].set(False, mode="drop")
     filled_NZ = filled_NZ.at[of_chosen.write_page, of_chosen.write_slot].set(True, mode="drop")

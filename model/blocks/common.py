@@ -1,4 +1,4 @@
-"""What every block module needs of the model around it, and how it declares a parameter."""
+"""What all blocks share: the protocols of mixers and networks, the context, token information, and `param`."""
 
 # B batch, T tokens, D model width
 
@@ -22,10 +22,10 @@ from model.weights import Weight, is_quantized
 
 
 class Mixer(Protocol):
-    """What mixes tokens with each other: attention, or a recurrence."""
+    """A part that mixes tokens: attention or a recurrence."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with (x_BTD, info, cache or None); gives (y_BTD, cache), or (y_BTD, cache, `Report`)."""
+        """A module that maps (x_BTD, info, cache or None) to (y_BTD, cache) or (y_BTD, cache, `Report`)."""
         ...
 
     def init_cache(
@@ -33,18 +33,17 @@ class Mixer(Protocol):
     ) -> dict[str, jax.Array]: ...
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Logical axes of `init_cache`: those of keys and values begin with "pages", "slots", those of a recurrent
-        state with "rows"."""
+        """Logical axes of `init_cache`. Keys and values start with "pages", "slots"; recurrent states with "rows"."""
         ...
 
     def flops_per_token(self, width: int, seq_len: int) -> float: ...
 
 
 class FeedForward(Protocol):
-    """What works on each token alone."""
+    """A part that maps each token by itself."""
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with (x_BTD, info); gives (y_BTD, aux)."""
+        """A module that maps (x_BTD, info) to (y_BTD, aux)."""
         ...
 
     def flops_per_token(self, width: int) -> float: ...
@@ -52,48 +51,46 @@ class FeedForward(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The model-wide settings that a block's module is built with."""
+    """The model-wide settings of a block's module."""
 
     width: int
     num_blocks: int
-    dtype: jnp.dtype  # of the computation
-    param_dtype: jnp.dtype  # of freshly made parameters
+    dtype: jnp.dtype  # of activations
+    param_dtype: jnp.dtype  # of new parameters
     rules: ShardingRules | None = None
-    scan: bool = False  # equal neighbours among blocks in one scan
+    scan: bool = False  # one lax.scan over equal neighbouring blocks
     remat: str = "none"
-    train: bool = False  # routers with a capacity keep to it, by what comes later in a document; see `apply`
-    adapters: LoRA | None = None  # beside the linear maps of blocks
-    adapter: jax.Array | None = (
-        None  # [B] int32: the one that each row has, -1 for none; None: all have the first
-    )
+    train: bool = False  # routers apply their capacity, which depends on later tokens; see `apply`
+    adapters: LoRA | None = None  # low-rank adapters of the blocks' linear maps
+    adapter: jax.Array | None = None  # [B] int32: each row's adapter, -1 for none; None: the first for all
 
 
 @flax.struct.dataclass
 class Carry:
-    """What blocks leave for later blocks beside the residual stream; None where no block has left it yet.
+    """What blocks pass to later blocks beside the residual stream; None: no block has set it yet.
 
-    It is all that passes between blocks besides the stream and what `TokenInfo` holds for every block, so a pipeline
-    may be cut between any two blocks.
+    Blocks share nothing else but the stream and the `TokenInfo` of all blocks, so a pipeline may be cut between any two
+    blocks.
     """
 
-    shared_kv: dict[str, jax.Array] | None = None  # keys and values, or the pages that hold them, by name
-    relative_bias: jax.Array | None = None  # [buckets, H], of `RelativeBias`
+    shared_kv: dict[str, jax.Array] | None = None  # keys and values by name, or their pages
+    relative_bias: jax.Array | None = None  # [buckets, H], the table of `RelativeBias`
     first_values: jax.Array | None = None  # [B, T, H, C], the values of RWKV-7's first block
 
     def update(self, new: Carry) -> Carry:
-        """With what `new` has."""
+        """This carry, with the fields that `new` sets."""
         pairs = {f.name: (getattr(self, f.name), getattr(new, f.name)) for f in dataclasses.fields(Carry)}
         return Carry(**{name: mine if theirs is None else theirs for name, (mine, theirs) in pairs.items()})
 
 
 class Report(NamedTuple):
-    """What a mixer gives beside its result and its state."""
+    """What a mixer returns beside its output and its cache."""
 
     aux: dict[str, WeightedSum] = {}  # losses and metrics
     carry: Carry = Carry()  # for later blocks
 
     def join(self, *others: Report) -> Report:
-        """With that of others; what several report is summed."""
+        """The union with other reports; entries of the same name are summed."""
         aux, carry = self
         for other in others:
             aux, carry = add_up(aux, other.aux), carry.update(other.carry)
@@ -101,56 +98,56 @@ class Report(NamedTuple):
 
 
 def add_up(aux: dict[str, WeightedSum], more: dict[str, WeightedSum]) -> dict[str, WeightedSum]:
-    """The union; what both have is summed."""
+    """The union; entries of the same name are summed."""
     return aux | {key: aux[key] + value if key in aux else value for key, value in more.items()}
 
 
 @flax.struct.dataclass
 class TokenInfo:
-    """What every block must know of the tokens in front of it."""
+    """What every block knows of its tokens."""
 
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array | None  # [B, T] int32, 0 is padding
     page_table: jax.Array | None = None  # [B, P] int32, set when there is a cache
     write_page: jax.Array | None = (
-        None  # [B, T] int32 page of the cache that takes this token; out of range: none
+        None  # [B, T] int32, the cache page of each token; out of range: not written
     )
-    write_slot: jax.Array | None = None  # [B, T] int32 slot within that page
-    rows: jax.Array | None = None  # [B] int32 row of a recurrent mixer's state, set when there is a cache
-    encoder: jax.Array | None = (
-        None  # [B, S, D] what the encoder made of its tokens, where it has just read them
-    )
+    write_slot: jax.Array | None = None  # [B, T] int32, the slot within that page
+    rows: jax.Array | None = None  # [B] int32, the row of a recurrent state; set when there is a cache
+    encoder: jax.Array | None = None  # [B, S, D], the encoder's output, in the call that runs the encoder
     encoder_segment_ids: jax.Array | None = None  # [B, S] int32, 0 is padding
     carry: Carry = flax.struct.field(default_factory=Carry)  # from earlier blocks
     adapter: jax.Array | None = None  # [B] int32, see `Context`
-    # [B] bool, where a block passed tokens over: rows that begin a document among them; None: position 0 says so
+    # [B] bool, rows that begin a document, for blocks that skip tokens; None: rows with position 0
     begins: jax.Array | None = None
-    weights: jax.Array | None = None  # [B, T] float32, of each token in what blocks add to the loss; None: 1
-    # [B, S] bool, where a block passed tokens over: slots that hold one; None: all up to a token's own position
+    weights: jax.Array | None = None  # [B, T] float32, each token's weight in the losses of blocks; None: 1
+    # [B, S] bool, slots that hold a token, for blocks that skip tokens; None: all up to a token's position
     slots_filled: jax.Array | None = None
-    # [B] int32, tokens of the row in the cache before these, which go on from there one by one, with padding before and
-    # after them alone; None: they may stand anywhere
+    # [B] int32, tokens of the row that the cache already holds, when the new tokens directly follow them and have
+    # padding only before and after; None: the new tokens may have any positions
     cached: jax.Array | None = None
-    tokens: jax.Array | None = None  # [B, T] int32, for blocks that look up by token; None: patches of bytes
-    rope_positions: jax.Array | None = None  # [B, T, A] int32, of several axes; None: `positions`
+    tokens: jax.Array | None = (
+        None  # [B, T] int32, for blocks that read token ids; None in blocks over patches
+    )
+    rope_positions: jax.Array | None = None  # [B, T, A] int32, positions of A axes; None: `positions`
     prefix: jax.Array | None = None  # [B] or [B, T] int32, see `Inputs`
     spans: jax.Array | None = None  # [B, T] int32, see `Inputs`
     patch_vectors: jax.Array | None = None  # [B, P, N, D], for a local decoder's `PatchAttention`
-    patch_read: jax.Array | None = None  # [B, T] int32, the patch that each byte reads
+    patch_read: jax.Array | None = None  # [B, T] int32, the patch that each byte attends to
 
     @property
     def rotary_positions(self) -> jax.Array:
-        """[B, T] or [B, T, A]: what rotary embeddings turn by."""
+        """[B, T] or [B, T, A]: the positions for rotary embeddings."""
         return self.positions if self.rope_positions is None else self.rope_positions
 
 
-NO_PAGE = 2**30  # of a token that is not written; beyond any number of pages
+NO_PAGE = 2**30  # page of a token that is not written; larger than any number of pages
 
 
 def write_places(
     page_table_BP: jax.Array, page_size: int, positions_BT: jax.Array, skipped_BT: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(page, slot) of each position; no page for what is skipped and what is beyond a row's pages."""
+    """(page, slot) of each position; `NO_PAGE` for skipped tokens and for positions beyond a row's pages."""
     column_BT = jnp.minimum(positions_BT // page_size, page_table_BP.shape[1] - 1)
     page_BT = jnp.take_along_axis(page_table_BP, column_BT, axis=1)
     beyond_BT = positions_BT >= page_table_BP.shape[1] * page_size
@@ -159,12 +156,12 @@ def write_places(
 
 
 def fan_in_normal(fan_in: int, scale: float = 1.0) -> Callable:
-    """Normal with standard deviation scale / sqrt(fan_in), cut at two deviations."""
+    """Normal with standard deviation scale / sqrt(fan_in), truncated at two deviations."""
     return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
 
 
 def in_float32(ctx: Context) -> Context:
-    """The same, computing in float32: for what must not be rounded."""
+    """The same context with float32 activations."""
     return dataclasses.replace(ctx, dtype=jnp.dtype("float32"))
 
 
@@ -177,7 +174,7 @@ def bias_param(
     init: Callable = nn.initializers.zeros,
     role: str | None = None,
 ) -> jax.Array:
-    """Declare a bias, by default the one that `name` says ("q_bias"), which weight decay leaves alone."""
+    """Declare a bias such as "q_bias"; it has no weight decay."""
     role = f"bias of {name.removesuffix('_bias')}" if role is None else role
     return param(module, ctx, name, shape, axes, init, 0, role, decay=False)
 
@@ -193,13 +190,13 @@ def param(
     role: str = "",
     decay: bool | None = None,
 ) -> jax.Array:
-    """Declare a parameter and give it in the dtype of the computation.
+    """Declare a parameter and return it in `ctx.dtype`.
 
     Args:
       axes: logical names.
-      inputs: of a linear map, how many of its axes after those of experts and adapters are inputs, or which ones.
-      role: what it does in the model, for readers of `python -m model describe`.
-      decay: whether weight decay shrinks it; default: where it is a matrix or more.
+      inputs: for a linear map, the number of input axes after those of experts and adapters, or their indices.
+      role: what it does in the model, as `python -m model describe` shows it.
+      decay: whether weight decay applies; default: to matrices and larger arrays.
     """
     box = functools.partial(
         ParamBox,
@@ -221,7 +218,7 @@ def weight_param(
     inputs: int | tuple[int, ...] = 1,
     role: str = "",
 ) -> Weight:
-    """As `param`, of a linear map: give it to `model.weights.matmul`, since it may be quantized."""
+    """As `param`, for the weight of a linear map. It may be quantized, so multiply with `model.weights.matmul`."""
     if module.has_variable("params", name):
         found = module.get_variable("params", name)
         if is_quantized(found):

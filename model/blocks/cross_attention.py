@@ -1,4 +1,4 @@
-"""Attention of a decoder's tokens to what an encoder made of another text. Vaswani et al. 2017, arXiv:1706.03762."""
+"""Attention of a decoder's tokens to an encoder's output. Vaswani et al. 2017, arXiv:1706.03762."""
 
 # B batch, T tokens of the decoder, S tokens of the encoder, D model width, H query heads, K key/value heads, C head
 # width, R rows of the cache
@@ -20,21 +20,21 @@ from model.kernels.attention.reference import attention
 
 @dataclasses.dataclass(frozen=True)
 class CrossAttention:
-    """Every token sees the whole of the encoder's text, or of its own document where rows are packed."""
+    """Every token sees the whole encoder text; in packed rows, that of its own document."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
-    scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called as a mixer is; its cache is its own part of the block's."""
+        """Called like a mixer; its cache is a part of the block's."""
         return CrossAttentionModule(self, ctx, name=name)
 
     def init_cache(self, num_rows: int, encoder_length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        """For each row the keys and values of one text, computed once, and which of them are there."""
+        """For each row, the keys and values of one encoder text and a mask of its tokens."""
         shape = (num_rows, encoder_length, self.num_kv_heads, self.head_dim)
         return {
             "cross_k": jnp.zeros(shape, dtype),
@@ -47,7 +47,7 @@ class CrossAttention:
         return {"cross_k": axes, "cross_v": axes, "cross_real": axes[:2]}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass, with as many tokens in the encoder as in the decoder."""
+        """FLOPs of the forward pass, with as many tokens in the encoder as in the decoder."""
         projections = 2 * width * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return projections + 2 * 2 * seq_len * self.num_heads * self.head_dim
 
@@ -77,7 +77,7 @@ class CrossAttentionModule(nn.Module):
             mask_BTS &= info.segment_ids[:, :, None] == segments_BS[:, None]
         k_BSKC, v_BSKC = (seen[name].astype(q_BTHC.dtype) for name in ("cross_k", "cross_v"))
         found_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, mask_BTS, scores)
-        role = "adds what was found in the encoder to the residual stream"
+        role = "adds the heads' outputs to the residual stream"
         return combine_heads(self, found_BTHC, role), cache
 
 
@@ -86,7 +86,7 @@ def _real(encoder_BSD: jax.Array, segment_ids_BS: jax.Array | None) -> jax.Array
 
 
 def _remember(cache: dict, new: dict, rows_B: jax.Array) -> dict:
-    """The cache with the rows of this batch anew; what they held before is gone."""
+    """The cache with new contents for the rows of this batch."""
     given, room = new["cross_real"].shape[1], cache["cross_real"].shape[1]
     if given > room:
         raise ValueError(

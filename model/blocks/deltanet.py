@@ -19,7 +19,7 @@ from model.blocks.recurrence import (
     HEAD_FORGETTING,
     OUTPUT_GATE,
     READ_OUT,
-    Walk,
+    SegmentOrder,
     begin,
     causal_conv,
     finish,
@@ -38,14 +38,14 @@ VALUES: Axes = ("heads", "head_dim")
 
 @dataclasses.dataclass(frozen=True)
 class GatedDeltaNet:
-    """Each key head (with its query) serves num_heads / num_key_heads heads of values."""
+    """Each key head (with its query) serves num_heads / num_key_heads value heads."""
 
     num_heads: int
     num_key_heads: int
     key_dim: int
     value_dim: int
     conv_width: int = 4
-    norm_eps: float = 1e-6  # of the RMS norm over a head's output, before the gate
+    norm_eps: float = 1e-6  # of the RMS norm of each head's output, before the gate
     negative_eigenvalues: bool = False  # the step size beta is in (0, 2) instead of (0, 1)
 
     def __post_init__(self):
@@ -75,7 +75,7 @@ class GatedDeltaNet:
         return {"conv_q": keys, "conv_k": keys, "conv_v": values, "state": ("rows", "act_heads", None, None)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; the recurrence as if token by token."""
+        """FLOPs of the forward pass, with the recurrence run token by token."""
         keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         return 2 * width * (2 * keys + 3 * values + 2 * self.num_heads) + 6 * values * self.key_dim
 
@@ -88,15 +88,17 @@ class GatedDeltaNetModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx, state = self.spec, self.ctx, {}
         keys, values = (spec.num_key_heads, spec.key_dim), (spec.num_heads, spec.value_dim)
-        x_BTD, walk = begin(spec, x_BTD, info, cache)
-        q_BTGK, k_BTGK = (_short_conv(self, name, x_BTD, keys, KEYS, walk, state) for name in "qk")
-        v_BTHV = _short_conv(self, "v", x_BTD, values, VALUES, walk, state)
+        x_BTD, order = begin(spec, x_BTD, info, cache)
+        q_BTGK, k_BTGK = (_short_conv(self, name, x_BTD, keys, KEYS, order, state) for name in "qk")
+        v_BTHV = _short_conv(self, "v", x_BTD, values, VALUES, order, state)
         z_BTHV = linear(self, "z", x_BTD, values, VALUES, OUTPUT_GATE)
         beta_BTH = jax.nn.sigmoid(
             linear(self, "b", x_BTD, values[:1], VALUES[:1], REPLACED).astype(jnp.float32)
         )
         beta_BTH = beta_BTH * (2.0 if spec.negative_eigenvalues else 1.0)
-        a_BTH = linear(self, "a", x_BTD, values[:1], VALUES[:1], "how much of the state each head keeps")
+        a_BTH = linear(
+            self, "a", x_BTD, values[:1], VALUES[:1], "each head's decay: how much of the state remains"
+        )
         log_decay_BTH = _log_decay(self, ctx, a_BTH, VALUES[:1], role="where that starts from")
 
         group = spec.num_heads // spec.num_key_heads
@@ -105,20 +107,20 @@ class GatedDeltaNetModule(nn.Module):
             q_BTHK * spec.key_dim**-0.5,
             k_BTHK,
             v_BTHV,
-            walk.only_real(log_decay_BTH)[..., None],
-            walk.only_real(beta_BTH),
-            walk.first_BT,
-            walk.state["state"],
+            order.only_real(log_decay_BTH)[..., None],
+            order.only_real(beta_BTH),
+            order.first_BT,
+            order.state["state"],
             rules=ctx.rules,
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTHV, VALUES, READ_OUT), state, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, VALUES, READ_OUT), state, order, info, cache)
 
 
 @dataclasses.dataclass(frozen=True)
 class KimiDeltaAttention:
-    """The delta rule with a decay for each channel of the key; decay and output gate are maps of low rank."""
+    """The delta rule with a decay for each key channel; decay and output gate are low-rank maps."""
 
     num_heads: int
     head_dim: int
@@ -146,7 +148,7 @@ class KimiDeltaAttention:
         return axes | {"state": ("rows", "act_heads", None, None)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; the recurrence as if token by token."""
+        """FLOPs of the forward pass, with the recurrence run token by token."""
         inner = self.num_heads * self.head_dim
         low_rank = 2 * self.head_dim * (width + inner)
         return 2 * (width * (4 * inner + self.num_heads) + low_rank) + 6 * inner * self.head_dim
@@ -160,9 +162,9 @@ class KimiDeltaAttentionModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx, state = self.spec, self.ctx, {}
         heads = (spec.num_heads, spec.head_dim)
-        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        x_BTD, order = begin(spec, x_BTD, info, cache)
         q_BTHK, k_BTHK, v_BTHV = (
-            _short_conv(self, name, x_BTD, heads, VALUES, walk, state) for name in "qkv"
+            _short_conv(self, name, x_BTD, heads, VALUES, order, state) for name in "qkv"
         )
         beta_BTH = jax.nn.sigmoid(
             linear(self, "b", x_BTD, heads[:1], VALUES[:1], REPLACED).astype(jnp.float32)
@@ -174,16 +176,16 @@ class KimiDeltaAttentionModule(nn.Module):
             _unit(q_BTHK) * spec.head_dim**-0.5,
             _unit(k_BTHK),
             v_BTHV,
-            walk.only_real(log_decay_BTHK),
-            walk.only_real(beta_BTH),
-            walk.first_BT,
-            walk.state["state"],
+            order.only_real(log_decay_BTHK),
+            order.only_real(beta_BTH),
+            order.first_BT,
+            order.state["state"],
             rules=ctx.rules,
         )
         g_BTHV = self._low_rank("g", x_BTD, heads, "gate", "the gate of each channel of the output")
         gate_BTHV = jax.nn.sigmoid(g_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTHV, VALUES, READ_OUT), state, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, VALUES, READ_OUT), state, order, info, cache)
 
     def _low_rank(self, name: str, x_BTD: jax.Array, heads: tuple[int, int], of: str, to: str) -> jax.Array:
         down, up = f"the token to the low rank of its {of}", f"the low rank to {to}"
@@ -192,11 +194,11 @@ class KimiDeltaAttentionModule(nn.Module):
 
 
 REPLACED = "how much of what the state held at the key is replaced"
-# The map's role and its convolution's.
+# The roles of each map and of its convolution.
 SHORT_CONVS = {
-    "q": ("queries: where a token reads the state", "mixes queries with those of the last few tokens"),
-    "k": ("keys: where it writes", "mixes keys with those of the last few tokens"),
-    "v": ("values: what it writes", "mixes values with those of the last few tokens"),
+    "q": ("queries: where a token reads the state", "mixes queries over the last tokens"),
+    "k": ("keys: where it writes", "mixes keys over the last tokens"),
+    "v": ("values: what it writes", "mixes values over the last tokens"),
 }
 
 
@@ -206,15 +208,15 @@ def _short_conv(
     x_BTD: jax.Array,
     shape: tuple[int, int],
     axes: Axes,
-    walk: Walk,
+    order: SegmentOrder,
     state: dict,
 ) -> jax.Array:
-    """silu(conv(x W)); the convolution's new tail goes into `state`."""
+    """silu(conv(x W)); stores the convolution's new tail in `state`."""
     ctx, taps, (role, conv_role) = module.ctx, module.spec.conv_width, SHORT_CONVS[name]
     x_BTHK = linear(module, name, x_BTD, shape, axes, role)
     declared = (taps, *shape), (None, *axes), fan_in_normal(taps)
     w_WHK = param(module, ctx, f"conv_{name}", *declared, role=conv_role)
-    y_BTHK, state[f"conv_{name}"] = causal_conv(x_BTHK, w_WHK, walk.state[f"conv_{name}"], walk)
+    y_BTHK, state[f"conv_{name}"] = causal_conv(x_BTHK, w_WHK, order.state[f"conv_{name}"], order)
     return constrain(nn.silu(y_BTHK), ctx.rules, "batch", "length", f"act_{axes[0]}", None)
 
 

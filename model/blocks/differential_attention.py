@@ -1,4 +1,4 @@
-"""Differential attention: what one half of the heads sees less lambda times what the other half sees.
+"""Differential attention: the output of one half of the heads minus lambda times that of the other half.
 
 Ye et al. 2024, arXiv:2410.05258.
 """
@@ -20,9 +20,9 @@ from model.blocks.attention import (
     QUERIES,
     combine_heads,
     key_value_pages,
+    log_gathered_rows,
     project_heads,
     read_pages,
-    say_that_rows_are_gathered,
     sees_slots,
     sow_weights,
     write_pages,
@@ -46,7 +46,7 @@ class DifferentialAttention:
     rope: Rope = Rope()
     qkv_bias: bool = False
     out_bias: bool = False
-    pair_norm: RMSNorm = RMSNorm(scale=False)  # of each pair's difference
+    pair_norm: RMSNorm = RMSNorm(scale=False)  # norm of each pair's difference
 
     def __post_init__(self):
         if self.num_kv_heads % 2 or self.num_heads % self.num_kv_heads:
@@ -68,7 +68,7 @@ class DifferentialAttention:
         return KEY_VALUE_AXES
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass, in the mean over a row of `seq_len` tokens."""
+        """Mean FLOPs of the forward pass over a row of `seq_len` tokens."""
         projections = 2 * width * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         return projections + 2 * 3 * (seq_len + 1) / 2 * self.num_heads * self.head_dim
 
@@ -93,7 +93,7 @@ class DifferentialAttentionModule(nn.Module):
             )
         else:
             if backend.current().name == "tpu":
-                say_that_rows_are_gathered("The kernel has no values that two heads share.")
+                log_gathered_rows("The kernel does not support values that two heads share.")
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
             k_BSKC, v_BSKC = (
                 read_pages(cache, name, info, spec.num_kv_heads, q_BTHC.dtype) for name in ("k", "v")
@@ -104,12 +104,12 @@ class DifferentialAttentionModule(nn.Module):
         difference_BTPE = first_BTPE - self._lambda().astype(out_BTHE.dtype) * second_BTPE
         norm = spec.pair_norm.module(self.ctx, "pair_norm", "head_dim", role="each pair's difference")
         found_BTPE = (1 - spec.lambda_init) * norm(difference_BTPE)
-        return combine_heads(self, found_BTPE, "adds the pairs' findings to the residual stream"), cache
+        return combine_heads(self, found_BTPE, "adds the pairs' outputs to the residual stream"), cache
 
     def _lambda(self) -> jax.Array:
         """exp(q1 . k1) - exp(q2 . k2) + lambda_init, float32 scalar."""
         declared = (self.spec.head_dim,), ("head_dim",), nn.initializers.normal(0.1)
-        role = "how much of the second head of a pair is taken away"
+        role = "how much of the second head of a pair is subtracted"
         q1, k1, q2, k2 = (
             param(self, in_float32(self.ctx), f"lambda_{name}", *declared, role=role)
             for name in ("q1", "k1", "q2", "k2")
@@ -118,6 +118,6 @@ class DifferentialAttentionModule(nn.Module):
 
 
 def _shared_values(v_BSKC: jax.Array) -> jax.Array:
-    """[B, S, K, 2 C]: heads k and k + K/2 both give the values of the two, side by side."""
+    """[B, S, K, 2 C]: heads k and k + K/2 both have the concatenated values of the two."""
     pairs = jnp.concatenate(jnp.split(v_BSKC, 2, axis=2), axis=-1)
     return jnp.concatenate([pairs, pairs], axis=2)

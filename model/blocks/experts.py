@@ -1,8 +1,8 @@
-"""The computation of a mixture's experts, and how tokens get to them and back.
+"""The experts of an MoE, and the dispatch of tokens to them.
 
 `dropless` sorts tokens by expert and multiplies ragged groups (Gale et al. 2022, arXiv:2211.15841). `through_slots`
-gives every expert the same number of slots in each row, so that shapes are static and split over devices; who gets
-one is decided by `capacity_slots` (Lepikhin et al. 2020, arXiv:2006.16668) or `expert_choice_slots`.
+gives every expert the same number of slots in each row, so that shapes are static and split over devices;
+`capacity_slots` (Lepikhin et al. 2020, arXiv:2006.16668) or `expert_choice_slots` assigns the slots.
 """
 
 # B batch, T tokens, D model width, F feed-forward width, E experts, K experts of a token, S slots of an expert
@@ -37,18 +37,18 @@ from model.weights import Weight, grouped_product, matmul
 
 
 class Layout(NamedTuple):
-    """How rows of tokens meet their own experts' parameters."""
+    """The products of rows of tokens with the parameters of their experts."""
 
-    # of rows and weights [E, in, out], whose last two axes have these logical names
+    # (rows, weights [E, in, out], logical names of the last two axes) -> rows
     multiply: Callable[[jax.Array, Weight, tuple[str | None, str | None]], jax.Array]
-    spread: Callable[[jax.Array, str], jax.Array]  # [E, out], so named, to what can be added to the rows
-    once: Callable[[jax.Array], jax.Array]  # what is added to rows that may be parts of a sum: in one part
-    adapter: jax.Array | None  # int32, that of each row, as wide as 1; None: all have the first
+    spread: Callable[[jax.Array, str], jax.Array]  # a bias [E, out] -> an array to add to the rows
+    once: Callable[[jax.Array], jax.Array]  # adds to rows that may be partial sums: only to one part
+    adapter: jax.Array | None  # int32, each row's adapter, one column; None: the first for all
 
 
 @dataclasses.dataclass(frozen=True)
 class ClampedSwiGLU:
-    """down((up(x) + 1) * g * sigmoid(alpha * g)), g = gate(x), both cut at `limit`: the experts of gpt-oss."""
+    """down((up(x) + 1) * g * sigmoid(alpha * g)), g = gate(x), both clipped at `limit`: the experts of gpt-oss."""
 
     width: int
     limit: float = 7.0
@@ -56,7 +56,7 @@ class ClampedSwiGLU:
     bias: bool = True
 
     def flops_per_token(self, width: int) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return 2 * 3 * width * self.width
 
 
@@ -99,7 +99,7 @@ class Experts(nn.Module):
         return y
 
     def _adapted(self, layout: Layout, names: tuple[str, str], x, y, a_ENIR, b_ENRO, gain_ENO) -> jax.Array:
-        """y of the map alone and each row's own adapter; the rows of one expert may have several."""
+        """y of the map plus each row's adapter; the rows of one expert may have different adapters."""
         adapters = cast(LoRA, self.ctx.adapters)
         result = y
         for n in range(1 if layout.adapter is None else adapters.slots):
@@ -124,7 +124,7 @@ def _clamped(spec: ClampedSwiGLU, gate: jax.Array, up: jax.Array) -> jax.Array:
 def dropless(
     experts: Experts, x_BTD: jax.Array, chosen_BTK: jax.Array, weights_BTK: jax.Array, weigh_input: bool
 ) -> jax.Array:
-    """Every token through all the experts that it chose, however many chose the same; float32."""
+    """The weighted sum of each token's experts, float32; no token is dropped."""
     split = split_of(experts.ctx.rules, *x_BTD.shape[:2])
     tokens, rows = split.tokens, split.rows
     adapter_B = experts.ctx.adapter
@@ -150,12 +150,12 @@ def dropless(
 
 
 class Rows(NamedTuple):
-    """Pairs of a token and an expert, sorted by expert; on a mesh, what one device has."""
+    """Pairs of a token and an expert, sorted by expert; on a mesh, those of one device."""
 
     x_MD: jax.Array
-    expert_M: jax.Array  # counted from the device's first; last come those of other devices' experts
+    expert_M: jax.Array  # counted from the device's first expert; pairs of other devices' experts come last
     places: Places
-    sizes_E: jax.Array  # of the device's experts
+    sizes_E: jax.Array  # for the device's experts
     adapter_M1: jax.Array | None
 
 
@@ -177,7 +177,7 @@ def _sorted_rows(
 
 
 def _added_up(split: Split, num_experts: int, weigh_input: bool, y_MD, places, chosen_BTK, weights_BTK):
-    """[1, B, T, D]: what the experts here gave each token; in the dtype of `y` where others give parts of it, too."""
+    """[1, B, T, D]: the sum of this device's experts for each token; a partial sum has the dtype of `y`."""
     B, T, K = chosen_BTK.shape
     weights_BTK = jnp.ones_like(weights_BTK) if weigh_input else weights_BTK
     if split.experts:
@@ -187,7 +187,7 @@ def _added_up(split: Split, num_experts: int, weigh_input: bool, y_MD, places, c
 
 
 def _own(split: Split, num_experts: int, chosen_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(experts counted from the device's first, which of them it has)."""
+    """(experts counted from the device's first, whether the device has each)."""
     first, count = split.experts_here(num_experts)
     own_BTK = chosen_BTK - first
     return own_BTK, (own_BTK >= 0) & (own_BTK < count)
@@ -201,7 +201,7 @@ def through_slots(
     weigh_input: bool,
     rules: ShardingRules | None,
 ) -> jax.Array:
-    """Tokens through the slots that they hold, summed over their experts; float32, 0 for tokens without a slot.
+    """The weighted sum of experts over each token's slots, float32; 0 for tokens without a slot.
 
     Args:
       slots_BTES: bool, slot s of expert e in row b holds token t.
@@ -229,9 +229,9 @@ def capacity_slots(
 ) -> tuple[jax.Array, jax.Array]:
     """(slots [B, T, E, S] bool, weights [B, T, E] float32) with S = capacity slots an expert in each row.
 
-    All tokens' first choices are served before any second choice, earlier tokens first; what finds its expert full
-    is dropped. So a token may lose a place to a later one, and rows of another length drop others: train with it,
-    sample with `dropless`.
+    First choices of all tokens come before second choices, and earlier tokens before later ones; choices of a full
+    expert are dropped. A token may lose a slot to a later one, and the choice depends on the row's length, so sampling
+    needs `dropless`.
     """
     B, T, K = chosen_BTK.shape
     wanted_BTKE = jax.nn.one_hot(chosen_BTK, num_experts, dtype=jnp.int32) * real_BT[:, :, None, None]
@@ -247,7 +247,7 @@ def capacity_slots(
 def expert_choice_slots(
     tokens_BES: jax.Array, weights_BES: jax.Array, real_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(slots [B, T, E, S] bool, weights [B, T, E] float32) of experts that chose their tokens."""
+    """(slots [B, T, E, S] bool, weights [B, T, E] float32) for experts that choose their tokens."""
     T = real_BT.shape[1]
     slots_BTES = (tokens_BES[:, None] == jnp.arange(T)[None, :, None, None]) & real_BT[:, :, None, None]
     return slots_BTES, jnp.einsum("BTES,BES->BTE", slots_BTES, weights_BES)

@@ -1,4 +1,4 @@
-"""Feed-forward networks without experts."""
+"""Dense feed-forward networks."""
 
 # B batch, T tokens, D model width, F feed-forward width
 
@@ -35,18 +35,18 @@ class GatedMLP:
     width: int
     activation: str = "silu"
     bias: bool = False
-    gate_scale: float = 1.0  # muP: of what the activation takes
-    down_scale: float = 1.0  # muP: of the result
+    gate_scale: float = 1.0  # muP: multiplies the activation's input
+    down_scale: float = 1.0  # muP: multiplies the output
 
     def __post_init__(self):
         check_activation(self.activation)
 
     def module(self, ctx: Context, name: str, where: str = "") -> nn.Module:
-        """`where` stands before the roles of its parameters."""
+        """`where` is a prefix of the parameters' roles."""
         return GatedMLPModule(self, ctx, where, name=name)
 
     def flops_per_token(self, width: int) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return 2 * 3 * width * self.width
 
 
@@ -66,7 +66,7 @@ class MLP:
         return MLPModule(self, ctx, where, name=name)
 
     def flops_per_token(self, width: int) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return 2 * 2 * width * self.width
 
 
@@ -76,7 +76,7 @@ ReGLU = functools.partial(GatedMLP, activation="relu")
 
 
 GATE, UP = "what opens each feature", "value of each feature"
-DOWN = "adds the open features to the residual stream"
+DOWN = "adds the activated features to the residual stream"
 
 
 class GatedMLPModule(nn.Module):
@@ -107,10 +107,10 @@ class MLPModule(nn.Module):
 
 
 def _down(module: GatedMLPModule | MLPModule, activate: Callable, x: Any) -> jax.Array:
-    """Of the features [B, T, F] that `activate` makes of x."""
+    """The down projection of the features [B, T, F] that `activate` computes from x."""
     spec, rules = module.spec, module.ctx.rules
     features = lambda x: constrain(activate(x), rules, "batch", "length", "act_mlp")
-    y_BTD = map_out(module, (spec.width,), ("mlp",), module.where + DOWN, "down").of(features, x)
+    y_BTD = map_out(module, (spec.width,), ("mlp",), module.where + DOWN, "down").of_recomputed(features, x)
     return add_bias(module, "down", y_BTD, ("embed",)) if spec.bias else y_BTD
 
 

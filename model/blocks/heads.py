@@ -1,5 +1,6 @@
-"""What stands between an encoder's last hidden state and its logits or its pooled vector. Devlin et al. 2018,
-arXiv:1810.04805.
+"""The layer between an encoder's last hidden state and its logits or pooled vector.
+
+Devlin et al. 2018, arXiv:1810.04805.
 """
 
 # B batch, T tokens, D model width
@@ -19,7 +20,7 @@ from model.weights import matmul
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """norm(activation(linear(x))), as wide as the model: what BERT's logits are read from, and its pooler."""
+    """norm(activation(linear(x))), as wide as the model: before BERT's logits, and its pooler."""
 
     activation: str = "gelu"
     bias: bool = True
@@ -29,7 +30,7 @@ class Transform:
         check_activation(self.activation)
 
     def module(self, ctx: Context, name: str, role: str = "") -> nn.Module:
-        """`role` says what it makes."""
+        """`role` names the output."""
         return TransformModule(self, ctx, role, name=name)
 
 

@@ -1,6 +1,6 @@
-"""Multi-head latent attention (MLA): keys and values of all heads come from a small vector a token, which is cached.
+"""Multi-head latent attention (MLA): one small cached vector a token gives the keys and values of all heads.
 
-DeepSeek-AI 2024, arXiv:2405.04434. Beside the latent, one rotated key is shared by all heads. Grouped latent attention
+DeepSeek-AI 2024, arXiv:2405.04434. All heads also share one rotated key. Grouped latent attention
 (GLA) has several latents a token, each for a group of heads, which devices may split: Zadouri et al. 2025,
 arXiv:2505.21487.
 """
@@ -33,24 +33,26 @@ class LatentAttention:
 
     num_heads: int
     nope_dim: int  # channels of a head's query and key without position
-    rope_dim: int  # channels with position; of the key they are shared by all heads
+    rope_dim: int  # channels with position; all heads share those of the key
     v_dim: int
     kv_rank: int
-    q_rank: int | None = None  # queries come from a latent too; None: from the token itself
+    q_rank: int | None = None  # rank of the queries' latent; None: queries are a map of the token
     rope: Rope = Rope(interleaved=True)
-    norm: Norm = RMSNorm(1e-6)  # of both latents
-    bias: bool = False  # of the maps from and to the model's width, save that of queries without a latent
-    scale: float | None = None  # of the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
-    groups: int = 1  # of heads, each with a latent of its own; the cache holds them all
+    norm: Norm = RMSNorm(1e-6)  # applied to both latents
+    bias: bool = False  # biases of the maps from and to the model's width, except queries without a latent
+    scale: float | None = (
+        None  # multiplies the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
+    )
+    groups: int = 1  # groups of heads, each with its own latent in the cache
 
     def __post_init__(self):
         if self.groups < 1 or self.num_heads % self.groups:
             raise ValueError(f"groups={self.groups} do not divide num_heads={self.num_heads}.")
         if self.rope is None:
-            raise ValueError("latent attention has channels that are rotated: give it a Rope, not rope=None.")
+            raise ValueError("latent attention rotates channels: give it a Rope, not rope=None.")
         if self.rope.rotated(self.rope_dim) % 2:
             raise ValueError(
-                f"rope_dim={self.rope_dim} is odd; rotary positions turn pairs, so use an even width."
+                f"rope_dim={self.rope_dim} is odd; rotary positions rotate pairs of channels, so use an even width."
             )
 
     def module(self, ctx: Context, name: str) -> nn.Module:
@@ -61,7 +63,7 @@ class LatentAttention:
     ) -> dict[str, jax.Array]:
         """Empty pages {"latent", "k_rope"}, [num_pages, page_size, G * kv_rank] and [.., G * rope_dim].
 
-        Of quantised ones the rotated key stays in bfloat16, as in DeepSeek's FlashMLA: it is small, and not normalised.
+        In quantized pages the rotated key stays in bfloat16, as in DeepSeek's FlashMLA: it is small and not normalized.
         """
         of_rope = jnp.dtype("bfloat16") if is_quantized(dtype) else dtype
         latent = empty_pages("latent", num_pages, page_size, self.groups, self.kv_rank, dtype)
@@ -72,7 +74,7 @@ class LatentAttention:
         return {"latent": ("pages", "slots", heads), "k_rope": ("pages", "slots", heads)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass without a cache, in the mean over a row of `seq_len` tokens."""
+        """FLOPs of the forward pass without a cache, in the mean over a row of `seq_len` tokens."""
         H, C = self.num_heads, self.nope_dim + self.rope_dim
         queries = width * H * C if self.q_rank is None else self.q_rank * (width + H * C)
         latent = width * (self.groups * self.kv_rank + self.rope_dim)
@@ -97,7 +99,7 @@ class LatentAttentionModule(nn.Module):
             out_BTHE = self._attend(q_BTHN, q_BTHR, latents, k_BTR, maps, info)
         else:
             out_BTHE, cache = self._attend_pages(q_BTHN, q_BTHR, latents, k_BTR, cache, maps, info)
-        role = "adds the heads' findings to the residual stream"
+        role = "adds the heads' outputs to the residual stream"
         return linear_out(self, out_BTHE, ("heads", "head_dim"), role, bias=spec.bias), cache
 
     def _queries(self, x_BTD: jax.Array) -> jax.Array:
@@ -113,14 +115,14 @@ class LatentAttentionModule(nn.Module):
         return constrain(q_BTHC, ctx.rules, "batch", "length", "act_heads", None)
 
     def _of_groups(self, name: str) -> list[str]:
-        """The name of each group's parameter."""
+        """The parameter names of the groups."""
         groups = self.spec.groups
         return [name] if groups == 1 else [f"{name}_{group}" for group in range(groups)]
 
     def _latents(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[list[jax.Array], jax.Array]:
-        """(each group's normalised latent [B, T, L], the rotated key [B, T, R])."""
+        """(each group's normalized latent [B, T, L], the rotated key [B, T, R])."""
         spec = self.spec
-        role = "the token to the latent that is cached, and to the rotated key"
+        role = "the token to the cached latent and the rotated key"
         both = self._linear("kv_a", x_BTD, spec.groups * spec.kv_rank + spec.rope_dim, role)
         latents = []
         for group, name in enumerate(self._of_groups("kv_a_norm")):
@@ -138,7 +140,7 @@ class LatentAttentionModule(nn.Module):
     def _attend(
         self, q_BTHN, q_BTHR, latents: list[jax.Array], k_BTR, maps: list[LinearMap], info: TokenInfo
     ) -> jax.Array:
-        """Keys and values of each head, made from its group's latent."""
+        """Keys and values of each head, from its group's latent."""
         spec = self.spec
         kv = jnp.concatenate([kv_b(latent_BTL) for kv_b, latent_BTL in zip(maps, latents)], axis=2)
         k_BTHR = jnp.broadcast_to(k_BTR[:, :, None], (*kv.shape[:3], spec.rope_dim))
@@ -159,14 +161,14 @@ class LatentAttentionModule(nn.Module):
         maps: list[LinearMap],
         info: TokenInfo,
     ) -> tuple[jax.Array, dict]:
-        """The same numbers without making keys and values: q . (W z) = (W^T q) . z, so heads look at latents."""
+        """The same result without keys and values: q . (W z) = (W^T q) . z, so heads attend to latents."""
         spec, split = self.spec, lambda x_BTHX: jnp.split(x_BTHX, self.spec.groups, axis=2)
         keys = [kv_b.part(slice(0, spec.nope_dim)) for kv_b in maps]
         values = [kv_b.part(slice(spec.nope_dim, None)) for kv_b in maps]
         q_BTHL = [key.einsum("BTHN,LHN->BTHL", q) for key, q in zip(keys, split(q_BTHN))]
         q_BTHX = jnp.concatenate([jnp.concatenate(q_BTHL, axis=2), q_BTHR], -1)
         new = {"latent": latents[0], "k_rope": k_BTR}
-        if spec.groups > 1:  # a head of the layout for each group, each with the rotated key
+        if spec.groups > 1:  # the layout has one head a group, each with the rotated key
             k_BTGR = jnp.broadcast_to(k_BTR[:, :, None], (*k_BTR.shape[:2], spec.groups, spec.rope_dim))
             new = {"latent": jnp.stack(latents, axis=2), "k_rope": k_BTGR}
         layout = KVLayout(spec.groups, ("latent", "k_rope"), "latent")

@@ -1,4 +1,4 @@
-"""Linear maps of the blocks: between the model's width and named axes, with a bias and with adapters."""
+"""Linear maps of blocks, between the model's width and named axes, with biases and adapters."""
 
 # B batch, T tokens, D model width, I inputs, O outputs, N adapters, R their rank
 
@@ -23,7 +23,7 @@ from model.kernels import backend, order
 from model.weights import Quantized, Weight, dense, is_quantized, matmul
 
 Axes = tuple[str | None, ...]
-# of maps by name: the outputs' shape, the logical names of its axes, and the map's role
+# map name -> (shape of the outputs, logical names of their axes, role of the map)
 Outputs = dict[str, tuple[tuple[int, ...], Axes, str]]
 ADAPTER_ROLES = {"a": "down to their rank", "b": "up from it", "magnitude": "each output's length"}
 
@@ -31,10 +31,10 @@ INPUTS, OUTPUTS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
 
 
 class LinearMap(NamedTuple):
-    """y = x W with what the rows' adapters add, for any einsum of x and W."""
+    """y = x W plus the output of each row's adapter, for any einsum of x and W."""
 
     weight: Weight  # [*inputs, *outputs]
-    inputs: int  # how many of its axes are inputs
+    inputs: int  # the number of input axes
     adapter: LowRank | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,8 +49,11 @@ class LinearMap(NamedTuple):
         return f"BT{ins},{ins}{outs}->BT{outs}"
 
     def flat(self, x_BTI: jax.Array) -> jax.Array:
-        """The same from and to one axis, [B, T, O]. XLA for TPUs puts tokens last in arrays whose last axis fills no
-        vector, as that of narrow heads, and copies them for kernels, which have channels last."""
+        """The map between single axes, [B, T, I] to [B, T, O].
+
+        XLA for TPUs lays out arrays with a narrow last axis, such as that of narrow heads, with tokens last, and copies
+        them for kernels, which need channels last. A single wide axis avoids the copies.
+        """
         (B, T, I), ins = x_BTI.shape, self.weight.shape[: self.inputs]
         outputs = math.prod(self.weight.shape[self.inputs :])
         if self.adapter is not None:
@@ -60,19 +63,19 @@ class LinearMap(NamedTuple):
         weight_IO = self.weight.reshape(I, outputs)
         if not backend.for_cpu():
             return x_BTI @ weight_IO
-        # a product of two matrices, whose factors XLA on CPU does not copy to turn them; a mesh that splits tokens
-        # would have to gather them for it
+        # XLA on CPU transposes no factor of a product of two matrices. Elsewhere a mesh that splits tokens would have
+        # to gather them for this reshape.
         return (x_BTI.reshape(B * T, I) @ weight_IO).reshape(B, T, outputs)
 
-    def of(self, function: Callable, x: Any) -> jax.Array:
-        """The map of `function(x)`, neither of which the backward pass finds kept, but x; see `order.recompute`."""
+    def of_recomputed(self, function: Callable, x: Any) -> jax.Array:
+        """The map of `function(x)`. Only x is saved for the backward pass, which recomputes the rest."""
         if self.adapter is None and backend.for_cpu() and not is_quantized(self.weight):
             product = lambda x, weight: LinearMap(weight, self.inputs)(function(x))
             return order.recompute(product)(x, self.weight)
         return self(order.recompute(function)(x))
 
     def einsum(self, spec: str, x: jax.Array) -> jax.Array:
-        """`spec` is of x, whose first letter is the row, and of the weight; "R" is the adapters' rank."""
+        """The einsum `spec` of x and the weight; the first letter of x is the row, "R" is the adapters' rank."""
         if self.adapter is None:
             return matmul(x, self.weight, spec)
         (of_x, of_w), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
@@ -88,7 +91,7 @@ class LinearMap(NamedTuple):
         return y
 
     def part(self, of_last: slice) -> LinearMap:
-        """The map to these outputs of the last axis alone."""
+        """The map to a slice of the outputs' last axis."""
         adapter = self.adapter
         if adapter is not None:
             gain = None if adapter.gain is None else adapter.gain[..., of_last]
@@ -109,12 +112,12 @@ def linear(
     bias: bool = False,
     in_axes: Axes = ("embed",),
 ) -> jax.Array:
-    """[B, T, *inputs] to [B, T, *shape] by the parameter `name` and, if asked for, `name`_bias.
+    """Maps [B, T, *inputs] to [B, T, *shape] with the parameter `name` and, if `bias`, `name`_bias.
 
     Args:
-      module: of a block; its `ctx` says which adapters there are, and which of them each row has.
-      axes: logical names of the outputs; those of the inputs are `in_axes`.
-      role: what the map does, for readers of `python -m model describe`.
+      module: a block's module; its `ctx` has the adapters and each row's choice of them.
+      axes: logical names of the outputs' axes; `in_axes` has those of the inputs.
+      role: what the map does, as `python -m model describe` shows it.
     """
     in_shape = x.shape[x.ndim - len(in_axes) :]
     y = linear_map(module, name, in_shape, shape, (*in_axes, *axes), role)(x)
@@ -122,9 +125,9 @@ def linear(
 
 
 def linears(module: Any, x: jax.Array, outs: Outputs, bias: bool = False) -> dict[str, jax.Array]:
-    """[B, T, D] to [B, T, *shape] by each parameter of `outs`, as `linear` has them.
+    """Maps [B, T, D] to [B, T, *shape] with each parameter of `outs`; see `linear`.
 
-    On a CPU many tokens pass them in one product, since narrow ones are slow there.
+    On a CPU one product computes all maps of many tokens, because narrow products are slow there.
     """
     maps, biases = {}, {}
     for name, (shape, axes, role) in outs.items():
@@ -137,7 +140,7 @@ def linears(module: Any, x: jax.Array, outs: Outputs, bias: bool = False) -> dic
 
 def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
     B, T, D = x.shape
-    # the weights are copied side by side, which must not cost more than the product gains
+    # concatenating the weights copies them, which pays off for many tokens only
     if not backend.for_cpu() or B * T < D or any(each.adapter is not None for each in maps.values()):
         return {name: each(x) for name, each in maps.items()}
     weights = [each.weight.reshape(D, -1) for each in maps.values() if not isinstance(each.weight, Quantized)]
@@ -155,7 +158,7 @@ def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
 def linear_out(
     module: Any, y: jax.Array, in_axes: Axes, role: str = "", *, bias: bool = False, name: str = "o"
 ) -> jax.Array:
-    """All axes after tokens to the model's width, small at first: the deeper the model, the smaller."""
+    """Maps all axes after tokens to the model's width. Deeper models start with smaller weights."""
     y = map_out(module, y.shape[2:], in_axes, role, name)(y)
     return add_bias(module, name, y, ("embed",)) if bias else y
 
@@ -163,7 +166,7 @@ def linear_out(
 def map_out(
     module: Any, in_shape: tuple[int, ...], in_axes: Axes, role: str = "", name: str = "o"
 ) -> LinearMap:
-    """As `linear_out` has it."""
+    """The map of `linear_out`."""
     ctx: Context = module.ctx
     init = fan_in_normal(math.prod(in_shape), scale=(2 * ctx.num_blocks) ** -0.5)
     return linear_map(module, name, in_shape, (ctx.width,), (*in_axes, "embed"), role, init)
@@ -181,13 +184,13 @@ def linear_map(
     """Declares the parameter `name` [*in_shape, *out_shape] and its adapters.
 
     Args:
-      init: default: normal with deviation 1 / sqrt(inputs).
+      init: default: normal with standard deviation 1 / sqrt(inputs).
     """
     ctx: Context = module.ctx
     init = init or fan_in_normal(math.prod(in_shape))
     weight = weight_param(module, ctx, name, (*in_shape, *out_shape), axes, init, len(in_shape), role)
     if len(in_shape) > 1:
-        # or XLA for TPUs, of a run's stacked weights, gathers [1, *in_shape, *out_shape] and copies it to drop the 1
+        # without it, XLA for TPUs copies the gathered weights of a scanned layer to drop their axis of length 1
         weight = jax.lax.optimization_barrier(weight)
     adapters = adapters_of(module, name, weight, len(in_shape), axes)
     if adapters is None:
@@ -197,12 +200,12 @@ def linear_map(
 
 
 def add_bias(module: Any, name: str, y: jax.Array, axes: Axes) -> jax.Array:
-    """y plus the parameter `name`_bias, of y's shape after its tokens."""
+    """y plus the parameter `name`_bias, with the shape of y after its tokens."""
     return y + bias_of(module, name, y.shape[y.ndim - len(axes) :], axes)
 
 
 def bias_of(module: Any, name: str, shape: tuple[int, ...], axes: Axes) -> jax.Array:
-    """Declares the parameter `name`_bias; that of the model's width is not sharded."""
+    """Declares the parameter `name`_bias; the axis "embed" is not sharded."""
     axes = tuple("norm" if axis == "embed" else axis for axis in axes)
     return bias_param(module, module.ctx, f"{name}_bias", shape, axes)
 
@@ -214,10 +217,10 @@ def adapters_of(
 
     Args:
       weight: [*experts, *inputs, *outputs], with logical `axes`.
-      inputs, experts: how many of its axes these are.
+      inputs, experts: the number of axes of each.
 
     Returns:
-      a [*experts, N, *inputs, R], b [*experts, N, R, *outputs] and, of DoRA, gains [*experts, N, *outputs].
+      a [*experts, N, *inputs, R], b [*experts, N, R, *outputs] and, for DoRA, gains [*experts, N, *outputs].
     """
     ctx: Context = module.ctx
     spec = ctx.adapters
@@ -249,13 +252,13 @@ def adapters_of(
 
 
 def column_lengths(weight: jax.Array | np.ndarray, inputs: int, experts: int = 0) -> jax.Array:
-    """[*experts, *outputs] float32: how long each output's column of a map is."""
+    """[*experts, *outputs] float32: the length of each output's column of a map."""
     in_places = tuple(range(experts, experts + inputs))
     return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=in_places))
 
 
 def within_block(path: tuple[str, ...]) -> tuple[str, ...]:
-    """A module's path without the run of blocks that it is in."""
+    """A module's path within its block."""
     blocks = [
         i for i, name in enumerate(path) if name.rpartition("_")[0].rpartition("_")[2] in ("block", "run")
     ]

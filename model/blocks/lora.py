@@ -1,4 +1,4 @@
-"""Adapters of low rank beside a linear map: LoRA, rank-stabilised LoRA, DoRA.
+"""Low-rank adapters of linear maps: LoRA, rank-stabilized LoRA, DoRA.
 
 Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732; Liu et al. 2024, arXiv:2402.09353.
 """
@@ -17,23 +17,23 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """`slots` adapters beside each linear map of the blocks that `targets` names, one of which each row may choose.
+    """`slots` adapters for each linear map of the blocks that matches `targets`; each row chooses one, or none.
 
-    A target is a map's name ("q"), or its path within the block ("mixer/q"), with `*` and `?` for any. Routers, the
-    gates of RG-LRU (which are no maps of the model's width), embeddings and heads have none.
+    A target is a map's name ("q") or its path within the block ("mixer/q"), with the wildcards `*` and `?`. Routers,
+    the gates of RG-LRU, embeddings and heads have no adapters.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = ("*",)
     slots: int = 1
-    rank_stabilized: bool = False  # the sum is scaled by alpha / sqrt(rank), not alpha / rank
-    decomposed: bool = False  # DoRA: each output's direction is adapted, and its length learnt beside it
+    rank_stabilized: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    decomposed: bool = False  # DoRA: adapts each output's direction and learns its length
 
     def __post_init__(self):
         if self.rank < 1 or self.slots < 1 or not self.targets:
             raise ValueError(
-                f"LoRA needs a rank, a slot and a target at least; given rank={self.rank}, slots={self.slots}, "
+                f"LoRA needs at least a rank, a slot and a target; given rank={self.rank}, slots={self.slots}, "
                 f"targets={self.targets}."
             )
 
@@ -42,23 +42,23 @@ class LoRA:
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
     def adapts(self, path: tuple[str, ...]) -> bool:
-        """Of a linear map, by its path within the block: ("mixer", "q")."""
+        """Whether a linear map has adapters, by its path within the block: ("mixer", "q")."""
         names = path[-1], "/".join(path)
         return any(fnmatch.fnmatchcase(name, target) for target in self.targets for name in names)
 
 
 class LowRank(NamedTuple):
-    """What each row's adapter does to one linear map; with a leading batch axis, or without: the same for all rows."""
+    """The adapter of one linear map for each row, with a leading batch axis, or one for all rows, without."""
 
     a: jax.Array  # [(B,) *inputs, R]
     b: jax.Array  # [(B,) R, *outputs], scaled
-    gain: jax.Array | None  # [(B,) *outputs] DoRA's factor of what map and adapter give together
+    gain: jax.Array | None  # [(B,) *outputs], DoRA's factor of the output of map and adapter
 
 
 def select(
     a_NIR: jax.Array, b_NRO: jax.Array, gain_NO: jax.Array | None, scale: float, chosen_B: jax.Array | None
 ) -> LowRank:
-    """The adapter of each row: `chosen_B` is int32, below 0 for the map alone; None: all rows have the first."""
+    """The adapter of each row; `chosen_B` is int32, below 0: no adapter; None: the first for all rows."""
     b_NRO = b_NRO * jnp.asarray(scale, b_NRO.dtype)
     if chosen_B is None:
         return LowRank(a_NIR[0], b_NRO[0], None if gain_NO is None else gain_NO[0])
@@ -71,10 +71,10 @@ def select(
 def gains(
     magnitude_NO: jax.Array, weight_IO: jax.Array, a_NIR: jax.Array, b_NRO: jax.Array, scale: float
 ) -> jax.Array:
-    """DoRA's [N, outputs]: the learnt length of each output over that of its column in W + scale * a b.
+    """DoRA's gains [N, outputs] float32: each output's learned length over that of its column in W + scale * a b.
 
-    Float32. The lengths take no gradient (section 4.3 of the paper). |w + s a b|^2 is expanded, so that the sum of the
-    matrices is never made.
+    The column lengths have no gradient (section 4.3 of the paper). |w + s a b|^2 is expanded, so that the sum of the
+    matrices needs no memory.
     """
     N, R, ins = a_NIR.shape[0], a_NIR.shape[-1], a_NIR.ndim - 2
     fixed = lambda x, *shape: jax.lax.stop_gradient(x.astype(jnp.float32)).reshape(*shape)

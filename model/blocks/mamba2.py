@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer: a selective state space with one decay a head.
+"""The Mamba-2 mixer: a selective state space model with one decay a head.
 
 Dao and Gu 2024, arXiv:2405.21060. With the options of its descendants: multipliers (Falcon-H1), a clamped time step
 (Nemotron-H, Zamba2), no norm before the output (Falcon-H1).
@@ -23,7 +23,7 @@ from model.blocks.recurrence import (
     OUTPUT_GATE,
     READ_OUT,
     TIME_STEP,
-    Walk,
+    SegmentOrder,
     begin,
     causal_conv,
     finish,
@@ -50,12 +50,18 @@ class Mamba2:
     conv_bias: bool = True
     in_bias: bool = False
     out_bias: bool = False
-    norm_eps: float | None = 1e-5  # of the gated RMS norm over each group's channels; None: gate without norm
+    norm_eps: float | None = 1e-5  # of the gated RMS norm of each group's channels; None: a gate without norm
     norm_before_gate: bool = False
     dt_min: float = 0.0  # the time step is clamped to [dt_min, dt_max]
     dt_max: float | None = None
     in_multiplier: float = 1.0
-    multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)  # of z, x, B, C, dt
+    multipliers: tuple[float, float, float, float, float] = (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+    )  # multiply z, x, B, C, dt
     out_multiplier: float = 1.0
 
     def __post_init__(self):
@@ -89,7 +95,7 @@ class Mamba2:
         }
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; the recurrence as if token by token."""
+        """FLOPs of the forward pass, with the recurrence run token by token."""
         inner = self.num_heads * self.head_dim
         projected = 3 * inner + 2 * self.num_groups * self.state_dim + self.num_heads
         return 2 * width * projected + 4 * inner * self.state_dim
@@ -102,7 +108,7 @@ class Mamba2Module(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
-        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        x_BTD, order = begin(spec, x_BTD, info, cache)
         x_BTD = x_BTD * spec.in_multiplier
         heads, groups = (spec.num_heads, spec.head_dim), (spec.num_groups, spec.state_dim)
         project = functools.partial(self._project, x_BTD)
@@ -114,15 +120,15 @@ class Mamba2Module(nn.Module):
         dt_BTH = project("dt", (spec.num_heads,), ("heads",), time_step)
 
         state = {}
-        conv = functools.partial(self._conv, walk, state)
-        x_BTF = conv("conv_x", x_BTF, heads, HEADS, "mixes values with those of the last few tokens")
-        k_BTF = conv("conv_B", k_BTF, groups, GROUPS, "mixes keys with those of the last few tokens")
-        q_BTF = conv("conv_C", q_BTF, groups, GROUPS, "mixes queries with those of the last few tokens")
-        y_BTF, state["ssm"] = self._scan(x_BTF, k_BTF, q_BTF, dt_BTH, walk)
+        conv = functools.partial(self._conv, order, state)
+        x_BTF = conv("conv_x", x_BTF, heads, HEADS, "mixes values over the last tokens")
+        k_BTF = conv("conv_B", k_BTF, groups, GROUPS, "mixes keys over the last tokens")
+        q_BTF = conv("conv_C", q_BTF, groups, GROUPS, "mixes queries over the last tokens")
+        y_BTF, state["ssm"] = self._scan(x_BTF, k_BTF, q_BTF, dt_BTH, order)
         y_BTF = self._gate(y_BTF, z_BTF)
         y_BTD = map_out(self, heads, HEADS, READ_OUT).flat(y_BTF)
         y_BTD = add_bias(self, "o", y_BTD, ("embed",)) if spec.out_bias else y_BTD
-        return finish(y_BTD * spec.out_multiplier, state, walk, info, cache)
+        return finish(y_BTD * spec.out_multiplier, state, order, info, cache)
 
     def _project(self, x_BTD: jax.Array, name: str, shape: Shape, axes: Axes, role: str) -> jax.Array:
         y_BTF = linear_map(self, f"in_{name}", x_BTD.shape[2:], shape, ("embed", *axes), role).flat(x_BTD)
@@ -134,20 +140,27 @@ class Mamba2Module(nn.Module):
         )
 
     def _conv(
-        self, walk: Walk, state: dict, name: str, x_BTF: jax.Array, shape: Shape, axes: Axes, role: str
+        self,
+        order: SegmentOrder,
+        state: dict,
+        name: str,
+        x_BTF: jax.Array,
+        shape: Shape,
+        axes: Axes,
+        role: str,
     ) -> jax.Array:
         K = self.spec.conv_width
         w_KF = param(self, self.ctx, name, (K, *shape), (None, *axes), fan_in_normal(K), role=role).reshape(
             K, -1
         )
-        tail_BKF = walk.state[name].reshape(x_BTF.shape[0], K - 1, x_BTF.shape[2])
-        y_BTF, tail_BKF = causal_conv(x_BTF, w_KF, tail_BKF, walk)
+        tail_BKF = order.state[name].reshape(x_BTF.shape[0], K - 1, x_BTF.shape[2])
+        y_BTF, tail_BKF = causal_conv(x_BTF, w_KF, tail_BKF, order)
         state[name] = tail_BKF.reshape(*tail_BKF.shape[:2], *shape)
         if self.spec.conv_bias:
             y_BTF += bias_param(self, self.ctx, f"{name}_bias", shape, axes).reshape(-1)
         return nn.silu(y_BTF)
 
-    def _scan(self, x_BTF, k_BTF, q_BTF, dt_BTH, walk: Walk) -> tuple[jax.Array, jax.Array]:
+    def _scan(self, x_BTF, k_BTF, q_BTF, dt_BTH, order: SegmentOrder) -> tuple[jax.Array, jax.Array]:
         spec, ctx, shape, axes = self.spec, self.ctx, (self.spec.num_heads,), ("heads",)
         B, T, F = x_BTF.shape
         start = inverse_softplus_of_log_uniform(1e-3, 1e-1)
@@ -155,14 +168,14 @@ class Mamba2Module(nn.Module):
         A_H = -jnp.exp(param32(self, ctx, "A_log", shape, axes, log_uniform(1.0, 16.0), FORGETTING))
         D_H = param32(self, ctx, "D", shape, axes, nn.initializers.ones, "what passes by the state")
         dt_BTH = jax.nn.softplus(dt_BTH.astype(jnp.float32) + dt_bias_H)
-        dt_BTH = walk.only_real(jnp.clip(dt_BTH, spec.dt_min, spec.dt_max))
+        dt_BTH = order.only_real(jnp.clip(dt_BTH, spec.dt_min, spec.dt_max))
         y_BTHP, state_BHPN = ssd(
             x_BTF.reshape(B, T, spec.num_heads, spec.head_dim),
             A_H * dt_BTH,
             k_BTF.reshape(B, T, spec.num_groups, spec.state_dim),
             q_BTF.reshape(B, T, spec.num_groups, spec.state_dim),
-            walk.first_BT,
-            walk.state["ssm"],
+            order.first_BT,
+            order.state["ssm"],
             rules=ctx.rules,
             scale_BTH=dt_BTH,
         )
@@ -170,7 +183,7 @@ class Mamba2Module(nn.Module):
         return y_BTHP.reshape(B, T, F) + passed_BTF, state_BHPN
 
     def _gate(self, y_BTF: jax.Array, z_BTF: jax.Array) -> jax.Array:
-        """Float32 in, the dtype of the computation out."""
+        """float32 input, output in `ctx.dtype`."""
         spec, gate_BTF = self.spec, nn.silu(z_BTF.astype(jnp.float32))
         if not spec.norm_before_gate or spec.norm_eps is None:
             y_BTF = y_BTF * gate_BTF

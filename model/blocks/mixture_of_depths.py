@@ -1,4 +1,4 @@
-"""A block that only some tokens pass through, as its router decides; the others go by.
+"""A block that processes only the tokens that its router chooses; the others skip it.
 
 Raposo et al. 2024, arXiv:2404.02258.
 """
@@ -34,11 +34,10 @@ from model.weighted import WeightedSum
 
 @dataclasses.dataclass(frozen=True)
 class MixtureOfDepths:
-    """x + score(x) * (block(x) - x) for the tokens that are chosen, x for the others; use it as a block's whole mixer.
+    """x + score(x) * (block(x) - x) for chosen tokens, x for the others; use it as a block's whole mixer.
 
-    In training with a `capacity`, the tokens of a document with the highest scores are chosen, which no token can know
-    before it has seen those after it; so the scores are trained to be above 0 for these alone. Everywhere else, and
-    without a capacity, every token with a score above 0 is chosen.
+    In training with a `capacity`, the tokens of a document with the highest scores are chosen. This choice depends on
+    later tokens, so a loss trains the scores' signs to predict it. Otherwise tokens with a positive score are chosen.
     """
 
     block: Block
@@ -65,14 +64,14 @@ class MixtureOfDepths:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """The block's, and which slots of its pages hold a token."""
+        """The block's cache, with the slots of its pages that hold a token."""
         return init_states(self.block, num_pages, page_size, num_rows, dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
         return state_axes(self.block)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; without a capacity as if all tokens were chosen."""
+        """FLOPs of the forward pass; without a capacity, as if all tokens were chosen."""
         share = 1.0 if self.capacity is None else self.capacity
         chosen = max(1, math.ceil(share * seq_len))
         return 2 * width + share * self.block.flops_per_token(width, chosen)
@@ -110,8 +109,10 @@ class MixtureOfDepthsModule(nn.Module):
 def predict(
     scores_BT: jax.Array, passed_BT: jax.Array, real_BT: jax.Array, weights_BT: jax.Array, coefficient: float
 ) -> dict[str, WeightedSum]:
-    """The binary cross-entropy of sigmoid(score) against who passed (section 3.5 of the paper), as a loss and for the
-    log, and how often the sign of a score is right."""
+    """The loss that trains scores to predict the choice, and the accuracy of their signs.
+
+    It is the binary cross-entropy of sigmoid(score), section 3.5 of the paper.
+    """
     entropy_BT = jax.nn.softplus(scores_BT) - passed_BT * scores_BT
     return {
         "loss": WeightedSum.of(coefficient * jnp.where(real_BT, entropy_BT, 0), weights_BT),

@@ -1,6 +1,6 @@
-"""The same blocks several times over, each token as often as a router decides.
+"""The same blocks several times over; a router decides how many times for each token.
 
-Bae et al. 2025, arXiv:2507.10524; without a router, every token as often: Dehghani et al. 2018, arXiv:1807.03819.
+Bae et al. 2025, arXiv:2507.10524; without a router, all tokens equally often: Dehghani et al. 2018, arXiv:1807.03819.
 Each recursion keeps keys and values of its own tokens ("recursion-wise caching" in the paper).
 """
 
@@ -35,12 +35,12 @@ from model.weighted import WeightedSum
 
 
 @dataclasses.dataclass(frozen=True)
-class Narrowing:
-    """Before each recursion a router of its own chooses among the tokens that went through the one before: "expert
-    choice". A chosen token changes by score * (blocks(x) - x).
+class RecursionExpertChoice:
+    """ "Expert choice": each recursion has a router, which chooses among the tokens of the recursion before.
 
-    In training with `capacities`, one share of a document's tokens for each recursion, the highest scores are chosen,
-    and their signs are trained to say which, as in `MixtureOfDepths`. Everywhere else, and without, the signs decide.
+    A chosen token changes by score * (blocks(x) - x). `capacities` has one share of a document's tokens for each
+    recursion. In training with capacities the highest scores are chosen, and a loss trains the scores' signs to predict
+    the choice, as in `MixtureOfDepths`. Otherwise tokens with a positive score are chosen.
     """
 
     capacities: tuple[float, ...] | None = None
@@ -48,9 +48,11 @@ class Narrowing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Assigned:
-    """A router gives each token its number of recursions at the start: "token choice". The last of them is weighed by
-    the router's probability for that number."""
+class RecursionTokenChoice:
+    """ "Token choice": one router gives each token its number of recursions before the first.
+
+    The last recursion is weighted by the router's probability of that number.
+    """
 
     balance_loss: float = 0.01  # coefficient of R * sum_r share_r * probability_r, as for experts
 
@@ -61,7 +63,7 @@ class MixtureOfRecursions:
 
     blocks: tuple[Block, ...]
     times: int
-    router: Narrowing | Assigned | None = None  # None: every token passes through all
+    router: RecursionExpertChoice | RecursionTokenChoice | None = None  # None: all tokens, every time
 
     def __post_init__(self):
         if not self.blocks or self.times < 1:
@@ -70,7 +72,7 @@ class MixtureOfRecursions:
             )
         for block in self.blocks if self.router is not None else ():
             check_choosable(block)
-        shares = self.router.capacities if isinstance(self.router, Narrowing) else None
+        shares = self.router.capacities if isinstance(self.router, RecursionExpertChoice) else None
         if shares is not None and (len(shares) != self.times or not all(0 < share <= 1 for share in shares)):
             raise ValueError(
                 f"capacities={shares}: wanted a share of the tokens, above 0 and at most 1, for each of "
@@ -87,7 +89,7 @@ class MixtureOfRecursions:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """What each block keeps in each recursion, "recursion_1/block_0/" and such before its name."""
+        """Each block's cache in each recursion; names start with "recursion_1/block_0/" and so on."""
         states = [init_states(block, num_pages, page_size, num_rows, dtype) for block in self.blocks]
         return self._of_each(states)
 
@@ -95,11 +97,13 @@ class MixtureOfRecursions:
         return self._of_each([state_axes(block) for block in self.blocks])
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; without capacities as if all tokens went through all recursions."""
+        """FLOPs of the forward pass; without capacities, as if all tokens went through all recursions."""
         shares = (1.0,) * self.times
-        if isinstance(self.router, Narrowing) and self.router.capacities is not None:
+        if isinstance(self.router, RecursionExpertChoice) and self.router.capacities is not None:
             shares = self.router.capacities
-        routers = {Narrowing: self.times, Assigned: self.times}.get(type(self.router), 0)
+        routers = {RecursionExpertChoice: self.times, RecursionTokenChoice: self.times}.get(
+            type(self.router), 0
+        )
         return 2 * width * routers + sum(
             share * block.flops_per_token(width, max(1, math.ceil(share * seq_len)))
             for share in shares
@@ -123,48 +127,60 @@ class MixtureOfRecursionsModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec = self.spec
         blocks = [BlockModule(block, self.ctx, name=f"block_{i}") for i, block in enumerate(spec.blocks)]
-        walk = _Walk(blocks, info, cache)
-        if isinstance(spec.router, Narrowing):
-            y_BTD, aux = self._narrow(spec.router, x_BTD, walk)
-        elif isinstance(spec.router, Assigned):
-            y_BTD, aux = self._assign(spec.router, x_BTD, walk)
+        recursions = _Recursions(blocks, info, cache)
+        if isinstance(spec.router, RecursionExpertChoice):
+            y_BTD, aux = self._expert_choice(spec.router, x_BTD, recursions)
+        elif isinstance(spec.router, RecursionTokenChoice):
+            y_BTD, aux = self._token_choice(spec.router, x_BTD, recursions)
         else:
-            y_BTD, aux = self._all(x_BTD, walk)
-        return y_BTD - x_BTD, None if cache is None else walk.states, Report(add_up(aux, walk.aux))
+            y_BTD, aux = self._all(x_BTD, recursions)
+        return (
+            y_BTD - x_BTD,
+            None if cache is None else recursions.states,
+            Report(add_up(aux, recursions.aux)),
+        )
 
-    def _all(self, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
-        everyone = choose_positive(jnp.ones(x_BTD.shape[:2]), walk.real_BT)
+    def _all(self, x_BTD: jax.Array, recursions: _Recursions) -> tuple[jax.Array, dict]:
+        everyone = choose_positive(jnp.ones(x_BTD.shape[:2]), recursions.real_BT)
         for r in range(self.spec.times):
-            x_BTD = everyone.add(x_BTD, walk.through(r, everyone, x_BTD))
+            x_BTD = everyone.add(x_BTD, recursions.through(r, everyone, x_BTD))
         return x_BTD, {}
 
-    def _narrow(self, router: Narrowing, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
-        left_BT, aux, length = walk.real_BT, {}, x_BTD.shape[1]
+    def _expert_choice(
+        self, router: RecursionExpertChoice, x_BTD: jax.Array, recursions: _Recursions
+    ) -> tuple[jax.Array, dict]:
+        left_BT, aux, length = recursions.real_BT, {}, x_BTD.shape[1]
         for r in range(self.spec.times):
             role = f"which tokens go through recursion {r}, and how much they change"
             scores_BT = router_scores(self, x_BTD, f"router_{r}", role)
             if router.capacities is None or not self.ctx.train:
                 chosen = choose_positive(scores_BT, left_BT)
             else:
-                share, segment_ids_BT = router.capacities[r], walk.info.segment_ids
-                chosen = choose_best(scores_BT, left_BT, walk.real_BT, segment_ids_BT, share)
-            change_BMD = walk.through(r, chosen, x_BTD)
+                share, segment_ids_BT = router.capacities[r], recursions.info.segment_ids
+                chosen = choose_best(scores_BT, left_BT, recursions.real_BT, segment_ids_BT, share)
+            change_BMD = recursions.through(r, chosen, x_BTD)
             x_BTD = chosen.add(x_BTD, change_BMD * chosen.take(scores_BT)[..., None].astype(x_BTD.dtype))
             passed_BT = membership(chosen, length)
-            aux |= {f"recursion_{r}_share": WeightedSum.of(passed_BT, walk.real_BT)}
+            aux |= {f"recursion_{r}_share": WeightedSum.of(passed_BT, recursions.real_BT)}
             if router.capacities is not None:
                 passed = passed_BT.astype(jnp.float32)
-                aux = add_up(aux, predict(scores_BT, passed, left_BT, walk.weights_BT, router.predict_loss))
+                aux = add_up(
+                    aux, predict(scores_BT, passed, left_BT, recursions.weights_BT, router.predict_loss)
+                )
             left_BT = passed_BT
         return x_BTD, aux
 
-    def _assign(self, router: Assigned, x_BTD: jax.Array, walk: _Walk) -> tuple[jax.Array, dict]:
+    def _token_choice(
+        self, router: RecursionTokenChoice, x_BTD: jax.Array, recursions: _Recursions
+    ) -> tuple[jax.Array, dict]:
         probabilities_BTR, last_BT = self._depths(x_BTD)
         for r in range(self.spec.times):
-            chosen = choose_positive((last_BT >= r).astype(jnp.float32), walk.real_BT)
+            chosen = choose_positive((last_BT >= r).astype(jnp.float32), recursions.real_BT)
             weight_BT = jnp.where(last_BT == r, probabilities_BTR[..., r], 1.0).astype(x_BTD.dtype)
-            x_BTD = chosen.add(x_BTD, walk.through(r, chosen, x_BTD) * chosen.take(weight_BT)[..., None])
-        return x_BTD, _balance(probabilities_BTR, last_BT, walk, router.balance_loss)
+            x_BTD = chosen.add(
+                x_BTD, recursions.through(r, chosen, x_BTD) * chosen.take(weight_BT)[..., None]
+            )
+        return x_BTD, _balance(probabilities_BTR, last_BT, recursions, router.balance_loss)
 
     def _depths(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(probabilities of each number of recursions [B, T, R] float32, the last recursion of each token [B, T])."""
@@ -178,8 +194,8 @@ class MixtureOfRecursionsModule(nn.Module):
         return jax.nn.softmax(logits_BTR, axis=-1), jnp.argmax(logits_BTR, axis=-1)
 
 
-class _Walk:
-    """The blocks, and what they have left behind in each recursion so far."""
+class _Recursions:
+    """The blocks, with the cache states and losses of the recursions so far."""
 
     def __init__(self, blocks: list[BlockModule], info: TokenInfo, cache: dict | None):
         self.blocks, self.info, self.cache = blocks, info, cache
@@ -205,12 +221,14 @@ class _Walk:
 
 
 def _balance(
-    probabilities_BTR: jax.Array, last_BT: jax.Array, walk: _Walk, coefficient: float
+    probabilities_BTR: jax.Array, last_BT: jax.Array, recursions: _Recursions, coefficient: float
 ) -> dict[str, WeightedSum]:
     counts_BTR = jax.nn.one_hot(last_BT, probabilities_BTR.shape[-1])
-    loss_BT = balance_of_tokens(counts_BTR, probabilities_BTR, walk.real_BT, walk.info, "document")
+    loss_BT = balance_of_tokens(
+        counts_BTR, probabilities_BTR, recursions.real_BT, recursions.info, "document"
+    )
     return {
-        "loss": WeightedSum.of(coefficient * loss_BT, walk.weights_BT),
-        "recursion_balance": WeightedSum.of(loss_BT, walk.real_BT),
-        "recursions": WeightedSum.of(last_BT + 1.0, walk.real_BT),
+        "loss": WeightedSum.of(coefficient * loss_BT, recursions.weights_BT),
+        "recursion_balance": WeightedSum.of(loss_BT, recursions.real_BT),
+        "recursions": WeightedSum.of(last_BT + 1.0, recursions.real_BT),
     }

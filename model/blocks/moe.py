@@ -1,8 +1,8 @@
-"""Mixture of experts: a feed-forward part in which each token passes through a few of many networks.
+"""Mixture of experts (MoE): a feed-forward part with many networks, of which each token uses some.
 
 Shazeer et al. 2017, arXiv:1701.06538; load-balance loss: Fedus et al. 2021, arXiv:2101.03961; router z-loss: Zoph et
 al. 2022, arXiv:2202.08906; balancing without a loss: Wang et al. 2024, arXiv:2408.15664; shared experts: Dai et al.
-2024, arXiv:2401.06066. What routes and what computes are in router.py and experts.py.
+2024, arXiv:2401.06066. Routing is in router.py, computation in experts.py.
 """
 
 # B batch, T tokens, D model width, E experts, K experts of a token
@@ -36,9 +36,9 @@ DISPATCH = ("dropless", "capacity")
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
-    """Each token passes through `experts_per_token` of `num_experts` networks, and through `shared` if there is one.
+    """Each token uses `experts_per_token` of `num_experts` networks, and the `shared` one if there is one.
 
-    The three coefficients are of the mean over the model's mixtures, as in Hugging Face and MegaBlocks.
+    The loss coefficients multiply the mean over the model's MoE layers, as in Hugging Face and MegaBlocks.
     """
 
     num_experts: int
@@ -46,21 +46,21 @@ class MoE:
     expert: Expert
     router: Router | SparseMixer | ExpertChoice = Router()
     shared: GatedMLP | MLP | None = None
-    shared_gate: bool = False  # the shared expert's output times sigmoid(x @ shared_gate)
-    weigh_input: bool = False  # Llama 4: the weight multiplies what goes into an expert, not what comes out
-    # "capacity": in training a row's tokens beyond an expert's slots are dropped
+    shared_gate: bool = False  # multiply the shared expert's output by sigmoid(x @ shared_gate)
+    weigh_input: bool = False  # Llama 4: weights multiply an expert's input, not its output
+    # "capacity": in training, tokens of a row beyond an expert's slots are dropped
     dispatch: str = "dropless"
-    capacity_factor: float = 1.25  # slots, over those that an even load takes
-    balance_loss: float = 0.0  # of the load-balance loss
-    # "batch" evens the load of a whole batch, which is not the sum of what its microbatches would add
+    capacity_factor: float = 1.25  # slots, relative to an even load
+    balance_loss: float = 0.0  # coefficient of the load-balance loss
+    # "batch" balances a whole batch, which is not the sum of its microbatches' losses
     balance_over: Over = "document"
-    z_loss: float = 0.0  # of the mean squared log-normaliser of the router's logits
-    balance_rate: float = 0.0  # balancing without a loss: how far a step moves each expert's `choice_bias`
+    z_loss: float = 0.0  # coefficient of the mean squared log-normalizer of the router's logits
+    balance_rate: float = 0.0  # balancing without a loss: the step size of each expert's `choice_bias`
 
     def __post_init__(self):
         for name in ("num_experts", "experts_per_token", "expert", "router"):
             if getattr(self, name) is None:
-                raise ValueError(f"{name}=None: a mixture of experts can't do without it.")
+                raise ValueError(f"{name}=None: a mixture of experts needs it.")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token={self.experts_per_token} is not in 1 to num_experts={self.num_experts}."
@@ -77,7 +77,7 @@ class MoE:
         return MoEModule(self, ctx, name=name)
 
     def flops_per_token(self, width: int) -> float:
-        """Of the forward pass: the chosen experts, the shared one, the router."""
+        """FLOPs of the forward pass: the chosen experts, the shared one, the router."""
         shared = self.shared.flops_per_token(width) if self.shared is not None else 0
         routing = 2 * width * (self.num_experts + self.shared_gate)
         return self.experts_per_token * self.expert.flops_per_token(width) + shared + routing
@@ -87,7 +87,7 @@ class MoE:
         return isinstance(self.router, Router) and self.router.choice_bias
 
     def active_share(self, path: str) -> float:
-        """Of a parameter, by its path: what one token uses."""
+        """The share of a parameter that one token uses, by its path."""
         return self.experts_per_token / self.num_experts if path.startswith("experts/") else 1.0
 
     def slots(self, length: int) -> int:
@@ -107,9 +107,9 @@ class MoEModule(nn.Module):
         logits_BTE = self._logits(x_BTD)
         bias_E = self._choice_bias()
         if isinstance(spec.router, ExpertChoice):
-            y_BTD, counts_BTE, held = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
+            y_BTD, counts_BTE, computed = self._experts_choose(spec.router, x_BTD, logits_BTE, real_BT, info)
         else:
-            y_BTD, counts_BTE, held = self._tokens_choose(
+            y_BTD, counts_BTE, computed = self._tokens_choose(
                 spec.router, x_BTD, logits_BTE, bias_E, real_BT, info
             )
         load_E = jnp.einsum("BTE,BT->E", counts_BTE, real_BT.astype(jnp.float32))
@@ -117,14 +117,14 @@ class MoEModule(nn.Module):
         y_BTD = y_BTD.astype(ctx.dtype)
         if spec.shared is not None:
             y_BTD += self._shared(spec.shared, x_BTD, info)
-        held = load_E.sum() if held is None else held
-        return y_BTD, _aux(spec, logits_BTE, counts_BTE, held, bias_E, real_BT, info)
+        computed = load_E.sum() if computed is None else computed
+        return y_BTD, _aux(spec, logits_BTE, counts_BTE, computed, bias_E, real_BT, info)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         E, D, ctx = self.spec.num_experts, self.ctx.width, in_float32(self.ctx)
         role = "which experts suit a token"
         w_DE = param(self, ctx, "router", (D, E), ("embed", "norm"), fan_in_normal(D), 1, role)
-        # TPUs would round both to bfloat16, and close choices would flip
+        # TPUs would round both to bfloat16, which changes close choices
         highest = jax.lax.Precision.HIGHEST
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w_DE, precision=highest)
         if self.spec.router.bias:
@@ -134,14 +134,14 @@ class MoEModule(nn.Module):
     def _choice_bias(self) -> jax.Array | None:
         if not self.spec.has_choice_bias:
             return None
-        role = "evens the experts' loads; decides who is chosen, not with what weight"
+        role = "balances the experts' loads; affects the choice, not the weights"
         declared = in_float32(self.ctx), "choice_bias", (self.spec.num_experts,), ("norm",)
         return bias_param(self, *declared, role=role)
 
     def _tokens_choose(
         self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT, info: TokenInfo
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """(y, how often each token chose each expert [B, T, E], how many of all choices were computed; None: all)."""
+        """(y, counts of each token's choices of each expert [B, T, E], choices that were computed; None: all)."""
         spec, ctx = self.spec, self.ctx
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         chosen_BTK, weights_BTK = router.choose(logits_BTE, bias_E, spec.experts_per_token)
@@ -161,7 +161,7 @@ class MoEModule(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         spec, ctx = self.spec, self.ctx
         if info.rows is not None:
-            raise ValueError("a router with ExpertChoice looks at whole rows: it cannot decode with a cache.")
+            raise ValueError("a router with ExpertChoice needs whole rows: it cannot decode with a cache.")
         experts = Experts(spec.expert, spec.num_experts, ctx, name="experts")
         tokens_BES, weights_BES = router.choose_tokens(logits_BTE, real_BT, spec.slots(x_BTD.shape[1]))
         slots_BTES, weights_BTE = expert_choice_slots(tokens_BES, weights_BES, real_BT)
@@ -172,7 +172,7 @@ class MoEModule(nn.Module):
         y_BTD, _ = spec.module(self.ctx, "shared", "in the shared expert: ")(x_BTD, info)
         if not self.spec.shared_gate:
             return y_BTD
-        role = "how much of the shared expert's output goes on"
+        role = "gate: scales the shared expert's output"
         return nn.sigmoid(linear(self, "shared_gate", x_BTD, (1,), ("norm",), role)) * y_BTD
 
 
@@ -180,16 +180,16 @@ def _aux(
     spec: MoE,
     logits_BTE: jax.Array,
     counts_BTE: jax.Array,
-    held: jax.Array,
+    computed: jax.Array,
     bias_E: jax.Array | None,
     real_BT: jax.Array,
     info: TokenInfo,
 ) -> dict[str, WeightedSum]:
-    """The router's losses and metrics, sums over real tokens; "loss" is what training adds, coefficients applied.
+    """The router's losses and metrics, sums over real tokens; training adds "loss", with coefficients applied.
 
     Args:
-      counts_BTE: how often each token was given to each expert.
-      held: how many of these were computed.
+      counts_BTE: how often each token chose each expert.
+      computed: how many of these choices were computed.
     """
     weights_BT = token_weights(info, real_BT)
     real_BT, tokens = real_BT.astype(jnp.float32), real_BT.sum(dtype=jnp.float32)
@@ -199,12 +199,13 @@ def _aux(
     balance_BT = balance_of_tokens(counts_BTE, probs_BTE, real_BT > 0, info, spec.balance_over)
     load_E = jnp.einsum("BTE,BT->E", counts_BTE, real_BT)
     share_E = load_E / jnp.maximum(load_E.sum(), 1)
-    dropped = 1 - held / jnp.maximum(load_E.sum(), 1)
+    dropped = 1 - computed / jnp.maximum(load_E.sum(), 1)
     loss = WeightedSum.of(spec.balance_loss * balance_BT + spec.z_loss * z_BT, weights_BT)
     if bias_E is not None and spec.balance_rate:
         load_E = jnp.einsum("BTE,BT->E", counts_BTE, weights_BT)
         loss = WeightedSum(
-            loss.total + _pull(bias_E, (load_E - load_E.mean()) / spec.experts_per_token), loss.weight
+            loss.total + _bias_gradient(bias_E, (load_E - load_E.mean()) / spec.experts_per_token),
+            loss.weight,
         )
     return {
         "loss": loss,
@@ -216,6 +217,6 @@ def _aux(
     }
 
 
-def _pull(bias_E: jax.Array, error_E: jax.Array) -> jax.Array:
-    """Zero, with `error_E` as its gradient to the bias: so the optimizer is told which experts have too much to do."""
+def _bias_gradient(bias_E: jax.Array, error_E: jax.Array) -> jax.Array:
+    """Zero, with the gradient `error_E` for the bias: the optimizer sees the overloaded experts."""
     return jnp.sum(jax.lax.stop_gradient(error_E) * (bias_E - jax.lax.stop_gradient(bias_E)))

@@ -1,4 +1,4 @@
-"""Hashed n-grams: each byte's vector gains one for each of the short strings that end at it.
+"""Hashed n-grams: adds to each byte's vector one vector for each n-gram that ends at the byte.
 
 Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1. The hash is a polynomial of the token ids in 64-bit two's
 complement arithmetic, with the primes of the released models.
@@ -27,7 +27,7 @@ MOST_BUCKETS = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class NGrams:
-    """For each hash function and each size a table of `buckets` vectors."""
+    """A table of `buckets` vectors for each hash function and each size."""
 
     sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
     buckets: int = 500_002
@@ -40,13 +40,12 @@ class NGrams:
             raise ValueError(f"buckets={self.buckets} is not from 1 to {MOST_BUCKETS}.")
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with what is `back` from each byte, for up to `reach` steps: [B, T] token ids, 0 where there is none;
-        gives [B, T, D]."""
+        """A module that maps [token ids [B, T] `s` bytes back for s in 0 to `span`], 0 for none, to [B, T, D]."""
         return NGramsModule(self, ctx, name=name)
 
     @property
-    def reach(self) -> int:
-        """How many bytes before its own a byte's n-grams have."""
+    def span(self) -> int:
+        """The number of earlier bytes in a byte's n-grams."""
         return max(self.sizes) - 1
 
 
@@ -59,7 +58,7 @@ class NGramsModule(nn.Module):
         spec, ctx = self.spec, self.ctx
         kinds = [(PRIMES[i % len(PRIMES)], size) for i in range(spec.functions) for size in spec.sizes]
         shape, init = (len(kinds) * spec.buckets, ctx.width), nn.initializers.normal(ctx.width**-0.5)
-        role = "vectors of the short strings that end at a byte, by their hash"
+        role = "vectors of the n-grams that end at a byte, by their hash"
         table_VD = param(self, ctx, "table", shape, ("vocab", "embed"), init, 0, role)
         buckets_BTN = polynomial_hashes(jnp.stack(back_BT, axis=-1), kinds, spec.buckets)
         sum_BTD = jnp.zeros((*back_BT[0].shape, ctx.width), ctx.dtype)
@@ -69,10 +68,10 @@ class NGramsModule(nn.Module):
 
 
 def polynomial_hashes(back_BTS: jax.Array, kinds: list[tuple[int, int]], buckets: int) -> jax.Array:
-    """[B, T, N] for N kinds of (prime, size): (sum over steps back s < size of token_s * prime^(size - 1 - s), as a
-    signed 64-bit integer) modulo `buckets`.
+    """[B, T, N]: for N pairs (prime, size), the sum of token_s * prime^(size - 1 - s) over s < size, modulo `buckets`.
 
-    Limb by limb, since there are no 64-bit integers here; exact where the token ids add up to less than 2^23.
+    The sum is a signed 64-bit integer. It is computed limb by limb in 32-bit integers, exactly for token ids with a sum
+    below 2^23.
     """
     count, mask = 64 // LIMB, (1 << LIMB) - 1
     sum_BTNL = jnp.zeros((*back_BTS.shape[:2], len(kinds), count), jnp.int32)

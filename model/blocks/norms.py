@@ -1,4 +1,4 @@
-"""Normalisation layers, computed in float32."""
+"""Normalization layers, computed in float32."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ class RMSNorm:
     """x / rms(x) * scale over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
 
     eps: float = 1e-5
-    zero_centered: bool = False  # the parameter is the scale minus one, so that weight decay pulls it to one
+    zero_centered: bool = (
+        False  # the parameter is the scale minus one, so weight decay moves the scale to one
+    )
     scale: bool = True
 
     def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1, role: str = "") -> nn.Module:
-        """A module for arrays whose last axes are `axes` (logical names; default: the model's width), each element
-        with its own scale; the mean is over the last `reduced` of them. `role` says what is normalised."""
+        """A module for arrays with the last `axes` (logical names; default: the model's width).
+
+        Each element of these axes has a scale; the mean is over the last `reduced` axes. `role` names the input.
+        """
         return NormModule(self, ctx, axes or ("norm",), reduced, role, name=name)
 
 
@@ -95,6 +99,6 @@ def _tangent(axes: int, saved: tuple[jax.Array, jax.Array], tangents: tuple[jax.
 
 
 def by_rms(x: jax.Array, axes: int, eps: float) -> jax.Array:
-    """x / rms(x) over so many of its last `axes`, float32. The backward pass keeps x and one number a row."""
+    """x / rms(x) over the last `axes` axes, float32. Saves x and one number a row for the backward pass."""
     derivatives = functools.partial(_tangent, axes), functools.partial(_backward, axes)
     return differentiable(functools.partial(_forward, axes, eps), *derivatives)(x)

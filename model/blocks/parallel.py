@@ -1,4 +1,4 @@
-"""Several mixers that read the same tokens side by side: Falcon-H1's and Hymba's hybrid heads.
+"""Several mixers in parallel on the same tokens: Falcon-H1's and Hymba's hybrid heads.
 
 Zuo et al. 2025, arXiv:2507.22448; Dong et al. 2024, arXiv:2411.13676.
 """
@@ -23,7 +23,7 @@ class Parallel:
     mixers: tuple[Any, ...]  # each a `Mixer` of model.blocks.common
     in_scales: tuple[float, ...] | None = None  # None: all 1
     out_scales: tuple[float, ...] | None = None
-    out_norm: Norm | None = None  # of each mixer's result (Hymba), before its scale
+    out_norm: Norm | None = None  # norm of each mixer's output before its scale (Hymba)
 
     def __post_init__(self):
         if not self.mixers:
@@ -39,7 +39,7 @@ class Parallel:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """What each mixer keeps, its name before a slash."""
+        """The cache of each mixer, with its name and a slash as prefix."""
         states = [mixer.init_cache(num_pages, page_size, num_rows, dtype) for mixer in self.mixers]
         return {f"mixer_{i}/{key}": value for i, state in enumerate(states) for key, value in state.items()}
 

@@ -1,4 +1,4 @@
-"""What a parameter says of itself: flax keeps it in a box around the array, and `model.parameters` reads it."""
+"""A parameter's metadata: flax stores it in a box around the array, and `model.parameters` reads it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import flax.struct
 import jax
 
 Axes = tuple[str | None, ...]
-LEADING = ("layers", "experts", "adapters")  # axes of separate arrays that lie in one
+LEADING = ("layers", "experts", "adapters")  # axes that stack separate arrays
 
 
 @flax.struct.dataclass
 class ParamBox(nn.meta.AxisMetadata):
-    """A fresh parameter and its description; `nn.scan` adds the leading axis "layers"."""
+    """A new parameter with its metadata; `nn.scan` adds the leading axis "layers"."""
 
     value: Any
     names: Axes = flax.struct.field(pytree_node=False)  # of its axes
-    input_axes: tuple[int, ...] = flax.struct.field(
-        pytree_node=False, default=()
-    )  # () of what is no linear map
+    input_axes: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # (): not a linear map
     role: str = flax.struct.field(pytree_node=False, default="")
     decays: bool = flax.struct.field(pytree_node=False, default=False)
     order: int = flax.struct.field(pytree_node=False, default=0)  # see `made_before`
@@ -46,7 +44,7 @@ class ParamBox(nn.meta.AxisMetadata):
 
 
 def input_axes_of(axes: Axes, inputs: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The places of a linear map's inputs: so many after the leading axes, or just these."""
+    """The input axes of a linear map: `inputs` axes after the leading ones, or these indices."""
     if isinstance(inputs, tuple):
         return inputs
     lead = leading_axes(axes)
@@ -54,17 +52,19 @@ def input_axes_of(axes: Axes, inputs: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def leading_axes(axes: Axes) -> int:
-    """How many axes at the start are of LEADING."""
+    """The number of axes of LEADING at the start."""
     return next((i for i, name in enumerate(axes) if name not in LEADING), len(axes))
 
 
 def is_matrix(axes: Axes) -> bool:
-    """Whether there are two axes or more beside those of layers and adapters."""
+    """Whether there are at least two axes besides those of layers and adapters."""
     return sum(name not in ("layers", "adapters") for name in axes) >= 2
 
 
 def made_before(module: nn.Module) -> int:
-    """How many parameters there are already in the outermost module, or in the block that flax lifts out of it: the
-    order in which they are made is that of the computation, and a pytree of dicts forgets it."""
+    """The number of parameters made before in the block or, outside blocks, in the model.
+
+    Parameters are made in the order of the computation, which a pytree of dicts does not keep.
+    """
     scope = module.scope
     return 0 if scope is None else len(jax.tree.leaves(scope.root.variables().get("params", {})))

@@ -1,7 +1,7 @@
 """Attention between bytes and patches, both ways. Pagnoni et al. 2024, arXiv:2412.09871, sections 3.2.2 and 3.3.1.
 
-As the released models have it: a patch looks at its own bytes alone, and a byte at one patch alone, the last that is
-whole. A patch stands there as several vectors, as wide as a byte's.
+As in the released models, a patch attends only to its own bytes, and a byte only to the last complete patch. A patch is
+several vectors of a byte's width.
 """
 
 # B batch, T bytes, S bytes that a patch may look at, P patches, N vectors of a patch, D width of a byte, W width of the
@@ -28,29 +28,28 @@ from model.blocks.common import Context, TokenInfo, fan_in_normal, weight_param
 from model.blocks.linear import linear
 from model.blocks.norms import Norm, RMSNorm
 from model.blocks.patches import Patches, by_patch
-from model.blocks.recurrence import Walk
+from model.blocks.recurrence import SegmentOrder
 from model.weights import matmul
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchPool:
-    """What the latent transformer reads of a patch: the largest value of each channel among its bytes, mapped to
-    `vectors` queries, and what these find among the bytes."""
+    """Pools a patch's bytes: each channel's largest value is mapped to `vectors` queries, which attend to the bytes."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vectors: int = 2
-    norm: Norm = RMSNorm()  # of what queries, and of what keys and values are made
+    norm: Norm = RMSNorm()  # norms before the queries, and before keys and values
     qkv_bias: bool = False
     out_bias: bool = False
 
     def module(self, ctx: Context, name: str, latent_width: int) -> nn.Module:
-        """Called with (h_BTD, patches, walk, info, cache or None); gives ([B, P, W], new state)."""
+        """A module that maps (h_BTD, patches, order, info, cache or None) to ([B, P, W], new state)."""
         return PatchPoolModule(self, dataclasses.replace(ctx, adapters=None), latent_width, name=name)
 
     def init_cache(self, num_pages: int, page_size: int, num_rows: int, width: int, dtype: jnp.dtype) -> dict:
-        """Keys and values of every byte, and the largest values in the open patch [R, D]."""
+        """Keys and values of every byte, and the largest values of the open patch [R, D]."""
         pages = key_value_pages(num_pages, page_size, self.num_kv_heads, self.head_dim, dtype)
         return pages | {"pooled": jnp.zeros((num_rows, width), dtype)}
 
@@ -58,10 +57,10 @@ class PatchPool:
         return KEY_VALUE_AXES | {"pooled": ("rows", None)}
 
     def flops_per_byte(self, width: int, latent_width: int, patches: float) -> float:
-        """Of the forward pass.
+        """FLOPs of the forward pass.
 
         Args:
-          patches: for each byte.
+          patches: patches a byte.
         """
         heads = self.num_heads * self.head_dim
         of_byte = 2 * width * 2 * self.num_kv_heads * self.head_dim + 2 * 2 * self.vectors * heads
@@ -76,29 +75,33 @@ class PatchPoolModule(nn.Module):
     latent_width: int
 
     @nn.compact
-    def __call__(self, h_BTD: jax.Array, patches: Patches, walk: Walk, info: TokenInfo, cache: dict | None):
+    def __call__(
+        self, h_BTD: jax.Array, patches: Patches, order: SegmentOrder, info: TokenInfo, cache: dict | None
+    ):
         spec, ctx, (B, _, D) = self.spec, self.ctx, h_BTD.shape
         P, N = patches.segment_BP.shape[1], spec.vectors
-        pooled_BPD, pooled_BD = _pool(h_BTD, patches, walk)
+        pooled_BPD, pooled_BD = _pool(h_BTD, patches, order)
         q_BPND = linear(
-            self, "pooled", pooled_BPD, (N, D), (None, None), "the largest values in a patch to its queries"
+            self, "pooled", pooled_BPD, (N, D), (None, None), "a patch's largest values to its queries"
         )
-        read_BTD = spec.norm.module(ctx, "k_norm", role="what a patch reads of its bytes")(h_BTD)
+        read_BTD = spec.norm.module(ctx, "k_norm", role="what a patch reads from its bytes")(h_BTD)
         bytes_ = project_heads(self, read_BTD, {"k": "keys of the bytes", "v": "values of the bytes"})
         patch_BS = patches.patch_BT
         if cache is not None:
             cache = write_pages({name: cache[name] for name in "kv"}, bytes_, info) | {"pooled": pooled_BD}
             bytes_ = {name: read_pages(cache, name, info, spec.num_kv_heads, h_BTD.dtype) for name in "kv"}
-            patch_BS = _patch_of_slots(patches, walk, bytes_["k"].shape[1])
+            patch_BS = _patch_of_slots(patches, order, bytes_["k"].shape[1])
         q_BPD = q_BPND.reshape(B, P * N, D)
         normed_BPD = spec.norm.module(ctx, "q_norm", role="a patch's queries")(q_BPD)
         q_BPHC = project_heads(self, normed_BPD, {"q": "queries of a patch to its bytes"})["q"]
         found_BPNHC = attend_own_bytes(
             q_BPHC.reshape(B, P, N, *q_BPHC.shape[2:]), bytes_["k"], bytes_["v"], patch_BS
         )
-        role = "adds what a patch found in its bytes"
+        role = "adds the heads' outputs to the patch"
         found_BPD = combine_heads(self, found_BPNHC.reshape(q_BPHC.shape), role)
-        y_BPND = (2 * q_BPD + found_BPD).reshape(B, P, N, D)  # added by the attention, and once more after it
+        y_BPND = (2 * q_BPD + found_BPD).reshape(
+            B, P, N, D
+        )  # the attention adds it, and the released models add it again
         return self._latent(y_BPND), cache
 
     def _latent(self, y_BPND: jax.Array) -> jax.Array:
@@ -111,21 +114,21 @@ class PatchPoolModule(nn.Module):
         return matmul(y_BPND, w_NDW, "BPND,NDW->BPW")
 
 
-def _pool(h_BTD: jax.Array, patches: Patches, walk: Walk) -> tuple[jax.Array, jax.Array]:
-    """[B, P, D] the largest values of each patch, and [B, D] of the one in which the last byte is."""
+def _pool(h_BTD: jax.Array, patches: Patches, order: SegmentOrder) -> tuple[jax.Array, jax.Array]:
+    """The largest values of each patch [B, P, D], and of the last byte's patch [B, D]."""
     P = patches.segment_BP.shape[1]
     pooled_BPD = by_patch(jax.ops.segment_max, h_BTD, patches.patch_BT, P)
     was_open_B1 = patches.open_B[:, None] > 0
-    so_far_BD = jnp.where(was_open_B1, walk.state["pooled"].astype(h_BTD.dtype), -jnp.inf)
+    so_far_BD = jnp.where(was_open_B1, order.state["pooled"].astype(h_BTD.dtype), -jnp.inf)
     pooled_BPD = pooled_BPD.at[:, 0].max(so_far_BD)
     pooled_BPD = jnp.where(pooled_BPD == -jnp.inf, 0, pooled_BPD)
-    last_B = walk.last(patches.patch_BT)
+    last_B = order.last(patches.patch_BT)
     return pooled_BPD, jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(pooled_BPD, last_B)
 
 
-def _patch_of_slots(patches: Patches, walk: Walk, S: int) -> jax.Array:
-    """[B, S]: as `patch_BT`, of the bytes in a row's slots: those of this call, and before them those of patch 0."""
-    since_BS = jnp.arange(S) - walk.positions_BT[:, :1]
+def _patch_of_slots(patches: Patches, order: SegmentOrder, S: int) -> jax.Array:
+    """[B, S]: as `patch_BT`, for a row's slots: the bytes of this call, and before them those of patch 0."""
+    since_BS = jnp.arange(S) - order.positions_BT[:, :1]
     T, P = patches.patch_BT.shape[1], patches.segment_BP.shape[1]
     new_BS = jnp.take_along_axis(patches.patch_BT, jnp.clip(since_BS, 0, T - 1), axis=1)
     is_new_BS, is_open_BS = (since_BS >= 0) & (since_BS < T), -since_BS <= patches.open_B[:, None]
@@ -135,9 +138,9 @@ def _patch_of_slots(patches: Patches, walk: Walk, S: int) -> jax.Array:
 def attend_own_bytes(
     q_BPNHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, patch_BS: jax.Array
 ) -> jax.Array:
-    """Each patch's vectors attend to the bytes of that patch alone; softmax in float32. Zero for one without bytes.
+    """Attention of each patch's vectors to the bytes of the patch, softmax in float32. Zero for a patch without bytes.
 
-    Work and memory grow with the bytes, not with bytes times patches: weights are summed by patch.
+    Work and memory grow with the bytes, not with bytes times patches, because weights are summed by patch.
 
     Args:
       patch_BS: int32, the patch of each byte; P or more: none.
@@ -160,34 +163,34 @@ def attend_own_bytes(
 
 @dataclasses.dataclass(frozen=True)
 class PatchAttention:
-    """A mixer of the local decoder: each byte looks at the vectors of the last whole patch, at nothing else."""
+    """A mixer of the local decoder: each byte attends only to the vectors of the last complete patch."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm: Norm = RMSNorm()  # of the patch's vectors
+    norm: Norm = RMSNorm()  # norm of the patch's vectors
     qkv_bias: bool = False
     out_bias: bool = False
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Reads `info.patch_vectors`, at `info.patch_read` for each byte."""
+        """Each byte reads `info.patch_vectors` at `info.patch_read`."""
         return PatchAttentionModule(self, ctx, name=name)
 
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Nothing: the last patch's vectors are remembered once for all blocks."""
+        """Empty: the row's state has the last patch's vectors once for all blocks."""
         return {}
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
         return {}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass, without the patches' keys and values."""
+        """FLOPs of the forward pass, without the patches' keys and values."""
         return 2 * 2 * width * self.num_heads * self.head_dim
 
     def flops_per_patch(self, width: int, vectors: int) -> float:
-        """Of the forward pass: keys and values."""
+        """FLOPs of the forward pass of a patch: its keys and values."""
         return 2 * 2 * vectors * width * self.num_kv_heads * self.head_dim
 
 
@@ -200,8 +203,8 @@ class PatchAttentionModule(nn.Module):
         spec, (B, T, D) = self.spec, x_BTD.shape
         vectors_BPND, read_BT = cast(jax.Array, info.patch_vectors), cast(jax.Array, info.patch_read)
         (_, P, N, _), K, C = vectors_BPND.shape, spec.num_kv_heads, spec.head_dim
-        q_BTHC = project_heads(self, x_BTD, {"q": "queries to the last whole patch"})["q"]
-        norm = spec.norm.module(self.ctx, "k_norm", role="what is read of a patch's vectors")
+        q_BTHC = project_heads(self, x_BTD, {"q": "queries to the last complete patch"})["q"]
+        norm = spec.norm.module(self.ctx, "k_norm", role="what bytes read from a patch's vectors")
         read_BPD = norm(vectors_BPND).reshape(B, P * N, D)
         roles = {"k": "keys of a patch's vectors", "v": "values of a patch's vectors"}
         k_BTNKC, v_BTNKC = (
@@ -212,5 +215,5 @@ class PatchAttentionModule(nn.Module):
         scores_BTKGN = jnp.einsum("BTKGC,BTNKC->BTKGN", q_BTKGC, k_BTNKC, preferred_element_type=jnp.float32)
         weights_BTKGN = jax.nn.softmax(scores_BTKGN * C**-0.5).astype(v_BTNKC.dtype)
         out_BTKGC = jnp.einsum("BTKGN,BTNKC->BTKGC", weights_BTKGN, v_BTNKC)
-        role = "adds what was found in the patch to the residual stream"
+        role = "adds the heads' outputs to the residual stream"
         return combine_heads(self, out_BTKGC.reshape(q_BTHC.shape), role), cache

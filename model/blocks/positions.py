@@ -1,7 +1,7 @@
-"""How a model knows the order of its tokens: rotary embedding and its context scalings, biases, learned, sinusoidal.
+"""Positions of tokens: rotary embedding with its context scalings, biases of the scores, learned, sinusoidal.
 
-Rotary: Su et al. 2021, arXiv:2104.09864; of several axes (M-RoPE): Wang et al. 2024, arXiv:2409.12191. ALiBi: Press et
-al. 2021, arXiv:2108.12409. Sinusoidal: Vaswani et al. 2017, arXiv:1706.03762.
+Rotary: Su et al. 2021, arXiv:2104.09864; with several axes (M-RoPE): Wang et al. 2024, arXiv:2409.12191. ALiBi: Press
+et al. 2021, arXiv:2108.12409. Sinusoidal: Vaswani et al. 2017, arXiv:1706.03762.
 """
 
 # B batch, T tokens, A axes of a position, D model width, H heads, C head width
@@ -35,7 +35,7 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True)
 class NTKScaling:
-    """A larger theta, so that the lowest frequency is divided by `factor` and the highest is kept.
+    """A larger theta, which divides the lowest frequency by `factor` and leaves the highest unchanged.
 
     "NTK-aware" scaling, as in section 3.1 of Peng et al. 2023, arXiv:2309.00071.
     """
@@ -50,7 +50,7 @@ class NTKScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's context extension: low frequencies divided by `factor`, a smooth ramp between the two bounds."""
+    """Llama 3.1's context extension: low frequencies are divided by `factor`, with a ramp between the two bounds."""
 
     factor: float
     low_freq_factor: float
@@ -69,18 +69,18 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """Frequencies that turn less than `beta_slow` times in the original context are divided by `factor`, those that
-    turn more than `beta_fast` times are kept, and the rotated vectors grow by `magnitude`.
+    """YaRN, Peng et al. 2023, arXiv:2309.00071.
 
-    Peng et al. 2023, arXiv:2309.00071.
+    Frequencies with fewer than `beta_slow` rotations in the original context are divided by `factor`, those with more
+    than `beta_fast` stay as they are, and rotated vectors are multiplied by `magnitude`.
     """
 
     factor: float
     original_max_length: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    magnitude: float = 1.0  # of cosine and sine; the paper has 0.1 ln(factor) + 1
-    truncate: bool = True  # the bounds of the ramp are whole numbers of channels
+    magnitude: float = 1.0  # multiplies cosine and sine; the paper has 0.1 ln(factor) + 1
+    truncate: bool = True  # round the ramp's bounds to whole channels
 
     def scale(self, frequencies_F: np.ndarray, theta: float) -> np.ndarray:
         low, high = (self._channel(turns, theta, frequencies_F) for turns in (self.beta_fast, self.beta_slow))
@@ -92,29 +92,29 @@ class YarnScaling:
         return frequencies_F * (divided_F / self.factor + (1 - divided_F))
 
     def _channel(self, turns: float, theta: float, frequencies_F: np.ndarray) -> float:
-        """The channel that turns so many times in the original context."""
+        """The channel with this many rotations in the original context."""
         wavelength = self.original_max_length / (turns * 2 * math.pi)
         return len(frequencies_F) * math.log(wavelength) / math.log(theta)
 
 
 @dataclasses.dataclass(frozen=True)
 class LongRopeScaling:
-    """A searched divisor for each frequency, one set for documents within the original context and one for longer ones.
+    """LongRoPE: a searched divisor for each frequency, one set for short and one for long documents.
 
-    Ding et al. 2024, arXiv:2402.13753. A document that crosses the bound while decoding turns its later keys by other
-    frequencies than its earlier ones.
+    Ding et al. 2024, arXiv:2402.13753. When decoding crosses `original_max_length`, later keys have other frequencies
+    than earlier ones.
     """
 
     short: tuple[float, ...]  # F divisors
     long: tuple[float, ...]
     original_max_length: int
-    magnitude: float = 1.0  # of cosine and sine
+    magnitude: float = 1.0  # multiplies cosine and sine
 
     def scale(self, frequencies_F: np.ndarray, theta: float, long: bool = False) -> np.ndarray:
         divisors_F = np.array(self.long if long else self.short)
         if divisors_F.shape != frequencies_F.shape:
             raise ValueError(
-                f"LongRopeScaling has {len(divisors_F)} divisors; {len(frequencies_F)} frequencies turn."
+                f"LongRopeScaling has {len(divisors_F)} divisors; the head rotates {len(frequencies_F)} frequencies."
             )
         return frequencies_F / divisors_F
 
@@ -128,14 +128,14 @@ class Rope:
 
     theta: float = 10_000.0
     scaling: Scaling | None = None
-    fraction: float = 1.0  # of a head's channels that are rotated, the first ones
-    interleaved: bool = False  # pairs of neighbours
-    turning: float = (
-        1.0  # p-RoPE (arXiv:2410.06205): of the frequencies, highest first; the others stand still
+    fraction: float = 1.0  # share of a head's channels that have frequencies, the first ones
+    interleaved: bool = False  # pairs are neighbouring channels
+    rotated_fraction: float = (
+        1.0  # p-RoPE (arXiv:2410.06205): share of the frequencies, highest first; the rest is unrotated
     )
-    # M-RoPE: how many frequencies turn by each axis of a position (time, height, width); None: positions have one axis
+    # M-RoPE: frequencies of each axis of a position (time, height, width); None: positions have one axis
     sections: tuple[int, ...] | None = None
-    # axes take turns, one frequency each, until the later axes have theirs (Qwen3-VL); False: one axis after the other
+    # Qwen3-VL: the axes alternate, one frequency each, until the later axes are complete; False: axis after axis
     sections_interleaved: bool = False
 
     def __post_init__(self):
@@ -143,18 +143,18 @@ class Rope:
             raise ValueError(f"sections={self.sections}: give how many frequencies each axis has.")
 
     def frequencies(self, head_dim: int, long: bool = False) -> np.ndarray:
-        """[R // 2] float32 radians a token; `long`: those of LongRoPE's longer rows."""
+        """[R // 2] float32 radians a token; `long`: for LongRoPE's long documents."""
         R = self.rotated(head_dim)
         frequencies_F = self.theta ** (-np.arange(0, R, 2, dtype=np.float64) / R)
         if isinstance(self.scaling, LongRopeScaling):
             frequencies_F = self.scaling.scale(frequencies_F, self.theta, long)
         elif self.scaling is not None:
             frequencies_F = self.scaling.scale(frequencies_F, self.theta)
-        frequencies_F[int(self.turning * R / 2) :] = 0.0
+        frequencies_F[int(self.rotated_fraction * R / 2) :] = 0.0
         return frequencies_F.astype(np.float32)
 
     def rotated(self, head_dim: int) -> int:
-        """Channels of a head that are rotated."""
+        """The number of channels of a head in rotated pairs."""
         return int(head_dim * self.fraction)
 
     def __call__(
@@ -164,7 +164,7 @@ class Rope:
 
         Args:
           positions: int32 [B, T], or [B, T, A] where `sections` has A numbers.
-          segment_ids_BT: where documents end, which LongRoPE asks for; None: each row is one.
+          segment_ids_BT: the documents of each row, for LongRoPE; None: one document a row.
         """
         C = x_BTHC.shape[-1]
         R = self.rotated(C)
@@ -173,19 +173,19 @@ class Rope:
         magnitude = getattr(self.scaling, "magnitude", 1.0)
         cos, sin = _cos_and_sin(angles_BT1F, magnitude)
         if backend.current().name == "tpu":
-            return _turned_by_product(self, x_BTHC, *self._of_channels(C, cos, sin))
+            return _rotate_by_matmul(self, x_BTHC, *self._of_channels(C, cos, sin))
         x32 = x_BTHC[..., :R].astype(jnp.float32)
         if self.interleaved:
             a, b = x32[..., 0::2], x32[..., 1::2]
-            turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x32.shape)
+            rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x32.shape)
         else:
             a, b = jnp.split(x32, 2, axis=-1)
-            turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        turned = turned.astype(x_BTHC.dtype)
-        return turned if R == C else jnp.concatenate([turned, x_BTHC[..., R:]], axis=-1)
+            rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        rotated = rotated.astype(x_BTHC.dtype)
+        return rotated if R == C else jnp.concatenate([rotated, x_BTHC[..., R:]], axis=-1)
 
     def axis_of_frequency(self, count: int) -> np.ndarray:
-        """[F] int: the axis of the position by which each of `count` frequencies turns."""
+        """[F] int: the axis of the position that each of `count` frequencies uses."""
         sections = cast(tuple[int, ...], self.sections)
         if sum(sections) != count:
             raise ValueError(f"sections={sections} are {sum(sections)} frequencies, and a head has {count}.")
@@ -197,7 +197,7 @@ class Rope:
         return axis_F
 
     def _by_frequency(self, positions: jax.Array, count: int) -> jax.Array:
-        """[B, T, F] ([B, T, 1] of one axis): the positions that each frequency turns by."""
+        """[B, T, F] ([B, T, 1] for one axis): the position that each frequency uses."""
         if positions.ndim == 2:
             return positions[..., None]
         if self.sections is None or positions.shape[-1] != len(self.sections):
@@ -208,13 +208,13 @@ class Rope:
         return positions[..., self.axis_of_frequency(count)]
 
     def _of_channels(self, head_dim: int, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of pairs [..., F] to those of all channels [..., C]: where nothing is rotated, 1 and 0."""
+        """cos and sin of pairs [..., F] expanded to all channels [..., C]; 1 and 0 for unrotated channels."""
         both = lambda x: jnp.repeat(x, 2, axis=-1) if self.interleaved else jnp.concatenate([x, x], axis=-1)
         still = [(0, 0)] * (cos.ndim - 1) + [(0, head_dim - self.rotated(head_dim))]
         return jnp.pad(both(cos), still, constant_values=1.0), jnp.pad(both(sin), still)
 
     def partners(self, head_dim: int) -> np.ndarray:
-        """[C, C] float32: to the second of a pair of channels the first, to the first minus the second."""
+        """[C, C] float32: a matrix that maps each pair of channels (a, b) to (-b, a)."""
         R, partners_CC = self.rotated(head_dim), np.zeros((head_dim, head_dim), np.float32)
         first = np.arange(0, R, 2) if self.interleaved else np.arange(R // 2)
         second = first + 1 if self.interleaved else first + R // 2
@@ -234,7 +234,7 @@ class Rope:
 
 
 def _last_position(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """[B, T] ([B, 1] for rows of one document): of the last token of each token's document."""
+    """[B, T] ([B, 1] without segment ids): the position of the last token of each token's document."""
     if segment_ids_BT is None:
         return positions_BT.max(axis=1, keepdims=True)
     T = positions_BT.shape[1]
@@ -244,16 +244,16 @@ def _last_position(positions_BT: jax.Array, segment_ids_BT: jax.Array | None) ->
 
 
 def _cos_and_sin(angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
-    """Computed once: XLA on CPU would take up cosines in the loop over heads and compute them for each anew."""
+    """cos and sin, materialized: XLA on CPU would recompute them for each head."""
     return cpu.materialize(lambda x: (magnitude * jnp.cos(x), magnitude * jnp.sin(x)))(angles)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _turned_by_product(rope: Rope, x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """A TPU's form: channels are brought to their partners by a product with zeros and ones, which changes no number.
+def _rotate_by_matmul(rope: Rope, x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotation for TPUs: swaps the channels of each pair by a product with a matrix of zeros and ones, which is exact.
 
-    Cut into halves, XLA lays each out in main memory, filled up to 128 lanes, and in float32 before. Its gradient turns
-    back.
+    If the channels were split in halves, XLA would store each half in main memory, padded to 128 lanes, in float32. The
+    gradient is the rotation by the opposite angle.
     """
     precision = jax.lax.Precision.HIGHEST if x_BTHC.dtype == jnp.float32 else None
     partners_CC = jnp.asarray(rope.partners(x_BTHC.shape[-1]), x_BTHC.dtype)
@@ -261,16 +261,16 @@ def _turned_by_product(rope: Rope, x_BTHC: jax.Array, cos: jax.Array, sin: jax.A
     return (x_BTHC.astype(jnp.float32) * cos + partner_BTHC.astype(jnp.float32) * sin).astype(x_BTHC.dtype)
 
 
-def _turned_forward(rope: Rope, x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array):
-    return _turned_by_product(rope, x_BTHC, cos, sin), (cos, sin)
+def _rotate_forward(rope: Rope, x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array):
+    return _rotate_by_matmul(rope, x_BTHC, cos, sin), (cos, sin)
 
 
-def _turned_backward(rope: Rope, saved: tuple[jax.Array, jax.Array], d_BTHC: jax.Array):
+def _rotate_backward(rope: Rope, saved: tuple[jax.Array, jax.Array], d_BTHC: jax.Array):
     cos, sin = saved
-    return _turned_by_product(rope, d_BTHC, cos, -sin), None, None
+    return _rotate_by_matmul(rope, d_BTHC, cos, -sin), None, None
 
 
-_turned_by_product.defvjp(_turned_forward, _turned_backward)
+_rotate_by_matmul.defvjp(_rotate_forward, _rotate_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +278,10 @@ class Alibi:
     """Adds slope * (key's position - query's position) to a head's scores; slopes 2^(-max_bias h / H)."""
 
     max_bias: float = 8.0
-    scale: float = 1.0  # of the bias
+    scale: float = 1.0  # multiplies the bias
 
     def slopes(self, num_heads: int) -> np.ndarray:
-        """[H] float32. Beyond a power of two, the further heads have the slopes between those of the first."""
+        """[H] float32. Heads beyond a power of two have slopes between those of the first ones."""
         power = 2 ** math.floor(math.log2(num_heads))
         first = 2.0 ** (-self.max_bias * np.arange(1, power + 1) / power)
         between = 2.0 ** (-self.max_bias * np.arange(1, 2 * power + 1, 2) / (2 * power))
@@ -290,15 +290,15 @@ class Alibi:
 
 @dataclasses.dataclass(frozen=True)
 class RelativeBias:
-    """Adds to a head's scores a learned number for the key's distance: near distances have one each, farther ones share
-    a bucket, the wider the farther, up to `max_distance`; without causality half of the buckets are for either side.
+    """T5's bias: adds to a head's scores a learned number for the key's distance. Raffel et al. 2019, arXiv:1910.10683.
 
-    T5, Raffel et al. 2019, arXiv:1910.10683.
+    Near distances have a bucket each. Farther ones share buckets of increasing width, up to `max_distance`. Without
+    causality, each direction has half of the buckets.
     """
 
     buckets: int = 32
     max_distance: int = 128
-    own: bool = True  # the block has the table; False: it uses that of the last block before it that has one
+    own: bool = True  # False: uses the table of the last earlier block with one
 
     def __post_init__(self):
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
@@ -308,7 +308,7 @@ class RelativeBias:
             )
 
     def buckets_of(self, causal: bool) -> np.ndarray:
-        """[2 * max_distance + 1] int32: the bucket of each distance (key's position - query's), the least first."""
+        """[2 * max_distance + 1] int32: the bucket of each distance (key's position - query's), in ascending order."""
         to_a_side = self.buckets if causal else self.buckets // 2
         exact = to_a_side // 2
         away = np.arange(self.max_distance + 1)
@@ -319,7 +319,7 @@ class RelativeBias:
         return np.concatenate([before[::-1], after[1:]]).astype(np.int32)
 
     def __call__(self, table_NH: jax.Array, causal: bool, distance: jax.Array) -> jax.Array:
-        """[..., H, T, S] float32 for distances [..., T, S] and a table of numbers for each bucket and head."""
+        """The bias [..., H, T, S] float32 at distances [..., T, S]; `table` has a number for each bucket and head."""
         index = jnp.clip(distance, -self.max_distance, self.max_distance) + self.max_distance
         bias = jnp.take(table_NH[self.buckets_of(causal)].astype(jnp.float32), index, axis=0)
         return jnp.moveaxis(bias, -1, -3)
@@ -327,7 +327,7 @@ class RelativeBias:
 
 @dataclasses.dataclass(frozen=True)
 class LearnedPositions:
-    """A trained vector for each position, added to the token's. Positions past the last have the last one's."""
+    """A trained vector for each position, added to the embedding. Positions past `length` use the last vector."""
 
     length: int
 

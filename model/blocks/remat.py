@@ -1,6 +1,6 @@
-"""What the backward pass finds kept of each block, and what it computes anew: memory against time.
+"""Rematerialization: which activations of a block are saved for the backward pass, and which are recomputed.
 
-Chen et al. 2016, arXiv:1604.06174; keeping the products of matrices alone: Korthikanti et al. 2022, arXiv:2205.05198.
+Chen et al. 2016, arXiv:1604.06174; saving only matrix products: Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _products = jax.checkpoint_policies.save_from_both_policies(
 
 
 def _offloaded(primitive: Any, *args: Any, **params: Any) -> Any:
-    """As `_products`, in the host's memory: copied there while the forward pass goes on, and back ahead of use."""
+    """As `_products`, in host memory; copies overlap the forward pass and come back before use."""
     kept = _products(primitive, *args, **params)
     return Offloadable("device", "pinned_host") if kept else kept
 
 
-# Name -> which values inside a block are kept; None: all.
+# name -> the policy that selects a block's saved activations; None: all
 POLICIES: dict[str, Callable | None] = {
     "none": None,
     "products": _products,
@@ -36,12 +36,12 @@ POLICIES: dict[str, Callable | None] = {
 
 
 def check_remat(remat: str) -> None:
-    """Raises ValueError for a name that is not one of POLICIES."""
+    """Raises ValueError for a name that POLICIES lacks."""
     if remat not in POLICIES:
         raise ValueError(f"remat={remat!r} is not one of {', '.join(POLICIES)}.")
 
 
 def rematerialised(module: type[nn.Module], remat: str, scan: bool) -> type[nn.Module]:
-    """The module, whose inside is kept by the policy of this name."""
+    """The module class with the policy of this name."""
     policy = POLICIES[remat]
     return module if policy is None else nn.remat(module, prevent_cse=not scan, policy=policy)

@@ -1,4 +1,4 @@
-"""Residual connections: how the result of a mixer or a network joins the stream that it was read from."""
+"""Residual connections: how the output of a mixer or a network joins the residual stream."""
 
 # B batch, T tokens, D model width, N copies of the stream
 
@@ -22,7 +22,7 @@ class Connection(Protocol):
         ...
 
     def write(self, x: jax.Array, y_BTD: jax.Array) -> jax.Array:
-        """The stream with the sublayer's result."""
+        """The stream with the sublayer's output y added."""
         ...
 
 
@@ -31,7 +31,7 @@ class ResidualPart(Protocol):
 
     @property
     def parallel(self) -> Literal["no", "one norm", "two norms"]:
-        """Whether mixer and network read the same stream and are added in one sum, with a norm for both or for each."""
+        """Whether mixer and network are added in one sum, with one norm for both or two norms."""
         ...
 
     def begin(self, x_BTD: jax.Array) -> jax.Array:
@@ -43,16 +43,16 @@ class ResidualPart(Protocol):
         ...
 
     def connection(self, ctx: Context, name: str) -> Connection:
-        """Call it within a compact method: it may be a submodule of this name."""
+        """Call it within a compact method; it may be a submodule of this name."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """x * skip_scale + y * scale, of the mixer and then of the network; both 1 is He et al. 2015, arXiv:1512.03385."""
+    """x * skip_scale + y * scale, for the mixer, then the network. Both 1: He et al. 2015, arXiv:1512.03385."""
 
-    scale: float = 1.0  # of what is added
-    skip_scale: float = 1.0  # of what it is added to
+    scale: float = 1.0  # multiplies y
+    skip_scale: float = 1.0  # multiplies x
 
     parallel: ClassVar[Literal["no"]] = "no"
 
@@ -96,10 +96,10 @@ class ParallelResidual:
 
 @dataclasses.dataclass(frozen=True)
 class HyperConnections:
-    """The stream is `copies` vectors a token; each sublayer reads a learnt mix of them and writes to all of them, which
-    are mixed with each other too. Static form of Zhu et al. 2024, arXiv:2409.19606.
+    """Hyper-connections, the static version: Zhu et al. 2024, arXiv:2409.19606.
 
-    At first all copies are alike and each sublayer reads nearly their mean, so the model starts as a plain one.
+    The stream has `copies` vectors a token. Each sublayer reads a learned mix of them, writes to all of them, and mixes
+    them. At first all copies are equal and each sublayer reads nearly their mean, as in a plain residual.
     """
 
     copies: int = 4
@@ -132,8 +132,8 @@ class HyperConnectionModule(nn.Module):
         declare = lambda name, shape, init, role: param(
             self, self.ctx, name, shape, (None,) * len(shape), init, role=role, decay=False
         )
-        self.read_N = declare("read", n, mean, "weight of each copy of the stream in what is read")
-        self.write_N = declare("write", n, ones, "weight of the result in each copy of the stream")
+        self.read_N = declare("read", n, mean, "weight of each copy of the stream in the input")
+        self.write_N = declare("write", n, ones, "weight of the output in each copy of the stream")
         self.mix_NN = declare("mix", n * 2, eye, "how the copies of the stream mix")
 
     def read(self, x: jax.Array) -> jax.Array:

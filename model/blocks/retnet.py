@@ -33,12 +33,12 @@ class Retention:
     key_dim: int
     value_dim: int
     rope: Rope = Rope()
-    norm_eps: float = 1e-5  # of the RMS norm over a head's output, before the gate
+    norm_eps: float = 1e-5  # of the RMS norm of each head's output, before the gate
 
     def __post_init__(self):
         if self.key_dim % 2:
             raise ValueError(
-                f"key_dim={self.key_dim} is odd; rotary positions turn pairs, so use an even width."
+                f"key_dim={self.key_dim} is odd; rotary positions rotate pairs of channels, so use an even width."
             )
 
     def module(self, ctx: Context, name: str) -> nn.Module:
@@ -54,7 +54,7 @@ class Retention:
         return {"state": ("rows", "act_heads", None, None)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; the recurrence as if token by token."""
+        """FLOPs of the forward pass, with the recurrence run token by token."""
         projected = self.num_heads * (2 * self.key_dim + 3 * self.value_dim)
         return 2 * width * projected + 4 * self.num_heads * self.key_dim * self.value_dim
 
@@ -70,25 +70,25 @@ class RetentionModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx = self.spec, self.ctx
-        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        x_BTD, order = begin(spec, x_BTD, info, cache)
         q_BTHK = self._project("q", x_BTD, spec.key_dim, "queries: where a token reads the state")
         k_BTHK = self._project("k", x_BTD, spec.key_dim, "keys: where it writes")
-        q_BTHK, k_BTHK = (spec.rope(x_BTHK, walk.positions_BT) for x_BTHK in (q_BTHK, k_BTHK))
+        q_BTHK, k_BTHK = (spec.rope(x_BTHK, order.positions_BT) for x_BTHK in (q_BTHK, k_BTHK))
         v_BTHV = self._project("v", x_BTD, spec.value_dim, "values: what it writes")
         z_BTHV = self._project("z", x_BTD, spec.value_dim, OUTPUT_GATE)
         log_decay_BTH = jnp.broadcast_to(spec.log_decay(), (*x_BTD.shape[:2], spec.num_heads))
         o_BTHV, state_BHVK = ssd(
-            walk.only_real(v_BTHV),
-            walk.only_real(log_decay_BTH),
+            order.only_real(v_BTHV),
+            order.only_real(log_decay_BTH),
             k_BTHK,
             q_BTHK * spec.key_dim**-0.5,
-            walk.first_BT,
-            walk.state["state"],
+            order.first_BT,
+            order.state["state"],
             rules=ctx.rules,
         )
         gate_BTHV = nn.silu(z_BTHV.astype(jnp.float32))
         y_BTHV = (head_rms_norm(self, ctx, o_BTHV, spec.norm_eps) * gate_BTHV).astype(ctx.dtype)
-        return finish(linear_out(self, y_BTHV, HEADS, READ_OUT), {"state": state_BHVK}, walk, info, cache)
+        return finish(linear_out(self, y_BTHV, HEADS, READ_OUT), {"state": state_BHVK}, order, info, cache)
 
     def _project(self, name: str, x_BTD: jax.Array, width: int, role: str) -> jax.Array:
         y_BTHC = linear(self, name, x_BTD, (self.spec.num_heads, width), HEADS, role)

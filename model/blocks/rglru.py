@@ -18,7 +18,7 @@ from model.blocks.linear import linear, linear_out
 from model.blocks.recurrence import (
     OUTPUT_GATE,
     READ_OUT,
-    Walk,
+    SegmentOrder,
     begin,
     causal_conv,
     finish,
@@ -57,7 +57,7 @@ class RGLRU:
         return {"conv": ("rows", None, "act_heads", None), "state": ("rows", "act_heads", None)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return 2 * self.num_heads * self.head_dim * (3 * width + 2 * self.head_dim)
 
 
@@ -69,33 +69,33 @@ class RGLRUModule(nn.Module):
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, ctx, state = self.spec, self.ctx, {}
         heads, K = (spec.num_heads, spec.head_dim), spec.conv_width
-        x_BTD, walk = begin(spec, x_BTD, info, cache)
+        x_BTD, order = begin(spec, x_BTD, info, cache)
         y_BTHC = nn.gelu(linear(self, "y", x_BTD, heads, HEADS, OUTPUT_GATE, bias=True), approximate=True)
-        role = "what enters the convolution and the state"
+        role = "input of the convolution and the state"
         x_BTHC = linear(self, "x", x_BTD, heads, HEADS, role, bias=True)
         declared = (K, *heads), (None, *HEADS), fan_in_normal(K)
-        w_KHC = param(self, ctx, "conv", *declared, role="mixes each channel with its last few tokens")
-        x_BTHC, state["conv"] = causal_conv(x_BTHC, w_KHC, walk.state["conv"], walk)
+        w_KHC = param(self, ctx, "conv", *declared, role="mixes each channel over the last tokens")
+        x_BTHC, state["conv"] = causal_conv(x_BTHC, w_KHC, order.state["conv"], order)
         x_BTHC += bias_param(self, ctx, "conv_bias", heads, HEADS)
         x_BTHC = constrain(x_BTHC, ctx.rules, "batch", "length", "act_heads", None)
-        h_BTHC, state["state"] = self._recur(x_BTHC, walk)
+        h_BTHC, state["state"] = self._recur(x_BTHC, order)
         y_BTD = linear_out(self, h_BTHC.astype(ctx.dtype) * y_BTHC, HEADS, READ_OUT, bias=True)
-        return finish(y_BTD, state, walk, info, cache)
+        return finish(y_BTD, state, order, info, cache)
 
-    def _recur(self, x_BTHC: jax.Array, walk: Walk) -> tuple[jax.Array, jax.Array]:
-        """Float32 states of every token, and the last."""
+    def _recur(self, x_BTHC: jax.Array, order: SegmentOrder) -> tuple[jax.Array, jax.Array]:
+        """(the states of all tokens in float32, the last state)."""
         declared = x_BTHC.shape[2:], HEADS, _between_decays(0.9, 0.999)
         a_HC = param32(self, self.ctx, "a", *declared, "how fast each channel forgets")
-        asked_BTHC = self._gate("a_gate", x_BTHC, "how much of that the token asks for")
+        asked_BTHC = self._gate("a_gate", x_BTHC, "how much of its forgetting rate a token uses")
         log_decay_BTHC = -SHARPNESS * asked_BTHC * jax.nn.softplus(a_HC)
-        # sqrt(1 - decay^2) keeps the state's size; a document's first token has nothing before it to make room for.
-        # Not by expm1: Griffin's own code and transformers subtract, and their rounding is seen in the logits.
+        # sqrt(1 - decay^2) keeps the state's size. A document's first token has no state before it, so its factor is 1.
+        # Not with expm1: Griffin's code and transformers subtract, and the logits show the difference in rounding.
         room_BTHC = jnp.sqrt(jnp.maximum(1 - jnp.exp(2 * log_decay_BTHC), 1e-30))
-        room_BTHC = jnp.where(walk.first_BT[..., None, None], 1.0, room_BTHC)
+        room_BTHC = jnp.where(order.first_BT[..., None, None], 1.0, room_BTHC)
         let_in_BTHC = self._gate("x_gate", x_BTHC, "how much of the token enters the state")
         input_BTHC = x_BTHC.astype(jnp.float32) * let_in_BTHC * room_BTHC
         return linear_scan(
-            walk.only_real(input_BTHC), walk.only_real(log_decay_BTHC), walk.first_BT, walk.state["state"]
+            order.only_real(input_BTHC), order.only_real(log_decay_BTHC), order.first_BT, order.state["state"]
         )
 
     def _gate(self, name: str, x_BTHC: jax.Array, role: str) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Routers of a mixture of experts: which experts compute which tokens, and with what weight.
+"""Routers of a mixture of experts choose the experts of each token, and their weights.
 
 Tokens choose experts: Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961; groups of experts
-and the bias for choice: DeepSeek-AI 2024, arXiv:2405.04434 and 2412.19437. Experts choose tokens: Zhou et al. 2022,
+and the choice bias: DeepSeek-AI 2024, arXiv:2405.04434 and 2412.19437. Experts choose tokens: Zhou et al. 2022,
 arXiv:2202.09368.
 """
 
@@ -25,21 +25,21 @@ GROUP_SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """Each token takes the experts with its highest scores, weighted by these scores; all in float32.
+    """Token choice: each token takes the experts with its highest scores, weighted by these scores, in float32.
 
-    A softmax over the logits of the chosen alone (gpt-oss, GraniteMoE) is "softmax" with `normalize`.
+    "softmax" with `normalize` is a softmax over the chosen experts' logits (gpt-oss, GraniteMoE).
     """
 
     scores: str = "softmax"  # or "sigmoid"
-    normalize: bool = True  # the weights of a token's experts are divided by their norm
-    norm_order: float = 1.0  # 1: they sum to one
-    norm_eps: float = 1e-20  # added to that norm
-    scale: float = 1.0  # of the weights, after normalising
-    bias: bool = False  # of the logits
-    choice_bias: bool = False  # a bias on the scores that decides who is chosen and leaves the weights alone
+    normalize: bool = True  # divide the weights of a token's experts by their norm
+    norm_order: float = 1.0  # 1: the weights sum to one
+    norm_eps: float = 1e-20  # added to the norm
+    scale: float = 1.0  # multiplies the normalized weights
+    bias: bool = False  # added to the logits
+    choice_bias: bool = False  # a bias of the scores that affects the choice, not the weights
     num_groups: int = 1
-    groups_per_token: int = 1  # a token's experts come from its best groups only
-    group_score: str = "top2"  # a group is as good as its two best experts together, or as its best: "max"
+    groups_per_token: int = 1  # a token's experts come from its best groups
+    group_score: str = "top2"  # a group's score: the sum of its two best experts, or "max", its best
 
     def __post_init__(self):
         for field, table in (("scores", SCORES), ("group_score", GROUP_SCORES)):
@@ -62,7 +62,7 @@ class Router:
             )
 
     def probabilities(self, logits_BTE: jax.Array) -> jax.Array:
-        """Scores as a distribution over the experts."""
+        """The scores, normalized to a distribution over experts."""
         scores_BTE = SCORES[self.scores](logits_BTE)
         return scores_BTE / jnp.maximum(scores_BTE.sum(-1, keepdims=True), 1e-20)
 
@@ -87,19 +87,19 @@ class Router:
         ranked_BTGI = ranked_BTE.reshape(B, T, self.num_groups, E // self.num_groups)
         group_BTG = GROUP_SCORES[self.group_score](ranked_BTGI)
         best = jax.lax.top_k(group_BTG, self.groups_per_token)[1]
-        kept_BTG = jax.nn.one_hot(best, self.num_groups, dtype=bool).any(axis=-2)
-        return jnp.where(kept_BTG[..., None], ranked_BTGI, -jnp.inf).reshape(B, T, E)
+        allowed_BTG = jax.nn.one_hot(best, self.num_groups, dtype=bool).any(axis=-2)
+        return jnp.where(allowed_BTG[..., None], ranked_BTGI, -jnp.inf).reshape(B, T, E)
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseMixer:
-    """Each token takes its best experts one by one; a weight is the softmax among those left that come close to it.
+    """Each token takes its best experts one by one, weighted by a softmax over the remaining experts with close logits.
 
-    PhiMoE, Liu et al. 2024, arXiv:2409.12136, as it is at inference: its sampling of experts in training is not here.
+    PhiMoE, Liu et al. 2024, arXiv:2409.12136, at inference; its sampling of experts in training is not implemented.
     """
 
-    jitter: float = 0.01  # close: no further below the best than 2 * jitter of the larger of the two
-    bias: bool = False  # of the logits
+    jitter: float = 0.01  # close: below the best by at most 2 * jitter, relative to the larger of the two
+    bias: bool = False  # added to the logits
 
     def check(self, num_experts: int, experts_per_token: int) -> None:
         pass
@@ -127,12 +127,12 @@ class SparseMixer:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertChoice:
-    """Each expert takes the tokens of a row that score highest for it, so the load is even by construction.
+    """Expert choice: each expert takes the tokens of a row with its highest scores, so the load is even.
 
-    Not causal: whether a token is taken depends on the tokens after it. For training, and never with a cache.
+    It is not causal, because the choice of a token depends on later tokens, so it cannot decode with a cache.
     """
 
-    bias: bool = False  # of the logits
+    bias: bool = False  # added to the logits
 
     def check(self, num_experts: int, experts_per_token: int) -> None:
         pass

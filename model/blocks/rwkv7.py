@@ -1,4 +1,4 @@
-"""The two mixers of RWKV-7 "Goose": time mixing, and channel mixing, whose token shift needs a state too.
+"""The two mixers of RWKV-7 "Goose": time mixing and channel mixing; both have a token shift, which needs a state.
 
 Peng et al. 2025, arXiv:2503.14456. Each is a mixer of its own; a layer of the paper is two residual steps.
 """
@@ -16,19 +16,19 @@ import jax.numpy as jnp
 
 from model.blocks.common import Carry, Context, Report, TokenInfo, bias_param, fan_in_normal, param
 from model.blocks.linear import linear, linear_map, linear_out
-from model.blocks.recurrence import HEAD_NORM, READ_OUT, Walk, begin, causal_conv, finish, param32
+from model.blocks.recurrence import HEAD_NORM, READ_OUT, SegmentOrder, begin, causal_conv, finish, param32
 from model.kernels.rwkv7 import rwkv7
 from model.sharding import constrain
 
 HEADS = ("heads", "head_dim")
-FASTEST = -math.exp(-0.5)  # a channel's log decay is between this and 0
+FASTEST = -math.exp(-0.5)  # lower bound of a channel's log decay; the upper bound is 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RWKV7:
     """Decay, learning rate, gate and value mix of a token are maps of low rank.
 
-    The first layer's values are shared: with `first`, the module leaves them to later blocks, in `info.carry`.
+    With `first`, the module shares its values with later blocks through the carry.
     """
 
     num_heads: int
@@ -38,7 +38,7 @@ class RWKV7:
     gate_rank: int
     value_rank: int
     first: bool = False
-    norm_eps: float = 64e-5  # of the norm over each head's output
+    norm_eps: float = 64e-5  # of the norm of each head's output
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RWKV7Module(self, ctx, name=name)
@@ -46,7 +46,7 @@ class RWKV7:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """A row's last token, as wide as the model, and its state [H, C, C]."""
+        """A row's last token [D] and its state [H, C, C]."""
         state = (num_rows, self.num_heads, self.head_dim, self.head_dim)
         return {
             "shift": jnp.zeros((num_rows, 1, self.num_heads * self.head_dim), dtype),
@@ -57,12 +57,12 @@ class RWKV7:
         return {"shift": ("rows", None, None), "state": ("rows", "act_heads", None, None)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass; the recurrence as if token by token."""
+        """FLOPs of the forward pass, with the recurrence run token by token."""
         ranks = self.decay_rank + self.rate_rank + self.gate_rank + (0 if self.first else self.value_rank)
         return 2 * (4 * width * width + 2 * width * ranks) + 8 * width * self.head_dim
 
 
-# What each share of the token before is for.
+# The use of each mix with the previous token.
 SHIFTS = {
     "r": "for the reading",
     "w": "for the decay",
@@ -71,7 +71,7 @@ SHIFTS = {
     "a": "for the rate",
     "g": "for the gate",
 }
-# Of the maps of low rank: what they make of the token, what the second gives, where its bias starts from.
+# For each low-rank map: its output, the role of its second factor, the role of its bias.
 LOW_RANKS = {
     "w": ("decay", "how much each channel keeps", "where the decay starts from"),
     "a": ("rate", "how much of the state is replaced", "where the rate starts from"),
@@ -96,8 +96,8 @@ class RWKV7Module(nn.Module):
                 f"RWKV-7's heads fill the model's width: num_heads={spec.num_heads} times head_dim={spec.head_dim} "
                 f"is not {ctx.width}."
             )
-        x_BTD, walk = begin(spec, x_BTD, info, cache)
-        mixed, state["shift"] = _token_shift(self, ctx, x_BTD, SHIFTS, walk)
+        x_BTD, order = begin(spec, x_BTD, info, cache)
+        mixed, state["shift"] = _token_shift(self, ctx, x_BTD, SHIFTS, order)
         r_BTHC = self._project("r", mixed["r"], "receptance: where a token reads the state")
         k_BTHC = self._project("k", mixed["k"], "keys: where it writes")
         v_BTHC = self._project("v", mixed["v"], "values: what it writes")
@@ -113,25 +113,25 @@ class RWKV7Module(nn.Module):
         gate_BTHC = self._low_rank("g", mixed["g"], spec.gate_rank, None, jax.nn.sigmoid)
 
         k_BTHC = k_BTHC.astype(jnp.float32)
-        erase_BTHC = walk.only_real(
+        erase_BTHC = order.only_real(
             _unit(k_BTHC * self._channels("k_k", 0.71, "scale of the key that erases"))
         )
-        weaken_HC = self._channels("k_a", 1.02, "how far the rate weakens the key that writes")
+        weaken_HC = self._channels("k_a", 1.02, "how much the learning rate weakens the written key")
         k_BTHC = k_BTHC * (1 + (rate_BTHC - 1) * weaken_HC)
         o_BTHC, state["state"] = rwkv7(
             r_BTHC,
-            walk.only_real(log_decay_BTHC),
-            walk.only_real(k_BTHC),
+            order.only_real(log_decay_BTHC),
+            order.only_real(k_BTHC),
             v_BTHC,
             -erase_BTHC,
             erase_BTHC * rate_BTHC,
-            walk.first_BT,
-            walk.state["state"],
+            order.first_BT,
+            order.state["state"],
         )
-        own_HC = self._channels("r_k", -0.04, "how much of itself a token reads at once")
+        own_HC = self._channels("r_k", -0.04, "how much of its own value a token reads")
         own_BTH1 = jnp.sum(r_BTHC * k_BTHC * own_HC, axis=-1, keepdims=True)
         y_BTHC = (self._norm(o_BTHC) + own_BTH1 * v_BTHC.astype(jnp.float32)).astype(ctx.dtype) * gate_BTHC
-        y_BTD, cache = finish(linear_out(self, y_BTHC, HEADS, READ_OUT), state, walk, info, cache)
+        y_BTD, cache = finish(linear_out(self, y_BTHC, HEADS, READ_OUT), state, order, info, cache)
         return y_BTD, cache, Report(carry=carry)
 
     def _project(self, name: str, x_BTD: jax.Array, role: str) -> jax.Array:
@@ -140,7 +140,7 @@ class RWKV7Module(nn.Module):
         return constrain(y_BTHC, self.ctx.rules, "batch", "length", "act_heads", None)
 
     def _low_rank(self, name: str, x_BTD: jax.Array, rank: int, bias, between=None) -> jax.Array:
-        """between(x `name`_a) `name`_b + `name`_bias; `bias` is the bias's start, None for no bias."""
+        """between(x `name`_a) `name`_b + `name`_bias; `bias` is the bias's initial value, None for no bias."""
         heads, small = (self.spec.num_heads, self.spec.head_dim), fan_in_normal(rank, 0.1)
         (of, to, from_), zeros = LOW_RANKS[name], nn.initializers.zeros
         down, up = f"the token to the low rank of its {of}", f"the low rank to {to}"
@@ -157,7 +157,7 @@ class RWKV7Module(nn.Module):
         return param32(self, self.ctx, name, heads, HEADS, nn.initializers.constant(start), role)
 
     def _norm(self, o_BTHC: jax.Array) -> jax.Array:
-        """Layer norm of each head by itself."""
+        """Layer norm of each head."""
         o_BTHC = o_BTHC - jnp.mean(o_BTHC, axis=-1, keepdims=True)
         o_BTHC *= jax.lax.rsqrt(jnp.mean(o_BTHC * o_BTHC, axis=-1, keepdims=True) + self.spec.norm_eps)
         return o_BTHC * self._channels("norm", 1.0, HEAD_NORM) + self._channels(
@@ -167,10 +167,10 @@ class RWKV7Module(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class RWKV7ChannelMix:
-    """value(relu(key(x mixed with the token before))^2): a feed-forward network with a token shift."""
+    """value(relu(key(x mixed with the previous token))^2): a feed-forward network with a token shift."""
 
     width: int
-    model_width: int  # of the token that a row's state keeps
+    model_width: int  # of the token in a row's state
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return RWKV7ChannelMixModule(self, ctx, name=name)
@@ -185,7 +185,7 @@ class RWKV7ChannelMix:
         return {"shift": ("rows", None, None)}
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return 2 * 2 * width * self.width
 
 
@@ -196,26 +196,25 @@ class RWKV7ChannelMixModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         ctx = self.ctx
-        x_BTD, walk = begin(self.spec, x_BTD, info, cache)
-        mixed, tail = _token_shift(self, ctx, x_BTD, {"k": ""}, walk)
+        x_BTD, order = begin(self.spec, x_BTD, info, cache)
+        mixed, tail = _token_shift(self, ctx, x_BTD, {"k": ""}, order)
         role = "value of each feature"
         h_BTF = jnp.square(nn.relu(linear(self, "k", mixed["k"], (self.spec.width,), ("mlp",), role)))
         h_BTF = constrain(h_BTF, ctx.rules, "batch", "length", "act_mlp")
-        y_BTD = linear_out(self, h_BTF, ("mlp",), "adds the open features to the residual stream")
-        return finish(y_BTD, {"shift": tail}, walk, info, cache)
+        y_BTD = linear_out(self, h_BTF, ("mlp",), "adds the activated features to the residual stream")
+        return finish(y_BTD, {"shift": tail}, order, info, cache)
 
 
 def _token_shift(
-    module: nn.Module, ctx: Context, x_BTD: jax.Array, shifts: dict[str, str], walk: Walk
+    module: nn.Module, ctx: Context, x_BTD: jax.Array, shifts: dict[str, str], order: SegmentOrder
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """For each name of `shifts`, which says what for, x moved towards the token before it by the shares "x_`name`"
-    [D]; and the new last token."""
-    before_BTD, tail = causal_conv(x_BTD, jnp.array([[1.0], [0.0]]), walk.state["shift"], walk)
+    """(for each name of `shifts`, x mixed with the previous token by the shares "x_`name`" [D]; the new last token)."""
+    before_BTD, tail = causal_conv(x_BTD, jnp.array([[1.0], [0.0]]), order.state["shift"], order)
     delta_BTD, D = before_BTD - x_BTD, x_BTD.shape[-1]
     start = lambda key, shape, dtype: (1 - jnp.sqrt(jnp.arange(D) / D)).astype(dtype)
     mixed = {}
     for name, purpose in shifts.items():
-        role = f"how much of the token before is mixed in {purpose}".rstrip()
+        role = f"how much of the previous token is mixed in {purpose}".rstrip()
         mixed[name] = x_BTD + delta_BTD * param(module, ctx, f"x_{name}", (D,), ("norm",), start, 0, role)
     return mixed, tail
 
@@ -226,6 +225,6 @@ def _unit(x_BTHC: jax.Array) -> jax.Array:
 
 
 def _slow_to_fast(key, shape: tuple[int, ...], dtype) -> jax.Array:
-    """The decay's bias: channels from memory that hardly fades to memory of a few tokens."""
+    """The decay's bias: from channels with long memory to channels with short memory."""
     ramp = jnp.linspace(0.0, 1.0, math.prod(shape)).reshape(shape)
     return (-5.5 + 6 * ramp**1.5).astype(dtype)

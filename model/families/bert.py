@@ -55,9 +55,16 @@ HEAD: Names = {
     "classifier.bias": "class_head_bias",
 }
 # A constant, the head's bias once more, and the parts that the other kind of checkpoint has.
-HARMLESS = ("embeddings.position_ids", "predictions.decoder.bias")
-HARMLESS += tuple(name for name in HEAD if name.startswith("cls.") and not name.endswith("decoder.weight"))
-HARMLESS += ("pooler.dense.weight", "pooler.dense.bias", "seq_relationship.weight", "seq_relationship.bias")
+IGNORED_TENSORS = ("embeddings.position_ids", "predictions.decoder.bias")
+IGNORED_TENSORS += tuple(
+    name for name in HEAD if name.startswith("cls.") and not name.endswith("decoder.weight")
+)
+IGNORED_TENSORS += (
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+    "seq_relationship.weight",
+    "seq_relationship.bias",
+)
 
 
 def names(cfg: ModelConfig) -> Names:
@@ -65,7 +72,7 @@ def names(cfg: ModelConfig) -> Names:
     return {prefix + name: ours for name, ours in INSIDE.items()} | HEAD
 
 
-def spellings(name: str) -> tuple[str, ...]:
+def tensor_aliases(name: str) -> tuple[str, ...]:
     """Google's own names of the norms' parameters; the other choice of whether names begin with the model's."""
     new = name.replace(".gamma", ".weight").replace(".beta", ".bias")
     return new, f"bert.{new}", new.removeprefix("bert.")
@@ -144,4 +151,13 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("bert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings, causal=False)
+FAMILY = Family(
+    "bert",
+    MASKED,
+    read,
+    write,
+    names,
+    ignored_tensors=IGNORED_TENSORS,
+    tensor_aliases=tensor_aliases,
+    causal=False,
+)

@@ -45,7 +45,7 @@ NAMES: Names = (
         "transformer.word_embeddings_layernorm.bias": "embed_norm/bias",
     }
 )
-ALIASES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+KEY_ALIASES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -85,4 +85,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("bloom", "BloomForCausalLM", read, write, NAMES, aliases=ALIASES)
+FAMILY = Family("bloom", "BloomForCausalLM", read, write, NAMES, key_aliases=KEY_ALIASES)

@@ -55,4 +55,4 @@ QK_NORMS: Names = {
     "model.layers.{i}.self_attn.q_norm.weight": Whole("mixer/q_norm/scale"),
     "model.layers.{i}.self_attn.k_norm.weight": Whole("mixer/k_norm/scale"),
 }
-FAMILY = Family("cohere", "CohereForCausalLM", read, write, NAMES | QK_NORMS, harmless=ROTARY)
+FAMILY = Family("cohere", "CohereForCausalLM", read, write, NAMES | QK_NORMS, ignored_tensors=ROTARY)

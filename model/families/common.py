@@ -22,7 +22,7 @@ from model.formats import fp8
 MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
 
 # Keys of a config.json that say nothing of the numbers that a model computes when it is not being trained.
-HARMLESS_KEYS = frozenset(
+IGNORED_KEYS = frozenset(
     """
     architectures auto_map dtype torch_dtype model_type transformers_version _name_or_path name_or_path use_cache
     bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id decoder_start_token_id
@@ -55,13 +55,15 @@ class Family:
         str, ...
     ] = ()  # quantized weights that can be read beside fp8, by transformers' quant_method
     blocks_per_layer: int = 1  # of ours in one layer of theirs
-    harmless: tuple[str, ...] = ()  # ends of names of tensors that repeat others, or are another head's
+    ignored_tensors: tuple[
+        str, ...
+    ] = ()  # ends of names of tensors that repeat others, or are another head's
     encoder_decoder: bool = False
     causal: bool = True  # unless is_causal says otherwise
     # other names of keys, to those that `read` asks for: transformers' attribute_map
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    key_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
-    spellings: Callable[[str], tuple[str, ...]] = lambda name: ()
+    tensor_aliases: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
         """The model of a config.json. Raises ValueError that names the key and what is supported."""
@@ -79,7 +81,7 @@ class Family:
     def _without_aliases(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The config with each key under the name that `read` asks for."""
         found = dict(saved)
-        for alias, key in self.aliases.items():
+        for alias, key in self.key_aliases.items():
             value = found.pop(alias, None)
             if found.get(key) is None and value is not None:
                 found[key] = value
@@ -92,7 +94,7 @@ class Family:
         for one that means nothing anywhere."""
         unknown = []
         for where, key, value in config.unread():
-            if key in HARMLESS_KEYS or value is None:
+            if key in IGNORED_KEYS or value is None:
                 continue
             if changes_numbers(key, value, config.saved):
                 raise ValueError(

@@ -28,8 +28,8 @@ NAMES: Names = {
     "transformer.blocks.{i}.ffn.experts.mlp.v1": Merged("ffn/experts/up"),
     "transformer.blocks.{i}.ffn.experts.mlp.w2": Merged("ffn/experts/down", transposed=False),
 }
-ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
-ALIASES |= {"max_position_embeddings": "max_seq_len"}
+KEY_ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
+KEY_ALIASES |= {"max_position_embeddings": "max_seq_len"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -95,4 +95,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("dbrx", "DbrxForCausalLM", read, write, NAMES, aliases=ALIASES)
+FAMILY = Family("dbrx", "DbrxForCausalLM", read, write, NAMES, key_aliases=KEY_ALIASES)

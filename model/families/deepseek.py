@@ -185,6 +185,6 @@ def write_v3(cfg: Any) -> dict[str, Any]:
     return _write(cfg) | write_mtp(cfg) | {"rope_interleave": cfg.blocks[0].mixer.rope.interleaved}
 
 
-V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, NAMES, harmless=ROTARY)
-V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, V3_NAMES, harmless=ROTARY)
-KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, V3_NAMES, harmless=ROTARY)
+V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", read_v2, write_v2, NAMES, ignored_tensors=ROTARY)
+V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", read_v3, write_v3, V3_NAMES, ignored_tensors=ROTARY)
+KIMI_K2 = Family("kimi_k2", "DeepseekV3ForCausalLM", read_v3, write_v3, V3_NAMES, ignored_tensors=ROTARY)

@@ -88,4 +88,4 @@ def names(cfg: ModelConfig) -> Names:
     return TWO_NORMS if cfg.blocks[0].residual.parallel == "two norms" else ONE_NORM
 
 
-FAMILY = Family("falcon", "FalconForCausalLM", read, write, names, harmless=ROTARY)
+FAMILY = Family("falcon", "FalconForCausalLM", read, write, names, ignored_tensors=ROTARY)

@@ -150,6 +150,8 @@ def write_gemma3(cfg: Any) -> dict[str, Any]:
     return saved | write_ropes([block.mixer for block in cfg.blocks], THETAS)
 
 
-GEMMA = Family("gemma", "GemmaForCausalLM", read_gemma, write_gemma, NAMES, harmless=ROTARY)
-GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read_gemma2, write_gemma2, SANDWICH, harmless=ROTARY)
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", read_gemma3, write_gemma3, SANDWICH, harmless=ROTARY)
+GEMMA = Family("gemma", "GemmaForCausalLM", read_gemma, write_gemma, NAMES, ignored_tensors=ROTARY)
+GEMMA2 = Family("gemma2", "Gemma2ForCausalLM", read_gemma2, write_gemma2, SANDWICH, ignored_tensors=ROTARY)
+GEMMA3 = Family(
+    "gemma3_text", "Gemma3ForCausalLM", read_gemma3, write_gemma3, SANDWICH, ignored_tensors=ROTARY
+)

@@ -86,4 +86,6 @@ def write(cfg: Any) -> dict[str, Any]:
 
 
 ALL_NAMES = NAMES | EXPERTS | SHARED_EXPERTS
-FAMILY = Family("glm4_moe", "Glm4MoeForCausalLM", read, write, ALL_NAMES | nextn(ALL_NAMES), harmless=ROTARY)
+FAMILY = Family(
+    "glm4_moe", "Glm4MoeForCausalLM", read, write, ALL_NAMES | nextn(ALL_NAMES), ignored_tensors=ROTARY
+)

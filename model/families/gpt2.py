@@ -11,7 +11,7 @@ from model.blocks.positions import LearnedPositions
 from model.config import Block, ModelConfig
 from model.families.common import Family, Reader, read_activation, written_activation
 from model.families.decoders import head_width, read_model
-from model.families.tensors import Fused, Names, kept
+from model.families.tensors import Fused, Names, untransposed
 
 NAMES: Names = {
     "transformer.wte.weight": "embedding",
@@ -23,18 +23,22 @@ NAMES: Names = {
     "transformer.h.{i}.ln_1.bias": "mixer_norm/bias",
     "transformer.h.{i}.attn.c_attn.weight": Fused(("mixer/q", "mixer/k", "mixer/v"), transposed=False),
     "transformer.h.{i}.attn.c_attn.bias": Fused(("mixer/q_bias", "mixer/k_bias", "mixer/v_bias")),
-    "transformer.h.{i}.attn.c_proj.weight": kept("mixer/o"),
+    "transformer.h.{i}.attn.c_proj.weight": untransposed("mixer/o"),
     "transformer.h.{i}.attn.c_proj.bias": "mixer/o_bias",
     "transformer.h.{i}.ln_2.weight": "ffn_norm/scale",
     "transformer.h.{i}.ln_2.bias": "ffn_norm/bias",
-    "transformer.h.{i}.mlp.c_fc.weight": kept("ffn/up"),
+    "transformer.h.{i}.mlp.c_fc.weight": untransposed("ffn/up"),
     "transformer.h.{i}.mlp.c_fc.bias": "ffn/up_bias",
-    "transformer.h.{i}.mlp.c_proj.weight": kept("ffn/down"),
+    "transformer.h.{i}.mlp.c_proj.weight": untransposed("ffn/down"),
     "transformer.h.{i}.mlp.c_proj.bias": "ffn/down_bias",
 }
 MASKS = (".attn.bias", ".attn.masked_bias")  # constants of old checkpoints
-ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head"}
-ALIASES |= {"num_hidden_layers": "n_layer"}
+KEY_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+}
+KEY_ALIASES |= {"num_hidden_layers": "n_layer"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -78,4 +82,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, NAMES, harmless=MASKS, aliases=ALIASES)
+FAMILY = Family("gpt2", "GPT2LMHeadModel", read, write, NAMES, ignored_tensors=MASKS, key_aliases=KEY_ALIASES)

@@ -75,4 +75,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", read, write, NAMES, harmless=CONSTANTS)
+FAMILY = Family("gpt_neox", "GPTNeoXForCausalLM", read, write, NAMES, ignored_tensors=CONSTANTS)

@@ -25,7 +25,7 @@ from model.families.decoders import (
     write_layer_types,
 )
 from model.families.rope import read_rope
-from model.families.tensors import Fused, Names, kept
+from model.families.tensors import Fused, Names, untransposed
 
 EXPERTS: Names = {
     "model.layers.{i}.self_attn.sinks": "mixer/sinks",
@@ -37,7 +37,7 @@ EXPERTS: Names = {
     "model.layers.{i}.mlp.experts.gate_up_proj_bias": Fused(
         ("ffn/experts/gate_bias", "ffn/experts/up_bias"), grouped=True
     ),
-    "model.layers.{i}.mlp.experts.down_proj": kept("ffn/experts/down"),
+    "model.layers.{i}.mlp.experts.down_proj": untransposed("ffn/experts/down"),
     "model.layers.{i}.mlp.experts.down_proj_bias": "ffn/experts/down_bias",
 }
 YARN = {
@@ -102,6 +102,6 @@ FAMILY = Family(
     write,
     OUTSIDE | NORMS | ATTENTION | EXPERTS,
     packed=("mxfp4",),
-    aliases={"num_experts": "num_local_experts"},
-    harmless=ROTARY,
+    key_aliases={"num_experts": "num_local_experts"},
+    ignored_tensors=ROTARY,
 )

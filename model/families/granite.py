@@ -51,4 +51,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("granite", "GraniteForCausalLM", read, write, NAMES, harmless=ROTARY)
+FAMILY = Family("granite", "GraniteForCausalLM", read, write, NAMES, ignored_tensors=ROTARY)

@@ -38,7 +38,7 @@ MAMBA: Names = {
     "model.layers.{i}.mamba.b_layernorm.weight": "mixer/B_norm/scale",
     "model.layers.{i}.mamba.c_layernorm.weight": "mixer/C_norm/scale",
 }
-ALIASES = {"num_local_experts": "num_experts"}
+KEY_ALIASES = {"num_local_experts": "num_experts"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -123,5 +123,11 @@ def _period(prefix: str, layers: list[int], count: int) -> dict[str, int]:
 
 
 FAMILY = Family(
-    "jamba", "JambaForCausalLM", read, write, NAMES, {Attention: ATTENTION, Mamba: MAMBA}, aliases=ALIASES
+    "jamba",
+    "JambaForCausalLM",
+    read,
+    write,
+    NAMES,
+    {Attention: ATTENTION, Mamba: MAMBA},
+    key_aliases=KEY_ALIASES,
 )

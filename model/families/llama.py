@@ -38,4 +38,4 @@ def write(cfg: Any) -> dict[str, Any]:
     return write_model(cfg) | {"attention_bias": block.mixer.qkv_bias, "mlp_bias": block.ffn.bias}
 
 
-FAMILY = Family("llama", "LlamaForCausalLM", read, write, NAMES, harmless=ROTARY)
+FAMILY = Family("llama", "LlamaForCausalLM", read, write, NAMES, ignored_tensors=ROTARY)

@@ -26,7 +26,7 @@ from model.families.decoders import (
 from model.families.experts import dense_of, moe_of
 from model.families.rope import read_rope, write_rope
 from model.families.smollm3 import read_rotated_layers
-from model.families.tensors import Fused, Names, kept
+from model.families.tensors import Fused, Names, untransposed
 
 NAMES: Names = (
     OUTSIDE
@@ -40,7 +40,7 @@ NAMES: Names = (
         "model.layers.{i}.feed_forward.experts.gate_up_proj": Fused(
             ("ffn/experts/gate", "ffn/experts/up"), transposed=False
         ),
-        "model.layers.{i}.feed_forward.experts.down_proj": kept("ffn/experts/down"),
+        "model.layers.{i}.feed_forward.experts.down_proj": untransposed("ffn/experts/down"),
         "model.layers.{i}.feed_forward.shared_expert.gate_proj.weight": "ffn/shared/gate",
         "model.layers.{i}.feed_forward.shared_expert.up_proj.weight": "ffn/shared/up",
         "model.layers.{i}.feed_forward.shared_expert.down_proj.weight": "ffn/shared/down",
@@ -127,4 +127,4 @@ def write(cfg: Any) -> dict[str, Any]:
     return saved | write_attention(mixers[0]) | (write_rope(rotated.rope) if rotated.rope else {})
 
 
-FAMILY = Family("llama4_text", "Llama4ForCausalLM", read, write, NAMES, harmless=ROTARY)
+FAMILY = Family("llama4_text", "Llama4ForCausalLM", read, write, NAMES, ignored_tensors=ROTARY)

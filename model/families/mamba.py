@@ -21,7 +21,7 @@ OUTSIDE: Names = {
     "lm_head.weight": "head",
     "backbone.layers.{i}.norm.weight": "mixer_norm/scale",
 }
-HARMLESS_KEYS = (
+IGNORED_KEYS = (
     *("rescale_prenorm_residual", "residual_in_fp32", "use_mambapy", "use_associative_scan"),
     *("time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme"),
 )
@@ -126,7 +126,7 @@ def _number(end: Any) -> float:
 
 
 def _read(config: Reader, mixer: Any, norm: RMSNorm, *, layers: int, tied: bool) -> ModelConfig:
-    for key in HARMLESS_KEYS:
+    for key in IGNORED_KEYS:
         config.get(key)
     blocks = [Block(mixer, None, norm)] * config.layers(default=layers)
     return read_model(config, blocks, norm, tied=tied, max_length=MAX_LENGTH)

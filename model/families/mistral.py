@@ -42,4 +42,4 @@ def write(cfg: Any) -> dict[str, Any]:
     return write_model(cfg) | {"sliding_window": window_of(cfg)}
 
 
-FAMILY = Family("mistral", "MistralForCausalLM", read, write, NAMES, harmless=ROTARY)
+FAMILY = Family("mistral", "MistralForCausalLM", read, write, NAMES, ignored_tensors=ROTARY)

@@ -65,5 +65,10 @@ def write(cfg: Any) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "mixtral", "MixtralForCausalLM", read, write, OUTSIDE | NORMS | ATTENTION | EXPERTS, harmless=ROTARY
+    "mixtral",
+    "MixtralForCausalLM",
+    read,
+    write,
+    OUTSIDE | NORMS | ATTENTION | EXPERTS,
+    ignored_tensors=ROTARY,
 )

@@ -50,7 +50,13 @@ HEAD: Names = {
     "decoder.bias": "head_bias",
 }
 # Of a masked-token head, where the config wants the model without one.
-HARMLESS = ("head.dense.weight", "head.dense.bias", "head.norm.weight", "head.norm.bias", "decoder.bias")
+IGNORED_TENSORS = (
+    "head.dense.weight",
+    "head.dense.bias",
+    "head.norm.weight",
+    "head.norm.bias",
+    "decoder.bias",
+)
 
 
 def names(cfg: ModelConfig) -> Names:
@@ -58,7 +64,7 @@ def names(cfg: ModelConfig) -> Names:
     return {prefix + name: ours for name, ours in INSIDE.items()} | HEAD
 
 
-def spellings(name: str) -> tuple[str, ...]:
+def tensor_aliases(name: str) -> tuple[str, ...]:
     """With or without the beginning that tells the model from its head."""
     return f"model.{name}", name.removeprefix("model.")
 
@@ -103,7 +109,7 @@ def _read_mixers(config: Reader) -> dict[str, Attention]:
     """One for each kind of layer."""
     heads, bias = config.integer("num_attention_heads"), config.flag("attention_bias", False)
     head_dim = head_width(config.integer("hidden_size"), heads)
-    reach = config.integer("local_attention", 128) // 2  # to either side
+    span = config.integer("local_attention", 128) // 2  # to either side
     config.must_be("rope_scaling", None)
     both = config.part("rope_parameters")
     if wrong := set(both.saved) - set(KINDS):
@@ -114,7 +120,7 @@ def _read_mixers(config: Reader) -> dict[str, Attention]:
         rope = read_rope(
             Reader({"rope_parameters": both.get(kind)}), head_dim, theta=theta, kinds=("default", "linear")
         )
-        window = reach + 1 if kind == "sliding_attention" else None
+        window = span + 1 if kind == "sliding_attention" else None
         mixers[kind] = Attention(
             heads, heads, head_dim, rope, qkv_bias=bias, out_bias=bias, window=window, causal=False
         )
@@ -155,5 +161,12 @@ def write(cfg: Any) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "modernbert", MASKED, read, write, names, harmless=HARMLESS, spellings=spellings, causal=False
+    "modernbert",
+    MASKED,
+    read,
+    write,
+    names,
+    ignored_tensors=IGNORED_TENSORS,
+    tensor_aliases=tensor_aliases,
+    causal=False,
 )

@@ -24,7 +24,7 @@ NAMES: Names = {
     "transformer.blocks.{i}.ffn.up_proj.weight": "ffn/up",
     "transformer.blocks.{i}.ffn.down_proj.weight": "ffn/down",
 }
-ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
+KEY_ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
 
 
 def read(config: Reader) -> ModelConfig:
@@ -88,4 +88,4 @@ def write(cfg: Any) -> dict[str, Any]:
     }
 
 
-FAMILY = Family("mpt", "MptForCausalLM", read, write, NAMES, aliases=ALIASES)
+FAMILY = Family("mpt", "MptForCausalLM", read, write, NAMES, key_aliases=KEY_ALIASES)

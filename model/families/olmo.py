@@ -123,7 +123,7 @@ OLMOE = Family(
     read_olmoe,
     write_olmoe,
     OUTSIDE | NORMS | ATTENTION | EXPERTS,
-    harmless=ROTARY,
+    ignored_tensors=ROTARY,
 )
 OLMO2 = Family(
     "olmo2",
@@ -131,7 +131,7 @@ OLMO2 = Family(
     read_olmo2,
     write_olmo2,
     OUTSIDE | ATTENTION | GATED_MLP | POST_NORMS,
-    harmless=ROTARY,
+    ignored_tensors=ROTARY,
 )
 OLMO3 = Family(
     "olmo3",
@@ -139,5 +139,5 @@ OLMO3 = Family(
     read_olmo3,
     write_olmo3,
     OUTSIDE | ATTENTION | GATED_MLP | POST_NORMS,
-    harmless=ROTARY,
+    ignored_tensors=ROTARY,
 )

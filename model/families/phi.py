@@ -54,4 +54,6 @@ def write_phi3(cfg: Any) -> dict[str, Any]:
     }
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", read_phi3, write_phi3, OUTSIDE | NORMS | FUSED, harmless=ROTARY)
+PHI3 = Family(
+    "phi3", "Phi3ForCausalLM", read_phi3, write_phi3, OUTSIDE | NORMS | FUSED, ignored_tensors=ROTARY
+)

@@ -76,5 +76,5 @@ def write_qwen3(cfg: Any) -> dict[str, Any]:
     return write_model(cfg) | write_windows(cfg) | {"attention_bias": cfg.blocks[0].mixer.qkv_bias}
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", read_qwen2, write_qwen2, NAMES, harmless=ROTARY)
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, NAMES, harmless=ROTARY)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", read_qwen2, write_qwen2, NAMES, ignored_tensors=ROTARY)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_qwen3, write_qwen3, NAMES, ignored_tensors=ROTARY)

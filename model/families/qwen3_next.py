@@ -100,5 +100,5 @@ FAMILY = Family(
     write_next,
     ALL_NAMES | mtp(ALL_NAMES | ATTENTION),
     {Attention: ATTENTION, GatedDeltaNet: DELTANET},
-    harmless=ROTARY,
+    ignored_tensors=ROTARY,
 )

@@ -125,8 +125,13 @@ QWEN2_MOE = Family(
     read_qwen2_moe,
     write_qwen2_moe,
     NAMES | EXPERTS | SHARED_EXPERT,
-    harmless=ROTARY,
+    ignored_tensors=ROTARY,
 )
 QWEN3_MOE = Family(
-    "qwen3_moe", "Qwen3MoeForCausalLM", read_qwen3_moe, write_qwen3_moe, NAMES | EXPERTS, harmless=ROTARY
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    read_qwen3_moe,
+    write_qwen3_moe,
+    NAMES | EXPERTS,
+    ignored_tensors=ROTARY,
 )

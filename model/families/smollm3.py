@@ -71,4 +71,4 @@ def write(cfg: Any) -> dict[str, Any]:
     )
 
 
-FAMILY = Family("smollm3", "SmolLM3ForCausalLM", read, write, NAMES, harmless=ROTARY)
+FAMILY = Family("smollm3", "SmolLM3ForCausalLM", read, write, NAMES, ignored_tensors=ROTARY)

@@ -69,4 +69,4 @@ def write(cfg: Any) -> dict[str, Any]:
     } | write_attention(block.mixer)
 
 
-FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", read, write, NAMES, harmless=ROTARY)
+FAMILY = Family("starcoder2", "Starcoder2ForCausalLM", read, write, NAMES, ignored_tensors=ROTARY)

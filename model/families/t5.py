@@ -21,9 +21,13 @@ from model.families.tensors import ENCODER, Names, Whole
 FEED_FORWARD = ACTIVATIONS | {f"gated-{theirs}": f"gated {ours}" for theirs, ours in ACTIVATIONS.items()}
 FEED_FORWARD |= {"gated-gelu": "gated gelu_tanh"}
 # Copies of the shared embedding, and a table that was never used.
-HARMLESS = ("coder.embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight")
-ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
-ALIASES |= {"head_dim": "d_kv"}
+IGNORED_TENSORS = ("coder.embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight")
+KEY_ALIASES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+}
+KEY_ALIASES |= {"head_dim": "d_kv"}
 
 
 def names(cfg: ModelConfig) -> Names:
@@ -136,7 +140,7 @@ FAMILY = Family(
     read,
     write,
     names,
-    harmless=HARMLESS,
+    ignored_tensors=IGNORED_TENSORS,
     encoder_decoder=True,
-    aliases=ALIASES,
+    key_aliases=KEY_ALIASES,
 )

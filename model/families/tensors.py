@@ -36,7 +36,7 @@ class Fused:
     transposed: bool = True  # [outputs, inputs], as torch's Linear has it
 
 
-def kept(ours: str) -> Fused:
+def untransposed(ours: str) -> Fused:
     """A linear map that is stored as [inputs, outputs]."""
     return Fused((ours,), transposed=False)
 

@@ -81,8 +81,8 @@ class Checkpoints:
         found = _from_plain(items["params"], params)
         return found, items["optimizer"], json.loads(train.files["state.json"])
 
-    def kept_beside(self, step: int) -> set[str]:
-        """What was saved as "optimizer" at `step`, by name."""
+    def names_beside_params(self, step: int) -> set[str]:
+        """The names of what `step` holds beside the parameters."""
         return set(ocp.metadata(str(self._folder / str(step)), "optimizer").metadata)
 
     def wait(self) -> None:

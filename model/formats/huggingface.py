@@ -269,7 +269,7 @@ def _respelt(family: Family, wanted: set[str], stored: dict[str, Stored]) -> dic
     start = next((name.split(".")[0] for name in wanted if ".0." in name), "")
     found = {}
     for name, tensor in stored.items():
-        others = (*family.spellings(name), f"{start}.{name}")
+        others = (*family.tensor_aliases(name), f"{start}.{name}")
         others = [other for other in others if other in wanted and other not in stored]
         found[name if name in wanted or not others else others[0]] = tensor
     return found
@@ -306,7 +306,7 @@ def _check_tensors(
                 "its place; only modules that share the model's embedding and head can be read."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
-    harmless = [name for name in extra if name.endswith(family.harmless)]
+    ignored = [name for name in extra if name.endswith(family.ignored_tensors)]
     if cfg.tied_head and (head := name_of(names, "head")) in extra:
         embedding = name_of(names, "embedding")
         if not np.array_equal(stored[head].read(), stored[embedding].read()):
@@ -314,15 +314,15 @@ def _check_tensors(
                 f"{folder}: tie_word_embeddings is true, yet {head!r} differs from {embedding!r}. Set it to false in "
                 "config.json to use both."
             )
-        harmless.append(head)
-    if harmless:
+        ignored.append(head)
+    if ignored:
         _log.info(
             "%s: passed over %d tensors that the model does not need: %s",
             folder,
-            len(harmless),
-            _some(harmless),
+            len(ignored),
+            _some(ignored),
         )
-    unknown = [name for name in extra if name not in harmless]
+    unknown = [name for name in extra if name not in ignored]
     if unknown:
         raise ValueError(
             f"{folder}: has {len(unknown)} tensors that the model has no place for: {_some(unknown)}."

@@ -38,7 +38,7 @@ ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "ma
 ENDS |= {"lora_magnitude_vector.weight": "magnitude"}
 
 # Keys that say nothing of the numbers that an adapter computes once its tensors are there.
-HARMLESS_KEYS = frozenset(
+IGNORED_KEYS = frozenset(
     """
     auto_mapping base_model_name_or_path revision inference_mode task_type peft_version lora_dropout fan_in_fan_out
     runtime_config megatron_core eva_config corda_config loftq_config lora_ga_config qalora_group_size
@@ -288,7 +288,7 @@ def _read(folder: Path) -> Adapter:
         tensors,
     )
     for _, key, value in config.unread():
-        if key not in HARMLESS_KEYS and value is not None and value is not False and value not in ([], ""):
+        if key not in IGNORED_KEYS and value is not None and value is not False and value not in ([], ""):
             raise ValueError(f"{folder / CONFIG}: {key}={str(value)[:200]} is not supported.")
     _check_shapes(adapter)
     return adapter

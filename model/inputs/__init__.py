@@ -1,4 +1,4 @@
-"""What a model reads: token ids, and whatever else is given beside them."""
+"""The inputs of a model: token ids and everything beside them."""
 
 # B batch, T tokens, S tokens of the encoder, A axes of a position
 
@@ -17,33 +17,35 @@ __all__ = ["Inputs", "Media"]
 
 @flax.struct.dataclass
 class Inputs:
-    """One pytree with everything that a forward pass reads beside parameters and cache; only `tokens` is needed."""
+    """Everything that a forward pass reads beside parameters and cache; only `tokens` is required."""
 
     tokens: jax.Array  # [B, T] int32
-    # [B, T] int32; default: 0, 1, ... in each segment or, with a cache, of the real tokens, counted on from its length.
-    # [B, T, A] int32 is for rotary positions of several axes (M-RoPE); masks and caches then go by the default
+    # [B, T] int32; default: 0, 1, ... in each segment or, with a cache, the next positions for the real tokens.
+    # [B, T, A] int32 is for rotary positions of several axes (M-RoPE); masks and caches then use the default
     positions: jax.Array | None = None
-    # [B, T] int32; tokens see their own segment only, 0 is padding. With a cache, 0 keeps a token out of the cache and
-    # any other number means a real token
+    # [B, T] int32; tokens see only their own segment; 0 is padding. With a cache, tokens of segment 0 are not cached,
+    # and all others are real
     segment_ids: jax.Array | None = None
     token_types: jax.Array | None = None  # [B, T] int32, below `cfg.token_types`; default: 0
-    # [B, S] int32, what an encoder-decoder answers. A cache remembers them: they are given with the first tokens of a
-    # row and not again
+    # [B, S] int32, the encoder's tokens. A cache stores the encoder's keys and values, so give them only with the first
+    # tokens of a row
     encoder_tokens: jax.Array | None = None
     encoder_positions: jax.Array | None = None  # [B, S] int32; default: 0, 1, ...
-    # [B, S] int32; a token sees the encoder's tokens of its own segment (with a cache: of any segment), none of 0
+    # [B, S] int32; a token sees encoder tokens of its own segment (with a cache: of any segment but 0)
     encoder_segment_ids: jax.Array | None = None
     adapter_ids: jax.Array | None = (
-        None  # [B] int32, adapter of each row, -1 for none; default: the first for all rows
+        None  # [B] int32, each row's adapter, -1: none; default: the first for all rows
     )
-    # [B, T] float32, weight of each token in the losses of `aux`; default: 1. Padding never counts
+    # [B, T] float32, each token's weight in the losses of `aux`; default: 1. Padding has weight 0
     loss_weights: jax.Array | None = None
-    # int32: tokens of a document at positions before it see each other both ways; [B], or [B, T] for packed documents
+    # int32: tokens at earlier positions of a document see each other both ways; [B], or [B, T] for packed documents
     prefix: jax.Array | None = None
     spans: jax.Array | None = (
-        None  # [B, T] int32: tokens of one span, as an image, see each other both ways; 0: none
+        None  # [B, T] int32: tokens of one span, for example an image, see each other both ways; 0: no span
     )
-    media: dict[str, Media] = flax.struct.field(default_factory=dict)  # by the name of one of `cfg.media`
+    media: dict[str, Media] = flax.struct.field(
+        default_factory=dict
+    )  # name of one of `cfg.media` -> its media
 
     @classmethod
     def of(cls, inputs: Inputs | jax.Array) -> Inputs:
@@ -61,5 +63,5 @@ class Inputs:
 
     @classmethod
     def from_batch(cls, batch: dict[str, jax.Array], **more: Any) -> Inputs:
-        """The tokens, positions and segments of a packed batch; `more` are further fields."""
+        """The tokens, positions and segments of a packed batch; `more` sets further fields."""
         return cls(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), **more)

@@ -1,7 +1,7 @@
-"""Byte-latent transformers: most of the work is done a patch of bytes, not a byte, at a time.
+"""Byte-latent transformers: most blocks run on patches of bytes instead of bytes.
 
-A local encoder reads bytes, each patch of them becomes one vector of the latent transformer (`ModelConfig.blocks`), and
-a local decoder gives logits of the next byte, each byte reading the last whole patch. Pagnoni et al. 2024,
+A local encoder reads bytes, each patch becomes one vector of the latent transformer (`ModelConfig.blocks`), and a local
+decoder gives logits of the next byte; each byte reads the last complete patch. Pagnoni et al. 2024,
 arXiv:2412.09871; details as in the released models.
 """
 
@@ -29,30 +29,30 @@ from model.blocks.patches import (
     clues,
     lay_out,
 )
-from model.blocks.recurrence import Line, Walk, begin, finish, line_up
+from model.blocks.recurrence import ConvContext, SegmentOrder, begin, conv_context, finish
 from model.stacks import Stack, StackModule, Trunk, run_stack
 from model.weights import matmul
 
-PAGES = ("k", "v")  # of the own state, what grows with a row
+PAGES = ("k", "v")  # the part of the state that grows with a row
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteLatent:
-    """What stands between bytes and the latent transformer.
+    """The parts between bytes and the latent transformer.
 
-    Arrays have a fixed size, so the latent transformer runs over `max_patches` places for patches in each row. Bytes
-    after the patches of a row are used up are in none: they read the last patch of their document that there is, and in
-    a document that has none only the local encoder and decoder see them.
+    Arrays have a fixed size, so the latent transformer runs over `max_patches` patches in each row. Later bytes are in
+    no patch: they read the last patch of their document. In a document without patches, only the local encoder and
+    decoder read them.
     """
 
-    width: int  # of a byte: of the embedding, the local encoder and decoder, and the last hidden state
+    width: int  # width of the embedding, the local encoder and decoder, and the last hidden state
     encoder: tuple[Block, ...]
-    decoder: tuple[Block, ...]  # those with `PatchAttention` read the patches
+    decoder: tuple[Block, ...]  # blocks with `PatchAttention` read the patches
     pool: PatchPool
     patcher: Patcher
     ngrams: NGrams | None = NGrams()
-    longest_patch: int | None = None  # bytes; a longer patch is cut; None: any length
-    max_patches: int | None = None  # in a row; None: as many as bytes
+    longest_patch: int | None = None  # most bytes of a patch; None: any number
+    max_patches: int | None = None  # most patches of a row; None: as many as bytes
 
     def __post_init__(self):
         for name in ("longest_patch", "max_patches"):
@@ -60,7 +60,7 @@ class ByteLatent:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: give 1 or more, or None.")
         if not self.encoder or not any(isinstance(block.mixer, PatchAttention) for block in self.decoder):
-            raise ValueError("a local encoder needs a block, and a local decoder one that reads the patches.")
+            raise ValueError("a local encoder needs a block, and a local decoder one with PatchAttention.")
 
     @property
     def local_encoder(self) -> Stack:
@@ -82,16 +82,16 @@ class ByteLatent:
         return (self.local_decoder,)
 
     @property
-    def reach(self) -> int:
-        """How many bytes before its own are looked at beside the blocks."""
-        return max(1, self.ngrams.reach if self.ngrams else 1)
+    def span(self) -> int:
+        """The number of earlier bytes that patcher and n-grams read."""
+        return max(1, self.ngrams.span if self.ngrams else 1)
 
     def patches(self, length: int) -> int:
-        """Places for patches in a row of so many bytes."""
+        """The most patches in a row of `length` bytes."""
         return length if self.max_patches is None else min(length, self.max_patches)
 
     def flops_per_byte(self, latent_width: int, length: int) -> float:
-        """Of the forward pass outside the blocks: to patches and back, in a row of so many bytes."""
+        """FLOPs of the forward pass outside the blocks: to patches and back, in a row of `length` bytes."""
         patches, vectors = self.patches(length) / length, self.pool.vectors
         readers = [block.mixer for block in self.decoder if isinstance(block.mixer, PatchAttention)]
         reading = sum(2 * 2 * vectors * mixer.num_heads * mixer.head_dim for mixer in readers)
@@ -102,12 +102,12 @@ class ByteLatent:
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
     ) -> dict[str, jax.Array]:
-        """Beside that of the blocks: what patches read of bytes, the row's last bytes, and its last whole patch."""
+        """The state beside the blocks': keys and values for patches, the row's last bytes and last complete patch."""
         return {
             **self.pool.init_cache(num_pages, page_size, num_rows, self.width, dtype),
-            "recent": jnp.zeros((num_rows, self.reach), jnp.int32),
+            "recent": jnp.zeros((num_rows, self.span), jnp.int32),
             "entropy": jnp.zeros((num_rows,), jnp.float32),
-            "since": jnp.zeros((num_rows,), jnp.int32),  # bytes since a patch ended, however long it may be
+            "since": jnp.zeros((num_rows,), jnp.int32),  # bytes since the last patch ended
             "made": jnp.zeros((num_rows,), jnp.int32),  # patches that have ended
             "last": jnp.zeros((num_rows, self.pool.vectors, self.width), dtype),
         }
@@ -136,20 +136,21 @@ class ByteLatent:
         """Everything between embedded bytes and the final norm. Call it within a compact method of `module`.
 
         Args:
-          ctx: of the latent transformer, whose blocks are `latent`.
+          ctx: the context of the latent transformer.
+          latent: the latent transformer's blocks.
         """
         own = {} if layers is None else layers["bytes"]
         rows = None if layers is None else {name: value for name, value in own.items() if name not in PAGES}
         embedded_BTD = x_BTD
-        x_BTD, walk = begin(cast(Any, self), x_BTD, info, rows)
-        info = _ordered(info, walk)
+        x_BTD, order = begin(cast(Any, self), x_BTD, info, rows)
+        info = _ordered(info, order)
         tokens_BT = cast(jax.Array, info.tokens)
-        line = line_up(tokens_BT, walk.state["recent"], walk)
+        recent = conv_context(tokens_BT, order.state["recent"], order)
         if self.ngrams is not None:
-            back_BT = [line.back(steps) for steps in range(self.ngrams.reach + 1)]
+            back_BT = [recent.back(steps) for steps in range(self.ngrams.span + 1)]
             x_BTD += self.ngrams.module(dataclasses.replace(ctx, width=self.width), "ngrams")(back_BT)
 
-        patches, state, states = self._patches(ctx, vocab_size, line, walk, layers, info)
+        patches, state, states = self._patches(ctx, vocab_size, recent, order, layers, info)
         of_encoder, of_decoder = (
             dataclasses.replace(ctx, width=self.width, num_blocks=len(blocks))
             for blocks in (self.encoder, self.decoder)
@@ -161,25 +162,31 @@ class ByteLatent:
         h_BTD, new, aux = local_encoder(x_BTD, self.local_encoder.part_of(layers), info)
         states |= self.local_encoder.as_part(new)
         pool = self.pool.module(of_encoder, "pool", ctx.width)
-        x_BPW, pooled = pool(h_BTD, patches, walk, info, None if layers is None else own)
-        x_BPW, new, more = _run_latent(module, ctx, latent, x_BPW, patches, walk, layers, info)
+        x_BPW, pooled = pool(h_BTD, patches, order, info, None if layers is None else own)
+        x_BPW, new, more = _run_latent(module, ctx, latent, x_BPW, patches, order, layers, info)
         states, aux = states | new, add_up(aux, more)
 
-        vectors_BPND = _vectors(module, of_encoder, x_BPW, walk.state["last"])
+        vectors_BPND = _vectors(module, of_encoder, x_BPW, order.state["last"])
         info = dataclasses.replace(info, patch_vectors=vectors_BPND, patch_read=patches.read_BT + 1)
         y_BTD, new, more = local_decoder(h_BTD, self.local_decoder.part_of(layers), info)
         states, aux = states | self.local_decoder.as_part(new), add_up(aux, more)
         if rows is not None:
-            last_BND = jax.vmap(lambda vectors, i: vectors[i])(vectors_BPND, walk.last(patches.read_BT + 1))
-            state |= {"recent": line.tail(walk), "pooled": pooled["pooled"], "last": last_BND}
-            y_BTD, rows = finish(y_BTD, state, walk, info, rows)
+            last_BND = jax.vmap(lambda vectors, i: vectors[i])(vectors_BPND, order.last(patches.read_BT + 1))
+            state |= {"recent": recent.tail(order), "pooled": pooled["pooled"], "last": last_BND}
+            y_BTD, rows = finish(y_BTD, state, order, info, rows)
             states |= {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}
         return Trunk(embedded_BTD, y_BTD, states, Report(aux))
 
     def _patches(
-        self, ctx: Context, vocab_size: int, line: Line, walk: Walk, layers: dict | None, info: TokenInfo
+        self,
+        ctx: Context,
+        vocab_size: int,
+        recent: ConvContext,
+        order: SegmentOrder,
+        layers: dict | None,
+        info: TokenInfo,
     ) -> tuple[Patches, dict, dict]:
-        """The patches of the call, the new state of the row so far, and that of the patcher's blocks."""
+        """(the patches of the call, the new state so far, the new state of the patcher's blocks)."""
         entropy_BT, states, patcher = None, {}, self.patcher
         tokens_BT = cast(jax.Array, info.tokens)
         if isinstance(patcher, EntropyPatcher):
@@ -187,20 +194,20 @@ class ByteLatent:
             module = PatcherModule(patcher, vocab_size, own, name="patcher")
             entropy_BT, states = module(tokens_BT, patcher.stack.part_of(layers), info)
             states = patcher.stack.as_part(states)
-        ends_BT = self.patcher.ends(clues(walk, tokens_BT, line.back(1), entropy_BT))
+        ends_BT = self.patcher.ends(clues(order, tokens_BT, recent.back(1), entropy_BT))
         limits = self.longest_patch, self.max_patches
-        patches, state = lay_out(ends_BT, walk, info.segment_ids, *limits, cached=layers is not None)
-        state["entropy"] = walk.state["entropy"] if entropy_BT is None else walk.last(entropy_BT)
+        patches, state = lay_out(ends_BT, order, info.segment_ids, *limits, cached=layers is not None)
+        state["entropy"] = order.state["entropy"] if entropy_BT is None else order.last(entropy_BT)
         return patches, state, states
 
 
-def _ordered(info: TokenInfo, walk: Walk) -> TokenInfo:
-    """In the order of the walk."""
-    if walk.order_BT is None:
+def _ordered(info: TokenInfo, order: SegmentOrder) -> TokenInfo:
+    """`info` in a recurrence's order."""
+    if order.permutation_BT is None:
         return info
     names = ("tokens", "positions", "segment_ids", "write_page", "write_slot", "weights")
     given = {name: getattr(info, name) for name in names if getattr(info, name) is not None}
-    return dataclasses.replace(info, **{name: walk.ordered(value) for name, value in given.items()})
+    return dataclasses.replace(info, **{name: order.permute(value) for name, value in given.items()})
 
 
 def _run_latent(
@@ -209,11 +216,11 @@ def _run_latent(
     latent: Stack,
     x_BPW: jax.Array,
     patches: Patches,
-    walk: Walk,
+    order: SegmentOrder,
     layers: dict | None,
     info: TokenInfo,
 ) -> tuple[jax.Array, dict, dict]:
-    """The latent transformer; with a cache it is left out of a call in which no patch ends."""
+    """The latent transformer; with a cache it is skipped in a call in which no patch ends."""
     of_patches = TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter)
     if info.weights is not None:
         weights_BPF = by_patch(jax.ops.segment_sum, info.weights[..., None], patches.patch_BT, x_BPW.shape[1])
@@ -238,9 +245,9 @@ def _run_latent(
 
 
 def _vectors(module: Any, ctx: Context, x_BPW: jax.Array, last_BND: jax.Array) -> jax.Array:
-    """[B, 1 + P, N, D]: what bytes read of each patch, after that of the last patch of earlier calls; zero: of none."""
+    """[B, 1 + P, N, D]: the vectors of the last patch of earlier calls, then those of each patch; zero: no patch."""
     shape, axes = (x_BPW.shape[-1], *last_BND.shape[1:]), ("embed", None, None)
-    role = "what the local decoder reads of a patch"
+    role = "what the local decoder reads from a patch"
     w_WND = weight_param(module, ctx, "from_latent", shape, axes, fan_in_normal(shape[0]), 1, role)
     vectors_BPND = matmul(x_BPW, w_WND, "BPW,WND->BPND")
     return jnp.concatenate([last_BND[:, None].astype(x_BPW.dtype), vectors_BPND], axis=1)

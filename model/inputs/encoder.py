@@ -1,4 +1,4 @@
-"""The encoder of an encoder-decoder: reads another text, which the decoder's blocks see by cross attention."""
+"""The encoder of an encoder-decoder; the decoder's blocks read its output by cross attention."""
 
 # B batch, S tokens of the encoder, V vocabulary, D model width
 
@@ -19,7 +19,7 @@ from model.weighted import WeightedSum
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Blocks over the encoder's tokens, which have the decoder's embedding."""
+    """Blocks over the encoder's tokens; encoder and decoder share the embedding."""
 
     blocks: tuple[Block, ...]
     final_norm: Norm | None = RMSNorm()
@@ -35,11 +35,11 @@ class Encoder:
     def read(
         self, ctx: Context, embedding_VD: jax.Array, scale: float, info: TokenInfo
     ) -> tuple[jax.Array, dict[str, WeightedSum]]:
-        """([B, S, D] after the final norm, what the blocks report). Call it within a compact method.
+        """(hidden states after the final norm [B, S, D], the blocks' aux). Call it within a compact method.
 
         Args:
-          scale: of the embeddings.
-          info: of the encoder's tokens.
+          scale: multiplies the embeddings.
+          info: the `TokenInfo` of the encoder's tokens.
         """
         ctx = dataclasses.replace(ctx, num_blocks=len(self.blocks))
         x_BSD = jnp.take(embedding_VD, cast(jax.Array, info.tokens), axis=0) * jnp.asarray(scale, ctx.dtype)

@@ -1,6 +1,6 @@
-"""Media among the tokens: vectors made of images, sound or actions take the places of some tokens' embeddings."""
+"""Media among the tokens: vectors of images, sound or actions replace the embeddings of some tokens."""
 
-# B batch, T tokens, N items a row, D model width
+# B batch, T tokens, N media vectors a row, D model width
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from model.blocks.common import Context
 
 @flax.struct.dataclass
 class Media:
-    """Items of one kind (patches of images, frames of sound) and the tokens whose places they fill."""
+    """Media of one kind (image patches, frames of sound) and the tokens that they replace."""
 
-    values: jax.Array  # [B, N, ...], as the kind's encoder reads them
-    places: jax.Array  # [B, N] int32, index of a token in its row; -1: the item is padding
+    values: jax.Array  # [B, N, ...], the input of the kind's encoder
+    places: jax.Array  # [B, N] int32, index of a token in its row; -1: padding
 
 
 class MediaInput(Protocol):
@@ -27,23 +27,23 @@ class MediaInput(Protocol):
 
     @property
     def name(self) -> str:
-        """The key of `Inputs.media`, and of its parameters."""
+        """The key in `Inputs.media` and in the parameters."""
         ...
 
     @property
     def item_shape(self) -> tuple[int, ...]:
-        """Of one item's values."""
+        """The shape of the values of one vector."""
         ...
 
     def module(self, ctx: Context, name: str) -> nn.Module:
-        """Called with values [B, N, ...]; gives a vector for each item, [B, N, D]."""
+        """A module that maps values [B, N, ...] to vectors [B, N, D]."""
         ...
 
 
 def place_media(
     ctx: Context, kinds: tuple[MediaInput, ...], media: dict[str, Media], x_BTD: jax.Array
 ) -> jax.Array:
-    """The embeddings with each item's vector in its place. Call it within a compact method.
+    """The embeddings with each media vector in its place. Call it within a compact method.
 
     Raises:
       ValueError: media of a kind that the model does not read.
@@ -56,14 +56,14 @@ def place_media(
     for kind in kinds:
         if kind.name not in media:
             continue
-        item = media[kind.name]
-        vectors_BND = kind.module(ctx, kind.name)(item.values)
-        at_BN = jnp.where(item.places < 0, T, item.places)  # beyond the row: dropped
+        given = media[kind.name]
+        vectors_BND = kind.module(ctx, kind.name)(given.values)
+        at_BN = jnp.where(given.places < 0, T, given.places)  # beyond the row: dropped
         x_BTD = x_BTD.at[jnp.arange(B)[:, None], at_BN].set(vectors_BND.astype(x_BTD.dtype), mode="drop")
     return x_BTD
 
 
 def example_media(kinds: tuple[MediaInput, ...]) -> dict[str, Media]:
-    """One item of zeros of each kind."""
+    """One vector of zeros of each kind."""
     place = jnp.zeros((1, 1), jnp.int32)
     return {kind.name: Media(jnp.zeros((1, 1, *kind.item_shape)), place) for kind in kinds}

@@ -1,4 +1,4 @@
-"""Positions, segments and places in the cache: what every block must know of the tokens in front of it."""
+"""Builds `TokenInfo`: positions, segments and places in the cache."""
 
 # B batch, T tokens
 
@@ -16,7 +16,7 @@ from model.inputs import Inputs
 
 
 def token_info(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> TokenInfo:
-    """That of the inputs' tokens, which follow on those in the cache."""
+    """The `TokenInfo` of the inputs' tokens, which follow those in the cache."""
     tokens, positions, segment_ids = inputs.tokens, inputs.positions, inputs.segment_ids
     B, T = tokens.shape
     in_order = cache is not None and positions is None and cfg.byte_latent is None
@@ -50,7 +50,7 @@ def token_info(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> TokenIn
 
 
 def encoder_info(inputs: Inputs) -> TokenInfo:
-    """That of the encoder's tokens."""
+    """The `TokenInfo` of the encoder's tokens."""
     tokens, positions, segment_ids = (
         inputs.encoder_tokens,
         inputs.encoder_positions,
@@ -63,7 +63,7 @@ def encoder_info(inputs: Inputs) -> TokenInfo:
 
 
 def places_in_documents(segment_ids: jax.Array | None, T: int, cache: Cache | None) -> jax.Array:
-    """[B or 1, T] int32, the place of each token in its document. Padding, on whichever side, is not counted."""
+    """[B or 1, T] int32: the index of each token in its document. Padding on either side does not count."""
     at_T = jnp.arange(T, dtype=jnp.int32)
     if cache is None:
         if segment_ids is None:

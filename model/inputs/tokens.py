@@ -1,4 +1,4 @@
-"""The embedding of tokens, with what a config adds to it: kinds of tokens, positions, a norm."""
+"""The embedding of tokens, with token types, positions and a norm if the config has them."""
 
 # B batch, T tokens, V vocabulary, K kinds of tokens, D model width
 
@@ -14,8 +14,8 @@ from model.sharding import constrain
 
 
 def embedding_table(module: nn.Module, cfg: ModelConfig, ctx: Context) -> jax.Array:
-    """[V, D]. Call it within a compact method, as the other functions here."""
-    # Tied logits start at order 1, and the token's own vector is not drowned by what the first blocks add to it.
+    """The embedding table [V, D]. Call this and the other functions here within a compact method."""
+    # With this scale tied logits start near 1, and the first blocks do not dominate the token's vector.
     init = nn.initializers.normal(ctx.width**-0.5)
     role = "a vector for each token" + (", in and out (tied head)" if cfg.tied_head else "")
     shape, axes = (cfg.vocab_size, ctx.width), ("vocab", "embed")
@@ -30,7 +30,7 @@ def embed_tokens(
     tokens_BT: jax.Array,
     token_types_BT: jax.Array | None,
 ) -> jax.Array:
-    """[B, T, D] that media may be placed in; see `finish_embedding` for the rest."""
+    """The token vectors [B, T, D], before media; `finish_embedding` adds the rest."""
     x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0)
     x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
     if cfg.token_types:
@@ -39,12 +39,12 @@ def embed_tokens(
         table_KD = param(module, ctx, "token_types", shape, ("norm", "embed"), init, role=role)
         x_BTD += table_KD[0] if token_types_BT is None else jnp.take(table_KD, token_types_BT, axis=0)
     elif token_types_BT is not None:
-        raise ValueError("token_types were given to a model whose config has none.")
+        raise ValueError("token_types were given to a model without token types.")
     return x_BTD
 
 
 def finish_embedding(cfg: ModelConfig, ctx: Context, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
-    """[B, T, D] with positions, after the embedding's norm."""
+    """The embedding [B, T, D] with positions and norm."""
     if cfg.positions is not None:
         x_BTD += cfg.positions.module(ctx, "positions")(info.positions)
     if cfg.embed_norm is not None:

@@ -1,1 +1,1 @@
-"""What is read from the last hidden states: the vocabulary, scalars, classes, tokens after the next one."""
+"""Readouts of the last hidden states: the vocabulary, scalars, classes, multi-token prediction."""

@@ -1,7 +1,6 @@
-"""Readouts that give each token numbers of its own: a scalar (value, reward) or one for each label.
+"""Readouts with outputs for each token: a scalar (value, reward), or one number for each label.
 
-A further readout is a frozen dataclass with a `name` and `read`, put into `ModelConfig.heads`: its result is
-`out.heads[name]`.
+A readout is a frozen dataclass with `name` and `read` in `ModelConfig.heads`; its output is `out.heads[name]`.
 """
 
 # B batch, T tokens, D model width, L labels
@@ -20,15 +19,15 @@ from model.readouts.stream import Stream
 
 
 class Readout(Protocol):
-    """What is read from a model's last hidden states, beside the vocabulary."""
+    """A readout of a model's last hidden states, beside the vocabulary."""
 
     @property
     def name(self) -> str:
-        """The key of `out.heads`."""
+        """The key in `out.heads`."""
         ...
 
     def read(self, module: nn.Module, ctx: Context, stream: Stream) -> Any:
-        """The result, an array or a pytree. Called within a compact method of `module`, which has the parameters."""
+        """The output, an array or a pytree. It runs within a compact method of `module`, which owns the parameters."""
         ...
 
 
@@ -50,13 +49,13 @@ class ScalarHead:
 class ClassHead:
     """A linear map of the final hidden state to a number for each label, float32: `out.heads[name]` is [B, T, labels].
 
-    Where a text as a whole is classified, one token has its numbers: an encoder's first, a decoder's last.
+    To classify a whole text, use one token: the first one of an encoder, the last one of a decoder.
     """
 
     name: str
     labels: tuple[str, ...]
     bias: bool = True
-    pooled: bool = False  # reads what the pooler makes of the hidden state
+    pooled: bool = False  # reads the pooler's output instead of the hidden state
 
     def read(self, module: nn.Module, ctx: Context, stream: Stream) -> jax.Array:
         name, L = f"{self.name}_head", len(self.labels)

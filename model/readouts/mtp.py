@@ -1,7 +1,7 @@
-"""Multi-token prediction (MTP): the tokens after the next one.
+"""Multi-token prediction (MTP): logits of tokens after the next one.
 
-Modules one after the other: DeepSeek-V3, 2024, arXiv:2412.19437, section 2.2. Heads side by side on one trunk: Gloeckle
-et al. 2024, arXiv:2404.19737. Module (or head) k, counted from 1, gives at token i the logits of token i + 1 + k.
+Sequential modules: DeepSeek-V3, 2024, arXiv:2412.19437, section 2.2. Parallel heads on one trunk: Gloeckle et al. 2024,
+arXiv:2404.19737. At token i, module (or head) k, counted from 1, gives the logits of token i + 1 + k.
 """
 
 # B batch, T tokens, D model width
@@ -23,29 +23,26 @@ from model.sharding import constrain
 from model.stacks import Stack, run_stack
 from model.weighted import WeightedSum
 
-Read = tuple[
-    list[jax.Array], dict[str, WeightedSum]
-]  # what each module's logits are of, and their blocks' aux
+Read = tuple[list[jax.Array], dict[str, WeightedSum]]  # (the hidden states of each module, the blocks' aux)
 
 
 @dataclasses.dataclass(frozen=True)
 class SequentialMTP:
-    """h_k[i] = norm(block(join [norm(embedding of token i + k), norm(h_(k-1)[i])])), read by the model's own head.
+    """h_k[i] = norm(block(join [norm(embedding of token i + k), norm(h_(k-1)[i])])), followed by the model's head.
 
-    h_0 is the model's hidden state after its final norm, and what module k hands on is after the module's own: so
-    transformers runs the released weights. (vLLM takes the same h_0, but hands DeepSeek's h_k on before
-    that norm, which differs from the second module on.) Where token i + k is in another segment or beyond the row,
-    zeros stand for its embedding, so nothing of another document is seen.
+    h_0 is the hidden state after the model's final norm, and h_k is after the module's norm, as in transformers. (vLLM
+    has the same h_0, but passes DeepSeek's h_k on before that norm, which differs from the second module on.) If token
+    i + k is in another segment or beyond the row, its embedding is zero, so no other document is seen.
     """
 
-    blocks: tuple[Block, ...]  # one a module
+    blocks: tuple[Block, ...]  # one for each module
     norm: Norm = RMSNorm()
 
     def __post_init__(self):
         _check(self.blocks)
 
     def read(self, ctx: Context, stream: Stream, info: TokenInfo) -> Read:
-        """Call it within a compact method: the modules become submodules of the module that calls."""
+        """Call it within a compact method; the MTP modules become submodules of the caller."""
         states, aux, hidden_BTD = [], {}, stream.hidden_BTD
         ctx = dataclasses.replace(ctx, adapter=info.adapter)
         for name, block in mtp_blocks(self).items():
@@ -56,18 +53,18 @@ class SequentialMTP:
         return states, aux
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
-        """Of the forward pass but for the logits, in the mean over a row of `seq_len` tokens."""
+        """Mean FLOPs of the forward pass without logits over a row of `seq_len` tokens."""
         return sum(block.flops_per_token(width, seq_len) + 2 * 2 * width**2 for block in self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
 class ParallelMTP:
-    """Head k is a block that reads what the model's last block reads, then the model's own final norm and head.
+    """Head k is a block with the input of the model's last block, followed by the model's final norm and head.
 
-    The last block itself is the head of the next token.
+    The last block is the head of the next token.
     """
 
-    blocks: tuple[Block, ...]  # one a head
+    blocks: tuple[Block, ...]  # one for each head
 
     def __post_init__(self):
         _check(self.blocks)
@@ -89,7 +86,7 @@ class ParallelMTP:
 MTP = SequentialMTP | ParallelMTP
 
 
-HIDDEN = "what the model, or the module before, made of the token"
+HIDDEN = "the hidden state of the model or the previous module"
 
 
 class SequentialModule(nn.Module):
@@ -101,15 +98,15 @@ class SequentialModule(nn.Module):
     def __call__(self, ahead_BTD: jax.Array, hidden_BTD: jax.Array, info: TokenInfo):
         norm, ctx, D = self.spec.norm, self.ctx, self.ctx.width
         read = (
-            norm.module(ctx, "embedding_norm", role="the embedding of the token ahead")(ahead_BTD),
+            norm.module(ctx, "embedding_norm", role="the embedding of the later token")(ahead_BTD),
             norm.module(ctx, "hidden_norm", role=HIDDEN)(hidden_BTD),
         )
         joined_BTE = jnp.concatenate(read, axis=-1)
-        role = "one vector of the token ahead and of what is known so far"
+        role = "combines the later token and the hidden state"
         x_BTD = linear(self, "join", joined_BTE, (D,), (None,), role)
         x_BTD = constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
         x_BTD, aux = _run_block(ctx, self.block, x_BTD, info)
-        return norm.module(ctx, "final_norm", role="what this module's logits are read from")(x_BTD), aux
+        return norm.module(ctx, "final_norm", role="the input of this module's logits")(x_BTD), aux
 
 
 class ParallelModule(nn.Module):
@@ -122,12 +119,12 @@ class ParallelModule(nn.Module):
 
 
 def mtp_blocks(mtp: MTP | None) -> dict[str, Block]:
-    """The block of each module by the name of the module's parameters, nearest token first."""
+    """Parameter name of each module -> its block, nearest token first."""
     return {} if mtp is None else {f"mtp_{k}": block for k, block in enumerate(mtp.blocks, 1)}
 
 
 def look_ahead(x: jax.Array, k: int) -> jax.Array:
-    """[B, T, ...]: at token i what `x` has at token i + k, zeros where the row ends before."""
+    """[B, T, ...]: at token i the value of `x` at token i + k, zero beyond the row."""
     ends = [(0, 0), (0, min(k, x.shape[1]))] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x[:, k:], ends)
 

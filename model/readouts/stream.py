@@ -1,4 +1,4 @@
-"""The residual stream at the points that readouts read."""
+"""The hidden states that readouts read."""
 
 # B batch, T tokens, D model width
 
@@ -11,8 +11,8 @@ import jax
 
 
 class Stream(NamedTuple):
-    embedded_BTD: jax.Array  # what the first block reads
-    before_last: jax.Array  # what the last block reads
+    embedded_BTD: jax.Array  # input of the first block
+    before_last: jax.Array  # input of the last block
     hidden_BTD: jax.Array  # after the final norm
-    pooled_BTD: jax.Array | None  # after the pooler, where there is one
+    pooled_BTD: jax.Array | None  # after the pooler, if there is one
     final_norm: Callable[[jax.Array], jax.Array]

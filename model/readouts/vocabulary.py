@@ -1,4 +1,4 @@
-"""From hidden states to what the model says of the vocabulary: logits, or scores of given tokens without them."""
+"""The vocabulary readout: logits, or scores of given tokens without storing logits."""
 
 # B batch, T tokens, D model width, V vocabulary, N chosen positions
 
@@ -30,7 +30,7 @@ class VocabularyHead:
     scale: float = 1.0
     softcap: float | None = None
     transform: Callable[[jax.Array], jax.Array] | None = None
-    at_BN: jax.Array | None = None  # positions that are read; None: all
+    at_BN: jax.Array | None = None  # positions to read; None: all
     rules: ShardingRules | None = None
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ class VocabularyHead:
     def scores(
         self, hidden_BTD: jax.Array, targets_BT: jax.Array, score_options: ScoreOptions = ScoreOptions()
     ) -> TokenScores:
-        """Of targets [B, T] ([B, N] at chosen positions)."""
+        """The scores of targets [B, T] ([B, N] at chosen positions)."""
         hidden_BTD = self._read(hidden_BTD)
         options = {"scale": self.scale, "softcap": self.softcap, "score_options": score_options}
         options |= {"logits": self._logits}
@@ -54,7 +54,7 @@ class VocabularyHead:
 
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
         if backend.for_cpu():
-            # of two matrices, so XLA makes the gradient of the logits once for both its products
+            # matrices, so that XLA computes the logits' gradient once for both of its products
             hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
             logits_NV = matmul(hidden_ND, self.head_VD, "ND,VD->NV", jnp.float32)
             logits_BTV = logits_NV.reshape(*hidden_BTD.shape[:2], -1)
@@ -75,10 +75,10 @@ def vocabulary_head(
     embedding_VD: jax.Array | None,
     logits_at: jax.Array | None = None,
 ) -> VocabularyHead:
-    """The head of a config; a tied one multiplies by the embedding. Call it within a compact method."""
+    """The head of a config; a tied head uses the embedding. Call it within a compact method."""
     head_VD, bias_V, transform = cast(Weight, embedding_VD), None, None
     if cfg.head_transform is not None:
-        transform = cfg.head_transform.module(ctx, "head_transform", "what the logits are read from")
+        transform = cfg.head_transform.module(ctx, "head_transform", "the input of the logits")
     if not cfg.tied_head:
         shape, axes, init = (cfg.vocab_size, ctx.width), ("vocab", "embed"), fan_in_normal(ctx.width)
         role = "logits: one direction for each token of the vocabulary"

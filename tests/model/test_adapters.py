@@ -34,7 +34,7 @@ from model.blocks.mamba2 import Mamba2
 from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.blocks.positions import Rope
-from model.formats.peft import HARMLESS_KEYS, load_adapters, save_adapter
+from model.formats.peft import IGNORED_KEYS, load_adapters, save_adapter
 from model.inspect.anatomy import parameter_groups
 from model.inspect.flops import train_flops_per_token
 
@@ -287,7 +287,7 @@ def test_every_key_of_an_adapters_config_means_what_peft_means_by_it_or_is_refus
         assert theirs != "error", edits
         np.testing.assert_allclose(ours, theirs, atol=2e-4, err_msg=str(edits))
         read |= keys
-    assert HARMLESS_KEYS <= read
+    assert IGNORED_KEYS <= read
     assert {"init_lora_weights", "target_modules", "layers_to_transform", "rank_pattern"} <= read & refused
 
 

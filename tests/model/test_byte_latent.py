@@ -122,11 +122,11 @@ def loop_over_bytes(segments, ends, longest, places):
 def test_patches_are_those_of_a_loop_over_bytes(longest, most):
     rng, segments = np.random.default_rng(0), [0, 0, *[1] * 9, *[2] * 5, 3, *[4] * 6, 0]
     info = TokenInfo(jnp.arange(24)[None], jnp.asarray([segments]))
-    _, walk = begin(tiny().byte_latent, jnp.zeros((1, 24, 1)), info, None)
+    _, order = begin(tiny().byte_latent, jnp.zeros((1, 24, 1)), info, None)
     cut = compiled_fast(functools.partial(lay_out, longest=longest, most=most, cached=False))
     for _ in range(5):
         ends, places = rng.random((1, 24)) < 0.4, most or 24
-        found, _ = cut(ends, walk, info.segment_ids)
+        found, _ = cut(ends, order, info.segment_ids)
         patch, read, known = loop_over_bytes(segments, ends[0], longest, places)
         assert found.patch_BT[0].tolist() == patch
         assert [a for a, b in zip(found.read_BT[0].tolist(), read) if b is not None] == [
@@ -482,9 +482,9 @@ def test_what_makes_no_byte_latent_model_is_an_error():
     cfg, params = built()
     with pytest.raises(ValueError, match="max_patches=0: give 1 or more"):
         tiny(max_patches=0)
-    with pytest.raises(ValueError, match="a local decoder one that reads the patches"):
+    with pytest.raises(ValueError, match="a local decoder one with PatchAttention"):
         dataclasses.replace(cfg.byte_latent, decoder=(BYTES,))
-    with pytest.raises(ValueError, match="patches are read by a local decoder"):
+    with pytest.raises(ValueError, match="PatchAttention belongs in the local decoder"):
         ModelConfig(61, 12, (READS,))
     seeing_all = Block(Attention(2, 1, 6, causal=False), None)
     with pytest.raises(ValueError, match="must be causal"):

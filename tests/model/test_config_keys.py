@@ -13,7 +13,7 @@ import pytest
 
 from model import load, save
 from model.families import FAMILIES
-from model.families.common import HARMLESS_KEYS
+from model.families.common import IGNORED_KEYS
 
 from .conftest import GOLDENS
 from .test_families import config_of, forward, inputs_of
@@ -135,8 +135,8 @@ def test_every_key_that_is_passed_over_everywhere_is_shown_to_change_nothing():
         for edits, *_ in cases[kind]
         for path, _ in edits
     }
-    assert HARMLESS_KEYS <= keys("same", "foreign") | NAMES
-    assert HARMLESS_KEYS & keys("logits") <= {"is_decoder"}  # of BERT, which reads it
+    assert IGNORED_KEYS <= keys("same", "foreign") | NAMES
+    assert IGNORED_KEYS & keys("logits") <= {"is_decoder"}  # of BERT, which reads it
 
 
 FOREIGN = [

@@ -26,7 +26,11 @@ from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths, predict
-from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
+from model.blocks.mixture_of_recursions import (
+    MixtureOfRecursions,
+    RecursionExpertChoice,
+    RecursionTokenChoice,
+)
 from model.blocks.moe import MoE
 from model.blocks.parallel import Parallel
 from model.blocks.router import Router
@@ -129,7 +133,7 @@ def test_the_sign_of_a_score_is_trained_to_say_who_passes():
 
 @pytest.mark.parametrize("capacities", [None, (0.8, 0.5, 0.3)])
 def test_each_recursion_narrows_the_tokens_of_the_one_before(capacities):
-    mixer = MixtureOfRecursions((PLAIN, RECURRENT), 3, Narrowing(capacities))
+    mixer = MixtureOfRecursions((PLAIN, RECURRENT), 3, RecursionExpertChoice(capacities))
     params, x_BTD = params_of(mixer), random_x(2, 9, D)
     y_BTD, aux = mixed(mixer, params, x_BTD)
     counts = np.zeros(3)
@@ -154,7 +158,7 @@ def test_each_recursion_narrows_the_tokens_of_the_one_before(capacities):
 
 
 def test_a_router_may_assign_the_number_of_recursions_at_the_start():
-    mixer = MixtureOfRecursions((PLAIN,), 3, Assigned(0.1))
+    mixer = MixtureOfRecursions((PLAIN,), 3, RecursionTokenChoice(0.1))
     params, x_BTD = params_of(mixer), random_x(2, 9, D)
     y_BTD, aux = mixed(mixer, params, x_BTD)
     depths, probabilities = [], []
@@ -205,8 +209,10 @@ DECODED = {
         WINDOWED, wrapped(MixtureOfDepths(PLAIN, None)), wrapped(MixtureOfDepths(LATENT, None))
     ),
     "depths of states": model_of(wrapped(MixtureOfDepths(RECURRENT, None)), PLAIN),
-    "narrowing": model_of(PLAIN, wrapped(MixtureOfRecursions((PLAIN, RECURRENT), 2, Narrowing()))),
-    "assigned": model_of(wrapped(MixtureOfRecursions((PLAIN,), 2, Assigned()))),
+    "expert choice": model_of(
+        PLAIN, wrapped(MixtureOfRecursions((PLAIN, RECURRENT), 2, RecursionExpertChoice()))
+    ),
+    "token choice": model_of(wrapped(MixtureOfRecursions((PLAIN,), 2, RecursionTokenChoice()))),
     "loops": model_of(wrapped(MixtureOfRecursions((PLAIN,), 2))),
     "shared keys": model_of(
         *(
@@ -334,11 +340,14 @@ def test_mixtures_within_mixtures_are_balanced_without_a_loss():
 def test_what_makes_no_sense_is_said():
     with pytest.raises(ValueError, match="capacity=1.5"):
         MixtureOfDepths(PLAIN, 1.5)
-    for mixture in (lambda b: MixtureOfDepths(b), lambda b: MixtureOfRecursions((b,), 2, Narrowing())):
-        with pytest.raises(ValueError, match="window=3 counts tokens that are not there"):
+    for mixture in (
+        lambda b: MixtureOfDepths(b),
+        lambda b: MixtureOfRecursions((b,), 2, RecursionExpertChoice()),
+    ):
+        with pytest.raises(ValueError, match="window=3 counts tokens, and this block skips some"):
             mixture(WINDOWED)
     with pytest.raises(ValueError, match="for each of 3 times"):
-        MixtureOfRecursions((PLAIN,), 3, Narrowing((0.5, 0.5)))
+        MixtureOfRecursions((PLAIN,), 3, RecursionExpertChoice((0.5, 0.5)))
     with pytest.raises(ValueError, match="at least one time"):
         MixtureOfRecursions((), 3)
 

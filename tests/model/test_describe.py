@@ -31,7 +31,11 @@ from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
 from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
-from model.blocks.mixture_of_recursions import Assigned, MixtureOfRecursions, Narrowing
+from model.blocks.mixture_of_recursions import (
+    MixtureOfRecursions,
+    RecursionExpertChoice,
+    RecursionTokenChoice,
+)
 from model.blocks.moe import MoE
 from model.blocks.norms import LayerNorm
 from model.blocks.parallel import Parallel
@@ -85,8 +89,8 @@ EVERY_PART = ModelConfig(
         Block(Parallel((Retention(2, 4, 5), RGLRU(4, 3)), out_norm=NORM), None),
         Block(RGLRU(4, 3), None),
         Block(MixtureOfDepths(Block(Retention(2, 4, 5), None)), None, None),
-        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Narrowing()), None, None),
-        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, Assigned()), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, RecursionExpertChoice()), None, None),
+        Block(MixtureOfRecursions((Block(RGLRU(4, 3), None),), 2, RecursionTokenChoice()), None, None),
         Block(Retention(2, 4, 5), None),
     ),
     positions=LearnedPositions(16),

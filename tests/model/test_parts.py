@@ -55,7 +55,7 @@ def test_a_part_runs_without_a_field_or_says_that_it_needs_it(kind):
 
 
 def test_a_block_without_a_mixer_and_latent_attention_without_rotation_are_refused_when_they_are_made():
-    with pytest.raises(ValueError, match="mixer=None"):
+    with pytest.raises(ValueError, match="needs a mixer or a network"):
         Block(None, None)
     with pytest.raises(ValueError, match="rope=None"):
         LatentAttention(4, 8, 4, 8, 16, rope=None)

@@ -45,7 +45,7 @@ def test_a_part_of_a_head_stands_still():
     turned = Rope(fraction=0.5)(x, positions)
     np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
     np.testing.assert_allclose(turned[..., :4], Rope()(x[..., :4], positions), rtol=1e-6)
-    half = Rope(turning=0.5)(x, positions)
+    half = Rope(rotated_fraction=0.5)(x, positions)
     np.testing.assert_allclose(half[..., [2, 3, 6, 7]], x[..., [2, 3, 6, 7]], rtol=1e-6)
     np.testing.assert_allclose(half[..., [0, 4]], Rope()(x, positions)[..., [0, 4]], rtol=1e-6)
 

@@ -13,7 +13,7 @@ from model import Block, ModelConfig, RMSNorm, SwiGLU, init_cache, load
 from model.blocks.attention import Attention
 from model.blocks.mamba2 import Mamba2
 from model.blocks.mixture_of_depths import MixtureOfDepths
-from model.blocks.mixture_of_recursions import MixtureOfRecursions, Narrowing
+from model.blocks.mixture_of_recursions import MixtureOfRecursions, RecursionExpertChoice
 from model.blocks.moe import MoE
 from model.blocks.positions import LongRopeScaling, Rope
 from model.kernels import backend
@@ -87,10 +87,12 @@ BUILT = {
     # the neighbour in the batch is beyond the original context, the document is not
     "LongRoPE": (Block(dataclasses.replace(ATTENTION, rope=Rope(100.0, LONG)), SwiGLU(20), NORM),),
     "a mixture of depths": (Block(MixtureOfDepths(BLOCK), None, None),),
-    "a mixture of recursions": (Block(MixtureOfRecursions((BLOCK,), 2, Narrowing((0.7, 0.4))), None, None),),
+    "a mixture of recursions": (
+        Block(MixtureOfRecursions((BLOCK,), 2, RecursionExpertChoice((0.7, 0.4))), None, None),
+    ),
     "depths over a state": (Block(MixtureOfDepths(RECURRENT), None, None),),
     "recursions over a state": (
-        Block(MixtureOfRecursions((RECURRENT,), 2, Narrowing((0.7, 0.4))), None, None),
+        Block(MixtureOfRecursions((RECURRENT,), 2, RecursionExpertChoice((0.7, 0.4))), None, None),
     ),
     "experts with slots": (Block(ATTENTION, MoE(4, 2, SwiGLU(8), dispatch="capacity"), NORM),),
 }

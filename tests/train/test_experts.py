@@ -17,7 +17,7 @@ from model.blocks.router import Router
 from model.inspect.flops import forward_flops_per_token
 from tests.meshes import assert_divided, compiled
 from tests.model.conftest import applied
-from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, OptimizerSpec
+from train.config import Execution, MeshSpec, ModelSpec, MoESpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import dpo, language_modelling, with_reference
 from train.optimizer import adamw
@@ -42,9 +42,9 @@ def fresh(cfg):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_the_loss_is_the_objective_and_what_the_mixtures_add(scan):
+def test_the_loss_is_the_objective_and_what_the_moe_layers_add(scan):
     dense, cfg = decoder(64, 16, 1, 2, 1, 8, 24), model(PLAIN, scan=scan)
-    cfg = cfg.replace(blocks=dense.blocks + 2 * cfg.blocks)  # two mixtures: their mean is added
+    cfg = cfg.replace(blocks=dense.blocks + 2 * cfg.blocks)  # two MoE layers: their mean is added
     params, batch = fresh(cfg), packed_batch()
     batch["loss_weights"] = (batch["segment_ids"] > 0).astype(np.float32)
     loss, metrics = jit(language_modelling(cfg))(params, batch)
@@ -72,8 +72,8 @@ def test_preferences_add_it_too():
     assert float(loss.mean()) == pytest.approx(np.log(2) + float(added), rel=1e-5)
 
 
-DEFAULT = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, mixture=MixtureSpec(8)).build(64, Execution(scan=False))
-CHOICE_BIAS = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, mixture=MixtureSpec(8, balance_rate=1e-3)).build(
+DEFAULT = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, moe=MoESpec(8)).build(64, Execution(scan=False))
+CHOICE_BIAS = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, moe=MoESpec(8, balance_rate=1e-3)).build(
     64, Execution(scan=False)
 )
 DEPTHS = DEFAULT.replace(
@@ -92,7 +92,7 @@ def of_microbatches(objective, params, batch, count):
 
 @pytest.mark.parametrize("cfg", [DEFAULT, CHOICE_BIAS, DEPTHS], ids=["losses", "choice bias", "depths"])
 @pytest.mark.parametrize("objective", [language_modelling, preferences])
-def test_microbatches_change_neither_loss_nor_gradient_of_a_mixture(cfg, objective):
+def test_microbatches_change_neither_loss_nor_gradient_of_an_moe(cfg, objective):
     assert cfg.blocks[0].ffn.balance_loss > 0 and cfg.blocks[0].ffn.z_loss > 0  # the defaults
     params, batch = fresh(cfg), packed_batch()
     batch["loss_weights"][:3] *= 0.1  # masks that differ between microbatches
@@ -104,7 +104,7 @@ def test_microbatches_change_neither_loss_nor_gradient_of_a_mixture(cfg, objecti
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, wanted)
 
 
-def test_packing_changes_neither_loss_nor_gradient_of_a_mixture():
+def test_packing_changes_neither_loss_nor_gradient_of_an_moe():
     """Each document in a row of its own, padded, and several of them in one."""
     params, batch = fresh(DEFAULT), packed_batch(4, 16)
     alone = {key: np.zeros((8, 16), value.dtype) for key, value in batch.items()}
@@ -184,9 +184,9 @@ def test_a_skewed_router_becomes_even(moe, lr, before, after):
     assert max_load(cfg, state.params, batch) < after
 
 
-def test_a_config_makes_a_mixture_with_the_flops_of_its_dense_blocks():
-    mixture = MixtureSpec(8, 2, shared_width=8, dense_layers=1, balance_rate=1e-3)
-    spec = ModelSpec(16, 3, 2, 1, 8, ffn_width=12, mixture=mixture)
+def test_a_config_makes_an_moe_with_the_flops_of_its_dense_blocks():
+    moe = MoESpec(8, 2, shared_width=8, dense_layers=1, balance_rate=1e-3)
+    spec = ModelSpec(16, 3, 2, 1, 8, ffn_width=12, moe=moe)
     cfg = spec.build(64, Execution(scan=False))
     kinds = [type(block.ffn) for block in cfg.blocks]
     assert kinds == [GatedMLP, MoE, MoE] and cfg.blocks[1].ffn.router.choice_bias

@@ -21,7 +21,7 @@ from model import MESH_AXES, ShardingRules, decoder, init, param_shapes
 from model.kernels import backend
 from tests.conftest import ROOT
 from tests.model.tpu import needs_libtpu
-from train.config import MeshSpec, MixtureSpec
+from train.config import MeshSpec, MoESpec
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here, state_shardings
 from train.objectives import language_modelling
 from train.step import accumulate, make_train_step, new_state
@@ -30,7 +30,7 @@ from .test_step import packed_batch
 
 RULES = ShardingRules()
 DENSE = decoder(64, 64, 2, 8, 8, 8, 128)
-MIXTURE = MixtureSpec(8, 2).put_into(DENSE, 64)
+MOE = MoESpec(8, 2).put_into(DENSE, 64)
 
 
 def mesh_of(**axes):
@@ -60,21 +60,21 @@ SPLITS = [("data", 2), ("data", 4), ("fsdp", 2), ("fsdp", 4), ("tensor", 2), ("t
 
 
 @pytest.mark.parametrize(("axis", "ways"), SPLITS)
-@pytest.mark.parametrize("cfg", [DENSE, MIXTURE], ids=["dense", "mixture"])
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_an_axis_divides_the_flops_and_bytes_of_a_device(cfg, axis, ways):
     alone, split = (program.cost_analysis() for program in (compiled(cfg), compiled(cfg, **{axis: ways})))
     share = {figure: split[figure] / alone[figure] for figure in ("flops", "bytes accessed")}
     assert share["flops"] < 1.2 / ways
     # over tensor the residual stream is whole on each device
     assert share["bytes accessed"] < (1.6 / ways if axis != "tensor" else 0.5 + 0.75 / ways)
-    if axis != "tensor":  # rows, and the tokens of a mixture, stay where they are
+    if axis != "tensor":  # rows, and the tokens of a mixture of experts, stay where they are
         program = compiled(cfg, **{axis: ways}).as_text()
         assert not re.findall(r" collective-permute(?:-start)?\(", program)
 
 
 def test_the_axis_of_experts_divides_what_a_device_holds_of_them():
-    alone, split = compiled(MIXTURE), compiled(MIXTURE, expert=4)
-    sizes = jax.tree.map(lambda x: x.size * x.dtype.itemsize, param_shapes(MIXTURE))
+    alone, split = compiled(MOE), compiled(MOE, expert=4)
+    sizes = jax.tree.map(lambda x: x.size * x.dtype.itemsize, param_shapes(MOE))
     experts = sum(sum(jax.tree.leaves(sizes[f"block_{i}"]["ffn"]["experts"])) for i in range(2))
     saved = alone.memory_analysis().argument_size_in_bytes - split.memory_analysis().argument_size_in_bytes
     assert saved == experts * 3 // 4
@@ -84,7 +84,7 @@ def test_the_axis_of_experts_divides_what_a_device_holds_of_them():
     ("cfg", "axes", "said"),
     [
         (DENSE, {"stage": 2}, "config.mesh.stage=2 splits no work: blocks are not yet handed"),
-        (MIXTURE, {"stage": 2}, "config.mesh.stage=2 splits no work"),
+        (MOE, {"stage": 2}, "config.mesh.stage=2 splits no work"),
         (DENSE, {"expert": 2}, "config.mesh.expert=2 splits no work: this model has no experts"),
         (DENSE, {"context": 2}, "config.mesh.context=2 splits no work: .* TPUs alone"),
     ],
@@ -95,7 +95,7 @@ def test_an_axis_that_splits_nothing_is_refused(cfg, axes, said):
 
 
 def test_axes_that_split_something_are_not_refused():
-    check_mesh(MIXTURE, mesh_of(data=2, expert=2, tensor=2), RULES)
+    check_mesh(MOE, mesh_of(data=2, expert=2, tensor=2), RULES)
     check_mesh(DENSE, mesh_of(expert=2), dataclasses.replace(RULES, batch=("data", "fsdp", "expert")))
     with backend.use("tpu"):
         check_mesh(DENSE, mesh_of(context=2), RULES)

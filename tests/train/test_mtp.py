@@ -10,7 +10,7 @@ from model import RMSNorm, ShardingRules, decoder
 from model.readouts.mtp import ParallelMTP, SequentialMTP
 from tests.meshes import assert_divided, compiled
 from tests.model.conftest import applied
-from train.config import Execution, MeshSpec, MixtureSpec, ModelSpec, MTPSpec, OptimizerSpec
+from train.config import Execution, MeshSpec, ModelSpec, MoESpec, MTPSpec, OptimizerSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.objectives import language_modelling
 from train.optimizer import adamw
@@ -148,8 +148,8 @@ def test_a_module_that_reads_the_next_token_learns_to_say_the_one_after_it():
 
 
 def test_a_config_makes_mtp_of_blocks_like_the_last():
-    mixture = MixtureSpec(4, 2, dense_layers=1, balance_rate=1e-3)
-    spec = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, norm_eps=1e-4, mixture=mixture, mtp=MTPSpec(2))
+    moe = MoESpec(4, 2, dense_layers=1, balance_rate=1e-3)
+    spec = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, norm_eps=1e-4, moe=moe, mtp=MTPSpec(2))
     cfg = spec.build(64, Execution(scan=False))
     assert cfg.mtp == SequentialMTP(cfg.blocks[-1:] * 2, RMSNorm(1e-4))
     assert ModelSpec().build(64, Execution()).mtp is None
@@ -161,10 +161,8 @@ def test_a_config_makes_mtp_of_blocks_like_the_last():
 
 @pytest.mark.slow
 def test_experts_of_a_module_are_balanced_with_the_others():
-    mixture = MixtureSpec(4, 2, balance_rate=1e-3)
-    cfg = ModelSpec(16, 1, 2, 1, 8, ffn_width=12, mixture=mixture, mtp=MTPSpec(1)).build(
-        64, Execution(scan=False)
-    )
+    moe = MoESpec(4, 2, balance_rate=1e-3)
+    cfg = ModelSpec(16, 1, 2, 1, 8, ffn_width=12, moe=moe, mtp=MTPSpec(1)).build(64, Execution(scan=False))
     optimizer = adamw(OptimizerSpec(), 10, cfg)
     state = new_state(fresh(cfg), optimizer)
     state, metrics = jit(make_train_step(language_modelling(cfg), optimizer))(state, packed_batch(rows=2))

@@ -342,7 +342,7 @@ def test_a_dataset_of_the_runs_own_tokenizer_is_taken(corpus, tmp_path, capsys):
     prepare_run(make_config(corpus, data={"mixture": {own: 1.0}, "validation": {}}))
     assert "not checked" not in capsys.readouterr().out
     prepare_run(make_config(corpus))
-    assert "tokens does not say which tokenizer wrote it" in capsys.readouterr().out
+    assert "tokens does not name its tokenizer" in capsys.readouterr().out
 
 
 def test_validation_data_that_give_no_row_are_refused_before_the_first_step(corpus, tmp_path):
@@ -398,7 +398,7 @@ def test_a_run_goes_on_with_its_own_model_alone(corpus, uninterrupted, tmp_path)
         ({"data": {"batch_size": 0}}, r"config\.data: batch_size=0"),
         ({"data": {"seq_len": 1}}, r"config\.data: seq_len=1"),
         (
-            {"model": {"mixture": {"num_experts": 2, "experts_per_token": 3}}},
+            {"model": {"moe": {"num_experts": 2, "experts_per_token": 3}}},
             "experts_per_token=3; wanted at most",
         ),
     ],
