@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import http.client
 import json
 import os
 import threading
@@ -30,6 +31,7 @@ Request = Mapping[
     str, Any
 ]  # the JSON of a chat completion: model, messages, temperature, max_tokens, seed ...
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses that may pass
+_OF_THE_ACCOUNT = (401, 402, 403, 404)  # a key, a bill, a model that the server does not know
 _MOST_WAIT = 60.0  # seconds between two tries
 
 
@@ -72,6 +74,9 @@ class Reply(NamedTuple):
     tokens: int = 0  # of the prompt and the answer, where the server counts them
     error: str = ""
     cached: bool = False
+    unavailable: bool = (
+        False  # the error is the server's or the account's, whatever is asked: ask again another time
+    )
 
 
 class Cache:
@@ -181,7 +186,7 @@ def _ask_server(endpoint: Endpoint, request: Request) -> Reply:
     headers = {"Content-Type": "application/json"}
     if secret := os.environ.get(endpoint.api_key_env, ""):
         headers["Authorization"] = f"Bearer {secret}"
-    why = ""
+    why, unavailable = "", False
     for attempt in range(endpoint.retries + 1):
         pause = min(2.0**attempt, _MOST_WAIT)
         try:
@@ -190,15 +195,18 @@ def _ask_server(endpoint: Endpoint, request: Request) -> Reply:
                 return _reply(json.load(answer))
         except urllib.error.HTTPError as error:
             why = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+            unavailable = error.code in (*_RETRIED, *_OF_THE_ACCOUNT)
             if error.code not in _RETRIED:
                 break
             with contextlib.suppress(TypeError, ValueError):
                 pause = min(float(error.headers["Retry-After"]), _MOST_WAIT)
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
+        except (OSError, http.client.HTTPException) as error:  # no connection, or one that was cut
+            why, unavailable = f"{type(error).__name__}: {error}", True
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            why, unavailable = f"{type(error).__name__}: {error}", False
         if attempt < endpoint.retries:
             time.sleep(pause)
-    return Reply("", error=why)
+    return Reply("", error=why, unavailable=unavailable)
 
 
 def _reply(answer: Any) -> Reply:

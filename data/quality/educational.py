@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from configs.typed import ConfigError
 from data.documents import Document, DocumentType
 from data.endpoint import Cache, Endpoint, Reply, ask_all
 from data.stage import Filter, Signals
@@ -36,8 +37,11 @@ _INTEGER = re.compile(r"(?<![\d.])\d+(?![\d]|\.\d)")
 
 @dataclasses.dataclass(frozen=True)
 class EducationalScore(Filter):
-    """Keeps documents whose score, 0 to 5, is at least `min_score` (FineWeb-Edu keeps 3 and more). What could not be
-    judged has a score of None with the reason in `failure`, and stays only with `keep_failed`."""
+    """Keeps documents whose score, 0 to 5, is at least `min_score` (FineWeb-Edu keeps 3 and more). A text that
+    the model can't judge has a score of None with the reason in `failure`, and stays only with `keep_failed`.
+
+    An endpoint that does not answer at all ends the run with an error, and decides nothing about any document.
+    """
 
     endpoint: Endpoint = Endpoint()
     min_score: int = 3
@@ -71,8 +75,15 @@ class EducationalScore(Filter):
 
     def _judge(self, texts: Sequence[str]) -> list[Signals]:
         found: list[Signals] = [{}] * len(texts)
+        unavailable: list[str] = []
         for i, reply in ask_all(self.endpoint, [self.request(text) for text in texts], _cache(self.cache)):
             found[i] = _signals(reply)
+            unavailable += [reply.error] * reply.unavailable
+        if unavailable:  # says nothing of the documents: neither kept nor dropped by it
+            raise ConfigError(
+                f"the endpoint did not answer {len(unavailable)} of {len(texts)} requests: {unavailable[0][:200]}. "
+                "Give the same command again when it answers; answers so far are kept."
+            )
         return found
 
     def request(self, text: str) -> dict[str, Any]:

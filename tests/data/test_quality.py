@@ -34,6 +34,7 @@ from data.quality.ngram_lm import END, START, NgramConfig, load_ngrams, save_ngr
 from data.quality.perplexity import measure
 from data.quality.training import ClassifierConfig, train_classifier
 from data.quality.words import words_of
+from data.shards import open_dataset
 from data.sources import Jsonl
 from tests.data.served import served
 
@@ -398,6 +399,34 @@ def test_a_served_model_scores_each_text_once(tmp_path):
     verdicts = [stage.reason(s) for s in first]
     low, lost = "educational: low score", "educational: not judged"
     assert verdicts == [None, low, None, lost, lost]
+
+
+def test_an_outage_of_the_endpoint_decides_nothing(tmp_path):
+    """The run ends with an error; given again when the server is back, it keeps every document."""
+    rows = [{"text": f"A theorem and its proof, number {i}. " * 8} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(url):
+        stage = EducationalScore(
+            endpoint=Endpoint(base_url=url, model="m", retries=0), min_score=1, cache=str(tmp_path / "cache")
+        )
+        splits = {"validation_fraction": 0.2, "test_fraction": 0.2}
+        sources = (Jsonl(str(tmp_path / "rows.jsonl")),)
+        curate(CurationConfig(sources, (stage,), **splits), tmp_path / "out", log=lambda line: None)
+
+    down = iter([(503, "down")] * 100)
+    with (
+        served(lambda request: next(down)) as (url, _),
+        pytest.raises(ConfigError, match="HTTP 503[^$]*again"),
+    ):
+        run(url)
+    with pytest.raises(ConfigError, match="did not answer 30 of 30 requests: URLError"):
+        run("http://127.0.0.1:9/v1")
+    with served(lambda request: (401, "no key")) as (url, _), pytest.raises(ConfigError, match="HTTP 401"):
+        run(url)
+    with served(lambda request: "Score: 4") as (url, _):
+        run(url)
+    assert sum(len(open_dataset(split)) for split in (tmp_path / "out" / "text").iterdir()) == 30
 
 
 # real texts
