@@ -4,6 +4,8 @@
     python -m benchmarks.gpu step [--form=auto] [--remat=full] [--rows=4] [--length=4096] [--unrolled]
     python -m benchmarks.gpu torch [--eager] [--rows=4] [--length=4096]      in a venv with torch and transformers
     python -m benchmarks.gpu decode [--batch 1 16 64]
+    python -m benchmarks.gpu attention                  our kernels beside cudnn and the plain form: gpu_attention.py
+    python -m benchmarks.gpu registers                  what Triton compiles them to, on a machine without a card
 
 A Llama of 1.2 billion parameters in bfloat16 over float32 masters; `--small` takes one that a CPU runs in seconds. Each
 part prints lines of JSON, with the device and the version of JAX, and runs with the newest JAX as with the pinned one.
@@ -247,6 +249,18 @@ def decode(options: argparse.Namespace) -> None:
         say("decode", rows=rows, tokens_per_second=rows * new / seconds, seconds=seconds, **bound)
 
 
+def attention(options: argparse.Namespace) -> None:
+    from benchmarks import gpu_attention
+
+    gpu_attention.attention(options, say, timed)
+
+
+def registers(options: argparse.Namespace) -> None:
+    from benchmarks import gpu_attention
+
+    gpu_attention.registers(options, say)
+
+
 def llama(options: argparse.Namespace) -> Any:
     from model import decoder
 
@@ -276,7 +290,14 @@ def say(part: str, **found: Any) -> None:
     print(json.dumps(where | found), flush=True)
 
 
-PARTS = {"parity": parity, "step": step, "torch": torch, "decode": decode}
+PARTS = {
+    "parity": parity,
+    "step": step,
+    "torch": torch,
+    "decode": decode,
+    "attention": attention,
+    "registers": registers,
+}
 
 if __name__ == "__main__":
     main()
