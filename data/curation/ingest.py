@@ -21,7 +21,7 @@ from data.documents import COPY_MARK, Document, Rejected, make_document, write_d
 from data.shards import hash_of
 from data.sources import Source, file_state, parts_of
 
-_VERSION = 2  # raised when a source gives something else for the same file
+_VERSION = 3  # raised when a source gives something else for the same file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,9 +34,10 @@ class Span(NamedTuple):
     value: str
 
 
+# letters of any script: RFC 6531 allows them on both sides
 _EMAIL = re.compile(
-    r"(?<![\w.+%/-])(?!git@)[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_+-])?"
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w@-])"
+    r"(?<![\w.+%/-])(?<!\w['\u2019])(?!git@)[^\W_](?:[\w.%+'\u2019-]{0,62}[\w+-])?"
+    r"@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_]{2,24}(?![\w@-])"
 )
 _FILE_ENDINGS = frozenset("png jpg jpeg gif svg webp js css py txt html json".split())  # logo@2x.png
 
@@ -55,6 +56,7 @@ _PHONE = re.compile(
     r"(?:\+(?P<country>[1-9]\d{0,2})[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]?\d{2,4}){1,5}"
     r"|(?:1[ .-])?\([2-9]\d{2}\)[ .-]?\d{3}[ .-]\d{4}"
     r"|(?:1[ .-])?[2-9]\d{2}(?P<mark>[.-])\d{3}(?P=mark)\d{4}"
+    r"|(?P<bare>(?:1[ .-]?)?[2-9]\d{2} ?\d{3} ?\d{4})"
     r"|0\d{1,4}(?P<space>[ /-])\d{2,4}(?:[ -]?\d{2,4}){1,3})"
     r"(?![\w-]|[.,:/]\d)"
 )
@@ -68,7 +70,7 @@ _NO_PHONE_WORD = re.compile(
 
 
 def phones(text: str) -> Iterator[Span]:
-    """Phone numbers: international with a plus, North American with marks, national with a word for it before."""
+    """Phone numbers: international with a plus, North American with marks, others with a word for it before."""
     for match in _PHONE.finditer(text):
         digits = re.sub(r"\D", "", match[0])
         before = text[max(match.start() - 24, 0) : match.start()]
@@ -76,7 +78,7 @@ def phones(text: str) -> Iterator[Span]:
             continue  # 555-01xx is kept for films
         if _NO_PHONE_WORD.search(before) and not _PHONE_WORD.search(before):
             continue
-        national = match["space"] is not None
+        national = match["space"] is not None or match["bare"] is not None
         if (national and not _PHONE_WORD.search(before)) or (match["country"] and len(digits) < 9):
             continue
         yield Span(match.start(), match.end(), digits)
@@ -182,9 +184,45 @@ def iban_checks(value: str) -> bool:
     return int("".join(str(int(c, 36)) for c in value[4:] + value[:4])) % 97 == 1
 
 
+_SOCIAL = re.compile(
+    r"(?<![\w.+/#=-])(?!000|666|9)\d{3}(?P<mark>[ -]?)(?!00)\d{2}(?P=mark)(?!0000)\d{4}(?![\w-]|[.,:/]\d)"
+)
+_SOCIAL_WORD = re.compile(r"(?<!<)\b(?:ssn|social security)\b[^\n\d]{0,24}\Z", re.I)
+
+
+def social_security(text: str) -> Iterator[Span]:
+    """Social Security numbers of the United States with their word before, or written 3-2-4 with hyphens."""
+    for match in _SOCIAL.finditer(text):
+        before = text[max(match.start() - 48, 0) : match.start()]
+        named = _SOCIAL_WORD.search(before)
+        if named or (match["mark"] == "-" and not _NO_PHONE_WORD.search(before)):
+            if len(set(match[0]) - {"-", " "}) > 2 and match[0] not in _ADVERTISED:
+                yield Span(match.start(), match.end(), re.sub(r"\D", "", match[0]))
+
+
+_ADVERTISED = ("078-05-1120", "219-09-9999", "123-45-6789")  # printed on cards and forms, nobody's number
+
+_PEM = re.compile(r"-----(?P<which>BEGIN|END) (?P<label>[A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?)-----|-----END")
+_LONGEST_PEM = 20_000
+
+
+def _private_keys(text: str) -> Iterator[Span]:
+    """From the first BEGIN near enough to the END of its label, if no other END is between; in one pass."""
+    begins: dict[str, list[re.Match[str]]] = {}
+    for match in _PEM.finditer(text) if "-----" in text else ():
+        if match["which"] == "BEGIN":
+            begins.setdefault(match["label"], []).append(match)
+            continue
+        same = begins.get(match["label"] or "", [])
+        first = bisect.bisect_left(same, match.start() - _LONGEST_PEM, key=lambda begin: begin.end())
+        if first < len(same) and same[first].end() < match.start():
+            begin = same[first]
+            yield Span(begin.start(), match.end(), text[begin.start() : match.end()])
+        begins = {}
+
+
 _KEYS = re.compile(
-    r"-----BEGIN (?P<pem>[A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?)-----(?:(?!-----END)[\s\S]){1,20000}-----END (?P=pem)-----"
-    r"|(?<![A-Za-z0-9_-])(?:"
+    r"(?<![A-Za-z0-9_-])(?:"
     r"(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{16}(?![A-Za-z0-9])"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{36,251}|github_pat_[A-Za-z0-9_]{40,100}"  # GitHub
     r"|glpat-[A-Za-z0-9_-]{20,40}"  # GitLab
@@ -210,9 +248,10 @@ _NO_SECRET = re.compile(
 
 def keys(text: str) -> Iterator[Span]:
     """Keys and tokens of known shapes, private key blocks, and what looks random behind "password =" and its like."""
+    yield from _private_keys(text)
     for match in _KEYS.finditer(text):
         value = match[0]
-        if match["pem"] or (entropy(value) > 3.0 and "EXAMPLE" not in value and not _is_words(value)):
+        if entropy(value) > 3.0 and "EXAMPLE" not in value and not _is_words(value):
             yield Span(match.start(), match.end(), value)
     for match in _ASSIGNED.finditer(text):
         value = match["value"].rstrip(".,;'\"")
@@ -268,6 +307,7 @@ FINDERS: dict[str, Callable[[str], Iterator[Span]]] = {  # where two overlap, th
     "email": emails,
     "iban": ibans,
     "card": cards,
+    "social": social_security,
     "phone": phones,
     "ip": addresses,
     "home": home_folders,

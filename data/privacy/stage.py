@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from data.documents import Document, DocumentType
 from data.privacy.finders import FINDERS, find
@@ -15,6 +15,7 @@ Policy = Literal["mask", "drop", "keep"]
 _MASKS = {
     "email": "<EMAIL>",
     "phone": "<PHONE>",
+    "social": "<SSN>",
     "ip": "<IP>",
     "card": "<CARD>",
     "iban": "<IBAN>",
@@ -39,6 +40,7 @@ class Privacy(Transform):
     applies_to: DocumentType = "any"
     email: Policy = "mask"
     phone: Policy = "mask"
+    social: Policy = "mask"  # Social Security numbers of the United States
     ip: Policy = "mask"
     card: Policy = "mask"
     iban: Policy = "mask"
@@ -47,6 +49,8 @@ class Privacy(Transform):
     pseudonym_key: str = ""  # empty: fixed masks
     masks: dict[str, str] = dataclasses.field(default_factory=dict)  # by kind, instead of <EMAIL> and so on
     max_finds: int = 0  # a document with more goes, as a list of addresses; 0: no limit
+
+    version: ClassVar[int] = 2
 
     def __post_init__(self):
         if unknown := sorted(set(self.masks) - set(_MASKS)):

@@ -1,6 +1,8 @@
 """Privacy: what is found in a made list with hard negatives, checksums against worked examples, masks."""
 
+import itertools
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +17,20 @@ FOUND = [  # (kind, text, what is found)
     ("email", "Write to anna.schmidt+web@mail.uni-jena.de, or call.", "anna.schmidt+web@mail.uni-jena.de"),
     ("email", "<J_Doe99@Gmail.com>", "J_Doe99@Gmail.com"),
     ("email", "mailto:sales@shop.co.uk?subject=x", "sales@shop.co.uk"),
-    ("email", "contact: o'brien@firm.ie.", "brien@firm.ie"),
+    ("email", "contact: o'brien@firm.ie.", "o'brien@firm.ie"),
+    (
+        "email",
+        "an j\u00fcrgen.m\u00fcller@stra\u00dfe.de schreiben",
+        "j\u00fcrgen.m\u00fcller@stra\u00dfe.de",
+    ),
+    ("email", "said 'x@y.io'", "x@y.io"),
+    ("phone", "Phone: 415 867 2309", "415 867 2309"),
+    ("phone", "Phone: 4158672309", "4158672309"),
+    ("phone", "call 1 415 867 2309 now", "1 415 867 2309"),
+    ("social", "her SSN is 536-22-8741.", "536-22-8741"),
+    ("social", "Social Security number: 536 22 8741", "536 22 8741"),
+    ("social", "SSN 536228741", "536228741"),
+    ("social", "536-22-8741", "536-22-8741"),
     ("email", "(x@y.io)", "x@y.io"),
     ("phone", "Call +1 415 867 2309 today", "+1 415 867 2309"),
     ("phone", "Tel: (415) 867-2309", "(415) 867-2309"),
@@ -59,6 +74,7 @@ NOTHING = [
     "commit 3f786850e387550fdab836ed7e6dc881de23001b, md5 d41d8cd98f00b204e9800998ecf8427e",
     "uuid 123e4567-e89b-12d3-a456-426614174000, order 415-867-230, id 4158672309, row 30004567891234",
     "git@github.com:a/b",
+    "536 22 8741 and 536228741, 078-05-1120, SSN 000-12-3456, 666-12-3456, 912-34-5678, 536-00-1234",
     "me@example.com, you@mail.example.org, root@localhost, logo@2x.png, @decorator, a @ b, user@host",
     "pi is 3.141592653589793, 6.02214076e23, 1,234,567.89, 4111 1111 1111 1112, 1234 5678 9012 3456",
     "DE89 3704 0044 0532 0130 01, XX82WEST12345698765432, ABCD EFGH IJKL MNOP",
@@ -145,3 +161,39 @@ def test_finds_ascend_and_do_not_overlap(text):
     found = [span for _, span in find(text, KINDS)]
     assert all(a.stop <= b.start for a, b in zip(found, found[1:]))
     assert all(0 <= span.start < span.stop <= len(text) for span in found)
+
+
+UNCLOSED = "-----BEGIN RSA PRIVATE KEY-----\n"
+
+
+def test_a_private_key_ends_at_the_end_of_its_label():
+    other = PEM.replace("RSA", "EC")
+    assert [text for _, text in spans(UNCLOSED * 3 + PEM)] == [UNCLOSED * 3 + PEM]
+    assert [text for _, text in spans(PEM + other)] == [PEM, other]
+    assert spans(UNCLOSED + other.replace("BEGIN EC", "BEGIN DSA")) == []
+    far = UNCLOSED + "a\n" * 15_000 + PEM
+    assert [text for _, text in spans(far)] == [PEM]
+
+
+HOSTILE = (
+    UNCLOSED, "-----BEGIN ", "-----END", "a@", "a.", "a@a.", "a-", "eyJaaaaaaaaa.", "eyJ", "password = ", "token ",
+    "+1 (", "+1 2 ", "415 ", "1.", "1.1.1.1", "::", "a:", "AB12 CDEF ", "/home/", "C:\\Users\\", "xoxb-", "sk-",
+    "4111 1111 ", "4", "0123 ", "536-22-", "phone ", "'", "\u2019a", "\u00fc@\u00fc.", " ", "\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_time_grows_with_the_text_and_no_faster(kind):
+    """Of texts that nearly match over and over: a pattern that goes back over them would take hours."""
+    rng = random.Random(0)
+    pieces = [piece * (60_000 // len(piece)) for piece in HOSTILE]
+    pieces += ["".join(rng.choices(HOSTILE, k=12_000)) for _ in range(3)]
+    pieces += [
+        (a + b) * (30_000 // len(a + b))
+        for a, b in rng.sample(list(itertools.product(HOSTILE, repeat=2)), 60)
+    ]
+    began = time.monotonic()
+    for text in pieces:
+        for _ in FINDERS[kind](text):
+            pass
+    assert time.monotonic() - began < 60, kind  # two seconds on a quiet machine
