@@ -9,6 +9,7 @@ python -m benchmarks.gpu registers     shared memory, registers and spills; want
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from model.kernels import backend
 from model.kernels.attention import Mask, Scores, self_attention
@@ -133,6 +135,15 @@ def registers(options: argparse.Namespace, say: Callable[..., None]) -> None:
                 say("registers", kernel=kernel, chip=chip, **shape, **compiled(text, architecture, tile))
 
 
+def as_on(card: str = "NVIDIA H100") -> contextlib.AbstractContextManager:
+    """Where kernels are traced to be lowered for CUDA without a card: from 0.12 on, JAX asks which one it would be."""
+    if jax.__version_info__ < (0, 12):
+        return contextlib.nullcontext()
+    device = AbstractDevice(card, None, "gpu")
+    mesh = AbstractMesh((1,), ("card",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def entries() -> Iterator[tuple[tuple[int, int], Any, dict[str, Any]]]:
     from model.kernels.attention.gpu_triton import TILES
 
@@ -160,7 +171,8 @@ def triton_modules(width: int, dtype: Any, extra: dict[str, Any]) -> list[tuple[
     total = lambda q, k, v, ids: flash_attention(q, k, v, ids, ids, **extra)[0].astype(jnp.float32).sum()
     lowering.lower_jaxpr_to_triton_module = watched
     try:
-        jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, k, ids).lower(lowering_platforms=("cuda",))
+        with as_on():
+            jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, k, ids).lower(lowering_platforms=("cuda",))
     finally:
         lowering.lower_jaxpr_to_triton_module = lower
     tiles = TILES[jnp.dtype(dtype).itemsize, width]

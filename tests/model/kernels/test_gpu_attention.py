@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
+from benchmarks.gpu_attention import as_on
 from model.kernels import backend
 from model.kernels.attention import Mask, Scores, reference, self_attention
 from model.kernels.attention.gpu_blocks import FlashCall, Tile, Tiles, slices, tile_ranges
@@ -243,7 +244,7 @@ def gradients_program(widths, T, dtype=jnp.bfloat16, rows=1, mask=Mask(), **opti
         )
         return pull(out)
 
-    with backend.use("gpu"):
+    with backend.use("gpu"), as_on():
         return jax.jit(step).trace(q, k, v, numbers, numbers)
 
 
@@ -307,7 +308,7 @@ UNSTABLE = [
 def test_a_program_for_cuda_can_be_exported():
     q = jax.ShapeDtypeStruct((1, 256, 2, 256), jnp.bfloat16)
     attend = jax.jit(lambda q: self_attention(q, q, q, jnp.arange(256)[None], None))
-    with backend.use("gpu"):
+    with backend.use("gpu"), as_on():
         exported = jax.export.export(attend, platforms=["cuda"], disabled_checks=TRITON_CHECK)(q)
     assert exported.platforms == ("cuda",) and "triton" in exported.mlir_module()
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.gpu_attention import as_on
 from model import apply, init_pages, load_config, param_shapes
 from model.cache import Cache
 from model.kernels import backend
@@ -164,7 +165,7 @@ def calls_of_gradients(packed, mask, length, width, named="auto"):
         out = self_attention(q, k, v, positions, ids if packed else None, mask, Scores())
         return out.astype(jnp.float32).sum()
 
-    with backend.use("gpu"), backend.prefer(Kernels(attention=named)):
+    with backend.use("gpu"), backend.prefer(Kernels(attention=named)), as_on():
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, ints(2, length))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     targets = re.findall(r"custom_call @([^(]+)", text)
