@@ -27,9 +27,9 @@ from configs.typed import ConfigError
 from data import storage
 from data.dedup.lines import hash64
 from data.dedup.substring import window_hashes
-from data.quality.words import UNSPACED
 from data.shards import hash_of
 from data.sources.files import BadLine, json_rows
+from data.words import UNSPACED
 
 _WORD = re.compile(rf"[^\W_{UNSPACED}]+|[{UNSPACED}]")
 _VERSION = 1  # raised when the same files give other hashes

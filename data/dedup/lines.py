@@ -19,10 +19,10 @@ import numpy as np
 from data.dedup.repeated import later_copies
 from data.documents import Document, DocumentType
 from data.stage import Corpus, Decision, Global
+from data.words import words
 
 Unit = Literal["line", "paragraph"]
 _UNITS = {"line": re.compile(r"[^\n]+\n?"), "paragraph": re.compile(r"(?:[^\n]+\n?)+\n*")}
-_WORD = re.compile(r"\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ class BloomDedup(Global):
     drop_documents: bool = True
 
     cuts: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
     def features(self, documents: Sequence[tuple[int, Document]]) -> Any:
         found, grams = [], [np.zeros(0, np.uint64)]
@@ -119,11 +120,11 @@ class BloomDedup(Global):
         return made
 
     def _ngrams(self, text: str) -> np.ndarray:
-        words = _WORD.findall(text.lower())
-        if len(words) < self.min_words:
+        found = words(text.lower())
+        if len(found) < self.min_words:
             return np.zeros(0, np.uint64)
-        n = min(self.ngram_words, len(words))
-        return np.array([hash64(" ".join(words[i : i + n])) for i in range(len(words) - n + 1)], np.uint64)
+        n = min(self.ngram_words, len(found))
+        return np.array([hash64(" ".join(found[i : i + n])) for i in range(len(found) - n + 1)], np.uint64)
 
 
 class Bloom:

@@ -10,10 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -32,10 +31,10 @@ from data.dedup.corpus import (
 from data.dedup.lines import hash64
 from data.documents import Document, DocumentType, read_documents
 from data.stage import Corpus, Decision, Global
+from data.words import words
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PAIRS = 1 << 14  # verified by a worker at a time
-_WORD = re.compile(r"\w+")
 _word_hash = functools.lru_cache(maxsize=1 << 18)(hash64)
 
 
@@ -62,6 +61,8 @@ class MinHashDedup(Global):
     ] = ()  # folders written by `save_index` before: their documents stay, twins of them go
     save_index: str | None = None  # a folder to write, for later crawls: what stays, with its shingles
 
+    version: ClassVar[int] = 2
+
     def files(self) -> tuple[str, ...]:
         return tuple(os.path.join(folder, index.KEYS) for folder in self.index)
 
@@ -74,12 +75,12 @@ class MinHashDedup(Global):
         import daft
         import pyarrow as pa
 
-        words = [_WORD.findall(text.lower()) for text in texts]
+        found = [words(text.lower()) for text in texts]
         keys = np.zeros((len(texts), self.bands + 1), np.uint64)
-        keys[:, -1] = list(map(len, words))
+        keys[:, -1] = list(map(len, found))
         if not len(texts):
             return keys
-        series = daft.Series.from_arrow(pa.array([" ".join(each) for each in words], pa.large_string()))
+        series = daft.Series.from_arrow(pa.array([" ".join(each) for each in found], pa.large_string()))
         signature = series.minhash(
             num_hashes=self.bands * self.rows, ngram_size=self.shingle_words, seed=1, hash_function="xxhash"
         )
@@ -94,11 +95,11 @@ class MinHashDedup(Global):
         """Hashes of the distinct runs of `shingle_words` words, sorted, uint64; all words of a shorter text
         as one.
         """
-        words = _WORD.findall(text.lower())
-        if not words:
+        found = words(text.lower())
+        if not found:
             return np.zeros(0, np.uint64)
-        hashes = np.fromiter(map(_word_hash, words), np.uint64, len(words))
-        n = min(self.shingle_words, len(words))
+        hashes = np.fromiter(map(_word_hash, found), np.uint64, len(found))
+        n = min(self.shingle_words, len(found))
         keys = np.zeros(len(hashes) - n + 1, np.uint64)
         with np.errstate(over="ignore"):
             for i in range(n):

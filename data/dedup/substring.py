@@ -8,7 +8,6 @@ sorted in pieces that fit in memory, and shard by shard.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -18,8 +17,8 @@ from data.dedup.lines import hash64
 from data.dedup.repeated import later_copies
 from data.documents import Document, DocumentType
 from data.stage import Corpus, Decision, Global
+from data.words import WORD_OR_MARK
 
-_TOKEN = re.compile(r"\w+|[^\w\s]")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -33,6 +32,7 @@ class SubstringDedup(Global):
     min_left: float = 0.0
 
     cuts: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
     def features(self, documents: Sequence[tuple[int, Document]]) -> Any:
         """A row for each token that begins a window: row, start of the token, end of the window's last one, hash."""
@@ -40,7 +40,7 @@ class SubstringDedup(Global):
 
         columns: list[list[np.ndarray]] = [[] for _ in range(5)]
         for row, document in documents:
-            spans = [match.span() for match in _TOKEN.finditer(document["text"])]
+            spans = [match.span() for match in WORD_OR_MARK.finditer(document["text"])]
             windows = len(spans) - self.min_tokens + 1
             if windows <= 0:
                 continue

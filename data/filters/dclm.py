@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from typing import ClassVar
 
 from data.documents import Document, DocumentType
 from data.stage import Transform, Verdict
+from data.words import words
 
 _COUNTER = re.compile(
     r"^\W*\d(?:,|\.|\d)*\s*[KkMmBb]?\s+"
@@ -16,7 +18,6 @@ _COUNTER = re.compile(
     r"\W*$"
 )
 _NEWLINES = re.compile(r"\n{3,}")
-_WORD = re.compile(r"\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class DclmLines(Transform):
     at_end: tuple[str, ...] = ("Read more...",)
     at_start: tuple[str, ...] = ("Sign-in",)
     max_removed_words: float = 0.05
+
+    version: ClassVar[int] = 2
 
     def apply(self, text: str) -> Verdict:
         kept, reason, _ = self._lines(text)
@@ -63,8 +66,8 @@ class DclmLines(Transform):
             if short.strip() or not line.strip():
                 kept.append(short)
         changed = _NEWLINES.sub("\n\n", "\n".join(kept))
-        before = len(_WORD.findall(text))
-        removed = (before - len(_WORD.findall(changed))) / max(before, 1)
+        before = len(words(text))
+        removed = (before - len(words(changed))) / max(before, 1)
         if removed > self.max_removed_words:
             return text, "dclm: too many words removed", gone
         return changed, None if changed.strip() else "dclm: nothing left", gone
@@ -76,7 +79,7 @@ class DclmLines(Transform):
             return "digits"
         if _COUNTER.match(line):
             return "counter"
-        return "few words" if len(_WORD.findall(line)) < self.min_words else None
+        return "few words" if len(words(line)) < self.min_words else None
 
     def _without_phrases(self, line: str) -> str:
         if len(line.split()) > self.phrase_words:

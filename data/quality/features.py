@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.quality.words import words_of
+from data.words import words_and_marks
 
 _KNOWN = 1 << 20  # words whose hashes are kept in memory
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -21,7 +21,7 @@ def features(text: str, bits: int, max_words: int) -> tuple[np.ndarray, np.ndarr
     A bucket, of 2^bits, is that of a word or of two neighbours; its value is the root of its share of all, so that
     the vector has length 1 and a word that is repeated does not drown the others.
     """
-    words = words_of(text)[:max_words]
+    words = words_and_marks(text)[:max_words]
     if len(_HASHES) > _KNOWN:
         _HASHES.clear()
     single = np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))

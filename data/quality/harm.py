@@ -18,8 +18,8 @@ from configs.typed import ConfigError
 from data import storage
 from data.documents import Document, DocumentType
 from data.quality.classifier import ByClassifier
-from data.quality.words import UNSPACED, words_of
 from data.stage import Filter, Signals
+from data.words import UNSPACED, words_and_marks
 
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 
@@ -84,7 +84,7 @@ class WordList(Filter):
 
     def signals(self, text: str) -> Signals:
         lists = _word_lists(tuple((path, storage.state(path)) for path in self.files()))
-        words = words_of(text)
+        words = words_and_marks(text)
         found = sum(1 for word in words if word in lists.single)
         if lists.longest > 1 or lists.first:
             found += _phrases(words, lists)
@@ -172,7 +172,7 @@ def _domains(path: str, state: tuple[int, int]) -> frozenset[str]:
 @functools.lru_cache(maxsize=8)
 def _word_lists(files: tuple[tuple[str, tuple[int, int]], ...]) -> _Lists:
     entries = [entry for path, state in files for entry in _entries(path, state)]
-    spaced = [tuple(words_of(entry)) for entry in entries if not _UNSPACED.search(entry)]
+    spaced = [tuple(words_and_marks(entry)) for entry in entries if not _UNSPACED.search(entry)]
     phrases = frozenset(words for words in spaced if len(words) > 1)
     return _Lists(
         frozenset(words[0] for words in spaced if len(words) == 1),

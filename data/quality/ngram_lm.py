@@ -22,14 +22,14 @@ import numpy as np
 from configs.files import atomic_write
 from configs.typed import ConfigError
 from data import storage
-from data.quality.words import words_of
+from data.words import words_and_marks
 
 FORMAT = "crucible-ngrams-1"
 UNKNOWN, START, END = 0, 1, 2  # <unk>, <s> (only ever context), </s>
 _FIRST = 3  # the first symbol that stands for itself
 _CHUNK = 1 << 22  # symbols counted at once
 UNITS: dict[str, Callable[[str], Sequence]] = {
-    "words": words_of,
+    "words": words_and_marks,
     "bytes": lambda text: text.encode("utf-8", "replace"),
 }
 

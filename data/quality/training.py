@@ -22,7 +22,7 @@ from configs.typed import ConfigError
 from data.quality import curves
 from data.quality.classifier import FORMAT, MODEL, Classifier
 from data.quality.features import bucket_of, matrix
-from data.quality.words import words_of
+from data.words import words_and_marks
 
 REPORT, PICTURE = "report.json", "report.png"
 _TOLD = 15  # words for and against in the report
@@ -186,7 +186,7 @@ def _telling_words(model: Classifier, texts: Sequence[str]) -> tuple[list[str], 
     """Words of the texts with the highest and the lowest weight, of those in three texts at least."""
     counts: dict[str, int] = {}
     for text in texts:
-        for word in set(words_of(text)[: model.max_words]):
+        for word in set(words_and_marks(text)[: model.max_words]):
             counts[word] = counts.get(word, 0) + 1
     often = sorted(word for word, count in counts.items() if count >= 3)
     often.sort(key=lambda word: float(model.weights[bucket_of(word, model.bits)]))

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from data.dedup import MinHashDedup, jaccard
-from data.quality.words import words_of
 from data.synthetic.config import Accept
 from data.synthetic.recipes import Made, Seed
+from data.words import words_and_marks
 
 
 class Accepted:
@@ -39,7 +39,7 @@ class Accepted:
         near = sorted({row for key in keys for row in self._buckets.get(key, ())})
         if any(jaccard(shingles, self._shingles[row]) >= rules.max_jaccard for row in near):
             return "duplicate: of an accepted row"
-        instruction = words_of(made.instruction)
+        instruction = words_and_marks(made.instruction)
         if instruction and rules.max_rouge < 1 and self._is_known(instruction):
             return "diversity: like an accepted instruction"
         for key in keys:

@@ -241,3 +241,33 @@ def test_clusters_of_separate_bunches_are_those_bunches():
     vectors = centres[wanted] + rng.normal(size=(300, 8)).astype(np.float32) * 0.05
     found = clusters(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), 5, 20)
     assert len(set(zip(wanted.tolist(), found.tolist()))) == len(set(found.tolist()))
+
+
+SCRIPTS = {  # letters of scripts that are written without spaces
+    "Japanese": (0x3041, 0x30FF),
+    "Chinese": (0x4E00, 0x9FFF),
+    "Thai": (0x0E01, 0x0E2E),
+    "Burmese": (0x1000, 0x102A),
+    "Khmer": (0x1780, 0x17B3),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_near_copies_are_found_in_scripts_without_spaces(script):
+    """And texts of the same letters that are no copies stay."""
+    rng = np.random.default_rng(0)
+    low, high = SCRIPTS[script]
+    letters = rng.integers(low, high, (12, 400))
+    texts = ["".join(map(chr, row)) for row in letters]
+    near = [list(text) for text in texts[:9]]
+    for copy in near:
+        for place in rng.choice(400, 3, replace=False):
+            copy[place] = chr(int(rng.integers(low, high)))
+    documents = {f"a{i}": text for i, text in enumerate(texts)}
+    documents |= {f"b{i}": "".join(copy) for i, copy in enumerate(near)}
+    assert run(MinHashDedup(), documents) == {f"b{i}": f"a{i}" for i in range(9)}
+    for stage in (BloomDedup(min_overlap=0.6), SubstringDedup(min_tokens=40, min_left=0.9)):
+        stays = left(stage, documents)
+        assert {name for name, text in stays.items() if text == documents[name]} == set(documents) - {
+            f"b{i}" for i in range(9)
+        }, type(stage).__name__

@@ -33,9 +33,9 @@ from data.quality.harm import names_of
 from data.quality.ngram_lm import END, START, NgramConfig, load_ngrams, save_ngrams, train_ngrams
 from data.quality.perplexity import measure
 from data.quality.training import ClassifierConfig, train_classifier
-from data.quality.words import words_of
 from data.shards import open_dataset
 from data.sources import Jsonl
+from data.words import words_and_marks
 from tests.data.served import served
 
 
@@ -73,7 +73,7 @@ def test_a_text_is_the_roots_of_the_shares_of_its_words_and_pairs(words):
 
 
 def test_chinese_and_japanese_are_letters_and_others_words():
-    assert words_of("Naïve don't 東京タワー x1") == ["naïve", "don", "'", "t", *"東京タワー", "x1"]
+    assert words_and_marks("Naïve don't 東京タワー x1") == ["naïve", "don", "'", "t", *"東京タワー", "x1"]
 
 
 scores_and_labels = st.integers(2, 40).flatmap(
@@ -201,7 +201,7 @@ def test_probabilities_sum_to_one_after_every_context_pruned_or_not(texts, order
 
 def by_hand(texts, order):
     """Interpolated modified Kneser-Ney from Chen and Goodman's formulas, with dictionaries: p(word, context)."""
-    sentences = [["<s>"] * (order - 1) + words_of(text) + ["</s>"] for text in texts]
+    sentences = [["<s>"] * (order - 1) + words_and_marks(text) + ["</s>"] for text in texts]
     runs = [s[i - n + 1 : i + 1] for n in [order] for s in sentences for i in range(order - 1, len(s))]
     counts = {order: collections.Counter(map(tuple, runs))}
     for n in range(order - 1, 0, -1):
@@ -245,7 +245,7 @@ def test_probabilities_are_those_of_chen_and_goodmans_formulas():
         model = train_ngrams(lambda: texts, NgramConfig(order=order, vocabulary=100))
         p = by_hand(texts, order)
         for text in [*texts[:5], "w1 w39 w2 w1", "w0 w0 w0"]:
-            padded = ["<s>"] * (order - 1) + words_of(text) + ["</s>"]
+            padded = ["<s>"] * (order - 1) + words_and_marks(text) + ["</s>"]
             wanted = [
                 -math.log(p(padded[i], tuple(padded[i - order + 1 : i])))
                 for i in range(order - 1, len(padded))
