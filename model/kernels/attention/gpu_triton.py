@@ -28,25 +28,27 @@ WIDEST = 256  # of a query, a key or a value
 # takes more shared memory than the 99 KiB of a program on the small ones (sm_86, sm_89, sm_120; an A100 has 163, an
 # H100 227). Shared memory holds what stays (queries; queries and dout; keys and values) and `stages` of what is
 # streamed, so at width 128 the forward kernel has 32 KiB of queries and 2 * (16 + 16) KiB of keys and values. Sums stay
-# in registers: 128 x 128 in float32 are 64 of a thread's 255 where 256 threads share them. Compiled by Triton 3.9 for
-# sm_90: bytes of shared memory and registers a thread, forward, gradients of queries, gradients of keys and values.
+# in registers: 128 x 128 in float32 are 64 of a thread's 255 where 256 threads share them. Where a tile is wider its
+# rows are fewer, by both bounds. Beside each: bytes of shared memory and registers of a thread, of the forward kernel,
+# of gradients of queries and of keys and values, as Triton 3.9 compiles them for sm_90; a thread of none of them spills
+# more than 24 bytes (`python -m benchmarks.gpu registers`).
 TILES = {
-    (2, 64): Tiles(  # 49408, 125; 49408, 125; 50432, 247
+    (2, 64): Tiles(  # 49408, 125; 49408, 125; 50432, 246
         Tile(128, 64, warps=8), Tile(64, 64, warps=4), Tile(64, 64, warps=4)
     ),
-    (2, 128): Tiles(  # 98560, 242; 98560, 220; 65920, 217
+    (2, 128): Tiles(  # 98560, 237; 98560, 179; 65920, 211
         Tile(128, 64, warps=8), Tile(64, 64, warps=4), Tile(32, 64, warps=8)
     ),
-    (2, 256): Tiles(  # 98432, 217; 67712, 128; 67968, 171
+    (2, 256): Tiles(  # 98432, 231; 67712, 128; 67968, 168
         Tile(64, 32, warps=8), Tile(32, 32, warps=8), Tile(32, 32, warps=8)
     ),
-    (4, 64): Tiles(  # 49280, 150; 65664, 114; 65920, 232
+    (4, 64): Tiles(  # 49280, 156; 65664, 116; 65920, 207
         Tile(64, 32, warps=4), Tile(64, 32, warps=4), Tile(32, 64, warps=4)
     ),
-    (4, 128): Tiles(  # 98432, 171; 82048, 166; 82304, 168
+    (4, 128): Tiles(  # 98432, 170; 82048, 165; 82304, 168
         Tile(64, 32, warps=8), Tile(32, 32, warps=4), Tile(32, 32, warps=4)
     ),
-    (4, 256): Tiles(  # 67648, 131; 81984, 128; 82112, 204
+    (4, 256): Tiles(  # 67648, 127; 81984, 125; 82112, 203
         Tile(32, 16, warps=8), Tile(16, 16, warps=4), Tile(16, 16, warps=4)
     ),
 }
