@@ -1,7 +1,7 @@
-"""Which platform and chip kernels are traced for: the one that is here, or the one that `use` names.
+"""The back end that kernels are traced for: that of the current platform, or the one of `use`.
 
-Programs that are compiled for a TPU on a machine that has none name it: `with backend.use("tpu", chip="v5p"): ...`. The
-back end is part of what `jax.jit` caches by, so a function that was traced under one is traced again under another.
+To compile for a TPU on another machine: `with backend.use("tpu", chip="v5p"): ...`. The back end is a part of the cache
+key of `jax.jit`, so a function is traced again under another one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.sharding import AxisType
 
 _log = logging.getLogger(__name__)
 
-# jax's device_kind to the name of the chip
+# jax's device_kind -> name of the chip
 CHIPS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -36,16 +36,14 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Where kernels run."""
+    """The platform and chip that kernels are for."""
 
-    name: Literal["plain", "tpu", "gpu"] = (
-        "plain"  # jnp, left to the compiler; Pallas kernels for TPUs; libraries' kernels for GPUs
-    )
-    chip: str | None = None  # one of CHIPS' values, for its tile sizes; None: sizes that serve every chip
-    interpret: bool = False  # Pallas kernels step by step on any platform: right numbers, slowly
+    name: Literal["plain", "tpu", "gpu"] = "plain"  # jnp; Pallas kernels for TPUs; kernels for GPUs
+    chip: str | None = None  # a value of CHIPS, for its tile sizes; None: sizes for every chip
+    interpret: bool = False  # run Pallas kernels interpreted, slowly, on any platform
 
     def of_chip(self, table: dict[str, T], default: T) -> T:
-        """This chip's entry; the default where no chip is named."""
+        """This chip's entry, or the default without a chip."""
         return table[self.chip] if self.chip else default
 
     def __post_init__(self):
@@ -60,7 +58,7 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Which implementation of an operation runs, by its name in that operation's table; "auto": the platform's."""
+    """The implementation of each operation, by its name in the operation's table; "auto": the platform's."""
 
     attention: str = "auto"  # model.kernels.attention
     paged: str = "auto"  # model.kernels.paged_attention
@@ -77,17 +75,17 @@ _kernels = jax.make_user_context(default_value=Kernels())
 
 
 def current() -> Backend:
-    """The one that the innermost `use` names, or else the platform's."""
+    """The back end of the innermost `use`, or the platform's."""
     return _context.value or _of_platform()
 
 
 def for_cpu() -> bool:
-    """Whether programs that are traced are for a CPU, where XLA needs some operations in another form; see cpu.py."""
+    """Whether traced programs are for a CPU; see cpu.py."""
     return current().name == "plain" and jax.default_backend() == "cpu"
 
 
 def for_one_cpu() -> bool:
-    """`for_cpu`, and no mesh splits what is traced: to cut an array that devices share sends its parts about."""
+    """`for_cpu` without a mesh: to split an array that devices share moves its parts between them."""
     mesh = jax.sharding.get_abstract_mesh()
     return for_cpu() and all(kind == AxisType.Manual for kind in mesh.axis_types)
 
@@ -96,20 +94,20 @@ def for_one_cpu() -> bool:
 def use(
     name: Literal["plain", "tpu", "gpu"], chip: str | None = None, interpret: bool = False
 ) -> Iterator[Backend]:
-    """Kernels that are traced within take this back end, whatever the platform."""
+    """Kernels traced within use this back end on any platform."""
     chosen = Backend(name, chip, interpret)
     with _context(chosen):
         yield chosen
 
 
 def kernels() -> Kernels:
-    """What the innermost `prefer` names."""
+    """The implementations of the innermost `prefer`."""
     return _kernels.value
 
 
 @contextlib.contextmanager
 def prefer(kernels: Kernels) -> Iterator[None]:
-    """What is traced within takes these implementations."""
+    """Operations traced within use these implementations."""
     with _kernels(kernels):
         yield
 

@@ -1,8 +1,8 @@
-"""How an operation picks one of its implementations: one rule for all operations.
+"""How an operation chooses one of its implementations: one rule for all operations.
 
-A config may name an implementation (`kernels.attention=splash`). One that was named and can't serve is an error that
-says why and which can. "auto" takes the first of the platform's preferred ones that can; where it is not the first, the
-log says once why, and what that costs.
+A config may name an implementation (`kernels.attention=splash`). If it cannot serve, an error says why and lists those
+that can. "auto" takes the first of the platform's preferred ones that can serve; if it is not the first, the log says
+once why, and what it costs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class Request(Protocol):
-    """What an implementation must know to say whether it can serve."""
+    """What an implementation reads to decide whether it can serve."""
 
     @property
     def backend(self) -> backend.Backend: ...
@@ -27,7 +27,7 @@ class Request(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """A request of an operation whose implementations differ by platform alone."""
+    """A request for an operation with implementations that differ only by platform."""
 
     backend: backend.Backend
 
@@ -44,31 +44,31 @@ def serves_all(request: Request) -> str | None:
 class Implementation(Generic[R]):
     """One way to compute an operation."""
 
-    platforms: tuple[str, ...]  # names of back ends that it runs on; an interpreted kernel runs on all
+    platforms: tuple[str, ...]  # back ends that it runs on; an interpreted kernel runs on all
     run: Callable[..., Any]
     refusal: Callable[[R], str | None] = serves_all  # why it can't serve, as a clause: "it has no sinks"
-    drawback: Callable[[R], str | None] = serves_all  # why "auto" takes the next, though this could serve
-    cost: str = ""  # what is lost where this one steps in for another, as a sentence; the log then warns
+    drawback: Callable[[R], str | None] = serves_all  # why "auto" prefers the next one
+    cost: str = ""  # what it costs as a fallback, as a sentence; the log then warns
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation(Generic[R]):
-    """The implementations of an operation by name, and which of them each platform prefers."""
+    """The implementations of an operation by name, and those that each platform prefers."""
 
     name: str  # the field of `backend.Kernels` that names an implementation
     implementations: Mapping[str, Implementation[R]]
-    preferred: Mapping[str, tuple[str, ...]]  # by back end; "cpu": of "plain" where the device is a CPU
+    preferred: Mapping[str, tuple[str, ...]]  # by back end; "cpu": for "plain" on a CPU
 
     def choose(self, request: R) -> Implementation[R]:
-        """The implementation that the config names, or else the platform's.
+        """The implementation that the config names, or the platform's.
 
         Raises:
-          ValueError: the one that was named is unknown or can't serve this.
+          ValueError: the named one is unknown or cannot serve this request.
         """
         return self.implementations[self.chosen_name(request)]
 
     def chosen_name(self, request: R) -> str:
-        """The name of the implementation that `choose` gives."""
+        """The name of the implementation that `choose` returns."""
         named = getattr(backend.kernels(), self.name)
         if named == "auto":
             return self._automatic(request)
@@ -104,6 +104,6 @@ class Operation(Generic[R]):
 
 @functools.cache
 def said(operation: str, taken: str, what: str, reason: str, cost: str) -> None:
-    """Logs, once, that one implementation runs in place of another."""
+    """Logs once that an implementation runs instead of another."""
     level, costs = (logging.WARNING, " " + cost) if cost else (logging.INFO, "")
     _log.log(level, "kernels.%s: %r runs, since %s: %s.%s", operation, taken, what, reason, costs)

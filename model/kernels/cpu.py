@@ -1,9 +1,9 @@
-"""What XLA's compiler for CPUs must be told: which values to keep in memory, and how to sum in whole vectors.
+"""Hints for XLA's compiler for CPUs: which values to store in memory, and how to sum in whole vectors.
 
-On other platforms each function is the plain one that its name says.
+On other platforms each function is the plain operation of its name.
 """
 
-# N, W what is summed
+# N, W axes of a sum
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from model.kernels import backend, order
 from model.kernels.derivatives import differentiable
 
-_LEFT_TO_XLA = 32  # numbers that are left to XLA
+_LEFT_TO_XLA = 32  # arrays of this size are left to XLA
 
 
 def row_max(of: Callable[..., jax.Array], *arrays_W: jax.Array) -> jax.Array:
-    """Of `of(*arrays)`, each [..., W]: [..., 1]; `of` is elementwise. On a CPU some NaN may be passed over."""
-    larger = lambda x, y: jnp.where(x > y, x, y)  # one instruction; a maximum that heeds NaN is three
+    """The maximum of the elementwise `of(*arrays)`, [..., W] to [..., 1]. On a CPU it may ignore some NaN."""
+    larger = lambda x, y: jnp.where(x > y, x, y)  # one instruction; a maximum with NaN takes three
     return _folded(larger, of, *arrays_W).max(axis=-1, keepdims=True)
 
 
 def row_sum(x_W: jax.Array) -> jax.Array:
-    """[..., W] to [..., 1]."""
+    """The sum, [..., W] to [..., 1]."""
     return _folded(jnp.add, lambda x: x, x_W).sum(axis=-1, keepdims=True)
 
 
 def row_dot(x_W: jax.Array, y_W: jax.Array, axes: int = 1) -> jax.Array:
-    """[..., W] twice to the sums of their products [..., 1], over so many of the last `axes`."""
+    """The sum of products of two arrays [..., W] over the last `axes` axes, [..., 1]."""
     return _folded(jnp.add, jnp.multiply, x_W, y_W).sum(axis=tuple(range(-axes, 0)), keepdims=True)
 
 
 def for_rows(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
-    """[*rows, *x.shape], `x` for each row; of a gradient whole rows are summed."""
+    """`x` for each row, [*rows, *x.shape]; the gradient is summed over whole rows."""
     spread = lambda x: jnp.broadcast_to(x, (*rows, *x.shape))
     summed = lambda d: _sum_of_rows(d.reshape(-1, *d.shape[len(rows) :]))
     return differentiable(
@@ -47,11 +47,11 @@ def for_rows(x: jax.Array, rows: tuple[int, ...]) -> jax.Array:
 
 
 def sum_of_squares(x: jax.Array) -> jax.Array:
-    """Of all numbers."""
+    """The sum of squares of all numbers."""
     return _sum_of_squares(x, in_parts=backend.for_one_cpu() and x.ndim > 1)
 
 
-# many parameters have a few shapes: each is traced once
+# traced once for each shape
 @functools.partial(jax.jit, static_argnames="in_parts")
 def _sum_of_squares(x: jax.Array, in_parts: bool) -> jax.Array:
     if not in_parts:
@@ -62,7 +62,7 @@ def _sum_of_squares(x: jax.Array, in_parts: bool) -> jax.Array:
 
 
 def _folded(combine: Callable, of: Callable, *arrays_W: jax.Array) -> jax.Array:
-    """On a CPU as wide as a few vectors; the values of `of` are not stored."""
+    """On a CPU the sum is a few vectors wide, and the values of `of` are not stored."""
     x_W = functools.reduce(combine, (of(*parts) for parts in zip(*map(_parts, arrays_W), strict=True)))
     while len(parts := _parts(x_W)) > 1:
         x_W = functools.reduce(combine, parts)
@@ -80,22 +80,24 @@ def _parts(x_W: jax.Array) -> list[jax.Array]:
 
 
 def _sum_of_rows(x_N: jax.Array) -> jax.Array:
-    """[N, ...] to [...]; on a CPU by sixteenths of the rows."""
+    """The sum of rows, [N, ...] to [...]; on a CPU in sixteen parts."""
     while backend.for_one_cpu() and len(x_N) > _LEFT_TO_XLA and len(x_N) % 16 == 0:
         x_N = functools.reduce(jnp.add, jnp.split(x_N, 16))
     return x_N.sum(0)
 
 
 def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros for an array that a loop fills from x [..., n]. Without x, XLA for CPUs would allocate all such arrays of a
-    program as it begins. They are NaN where x begins with one."""
+    """Zeros for an array that a loop fills from x [..., n]; NaN if x starts with one.
+
+    Without x, XLA for CPUs would allocate all such arrays at the start of a program.
+    """
     if not backend.for_cpu():
         return jnp.zeros(shape, dtype)
     return jnp.broadcast_to(order.order_after(x[(0,) * x.ndim], jnp.zeros((), dtype)), shape)
 
 
 def materialize(function: Callable) -> Callable:
-    """`function`, with its result stored once; XLA for CPUs would compute and store it in each layout that is read."""
+    """`function` with its result stored once; XLA for CPUs would compute and store it for each layout that is read."""
     if not backend.for_cpu():
         return function
 
@@ -107,9 +109,9 @@ def materialize(function: Callable) -> Callable:
 
 
 def compute_first(function: Callable, *args: Any) -> tuple[Any, tuple]:
-    """(function(*args), args). On a CPU what uses these args is computed after the result.
+    """(function(*args), args). On a CPU, uses of the returned args come after the function's result.
 
-    So a state can be updated in place, since all readers of the old one have finished. XLA for CPUs would copy the old
-    one instead, unless data flow forbids it; other compilers find the order by themselves.
+    Then a state can be updated in place, because all readers of the old one have finished. XLA for CPUs would otherwise
+    copy the old state; other compilers find the order by themselves.
     """
     return materialize(lambda *args: (function(*args), args))(*args)

@@ -1,8 +1,8 @@
-"""Functions whose derivatives are written by hand in both modes: forward (`jax.jvp`) and reverse (`jax.vjp`).
+"""Functions with hand-written derivatives in both modes: forward (`jax.jvp`) and reverse (`jax.vjp`).
 
-`jax.custom_vjp` lets the backward pass be written by hand, for speed and memory, but such a function has no derivative
-in forward mode. `differentiable` gives both: a `jax.custom_jvp` whose tangent is one linear primitive, which reverse
-mode transposes by the function that is given for it.
+A function with `jax.custom_vjp` has a hand-written backward pass, for speed and memory, but no derivative in forward
+mode. `differentiable` gives both: a `jax.custom_jvp` with a linear primitive as its tangent, and a given function as
+the transpose of this primitive in reverse mode.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def differentiable(
     """The function args -> forward(*args)[0].
 
     Args:
-      forward: args to (outputs, saved); `saved` is all that the two derivatives read.
-      tangent: (saved, tangents of args) to tangents of the outputs, linear in the tangents. A tangent is None where its
-        argument is not floating, and zeros where it does not vary.
-      backward: (saved, cotangents of the outputs) to cotangents of args, the transpose of `tangent`. None stands for
-        an argument without one.
-      function: args to outputs. Give it where `forward` calls the differentiable function itself, as it must where JAX
-        can't differentiate what that computes: higher derivatives pass through `forward`.
+      forward: args to (outputs, saved); the derivatives read only `saved`.
+      tangent: (saved, tangents of args) to tangents of the outputs, linear in the tangents. A tangent is None if its
+        argument is not floating, and zeros if it does not vary.
+      backward: (saved, cotangents of the outputs) to cotangents of args, the transpose of `tangent`. None: an argument
+        without a cotangent.
+      function: args to outputs. It is needed if `forward` calls the differentiable function itself, which it must if
+        JAX cannot differentiate the computation: higher derivatives go through `forward`.
     """
 
     @jax.custom_jvp
@@ -46,7 +46,7 @@ def differentiable(
 
 
 def tangent_of(function: Callable) -> Callable:
-    """The `tangent` of a function whose `forward` saves its arguments, by `jax.jvp`."""
+    """The `tangent` by `jax.jvp`, for a `forward` that saves its arguments."""
 
     def tangent(args: tuple, tangents: tuple):
         leaves, tree = jax.tree.flatten(args)
@@ -64,7 +64,7 @@ def tangent_of(function: Callable) -> Callable:
 
 
 def _moved(tangent: Callable, backward: Callable, saved: Any, tangents: tuple, outputs: Any) -> Any:
-    """tangent(saved, tangents), as one primitive of the tangents that are not zero."""
+    """tangent(saved, tangents), as one primitive of the nonzero tangents."""
     given, args_tree = jax.tree.flatten(tangents)
     saved_leaves, saved_tree = jax.tree.flatten(saved)
     out_leaves, out_tree = jax.tree.flatten(outputs)
@@ -102,7 +102,7 @@ def _moved(tangent: Callable, backward: Callable, saved: Any, tangents: tuple, o
 
 
 def _leaves_like(args: tuple, others: tuple) -> list:
-    """A leaf of `others`, or None, for each leaf of `args`; None in `others` stands for a whole argument."""
+    """A leaf of `others`, or None, for each leaf of `args`; None in `others` is for a whole argument."""
     found = []
     for arg, other in zip(args, others, strict=True):
         tree = jax.tree.structure(arg)
@@ -118,8 +118,8 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array | None:
     return jnp.zeros(like.shape, like.dtype) if _is_floating(like) else None
 
 
-# run(*saved, *tangents), linear in the tangents, whose transpose is transpose(*saved, *cotangents). Reverse mode never
-# traces `run`, so its results' avals are given.
+# run(*saved, *tangents) is linear in the tangents, with the transpose transpose(*saved, *cotangents). Reverse mode
+# never traces `run`, so its output avals are given.
 _linear = Primitive("linear_by_hand")
 _linear.multiple_results = True
 
@@ -135,7 +135,7 @@ def _shapes(*leaves, run: Callable, transpose: Callable, num_saved: int, avals: 
 
 
 def _jvp(leaves, tangents, *, run: Callable, transpose: Callable, num_saved: int, avals: tuple):
-    """By the primitive along what it is linear in, by `jax.jvp` of what it runs along what was saved."""
+    """The primitive's derivative: itself in its tangents, and `jax.jvp` of `run` in the saved values."""
     params = {"run": run, "transpose": transpose, "num_saved": num_saved, "avals": avals}
     out, moved = _linear.bind(*leaves, **params), None
     if any(type(t) is not ad.Zero for t in tangents[num_saved:]):

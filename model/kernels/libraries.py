@@ -1,4 +1,4 @@
-"""Libraries of kernels that are installed by choice."""
+"""Optional kernel libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from absl import flags
 
 
 def tokamax() -> ModuleType:
-    """The library, whose own settings are absl flags: where the command has not read any, they keep their defaults."""
+    """The library. Its settings are absl flags; they have their defaults if the command has parsed none."""
     try:
         import tokamax as library
     except ImportError as error:

@@ -1,7 +1,7 @@
 """Elementwise linear recurrences in plain jnp, by an associative scan within chunks.
 
-`linear_scan` is the recurrence itself (RG-LRU, arXiv:2402.19427); `selective_scan` is Mamba's, arXiv:2312.00752,
-whose states are made and read within a chunk, because all of them together would not fit.
+`linear_scan` is the recurrence itself (RG-LRU, arXiv:2402.19427); `selective_scan` is Mamba's, arXiv:2312.00752.
+Its states are computed and read chunk by chunk, because all of them together would not fit in memory.
 """
 
 # B batch, T tokens, Q tokens of a chunk, F channels (any further axes), N state width
@@ -27,8 +27,8 @@ def linear_scan(
     """state_t = exp(log_decay_t) state_(t-1) + x_t.
 
     Args:
-      log_decay_BTF: not above 0. A token with log_decay 0 and x 0 leaves the state as it is.
-      first_BT: bool; the state before such a token counts as zero.
+      log_decay_BTF: not above 0. A token with log_decay 0 and x 0 does not change the state.
+      first_BT: bool; a document starts here, so the state before the token is zero.
 
     Returns:
       The states after every token [B, T, F] and after the last [B, F], float32.
@@ -56,10 +56,10 @@ def selective_scan(
     """state_t = exp(dt_t A) state_(t-1) + dt_t x_t k_t^T;  y_t = state_t q_t.
 
     Args:
-      dt_BTF: not below 0; 0 leaves the state as it is.
+      dt_BTF: not below 0; 0 does not change the state.
       A_FN: not above 0.
       k_BTN, q_BTN: "B" and "C" of the paper.
-      first_BT: bool; the state before such a token counts as zero.
+      first_BT: bool; a document starts here, so the state before the token is zero.
 
     Returns:
       y [B, T, F] and the last state [B, F, N], float32.

@@ -1,7 +1,7 @@
-"""Kernels on a mesh: the compiler can't cut a kernel, so each device is given its part by hand.
+"""Kernels on a mesh: the compiler cannot split a kernel, so each device gets its part explicitly.
 
-`mesh_axes` finds the mesh set with `jax.set_mesh`, `split_by` finds those of its axes that split what is named,
-`check_divides` names the sizes that fit where one does not, and `on_mesh` runs a function of each device's parts.
+`mesh_axes` returns the axes of `jax.set_mesh`, `split_by` those that split logical names, `check_divides` raises an
+error with sizes that fit, and `on_mesh` runs a function on each device's parts.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from model.sharding import Axes, ShardingRules
 
 
 def mesh_axes() -> frozenset[str]:
-    """Axes of the mesh that is set which no `shard_map` around has taken; empty without a mesh."""
+    """The axes of the current mesh that no surrounding `shard_map` uses; empty without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return frozenset(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
 
 
 def split_by(rules: ShardingRules | None, *names: str) -> tuple[Axes, ...]:
-    """For each logical name the axes of `mesh_axes` that split it; without rules none."""
+    """The axes of `mesh_axes` that split each logical name; none without rules."""
     free = mesh_axes()
     return tuple(tuple(axis for axis in getattr(rules, name, ()) if axis in free) for name in names)
 
 
 def ways(axes: Axes) -> int:
-    """Into how many parts the axes of the mesh that is set split what they split."""
+    """The number of parts that these axes of the current mesh make."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return math.prod(sizes[axis] for axis in axes)
 
 
 def on_mesh(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` of each device's parts; `function` itself without a mesh."""
+    """`function` on each device's parts; `function` itself without a mesh."""
     free = mesh_axes()
     if not free:
         return function
@@ -53,10 +53,10 @@ class Size(NamedTuple):
 
 
 def check_divides(axes: Axes, size: Size, shared: bool = False) -> None:
-    """ValueError where the axes do not divide a size; it names the numbers of devices that do.
+    """Raises ValueError if the axes do not divide a size; it names the numbers of devices that do.
 
     Args:
-      shared: devices may share what there is: more of them than the size are right where they are a multiple of it.
+      shared: devices may share a part: their number may also be a multiple of the size.
     """
     parts = ways(axes)
     fits = lambda n: size.count % n == 0 or (shared and n % size.count == 0)

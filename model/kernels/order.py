@@ -1,4 +1,4 @@
-"""When values are computed, where that saves memory; in a way that XLA for CPUs, which drops barriers, heeds too."""
+"""Orders computations to save memory, also with XLA for CPUs, which drops optimization barriers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from model.kernels.derivatives import differentiable, tangent_of
 
 
 def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function`, (x, *constants) to [*rows, any width]; its backward pass keeps only the arguments.
+    """`function`, (x, *constants) to [*rows, any width], with only its arguments saved for the backward pass.
 
-    For values that are cheap to compute and large to keep, as an activation, also where a product with a constant
-    follows, which would keep its factor.
+    For values that are cheap to compute and large to save, such as an activation, also before a product with a
+    constant, which would save its factor.
 
     Args:
-      function: of a tree x of floating arrays [*rows, any width], which the backward pass does not read before the
-        gradient is known, and of others.
+      function: takes a tree x of floating arrays [*rows, any width], which the backward pass reads only after the
+        gradient is known, and constants.
     """
 
     def backward(given, d):
@@ -31,7 +31,7 @@ def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
         if not backend.for_cpu():
             return gradients()
-        # each by itself: XLA would make one pass more to keep what they share, which is sooner computed than read
+        # each by itself: XLA would store what they share, which is slower than to compute it again
         leaves, tree = jax.tree.flatten(given)
         columns = [min(i, d.shape[-1] - 1) for i in range(len(leaves))]
         return tree.unflatten([jax.tree.leaves(gradients(column))[i] for i, column in enumerate(columns)])
@@ -40,13 +40,13 @@ def recompute(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def order_after(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, from which nothing is computed before `gradient` is known; both floating.
+    """`x`, which nothing reads before `gradient` is known; both are floating.
 
-    Otherwise a compiler would see that the backward pass computes the same as the forward pass and keep that, or
-    compute it far ahead of its use. On CPU rows of `x` are NaN where those of `gradient` begin with NaN.
+    Otherwise a compiler would save the values of the forward pass for the backward pass, or compute them long before
+    their use. On CPUs, a row of `x` is NaN if the row of `gradient` starts with NaN.
 
     Args:
-      gradient: [*rows, any width], whose rows broadcast to those of `x`; or one number.
+      gradient: [*rows, any width] with rows that broadcast to those of `x`, or one number.
     """
     if backend.for_cpu():
         return jnp.where(jnp.isnan(gradient[..., :1] if gradient.ndim else gradient), jnp.nan, x)

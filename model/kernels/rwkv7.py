@@ -1,7 +1,7 @@
-"""RWKV-7's state in chunks, in plain jnp: a decay for each channel and a change of rank one that may point anywhere.
+"""RWKV-7's state in chunks, in plain jnp: a decay for each channel and a general change of rank one.
 
-Peng et al. 2025, arXiv:2503.14456. The delta rule writes where it reads; here a token reads the state with one vector
-and writes what it read with another, so the chunk's triangular system is solved for what the tokens read.
+Peng et al. 2025, arXiv:2503.14456. The delta rule reads and writes with the same vector. Here a token reads the state
+with one vector and writes with another, so the chunk's triangular system is solved for the read values.
 """
 
 # B batch, T tokens, Q tokens of a chunk, H heads, K key width, V value width
@@ -35,8 +35,8 @@ def rwkv7(
     """state_t = exp(log_decay_t) state_(t-1) + b_t (a_t^T state_(t-1)) + k_t v_t^T;  o_t = r_t^T state_t.
 
     Args:
-      log_decay_BTHK: not above 0. A token with log_decay, k and b 0 leaves the state as it is.
-      first_BT: bool; the state before such a token counts as zero.
+      log_decay_BTHK: not above 0. A token with log_decay, k and b 0 does not change the state.
+      first_BT: bool; a document starts here, so the state before the token is zero.
       chunk: a power of two.
 
     Returns:
@@ -60,7 +60,7 @@ def _chunk(state_BHKV, r_BQHK, log_decay_BQHK, k_BQHK, v_BQHV, a_BQHK, b_BQHK, f
     pairs_BQQ, from_before_BQ, to_after_BQ = same_document(first_BQ)
     seen_BHQ1, to_after_BHQ1 = from_before_BQ[:, None, :, None], to_after_BQ[:, None, :, None]
     total_BHQK = jnp.cumsum(log_decay_BHQK, axis=2)
-    before_BHQK = jnp.pad(total_BHQK[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # without the token's own
+    before_BHQK = jnp.pad(total_BHQK[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # without the token itself
 
     def earlier(keys_BHQK):
         return decayed_products(a_BHQK, keys_BHQK, before_BHQK, total_BHQK, pairs_BQQ, strict=True)

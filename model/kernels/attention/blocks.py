@@ -1,7 +1,6 @@
-"""Attention of tokens among themselves in plain jnp: each block of queries reads only the keys that some of them see.
+"""Self-attention in plain jnp: each block of queries reads only the keys that some of them see.
 
-Derivatives are written by hand. They compute the weights again instead of keeping them, as Dao et al. 2022,
-arXiv:2205.14135, do.
+Hand-written derivatives recompute the weights instead of saving them, as in Dao et al. 2022, arXiv:2205.14135.
 """
 
 # B batch, T queries, S keys, H query heads, K key/value heads, G query heads of one key/value head, N = G T of a block
@@ -47,14 +46,14 @@ def in_query_blocks(
     """See `self_attention`, [B, T, H, E]."""
     q_BTHC, scores = _scaled(q_BTHC, scores)
     inputs = mask, scores.sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
-    if scores.bias is not None:  # which may have parameters of its own
+    if scores.bias is not None:  # a bias may have parameters
         return _forward(scores, *inputs)[0]
     derivatives = (functools.partial(f, scores) for f in (_forward, _tangent, _backward))
     return differentiable(*derivatives)(*inputs)
 
 
 def _scaled(q_BTHC: jax.Array, scores: Scores) -> tuple[jax.Array, Scores]:
-    """Queries with the scores' scale in them, where that rounds no more: a pass less over all scores."""
+    """Queries times the scores' scale, if this adds no rounding: it saves a pass over all scores."""
     scale = scores.scale_of(q_BTHC.shape[-1])
     if q_BTHC.dtype != jnp.float32 and math.frexp(scale)[0] != 0.5:
         return q_BTHC, scores
@@ -76,10 +75,10 @@ def _blocks(T: int, mask: Mask) -> list[tuple[slice, slice]]:
 def _forward(
     scores: Scores, mask: Mask, sinks_H, q_BTHC, k_BTKC, v_BTKE, positions_BT, segment_ids_BT
 ) -> tuple[jax.Array, Any]:
-    """(outputs [B, T, H, E], what derivatives read)."""
+    """(outputs [B, T, H, E], saved values for derivatives)."""
     scores = dataclasses.replace(scores, sinks_H=sinks_H)
     blocks = _blocks(q_BTHC.shape[1], mask)
-    # values come as one axis and queries keep G and T as two axes: on CPU copies that merge or split axes are slow
+    # values have one axis for heads and width, queries two for G and T: on CPUs, merging or splitting axes is slow
     v_BTN = v_BTKE.reshape(*v_BTKE.shape[:2], -1)
     laid_out = cpu.materialize(functools.partial(_laid_out, blocks))(q_BTHC, k_BTKC, v_BTN)
     qs_BKGTC, k_BKSC, v_BKSE = laid_out
@@ -101,10 +100,10 @@ def _forward(
 
 
 def _laid_out(blocks: list[tuple[slice, slice]], q_BTHC: jax.Array, k_BTKC: jax.Array, v_BTN: jax.Array):
-    """As products take them: of each block the queries [B, K, G, T, C]; keys and values [B, K, S, C or E].
+    """The layouts of products: queries of each block [B, K, G, T, C], keys and values [B, K, S, C or E].
 
     Args:
-      v_BTN: heads and their widths as one axis.
+      v_BTN: heads and widths in one axis.
     """
     K = k_BTKC.shape[2]
     of_blocks = [queries_heads_first(q_BTHC[:, at_T], K) for at_T, _ in blocks]
@@ -125,7 +124,7 @@ def _backward(scores: Scores, saved: Any, d_out_BTHE: jax.Array):
     for (at_T, at_S), q_BKNC, (top_BKGT1, total_BKGT1) in zip(blocks, qs_BKNC, normalisers, strict=True):
         mask_BST = mask.within(at_T, at_S, positions_BT, segment_ids_BT).swapaxes(1, 2)
         d_out_BKGTE, delta_BKGT1 = (laid_out(x[:, at_T]) / total_BKGT1 for x in (d_out_BTHE, delta_BTH1))
-        # no weights are computed ahead, nor those of two blocks at a time
+        # the weights of one block at a time, and not before they are needed
         k_part, v_part = (order.order_after(known_BK11, x[:, :, at_S]) for x in (k_BKSC, v_BKSE))
         dq_BTHC, dk_part, dv_part = _block_gradients(
             scores, (k_part, v_part, mask_BST), q_BKNC, d_out_BKGTE, top_BKGT1, delta_BKGT1

@@ -1,4 +1,4 @@
-"""Which keys a query may look at: a small algebra of masks. An implementation may refuse parts of it by name."""
+"""Attention masks, as a small algebra. An implementation may refuse parts of it by name."""
 
 # B batch, T queries, S keys
 
@@ -13,27 +13,26 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class Mask:
-    """Which tokens of its own segment a token may look at.
+    """The tokens of its own segment that a token sees.
 
-    `causal`, `window` and `chunk` each hide keys, by position. `prefix` and `spans_BT` then show keys again, whatever
-    those three hide: tokens of one prefix, or of one span, see each other both ways. `tree_BTT` replaces all of them.
+    `causal`, `window` and `chunk` each hide keys by position. `prefix` and `spans_BT` then show keys again: tokens of
+    one prefix, or of one span, see each other both ways. `tree_BTT` replaces all of them.
     """
 
-    causal: bool = flax.struct.field(pytree_node=False, default=True)  # no key ahead of the query
-    # no key `window` or more positions away, so a causal query sees `window` keys at most
+    causal: bool = flax.struct.field(pytree_node=False, default=True)  # hides keys after the query
+    # hides keys `window` or more positions away; a causal query sees at most `window` keys
     window: int | None = flax.struct.field(pytree_node=False, default=None)
-    chunk: int | None = flax.struct.field(
-        pytree_node=False, default=None
-    )  # only the query's own chunk of positions
-    # int32: tokens at positions before it are a prefix; [B], or [B, T] where the documents of a row differ
+    # hides keys outside the query's chunk of positions
+    chunk: int | None = flax.struct.field(pytree_node=False, default=None)
+    # int32: tokens at smaller positions are the prefix; [B], or [B, T] for packed documents
     prefix: jax.Array | None = None
-    spans_BT: jax.Array | None = None  # int32: the span of each token, as of an image; 0: none
+    spans_BT: jax.Array | None = None  # int32: the span of each token, for example an image; 0: none
     tree_BTT: jax.Array | None = (
-        None  # bool [B, T, T]: which of these tokens each sees, as of a tree of drafts
+        None  # bool [B, T, T]: the tokens that each token sees, for example in a tree of drafts
     )
 
     def allows(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """bool, what `causal`, `window` and `chunk` say of positions of any shapes that broadcast."""
+        """bool: `causal`, `window` and `chunk` for positions of any shapes that broadcast."""
         seen = (
             key <= query
             if self.causal
@@ -50,7 +49,7 @@ class Mask:
     def within(
         self, queries: slice, keys: slice, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
     ) -> jax.Array:
-        """bool [B or 1, T, S], of tokens among themselves, for two parts of the row."""
+        """bool [B or 1, T, S]: the mask of self-attention between two parts of the row."""
         at_T, at_S = (jnp.arange(s.start, s.stop) for s in (queries, keys))
         mask_BTS = dataclasses.replace(self, chunk=None).allows(at_T[:, None], at_S[None])[None]
         if self.chunk is not None:
@@ -69,18 +68,18 @@ class Mask:
         return mask_BTS
 
     def span(self) -> int | None:
-        """How many keys a query sees at most, itself among them, to one side; None: all."""
+        """The most keys that a query sees to one side, itself included; None: all."""
         if self.listed():
             return None
         return min((n for n in (self.window, self.chunk) if n is not None), default=None)
 
     def listed(self) -> tuple[str, ...]:
-        """Names of the parts that arrays give, and no rule of positions does."""
+        """The names of parts that are arrays, not rules of positions."""
         parts = {"prefix": self.prefix, "spans": self.spans_BT, "tree": self.tree_BTT}
         return tuple(name for name, array in parts.items() if array is not None)
 
     def without(self, *parts: str) -> str | None:
-        """The refusal of an implementation whose masks have none of these parts; None: this mask has none either."""
+        """The refusal of an implementation without these parts; None: this mask has none of them."""
         has = {
             "window": self.window is not None,
             "window to both sides": self.window is not None and not self.causal,
@@ -96,14 +95,14 @@ LISTED = ("prefix", "spans", "tree")
 
 
 def _pairs(ids_BT: jax.Array, queries: slice, keys: slice) -> jax.Array:
-    """bool [B, T, S]: whether a query and a key have one id."""
+    """bool [B, T, S]: whether a query and a key have the same id."""
     return ids_BT[:, queries, None] == ids_BT[:, None, keys]
 
 
 def chunk_segment_ids(
     positions_BT: jax.Array, segment_ids_BT: jax.Array | None, chunk: int | None
 ) -> jax.Array | None:
-    """One id for each chunk of each segment, [B, T] int32; None where the row is one segment without chunks."""
+    """An id for each chunk of each segment, [B, T] int32; None if the row is one segment without chunks."""
     if chunk is None:
         return segment_ids_BT
     chunk_BT = positions_BT // chunk

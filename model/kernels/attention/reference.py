@@ -1,6 +1,6 @@
 """Grouped-query attention in plain jnp, the definition that every implementation must equal.
 
-Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32 whatever the dtype of the inputs. Sinks: Xiao et al.
+Ainslie et al. 2023, arXiv:2305.13245. Softmax runs in float32. Sinks: Xiao et al.
 2023, arXiv:2309.17453, as one learned logit a head; soft-capping: Gemma 2, arXiv:2408.00118.
 """
 
@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from model.kernels import backend, cpu
 from model.kernels.attention.mask import Mask
 
-_MASKED = -1e30  # finite, so that a row with no key at all gives an average instead of NaN
+_MASKED = -1e30  # finite, so that a query without keys gives an average instead of NaN
 
 
 @flax.struct.dataclass
 class Scores:
-    """How a query and a key become a score, beyond their product."""
+    """How the product of a query and a key becomes a score."""
 
     scale: float | None = flax.struct.field(pytree_node=False, default=None)  # None: C ** -0.5
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)  # scores stay within +-softcap
-    sinks_H: jax.Array | None = None  # a score that takes a share of the weights and gives nothing
-    # (key's position - query's position) [..., T, S] to what is added to the scores [..., H, T, S]
+    sinks_H: jax.Array | None = None  # a score that takes a share of the weights and adds no value
+    # (key's position - query's position) [..., T, S] -> bias of the scores [..., H, T, S]
     bias: Callable[[jax.Array], jax.Array] | None = flax.struct.field(pytree_node=False, default=None)
 
     def scale_of(self, width: int) -> float:
@@ -43,10 +43,10 @@ def attention(
     scores: Scores = Scores(),
     distance_BTS: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention with an explicit mask (True: may look).
+    """Attention with an explicit mask (True: visible).
 
     Args:
-      distance_BTS: int32, key's position less query's; wanted where `scores.bias` is set.
+      distance_BTS: int32, key's position minus query's; needed if `scores.bias` is set.
 
     Returns:
       [B, T, H, E] in the dtype of `q`.
@@ -63,7 +63,7 @@ def self_attention_weights(
     mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> jax.Array:
-    """The weights with which `self_attention` mixes values, [B, H, T, S] float32, to be inspected."""
+    """The attention weights of `self_attention`, [B, H, T, S] float32, for inspection."""
     B, T, H = q_BTHC.shape[:3]
     mask_BTS = mask.within(slice(0, T), slice(0, T), positions_BT, segment_ids_BT)
     distance_1TT = (jnp.arange(T)[None] - jnp.arange(T)[:, None])[None]
@@ -85,7 +85,8 @@ def attend(
     out_BKGTE = jnp.einsum(
         "BKGTS,BKSE->BKGTE", weights_BKGTS.astype(v_BKSE.dtype), v_BKSE, preferred_element_type=jnp.float32
     )
-    out_BKGTE = (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)  # divided last: over E numbers instead of S
+    # dividing last takes E divisions instead of S
+    out_BKGTE = (out_BKGTE / total_BKGT1).astype(q_BKGTC.dtype)
     return out_BKGTE, top_BKGT1, total_BKGT1
 
 
@@ -96,7 +97,7 @@ def _weights(
     scores: Scores,
     distance_BTS: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(weights not yet divided, the scores' maximum, what to divide the weights by), float32."""
+    """(unnormalized weights, the scores' maximum, the normalizer of the weights), float32."""
     B, K, G, T, C = q_BKGTC.shape
     scores_BKGTS = jnp.einsum("BKGTC,BKSC->BKGTS", q_BKGTC, k_BKSC, preferred_element_type=jnp.float32)
     scores_BKGTS *= scores.scale_of(C)
@@ -121,14 +122,18 @@ def _weights(
 
 
 def less(scores: jax.Array, mask: jax.Array, top: jax.Array | float) -> jax.Array:
-    """Scores less `top`, by a mask that is bool, or from `to_add`: that one is subtracted from first, so that XLA keeps
-    no masked scores for both their maximum and their exponentials."""
+    """Masked scores minus `top`, for a bool mask or one from `to_add`.
+
+    `top` is subtracted from the latter first, so that XLA stores no masked scores for their maximum and exponentials.
+    """
     return jnp.where(mask, scores, _MASKED) - top if mask.dtype == bool else scores + (mask - top)
 
 
 def to_add(mask: jax.Array) -> jax.Array:
-    """On a CPU 0 and `_MASKED`, which vectors add sooner than they choose; it hides no NaN, and lets gradients pass to
-    the scores of a query that sees no key."""
+    """On a CPU the mask as 0 and `_MASKED`, because adding is faster there than selecting.
+
+    It does not hide NaN, and scores of a query without visible keys have gradients.
+    """
     return jnp.where(mask, 0.0, _MASKED) if backend.for_cpu() else mask
 
 

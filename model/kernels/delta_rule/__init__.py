@@ -1,4 +1,4 @@
-"""The delta rule in chunks: a state of key-value pairs in which a new value replaces the old one.
+"""The delta rule in chunks: a state of key-value pairs; a new value replaces the old one of its key.
 
 Yang et al. 2024, arXiv:2406.06484. Decay by head: Gated DeltaNet, arXiv:2412.06464; by channel of the key: Kimi Linear,
 arXiv:2510.26692. `DELTA_RULE` has the implementations; see model.kernels.choice.
@@ -31,11 +31,11 @@ def delta_rule(
     """old = exp(log_decay_t) state_(t-1);  state_t = old + k_t beta_t (v_t - k_t^T old);  o_t = q_t^T state_t.
 
     Args:
-      log_decay_BTHC: not above 0; C is 1 (one decay a head) or K. A token with log_decay 0 and beta 0 leaves the
-        state as it is.
-      first_BT: bool; the state before such a token counts as zero.
+      log_decay_BTHC: not above 0; C is 1 (one decay a head) or K. A token with log_decay 0 and beta 0 does not
+        change the state.
+      first_BT: bool; a document starts here, so the state before the token is zero.
       chunk: tokens of a chunk of the plain implementation, a power of two.
-      rules: how a mesh splits rows and heads. The kernel needs it; plain jnp does not.
+      rules: how a mesh splits rows and heads; only the kernel needs it.
 
     Returns:
       o [B, T, H, V] and the last state [B, H, K, V], float32.
@@ -50,7 +50,7 @@ def _plain(*arguments) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_kernel(q_BTHK, k_BTHK, v_BTHV, log_decay_BTHC, beta_BTH, first_BT, state_BHKV, chunk, rules):
-    from model.kernels.delta_rule.sharded import delta_on_mesh  # brings Pallas along
+    from model.kernels.delta_rule.sharded import delta_on_mesh  # imports Pallas, which is slow
 
     decays_and_state = log_decay_BTHC[..., 0], beta_BTH, first_BT, state_BHKV
     return delta_on_mesh(q_BTHK, k_BTHK, v_BTHV, *decays_and_state, rules)

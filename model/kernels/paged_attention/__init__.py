@@ -1,7 +1,7 @@
-"""Attention of new tokens to rows in pages, and the write of those tokens.
+"""Attention of new tokens to rows in pages, which also writes the new tokens.
 
 Kwon et al. 2023, arXiv:2309.06180; flat tokens of rows of any length, as in "ragged paged attention" of vLLM's TPU back
-end. Pages are those of pages.py. There is no gradient: what is trained has no cache. `PAGED_ATTENTION` has the
+end. Pages are those of pages.py. There is no gradient, because training has no cache. `PAGED_ATTENTION` has the
 implementations; see model.kernels.choice.
 """
 
@@ -28,7 +28,7 @@ from model.kernels.paged_attention.rows import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What an implementation must know to say whether it can serve."""
+    """What an implementation reads to decide whether it can serve."""
 
     backend: backend.Backend
     stored: frozenset[str]  # names of the arrays of pages
@@ -57,7 +57,7 @@ def paged_attention(
     mask: Mask = Mask(),
     scores: Scores = Scores(),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Write new tokens into pages and attend to them and to all before them in their rows.
+    """Write new tokens to pages, and attend to them and to all earlier tokens of their rows.
 
     Args:
       new: the arrays that `kv_layout` names, of these tokens, [T, K, C] each (one head: [T, C]); None: the pages hold
@@ -102,7 +102,7 @@ def attend_in_rows(
 
 
 def _no_gradient(kv_layout: KVLayout, scores: Scores, longest: int):
-    """The implementation that is chosen; to ask for its derivative is an error."""
+    """The chosen implementation; its derivative is an error."""
 
     @jax.custom_jvp
     def run(q_THC, new, cache, page_table_RP, rows, mask, sinks_H):
@@ -128,7 +128,7 @@ def _plain(*arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def _by_kernel(*arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    from model.kernels.paged_attention.tpu import by_kernel  # here, since Pallas takes long to import
+    from model.kernels.paged_attention.tpu import by_kernel  # imported here, because Pallas is slow to import
 
     return by_kernel(*arguments)
 
@@ -138,7 +138,7 @@ def _ragged(*arguments: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def _plain_refusal(request: Request) -> str | None:
-    return request.mask.without("spans")  # pages do not say which span an old token is of
+    return request.mask.without("spans")  # pages do not have the spans of old tokens
 
 
 def _kernel_refusal(request: Request) -> str | None:

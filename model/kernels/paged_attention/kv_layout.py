@@ -1,4 +1,4 @@
-"""Which arrays of pages hold a layer's keys and values."""
+"""The arrays of pages that hold a layer's keys and values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class KVLayout:
-    """The names of arrays whose channels, side by side, are a key, and the name of the values."""
+    """The names of the arrays that are concatenated to a key, and the name of the values."""
 
     heads: int  # key/value heads
     keys: tuple[str, ...] = ("k",)
@@ -21,6 +21,6 @@ class KVLayout:
         return tuple(dict.fromkeys((*self.keys, self.values)))
 
     def key_of(self, parts: dict[str, jax.Array]) -> jax.Array:
-        """The parts of a key as one."""
+        """The concatenated key."""
         first, *more = (parts[name] for name in self.keys)
         return jnp.concatenate([first, *more], -1) if more else first

@@ -1,12 +1,12 @@
 """Pages of keys and values: their layout in memory, and how plain jnp writes tokens there and reads them.
 
-A page holds Z slots, and a slot the channels of all heads side by side, [N, Z, K * C]. So a head's keys are columns of
-a matrix that a TPU multiplies by as it is: no head is picked out of a tile, and heads of 64 channels, or one head left
-on a device, fill a vector's 128 lanes all the same.
+A page has Z slots, and a slot has the concatenated channels of all heads, [N, Z, K * C]. A head's keys are then columns
+of a matrix that a TPU multiplies without a copy, and heads of 64 channels, or a single head on a device, still fill a
+vector's 128 lanes.
 
-Quantised pages hold integers or small floats, and one scale for each token and head in pages beside them, [N, K, Z]
-float32, as in KVQuant's per-token values (Hooper et al. 2024, arXiv:2401.18079): a token is quantised when it is
-written, and never again.
+Quantized pages hold integers or small floats, with a scale for each token and head in pages beside them, [N, K, Z]
+float32, as in KVQuant's per-token values (Hooper et al. 2024, arXiv:2401.18079). A token is quantized once, when it is
+written.
 """
 
 # B rows, T tokens, N pages, Z slots a page, P pages a row, S = P * Z slots a row, K heads, C channels of a head
@@ -28,7 +28,7 @@ def is_quantized(dtype) -> bool:
 
 
 def check_cache_dtype(dtype) -> None:
-    """ValueError: keys and values can't be kept in it."""
+    """Raises ValueError for a dtype that pages do not support."""
     try:
         known = jnp.dtype(dtype).name in CACHE_DTYPES
     except TypeError:
@@ -40,7 +40,7 @@ def check_cache_dtype(dtype) -> None:
 def empty_pages(
     name: str, num_pages: int, page_size: int, heads: int, width: int, dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
-    """{name: pages}, and their scales where they are quantised."""
+    """{name: pages}, and their scales if they are quantized."""
     pages = {name: jnp.zeros((num_pages, page_size, heads * width), dtype)}
     if is_quantized(dtype):
         pages[name + SCALE] = jnp.zeros((num_pages, heads, page_size), jnp.float32)
@@ -48,16 +48,16 @@ def empty_pages(
 
 
 def row_by_row(pages: jax.Array | jax.ShapeDtypeStruct, sharding: Sharding) -> Format:
-    """The layout of pages as arguments and results of a program: the last axis without gaps.
+    """The layout of pages as arguments and results of a program: row-major, without gaps.
 
-    Left to choose, the compiler for TPUs transposes pages whose slots do not fill whole vectors (64 channels of a
+    By default the compiler for TPUs transposes pages with slots that do not fill whole vectors (64 channels of a
     rotated key, or 3 heads of 64), and then copies all of them before and after the kernel, which reads rows.
     """
     return Format(Layout(tuple(range(pages.ndim))), sharding)
 
 
 def quantize(x_BTKC: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """(numbers of this dtype [..., K, C], scales [..., K] float32): a head's largest becomes the largest number."""
+    """(numbers of this dtype [..., K, C], scales [..., K] float32); a head's largest becomes the largest number."""
     largest = LARGEST[jnp.dtype(dtype).name]
     x_BTKC = x_BTKC.astype(jnp.float32)
     top_BTK = jnp.abs(x_BTKC).max(-1)
@@ -68,8 +68,8 @@ def quantize(x_BTKC: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def as_stored(cache: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """New tokens [B, T, K, C] (one head: [B, T, C]) as the pages of `cache` keep them: {"k": [B, T, K * C]}, with
-    scales {"k_scale": [B, T, K]} where there are any."""
+    """New tokens [B, T, K, C] (one head: [B, T, C]) in the format of pages: {"k": [B, T, K * C]}, and for quantized
+    pages scales {"k_scale": [B, T, K]}."""
     stored = {}
     for name, x in new.items():
         if name + SCALE in cache:
@@ -83,7 +83,7 @@ def as_stored(cache: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[st
 def write(
     cache: dict[str, jax.Array], new: dict[str, jax.Array], page_BT: jax.Array, slot_BT: jax.Array
 ) -> dict[str, jax.Array]:
-    """`cache` with each new token in its page and slot; a page out of range takes nothing."""
+    """`cache` with each new token in its page and slot; a token with a page out of range is not written."""
     written = {}
     for name, x in as_stored(cache, new).items():
         at = (page_BT, slice(None), slot_BT) if name.endswith(SCALE) else (page_BT, slot_BT)
@@ -101,7 +101,7 @@ def gather(pages: jax.Array, page_table_BP: jax.Array) -> jax.Array:
 def read(
     cache: dict[str, jax.Array], name: str, page_table_BP: jax.Array, heads: int, dtype: jnp.dtype
 ) -> jax.Array:
-    """[B, S, K, C] in `dtype`: what the slots of each row hold."""
+    """[B, S, K, C] in `dtype`: the values in each row's slots."""
     rows_BSX = gather(cache[name], page_table_BP)
     rows_BSKC = rows_BSX.reshape(*rows_BSX.shape[:2], heads, -1)
     if name + SCALE not in cache:

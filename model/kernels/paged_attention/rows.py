@@ -1,4 +1,4 @@
-"""Where the new tokens of rows stand among the flat tokens of a call."""
+"""The places of each row's new tokens among the flat tokens of a call."""
 
 # R rows, T tokens of all rows
 
@@ -19,5 +19,5 @@ class Rows(NamedTuple):
 
 
 def row_of_token(rows: Rows, T: int) -> jax.Array:
-    """[T]; the last row that begins at or before it."""
+    """[T]: the last row that starts at or before each token."""
     return jnp.maximum(jnp.searchsorted(rows.first_R, jnp.arange(T), side="right") - 1, 0)

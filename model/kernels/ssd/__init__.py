@@ -1,6 +1,6 @@
 """State-space duality: a linear recurrence of matrices with one decay a head, computed in chunks.
 
-Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060. Retention (arXiv:2307.08621) is its case of a fixed decay.
+Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060. Retention (arXiv:2307.08621) is the case of a fixed decay.
 `SSD` has the implementations; see model.kernels.choice.
 """
 
@@ -31,12 +31,12 @@ def ssd(
     """state_t = exp(log_decay_t) state_(t-1) + scale_t v_t k_t^T;  y_t = state_t q_t.
 
     Args:
-      log_decay_BTH: not above 0. A token with log_decay 0 and v 0 leaves the state as it is.
+      log_decay_BTH: not above 0. A token with log_decay 0 and v 0 does not change the state.
       k_BTGN, q_BTGN: shared by the H // G heads of a group ("B" and "C" of the paper).
-      first_BT: bool; the state before such a token counts as zero.
+      first_BT: bool; a document starts here, so the state before the token is zero.
       chunk: tokens of a chunk of the plain implementation.
-      rules: how a mesh splits rows and heads. The kernel needs it; plain jnp does not.
-      scale_BTH: as Mamba's time steps; None: 1. The kernel scales values as it reads them, so they are in memory once.
+      rules: how a mesh splits rows and heads; only the kernel needs it.
+      scale_BTH: such as Mamba's time steps; None: 1. The kernel scales values when it reads them, which saves memory.
 
     Returns:
       y [B, T, H, P] and the last state [B, H, P, N], float32.
@@ -51,7 +51,7 @@ def _plain(*arguments) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_kernel(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, chunk, scale_BTH, rules):
-    from model.kernels.ssd.sharded import ssd_on_mesh  # brings Pallas along
+    from model.kernels.ssd.sharded import ssd_on_mesh  # imports Pallas, which is slow
 
     return ssd_on_mesh(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, first_BT, state_BHPN, scale_BTH, rules)
 

@@ -1,6 +1,6 @@
 """State-space duality in plain jnp, in chunks: the definition.
 
-Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060. Retention (arXiv:2307.08621) is its case of a fixed decay.
+Dao and Gu 2024, "Transformers are SSMs", arXiv:2405.21060. Retention (arXiv:2307.08621) is the case of a fixed decay.
 """
 
 # B batch, T and S tokens, Q tokens of a chunk, H heads in G groups of R, P value width, N key (state) width
