@@ -16,14 +16,13 @@ PATH_HELP = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    os.environ.setdefault(
-        "JAX_PLATFORMS", "cpu"
-    )  # before jax is imported: neither command needs an accelerator
+    # before jax is imported, because no command needs an accelerator
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     return _commands().run(arguments)
 
 
 def _commands() -> Commands:
-    commands = Commands("python -m model", "Look at models and convert them.")
+    commands = Commands("python -m model", "Describe, trace and convert models.")
 
     describe = commands.add(
         "describe",
@@ -40,7 +39,7 @@ def _commands() -> Commands:
     trace = commands.add(
         "trace",
         _trace,
-        "Draws what happens inside for one text: one HTML page.",
+        "Draws an HTML page of a forward pass over a text.",
         "It has the likeliest next token after each block, what each head looks at, and how much each expert has to "
         "do.",
     )
@@ -66,7 +65,7 @@ def _commands() -> Commands:
     convert.add_argument(
         "--adapter", metavar="FOLDER", help="LoRA or DoRA as PEFT saves it, to merge into the model"
     )
-    convert.add_argument("--slot", type=int, help="of the model's own adapters, the one to merge into it")
+    convert.add_argument("--slot", type=int, help="the slot of the model's own adapters to merge into it")
     return commands
 
 

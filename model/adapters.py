@@ -1,6 +1,6 @@
-"""Adapters of a whole model: put beside its linear maps, told apart from what they adapt, and merged into it.
+"""Adapters of a whole model: adds them, separates them from other parameters, and merges them.
 
-What one adapter is: model/blocks/lora.py. Folders of adapters, as PEFT writes them: model/formats/peft.py.
+An adapter of one map is in model/blocks/lora.py, PEFT folders are in model/formats/peft.py.
 """
 
 # L leading axes of an array (layers, experts), N adapters, I inputs, R rank, O outputs
@@ -29,7 +29,7 @@ ENDS = ("_lora_a", "_lora_b", "_lora_magnitude")
 def add_adapters(
     cfg: ModelConfig, params: Params, adapters: LoRA, key: jax.Array
 ) -> tuple[ModelConfig, Params]:
-    """The same function with fresh adapters, which do nothing before they are trained.
+    """The same function with new adapters, which have no effect before training.
 
     Raises:
       ValueError: the model has adapters, or no linear map of it is a target.
@@ -41,7 +41,7 @@ def add_adapters(
 
     @jax.jit
     def fresh(params: Params, key: jax.Array) -> dict[Path, jax.Array]:
-        # The module makes what is missing among its parameters; the forward pass itself is dropped by the compiler.
+        # The module makes missing parameters; the compiler drops the forward pass.
         _, made = Transformer(flat_cfg).apply(
             {"params": params}, example_inputs(cfg), mutable=["params"], rngs={"params": key}
         )
@@ -52,7 +52,7 @@ def add_adapters(
     if not new:
         names = sorted({"/".join(within_block(path)) for path in _flat(flat) if len(path) > 1})
         raise ValueError(
-            f"targets={adapters.targets}: no linear map of this model is named so. Its parameters are "
+            f"targets={adapters.targets}: no linear map of this model matches. Its parameters are "
             f"{', '.join(names)}."
         )
     return relayout(flat_cfg, unflatten_dict(flatten_dict(flat) | new), scan=scan)
@@ -64,7 +64,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def split_trained(params: Params) -> tuple[Params, Params]:
-    """(what training changes, the rest): adapters where there are any, else all but a byte-latent model's patcher."""
+    """(trained parameters, the rest): adapters if there are any, else all but a byte-latent model's patcher."""
     flat = _flat(params)
     adapters = {path: x for path, x in flat.items() if is_adapter(path)}
     trained = adapters or {path: x for path, x in flat.items() if path[0] != PATCHER}
@@ -79,15 +79,15 @@ def join(trained: Params, rest: Params) -> Params:
 
 
 def drop_adapters(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The model as if it had none."""
-    kept = {path: value for path, value in flatten_dict(params).items() if not is_adapter(path)}
-    return cfg.replace(adapters=None), unflatten_dict(kept)
+    """The model without adapters."""
+    rest = {path: value for path, value in flatten_dict(params).items() if not is_adapter(path)}
+    return cfg.replace(adapters=None), unflatten_dict(rest)
 
 
 def merge_adapter(cfg: ModelConfig, params: Params, slot: int = 0) -> tuple[ModelConfig, Params]:
     """A model without adapters that computes what this one does with the adapter `slot`.
 
-    The sum is made in float32, whatever the parameters are: in bfloat16 it would lose most of a small adapter.
+    The sum is in float32, because in bfloat16 it would lose most of a small adapter.
     """
     if cfg.adapters is None or not 0 <= slot < cfg.adapters.slots:
         raise ValueError(f"slot={slot}: the model's adapters are {cfg.adapters}.")
@@ -102,18 +102,18 @@ def merge_adapter(cfg: ModelConfig, params: Params, slot: int = 0) -> tuple[Mode
 
 
 def check_without_adapters(cfg: ModelConfig) -> None:
-    """For formats of a model alone."""
+    """Raises ValueError for a model with adapters, for formats without them."""
     if cfg.adapters is not None:
         raise ValueError(
-            "the format has no place for adapters beside a model: merge its adapters (model.adapters.merge_adapter), "
-            'save them alone (model.formats.peft.save_adapter), or save both with format="native".'
+            "the format does not support adapters: merge its adapters (model.adapters.merge_adapter), "
+            'save them separately (model.formats.peft.save_adapter), or save both with format="native".'
         )
 
 
 def low_rank_update(
     adapters: LoRA, params: Params, base: Path, slot: int, lead: int
 ) -> tuple[jax.Array, Any]:
-    """(what the adapter adds to the map [*L, I, O], DoRA's lengths [*L, O] or None), float32."""
+    """(the adapter's change of the map [*L, I, O], DoRA's lengths [*L, O] or None), float32."""
     of = lambda end: jnp.take(
         jnp.asarray(get(params, (*base[:-1], base[-1] + end)), jnp.float32), slot, axis=lead
     )
@@ -129,7 +129,7 @@ def _merged(adapters: LoRA, params: Params, base: Path, slot: int, lead: int) ->
     found = get(params, base)
     if is_quantized(found):
         raise ValueError(
-            f"{'/'.join(base)} is quantized, and would lose most of a small adapter: widen the weights first "
+            f"{'/'.join(base)} is quantized, and would lose most of a small adapter: dequantize the weights first "
             "(model.dequantize)."
         )
     weight = jnp.asarray(found)

@@ -34,9 +34,8 @@ class Cache:
     layers: dict[str, Any]  # nested like the blocks' parameters: stack, run -> the state of its mixer
     page_table: jax.Array  # [B, P] int32; entries past a row's length may be anything
     length: jax.Array  # [B] int32, tokens already in the cache
-    rows: jax.Array | None = (
-        None  # [B] int32, the index of each row's recurrent state; None: row b has state b
-    )
+    # [B] int32, the index of each row's recurrent state; None: row b has state b
+    rows: jax.Array | None = None
 
 
 def init_pages(
@@ -64,26 +63,24 @@ def init_pages(
             "Use apply on whole texts, or model.embed."
         )
     check_cache_dtype(dtype or cfg.dtype)
-    of_pages = jnp.dtype(dtype or cfg.dtype)
-    of_cache = (
-        jnp.dtype(cfg.dtype) if is_quantized(of_pages) else of_pages
-    )  # recurrent states and scales aside
+    page_dtype = jnp.dtype(dtype or cfg.dtype)
+    state_dtype = jnp.dtype(cfg.dtype) if is_quantized(page_dtype) else page_dtype
     layers = {}
     for stack in _decoding(cfg):
         part = {}
         for name, block, numbers in stack.runs(cfg.scan):
             sizes = num_pages, page_size, num_rows
-            state = block.init_cache(*sizes, of_cache)
-            if of_pages != of_cache:
-                state = _with_pages(block.cache_axes(), state, block.init_cache(*sizes, of_pages))
+            state = block.init_cache(*sizes, state_dtype)
+            if page_dtype != state_dtype:
+                state = _with_pages(block.cache_axes(), state, block.init_cache(*sizes, page_dtype))
             if block.cross is not None:
-                state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, of_cache)
+                state |= block.cross.init_cache(num_rows, encoder_length or cfg.max_length, state_dtype)
             if cfg.scan:
                 state = jax.tree.map(lambda x, n=len(numbers): jnp.zeros((n, *x.shape), x.dtype), state)
             part[name] = state
         layers |= stack.as_part(part)
     if cfg.byte_latent is not None:
-        layers["bytes"] = cfg.byte_latent.init_cache(num_pages, page_size, num_rows, of_cache)
+        layers["bytes"] = cfg.byte_latent.init_cache(num_pages, page_size, num_rows, state_dtype)
     return layers
 
 
@@ -120,10 +117,10 @@ def cache_axes(cfg: ModelConfig, dtype: str | None = None) -> dict[str, Any]:
     for stack in _decoding(cfg):
         part = {}
         for name, block, _ in stack.runs(cfg.scan):
-            of_block = block.cache_axes() | (block.cross.cache_axes() if block.cross else {})
+            block_axes = block.cache_axes() | (block.cross.cache_axes() if block.cross else {})
             if is_quantized(dtype or cfg.dtype):
-                of_block |= _scale_axes(block)
-            part[name] = {key: lead + axes for key, axes in of_block.items()}
+                block_axes |= _scale_axes(block)
+            part[name] = {key: lead + axes for key, axes in block_axes.items()}
         found |= stack.as_part(part)
     if cfg.byte_latent is not None:
         found["bytes"] = cfg.byte_latent.cache_axes()

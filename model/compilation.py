@@ -1,5 +1,4 @@
-"""How programs are compiled: a cache on disk, so that a second start does not compile again, and each platform's
-options."""
+"""Compilation: a cache on disk for faster restarts, and options for each platform."""
 
 from __future__ import annotations
 
@@ -14,13 +13,13 @@ from model.kernels.backend import CHIPS
 
 
 def prepare_compiler() -> None:
-    """For commands that compile large programs: keep them on disk, and no memory that the compiler has used."""
+    """For commands with large programs: cache them on disk, and release the compiler's memory."""
     _keep_programs()
     _give_memory_back()
 
 
 def _keep_programs() -> None:
-    """In $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/crucible/jax."""
+    """Cache programs in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/crucible/jax."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -31,9 +30,11 @@ def _keep_programs() -> None:
 
 @functools.cache  # it listens once
 def _give_memory_back() -> None:
-    """After each program, compiled or read from disk: XLA for CPUs leaves hundreds of MB to malloc, in pieces that a
-    step's arrays don't fit in."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    """Return free memory to the system after each program is compiled or read from disk.
+
+    XLA for CPUs leaves hundreds of MB to malloc, in pieces too small for a step's arrays.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # a function of glibc
     if trim is None:
         return
 
@@ -47,14 +48,13 @@ def _give_memory_back() -> None:
 def training_options(platform: str | None = None, chip: str | None = None) -> dict[str, bool | int | str]:
     """XLA's options for programs that train; for `jax.jit(compiler_options=...)`.
 
-    On TPU, what each layer gathers of its parameters and adds up of its gradients goes on beside its products. On a v5e
-    such a collective is fused with a product ("continuation fusion"); newer compilers call that unsafe on other chips,
-    and refuse it. On CPU, matrix products go to Eigen instead of YNNPACK, which is slower there, and vectors are as
-    wide as registers.
+    On TPUs, collectives of parameters and gradients overlap with products. On v5e a collective is also fused with a
+    product ("continuation fusion"), which newer compilers refuse on other chips. On CPUs, matrix products use Eigen
+    instead of the slower YNNPACK, and vectors are as wide as registers.
 
     Args:
-      platform: None: that of the devices that are here.
-      chip: of `model.kernels.backend.CHIPS`' values; None: that of the devices that are here.
+      platform: None: that of the current devices.
+      chip: a value of `model.kernels.backend.CHIPS`; None: that of the current devices.
     """
     platform = platform or jax.default_backend()
     if platform != "tpu":
@@ -69,10 +69,9 @@ _TRAINING: dict[str, dict[str, bool | int | str]] = {
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
         "xla_enable_async_all_reduce": True,
-        # those that are combined into one are waited for, so only small ones are
+        # combined collectives do not overlap, so only small ones are combined
         "xla_jf_crs_combiner_threshold_in_bytes": 4 << 20,
-        # a product is not cut into a loop over the parts of a small gathered matrix, whose results it would add up in
-        # main memory
+        # no loop over the parts of a small gathered matrix: it would add up partial results in main memory
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20,
     },
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": 512},

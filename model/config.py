@@ -108,17 +108,15 @@ class ModelConfig:
     param_dtype: str = "float32"  # of new parameters
     scan: bool = False  # one lax.scan over equal neighbouring blocks: compiles faster, runs slower on CPUs
     kernels: Kernels = Kernels()  # the implementation of each operation; "auto": the platform's
-    remat: str = (
-        "none"  # which activations of a block are saved for the backward pass: see model.blocks.remat
-    )
+    # which activations of a block are saved for the backward pass: see model.blocks.remat
+    remat: str = "none"
     encoder: Encoder | None = None
     # Hugging Face's model_type of the loaded checkpoint; `save` uses this family if it can express the model
     family: str | None = dataclasses.field(default=None, compare=False)
     adapters: LoRA | None = None  # low-rank adapters of the blocks' linear maps
     mtp: MTP | None = None  # multi-token prediction: `out.mtp_logits`
-    byte_latent: ByteLatent | None = (
-        None  # `blocks` then run on patches of bytes, and `width` is a patch's width
-    )
+    # `blocks` then run on patches of bytes, and `width` is a patch's width
+    byte_latent: ByteLatent | None = None
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):

@@ -1,4 +1,4 @@
-"""Texts as vectors: an encoder's or a decoder's hidden states, pooled. Reimers and Gurevych 2019, arXiv:1908.10084."""
+"""Text embeddings: pooled hidden states of an encoder or decoder. Reimers and Gurevych 2019, arXiv:1908.10084."""
 
 # B texts, T tokens, D model width
 
@@ -22,12 +22,12 @@ def embed(
     pooling: str = "mean",
     normalize: bool = True,
 ) -> jax.Array:
-    """One vector for each text, whose dot products are cosines when `normalize`d.
+    """A vector for each text; with `normalize`, dot products are cosines.
 
     Args:
       tokens: [B, T] int32, special tokens included.
       mask: [B, T], 1 for a token, 0 for padding on either side; default: all are tokens.
-      pooling: of a text's hidden states: their "mean", the one of its first token ("cls") or of its "last".
+      pooling: "mean", "cls" (the first token) or "last" of a text's hidden states.
 
     Returns:
       [B, D] float32.

@@ -1,7 +1,7 @@
-"""The pure function: every forward pass anywhere (loss, rollout, serving, evaluation, reward) is `apply`.
+"""The pure function: every forward pass (loss, rollout, serving, evaluation, reward) is `apply`.
 
-From inputs to outputs: tokens and media are embedded (model/inputs), blocks run over them (model/stacks), and readouts
-give logits, scores and whatever else the config asks for (model/readouts).
+model/inputs embeds tokens and media, model/stacks runs the blocks, and model/readouts gives logits, scores and other
+outputs.
 """
 
 # B batch, T tokens, S tokens of the encoder, D model width, V vocabulary, N chosen positions, L labels
@@ -34,31 +34,30 @@ from model.sharding import ShardingRules
 from model.stacks import Trunk, run_trunk
 
 Params = dict[str, Any]
-POOLED = "the vector that stands for the text, from its first token"
+POOLED = "the vector of the whole text, from its first token"
 
 
 @flax.struct.dataclass
 class Output:
-    logits: jax.Array  # [B, T, V] float32 ([B, N, V] when `logits_at` was given); None when `targets` were
+    logits: jax.Array  # [B, T, V] float32 ([B, N, V] with `logits_at`); None with `targets`
     hidden: jax.Array  # [B, T, D] after the final norm
-    pooled: jax.Array | None = None  # [B, T, D] what the pooler makes of each token; BERT uses the first
-    encoder: jax.Array | None = (
-        None  # [B, S, D] the encoder's hidden states, when it has just read its tokens
-    )
+    pooled: jax.Array | None = None  # [B, T, D], the pooler's output for each token; BERT uses the first
+    # [B, S, D], the encoder's hidden states, in the call that runs the encoder
+    encoder: jax.Array | None = None
     cache: Cache | None = None
     aux: dict = flax.struct.field(default_factory=dict)  # name -> WeightedSum
-    heads: dict = flax.struct.field(default_factory=dict)  # name of a readout of `cfg.heads` -> what it gives
-    # As `logits`, of the token after the next, of the one after that, ...; () with a cache. Under jit they are computed
-    # only when they are used
+    heads: dict = flax.struct.field(default_factory=dict)  # name of a readout of `cfg.heads` -> its output
+    # as `logits`, for the token after the next, the one after that, and so on; () with a cache. jit computes them only
+    # if they are used
     mtp_logits: tuple[jax.Array, ...] = ()
-    mtp_aux: dict = flax.struct.field(default_factory=dict)  # as `aux`, of the MTP modules' blocks
+    mtp_aux: dict = flax.struct.field(default_factory=dict)  # as `aux`, for the blocks of the MTP modules
     scores: TokenScores | None = None  # of `targets`, [B, T] float32
-    # As `scores`, in place of `mtp_logits`: module k's of the target k tokens ahead, of 0 beyond the row
+    # as `scores`, instead of `mtp_logits`: module k scores the target k tokens ahead, or target 0 beyond the row
     mtp_scores: tuple[TokenScores, ...] = ()
 
 
 class Requested(NamedTuple):
-    """What a call wants of the vocabulary; see `apply`."""
+    """The requested logits or scores; see `apply`."""
 
     targets: jax.Array | None = None
     logits_at: jax.Array | None = None
@@ -66,7 +65,7 @@ class Requested(NamedTuple):
 
 
 def init(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Fresh parameters, `cfg.param_dtype`; a nested dict of arrays."""
+    """New parameters in `cfg.param_dtype`, a nested dict of arrays."""
     return nn.meta.unbox(_init_boxed(cfg, key))
 
 
@@ -85,24 +84,24 @@ def apply(
     """Run the model.
 
     Args:
-      inputs: what the model reads, or bare token ids [B, T].
-      cache: keys and values of what came before; the one in the output holds these tokens too.
-      targets: [B, T] int32 ([B, N] with `logits_at`): `out.scores`, their log-probabilities, in place of logits. Large
-        logits are then never in memory.
-      logits_at: [B, N] int32 indices into T: logits at these tokens only.
-      score_options: what the scores of targets hold.
+      inputs: `Inputs`, or bare token ids [B, T].
+      cache: the state of earlier tokens; the cache in the output also has these tokens.
+      targets: [B, T] int32 ([B, N] with `logits_at`): returns `out.scores`, their log-probabilities, instead of logits.
+        Large logits are then never in memory.
+      logits_at: [B, N] int32 indices into T: returns logits at these tokens only.
+      score_options: what the scores of targets include.
       rules: sharding of activations, for use under `jax.set_mesh`.
-      train: routers with a capacity (mixture of depths or recursions, experts with slots) keep to it, which lets a
-        token depend on others of its row. Otherwise each token decides by itself, as it does with a cache.
+      train: routers (mixture of depths or recursions, experts with slots) apply their capacity, so a token depends on
+        others of its row. Otherwise each token is routed by itself, as with a cache.
 
     Raises:
-      TypeError, ValueError: inputs that this model does not read, or that do not fit together.
+      TypeError, ValueError: inputs that this model does not support, or that do not fit together.
     """
     inputs = Inputs.of(inputs)
     _check(cfg, inputs, cache)
     if targets is not None and logits_at is not None and cfg.mtp is not None and cache is None:
         raise ValueError(
-            "targets at the tokens of logits_at say nothing of the later ones that multi-token prediction scores. "
+            "targets at the tokens of logits_at lack the later targets that multi-token prediction scores. "
             "Give targets of all tokens, or a config with mtp=None."
         )
     module = Transformer(cfg, rules, train)
@@ -124,7 +123,7 @@ def param_shapes(cfg: ModelConfig) -> Params:
 
 
 def example_inputs(cfg: ModelConfig) -> Inputs:
-    """The smallest inputs that reach every parameter."""
+    """The smallest inputs that use every parameter."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     encoder_tokens = tokens if cfg.encoder is not None else None
     return Inputs(tokens, encoder_tokens=encoder_tokens, media=example_media(cfg.media))
@@ -157,9 +156,9 @@ def _check(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> None:
         mixers = {type(block.mixer).__name__ for block in cfg.blocks if block.mixer is not None}
         if cfg.byte_latent is not None or (unable := mixers - {"Attention", "LatentAttention"}):
             what = "byte-latent models" if cfg.byte_latent is not None else ", ".join(sorted(unable))
-            raise ValueError(f"inputs.prefix and inputs.spans are for attention alone, and not for {what}.")
+            raise ValueError(f"inputs.prefix and inputs.spans are only for attention, not for {what}.")
     if inputs.adapter_ids is not None and cfg.adapters is None:
-        raise ValueError("adapter_ids were given to a model whose config has no adapters.")
+        raise ValueError("adapter_ids were given to a model without adapters.")
 
 
 class Transformer(nn.Module):
@@ -222,12 +221,12 @@ class Transformer(nn.Module):
     def _encode(
         self, ctx: Context, embedding_VD: jax.Array, inputs: Inputs, info: TokenInfo
     ) -> tuple[TokenInfo, dict]:
-        """`info` with what the encoder makes of its tokens, where there are any."""
+        """`info` with the encoder's output, if the inputs have encoder tokens."""
         tokens_BS, encoder = inputs.encoder_tokens, self.cfg.encoder
         if tokens_BS is None or encoder is None:
             return info, {}
-        of_encoder = encoder_info(inputs)
-        encoded_BSD, aux = encoder.read(ctx, embedding_VD, self.cfg.embed_scale, of_encoder)
+        token_info = encoder_info(inputs)
+        encoded_BSD, aux = encoder.read(ctx, embedding_VD, self.cfg.embed_scale, token_info)
         return dataclasses.replace(
             info, encoder=encoded_BSD, encoder_segment_ids=inputs.encoder_segment_ids
         ), aux
@@ -241,14 +240,14 @@ class Transformer(nn.Module):
 
 
 def model_context(cfg: ModelConfig, rules: ShardingRules | None = None, train: bool = False) -> Context:
-    """What the modules of a model's blocks are built with."""
+    """The context of a model's blocks."""
     dtypes = jnp.dtype(cfg.dtype), jnp.dtype(cfg.param_dtype)
     modes = rules, cfg.scan, cfg.remat, train
     return Context(cfg.token_width, len(cfg.blocks), *dtypes, *modes, cfg.adapters)
 
 
 def final_norm_of(cfg: ModelConfig, ctx: Context) -> Callable[[jax.Array], jax.Array]:
-    """The norm of the last hidden state; the identity of a model without one. Call it within a compact method."""
+    """The norm of the last hidden state, or the identity. Call it within a compact method."""
     if cfg.final_norm is None:
         return lambda x_BTD: x_BTD
     return cfg.final_norm.module(ctx, "final_norm", role="the last hidden state")

@@ -33,15 +33,15 @@ def generate(
     """Continue each prompt; greedy at temperature 0.
 
     Args:
-      vocab_size: of the tokenizer. Ids from here on, which pad the model's vocabulary, are never drawn; None: all may.
-      encoder_prompts: what the encoder of an encoder-decoder reads, one for each prompt; a prompt then begins the
-        answer (T5: its padding token alone).
+      vocab_size: size of the tokenizer's vocabulary. Larger ids, which pad the model's, are never drawn; None: all may.
+      encoder_prompts: the encoder tokens of an encoder-decoder, one list for each prompt; a prompt then starts the
+        answer (T5: only its padding token).
 
     Returns:
-      the new token ids of each prompt, its stop token included when it was reached.
+      the new token ids of each prompt, with the stop token if it was reached.
 
     Raises:
-      ValueError: an empty prompt; an encoder, or an encoder-decoder without `encoder_prompts`.
+      ValueError: an empty prompt, an encoder, or an encoder-decoder without `encoder_prompts`.
     """
     if not prompts or any(len(p) == 0 for p in prompts):
         raise ValueError(
@@ -116,7 +116,7 @@ def _generate(cfg, vocab_size, params, tokens_BT, lengths_B, stops, max_new_toke
 
 
 def _in_rows(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Padded on the right to a power of two, so that there are few shapes to compile."""
+    """Prompts padded on the right to a power of two, to compile few shapes."""
     longest = max(1, *(len(p) for p in prompts))
     tokens = np.zeros((len(prompts), 1 << (longest - 1).bit_length()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

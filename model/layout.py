@@ -1,6 +1,6 @@
 """Two layouts of the same parameters: one group a block (unrolled), or equal neighbours stacked (scanned).
 
-Also `without_mtp`, for formats that have no place for it.
+Also `without_mtp`, for formats that do not support it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def relayout(cfg: ModelConfig, params: Params, *, scan: bool) -> tuple[ModelConf
 
 
 def without_mtp(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model, unrolled, without what says the tokens after the next one; every other output stays as it is."""
+    """The same model, unrolled, without MTP modules; all other outputs are the same."""
     cfg, params = relayout(cfg, params, scan=False)
     modules = mtp_blocks(cfg.mtp)
     return cfg.replace(mtp=None), {key: value for key, value in params.items() if key not in modules}

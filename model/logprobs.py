@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens and entropy, from logits, in float32 nats.
 
-`model.kernels.cross_entropy` has the same without logits in memory.
+`model.kernels.cross_entropy` computes the same without logits in memory.
 """
 
 # B batch, T tokens, V vocabulary
@@ -19,19 +19,19 @@ from model.kernels.derivatives import differentiable
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions:
-    """How targets are scored, and which scores are wanted beside log-probabilities."""
+    """How targets are scored, and the requested scores beside log-probabilities."""
 
     temperature: float = 1.0  # logits are divided by it, after any soft-cap
     entropy: bool = False
-    likeliest: bool = False  # the token with the highest logit; the first of equals
-    choices: int | None = None  # tokens from this one on are never the likeliest; None: all may be
+    likeliest: bool = False  # the token with the highest logit, the first one if several are equal
+    choices: int | None = None  # larger tokens are never the likeliest; None: all may be
 
     def choices_of(self, vocab_size: int) -> int:
         return vocab_size if self.choices is None else self.choices
 
 
 class TokenScores(NamedTuple):
-    """Of each target, float32 nats; all but `likeliest` have gradients."""
+    """Scores of each target, float32 nats; all but `likeliest` have gradients."""
 
     logprobs: jax.Array
     log_z: jax.Array  # log-sum-exp of the logits, for a z-loss
@@ -54,13 +54,13 @@ def scores_of_logits(
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log p(token) at each place, and the log-normaliser (logsumexp of the logits) for a z-loss; both [B, T].
+    """(log p(token), the logits' logsumexp for a z-loss), both [B, T].
 
-    The backward pass keeps one array of the logits' shape.
+    Saves one array of the logits' shape for the backward pass.
     """
     if not backend.for_cpu():
         return _by_hand(logits_BTV, tokens_BT)
-    # in the shape of the head's product, in whose place XLA puts what is made of it
+    # the shape of the head's product, so that XLA reuses its memory
     both_N = _by_hand(logits_BTV.reshape(-1, logits_BTV.shape[-1]), tokens_BT.reshape(-1))
     logprobs_BT, log_z_BT = (x_N.reshape(tokens_BT.shape) for x_N in both_N)
     return logprobs_BT, log_z_BT
@@ -70,9 +70,10 @@ def _forward(logits_BTV: jax.Array, tokens_BT: jax.Array):
     chosen_BT = jnp.take_along_axis(logits_BTV, tokens_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)
     wide_BTV = logits_BTV.astype(jnp.float32)
     top_BT1 = cpu.row_max(lambda x: x, wide_BTV)
-    top_BT1 = jnp.maximum(top_BT1, chosen_BT[..., None])  # as it is, but so the chosen logits are read first
+    # the same value, but so the chosen logits are read first
+    top_BT1 = jnp.maximum(top_BT1, chosen_BT[..., None])
     top_BT1 = jnp.where(jnp.isfinite(top_BT1), top_BT1, 0)
-    weights_BTV = jnp.exp(wide_BTV - top_BT1)  # in the place of the logits, which nothing reads any more
+    weights_BTV = jnp.exp(wide_BTV - top_BT1)  # reuses the memory of the logits, which are no longer needed
     total_BT1 = cpu.row_sum(weights_BTV)
     log_z_BT = (jnp.log(total_BT1) + top_BT1)[..., 0]
     like_logits = jnp.zeros((), logits_BTV.dtype)

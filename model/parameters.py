@@ -1,4 +1,4 @@
-"""What a model says of each of its parameters, as its modules declare them with `model.blocks.common.param`."""
+"""The metadata of a model's parameters, as modules declare them with `model.blocks.common.param`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from model.function import Params, _boxed_shapes
 
 @dataclasses.dataclass(frozen=True)
 class ParamInfo:
-    """One parameter, as it is declared."""
+    """A parameter's metadata."""
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: Axes  # logical names
-    input_axes: tuple[int, ...]  # of a linear map, the places of its inputs; () of everything else
+    input_axes: tuple[int, ...]  # indices of a linear map's input axes; () for other parameters
     role: str  # what it does in the model
-    decays: bool  # whether weight decay shrinks it
-    order: int  # how many are made before it, in its block or, outside the blocks, in the model
+    decays: bool  # whether it has weight decay
+    order: int  # the number of parameters made before it in its block or, outside blocks, in the model
     is_weight: bool  # whether it may be quantized
 
     def of_layer(self) -> ParamInfo:
-        """The same without a leading axis of layers."""
+        """The metadata without a leading axis of layers."""
         if self.axes[:1] != ("layers",):
             return self
         input_axes = tuple(i - 1 for i in self.input_axes)
@@ -34,7 +34,7 @@ class ParamInfo:
 
     @property
     def lead(self) -> int:
-        """How many axes at the start are of layers, experts and adapters."""
+        """The number of leading axes of layers, experts and adapters."""
         return leading_axes(self.axes)
 
 

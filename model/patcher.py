@@ -1,4 +1,4 @@
-"""A small model of bytes, trained as any other, becomes the patcher of a byte-latent model.
+"""Makes a small byte model, trained like any other, the patcher of a byte-latent model.
 
 Pagnoni et al. 2024, arXiv:2412.09871, section 2.3.
 """
@@ -17,20 +17,17 @@ from model.layout import relayout
 def with_patcher(
     cfg: ModelConfig, params: Params, patcher_cfg: ModelConfig, patcher_params: Params, **options
 ) -> tuple[ModelConfig, Params]:
-    """The byte-latent model with that patcher in the place of its own, and its parameters.
+    """(the byte-latent model with this patcher, its parameters).
 
     Args:
-      patcher_cfg: of the same bytes; blocks, final norm and head are all that it may have.
-      options: further fields of `EntropyPatcher`: `threshold` and `rule`; default: those of the patcher that was there,
-        if it went by entropy too.
+      patcher_cfg: a model of the same bytes with only blocks, final norm and head.
+      options: `threshold` and `rule` of `EntropyPatcher`; default: those of the old patcher, if it has them.
 
     Raises:
-      ValueError: names what is in the way.
+      ValueError: names the part that a patcher cannot have.
     """
     if cfg.byte_latent is None:
-        raise ValueError(
-            "a patcher was given to a model that is not byte-latent (its config has no byte_latent)."
-        )
+        raise ValueError("a patcher needs a byte-latent model, and this one has no byte_latent.")
     if why := difference(patcher_cfg, _plain(cfg, patcher_cfg)):
         raise ValueError(f"a patcher of this model {why}.")
     fields = patcher_cfg.width, patcher_cfg.blocks, patcher_cfg.final_norm, patcher_cfg.tied_head
@@ -45,7 +42,7 @@ def with_patcher(
 
 
 def _plain(cfg: ModelConfig, patcher_cfg: ModelConfig) -> ModelConfig:
-    """The nearest model that a patcher can be."""
+    """The nearest model that a patcher supports."""
     return ModelConfig(
         cfg.vocab_size,
         patcher_cfg.width,

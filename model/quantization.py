@@ -1,4 +1,4 @@
-"""Quantize the linear maps of a model after training, and widen them again."""
+"""Quantizes the linear maps of a trained model, and dequantizes them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ def quantize(
     block: int | Literal["all"] | None = None,
     targets: tuple[str, ...] = ("*",),
 ) -> Params:
-    """Rounds linear maps to few bits, each block of inputs of an output by its own scale; `apply` takes the result.
+    """Rounds linear maps to few bits, with a scale for each block of inputs of an output; `apply` takes the result.
 
     Args:
       kind: "int8", "fp8", "int4", "mxfp4" or "nf4".
-      block: inputs that share a scale; None: the format's; "all": one scale an output, as the grouped kernel for
-        experts wants it.
-      targets: a map's name ("q") or its path within the block ("mixer/q"), with `*` and `?` for any. Routers and
-        embeddings, a tied head among them, stay as they are.
+      block: inputs that share a scale; None: the format's; "all": one scale an output, as the experts' kernel needs.
+      targets: a map's name ("q") or its path within the block ("mixer/q"), with the wildcards `*` and `?`. Routers and
+        embeddings, including a tied head, are not quantized.
 
     Raises:
-      ValueError: a kind that is unknown, a target that is no linear map or is quantized already, or a block that does
-        not fit one; names it.
+      ValueError: an unknown kind, a target that is no linear map or is already quantized, or a block that does not fit.
     """
     if kind not in FORMATS:
         raise ValueError(f"kind={kind!r} is no format of weights. Use one of {', '.join(FORMATS)}.")
@@ -52,13 +50,13 @@ def quantize(
 
 
 def dequantize(params: Params, dtype: Any = jnp.float32) -> Params:
-    """The tree with an array in place of each quantized weight; other arrays stay as they are."""
+    """The tree with each quantized weight as an array; other arrays are unchanged."""
     widen = lambda leaf: leaf.dense(dtype) if is_quantized(leaf) else leaf
     return jax.tree.map(widen, params, is_leaf=is_quantized)
 
 
 def scale_blocks(sizes: tuple[int, ...], block: int) -> tuple[int, ...] | None:
-    """How many blocks there are along each axis of inputs, the last axis filled first; None: the block does not fit."""
+    """The number of blocks along each input axis, the last axis filled first; None: the block does not fit."""
     counts = []
     for size in reversed(sizes):
         part = math.gcd(block, size)
@@ -70,7 +68,7 @@ def scale_blocks(sizes: tuple[int, ...], block: int) -> tuple[int, ...] | None:
 
 
 def _matches(infos: dict[Path, ParamInfo], target: str) -> Iterator[Path]:
-    """The weights that a target names."""
+    """The weights that match a target."""
     named = [path for path in infos if any(fnmatch.fnmatchcase(name, target) for name in _names(path))]
     weights = [path for path in named if infos[path].is_weight]
     if not weights:
@@ -93,7 +91,7 @@ def _quantized(
 ) -> Quantized:
     name = "/".join(path)
     if is_quantized(array):
-        raise ValueError(f"{name} is quantized already, as {array.kind}.")
+        raise ValueError(f"{name} is already quantized, as {array.kind}.")
     sizes = tuple(info.shape[i] for i in info.input_axes)
     inputs = math.prod(sizes)
     block = inputs if block == "all" else block or FORMATS[kind].block

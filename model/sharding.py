@@ -1,7 +1,7 @@
-"""Sharding is a table: logical axis names of parameters and activations, each mapped to mesh axes.
+"""Sharding is a table that maps logical axis names of parameters and activations to mesh axes.
 
-Layers name their axes ("embed", "heads", "batch"); `ShardingRules` says which mesh axes carry each name. A change
-of parallelism changes the table and the mesh, never a layer.
+Layers name their axes ("embed", "heads", "batch"); `ShardingRules` maps each name to mesh axes. To change the
+parallelism, change the table and the mesh, never a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """For each logical axis, the mesh axes that split it; () keeps it whole on every device."""
+    """The mesh axes that split each logical axis; (): every device has the whole axis."""
 
     # activations
     batch: Axes = ("data", "fsdp")
@@ -49,7 +49,7 @@ class ShardingRules:
     layers: Axes = ("stage",)
 
     def spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
-        """Logical names, one for each array axis (None: whole), to a `PartitionSpec` over mesh axes."""
+        """The `PartitionSpec` of logical names, one for each array axis (None: whole)."""
         return PartitionSpec(*(self._mesh_axes(name) for name in names))
 
     def _mesh_axes(self, name: str | None) -> Axes | None:
@@ -63,7 +63,7 @@ class ShardingRules:
 
 
 def constrain(x: jax.Array, rules: ShardingRules | None, *names: str | None) -> jax.Array:
-    """Fix the layout of an activation on the mesh set with `jax.set_mesh`; the identity without rules."""
+    """Constrain the sharding of an activation on the mesh of `jax.set_mesh`; the identity without rules."""
     if rules is None:
         return x
     return jax.lax.with_sharding_constraint(x, rules.spec(names))
@@ -74,14 +74,14 @@ def named_sharding(mesh: Mesh, rules: ShardingRules, names: tuple[str | None, ..
 
 
 def check_divisible(shapes, axes, rules: ShardingRules, mesh: Mesh) -> None:
-    """Every array axis must divide by the devices that split it.
+    """Check that the devices divide every array axis that they split.
 
     Args:
       shapes: tree of arrays or ShapeDtypeStructs.
       axes: the same tree with a tuple of logical names at each leaf (see `model.logical_axes`).
 
     Raises:
-      ConfigError: names the parameter, its axis, the mesh axes and the sizes that would do.
+      ConfigError: names the parameter, its axis, the mesh axes and possible sizes.
     """
 
     def check(path, names, leaf):

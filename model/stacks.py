@@ -1,7 +1,7 @@
 """A stack is a tuple of blocks; its parameters are grouped in runs, one for each block or one for equal neighbours.
 
-A model's own blocks are one stack. An encoder, the patcher and the local encoder and decoder of a byte-latent model are
-others, each with its parameters under its own name.
+A model's own blocks are the main stack. Encoders, patchers, and the local encoder and decoder of a byte-latent model
+are other stacks, with their parameters under their names.
 """
 
 # B batch, T tokens, D model width
@@ -32,14 +32,14 @@ class Run(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Blocks that run one after the other."""
+    """Blocks that run in order."""
 
-    name: str  # the key of its parameters and of its part of the cache; "" for the model's own blocks, which need none
+    name: str  # the key in parameters and cache; "" for the main stack, which has no key
     blocks: tuple[Block, ...]
-    last_apart: bool = False  # when scanned, the last block is a run of its own
+    last_apart: bool = False  # with `scan`, the last block is a separate run
 
     def runs(self, scan: bool) -> list[Run]:
-        """In order; equal neighbours together when scanned."""
+        """The runs in order; with `scan`, equal neighbours are one run."""
         if not scan:
             return [Run(f"block_{i}", block, range(i, i + 1)) for i, block in enumerate(self.blocks)]
         runs, start = [], 0
@@ -51,25 +51,25 @@ class Stack:
         return runs
 
     def part_of(self, tree: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The stack's own part of a model's parameters, their axes or the layers of a cache."""
+        """The stack's part of a model's parameters, of their axes, or of a cache's layers."""
         return tree if tree is None or not self.name else tree[self.name]
 
     def as_part(self, part: dict[str, Any]) -> dict[str, Any]:
-        """The inverse of `part_of`: to be merged with the parts of other stacks."""
+        """The inverse of `part_of`; merge it with the parts of other stacks."""
         return {self.name: part} if self.name else part
 
 
 class StackModule(nn.Module):
-    """A stack whose parameters are under the module's name, with a norm after its last block."""
+    """A stack with a norm after its last block, and its parameters under the module's name."""
 
     stack: Stack
     ctx: Context
     final_norm: Norm | None = None
-    role: str = "the last hidden state"  # of what the norm reads
+    role: str = "the last hidden state"  # width of the norm's input
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, states: dict | None, info: TokenInfo):
-        """(x [B, T, D], the runs' new states, what the blocks report)."""
+        """(x [B, T, D], the runs' new states, the blocks' `Report`)."""
         x_BTD, states, more = run_stack(self.ctx, self.stack, x_BTD, states, info)
         if self.final_norm is not None:
             x_BTD = self.final_norm.module(self.ctx, "final_norm", role=self.role)(x_BTD)
@@ -77,16 +77,16 @@ class StackModule(nn.Module):
 
 
 class Trunk(NamedTuple):
-    """The blocks' work, between the embedding and the final norm."""
+    """The output of the blocks, before the final norm."""
 
-    before_last: jax.Array  # what the last block reads; of a byte-latent model what the local encoder reads
-    x_BTD: jax.Array  # what comes out of the last block
+    before_last: jax.Array  # input of the last block; in a byte-latent model, input of the local encoder
+    x_BTD: jax.Array  # output of the last block
     states: dict[str, Any]  # the new layers of the cache
     more: Report
 
 
 def run_trunk(ctx: Context, stack: Stack, x_BTD: jax.Array, layers: dict | None, info: TokenInfo) -> Trunk:
-    """As `run_stack`, with what the last run of blocks reads, for multi-token prediction."""
+    """As `run_stack`, with the input of the last run, for multi-token prediction."""
     *runs, last = stack.runs(ctx.scan)
     x, states, more = run_blocks(ctx, runs, stack.blocks[0].residual.begin(x_BTD), layers, info)
     info = dataclasses.replace(info, carry=more.carry)
@@ -97,7 +97,7 @@ def run_trunk(ctx: Context, stack: Stack, x_BTD: jax.Array, layers: dict | None,
 def run_stack(
     ctx: Context, stack: Stack, x_BTD: jax.Array, states: dict | None, info: TokenInfo
 ) -> tuple[jax.Array, dict, Report]:
-    """As `run_blocks`, from the stack's first block to its last, with the residual stream begun and ended."""
+    """Runs all blocks of a stack, from the start of the residual stream to its end; see `run_blocks`."""
     x = stack.blocks[0].residual.begin(x_BTD)
     x, states, more = run_blocks(ctx, stack.runs(ctx.scan), x, states, info)
     return stack.blocks[-1].residual.end(x), states, more
@@ -106,7 +106,7 @@ def run_stack(
 def run_blocks(
     ctx: Context, runs: list[Run], x: jax.Array, states: dict | None, info: TokenInfo
 ) -> tuple[jax.Array, dict, Report]:
-    """Runs the blocks; returns the residual stream, each run's new state, and what the blocks report and share.
+    """Runs the blocks; returns the residual stream, each run's new state, and the blocks' `Report`.
 
     Call it within a compact method: the runs become submodules of the calling module.
     """
@@ -126,10 +126,8 @@ def run_blocks(
 def _run_module(ctx: Context, name: str, block: Block, count: int):
     if not ctx.scan:
         return _traced_once(ctx.remat)(block, ctx, name=name)
-    inputs: Any = (
-        0,
-        nn.broadcast,
-    )  # states by layer, the tokens' info whole; flax takes a tuple, its types do not
+    # states are scanned, `info` is not; flax accepts a tuple here, its types do not
+    inputs: Any = (0, nn.broadcast)
     scanned = nn.scan(
         rematerialised(BlockModule, ctx.remat, scan=True),
         variable_axes={"params": 0, "intermediates": 0},
@@ -143,5 +141,5 @@ def _run_module(ctx: Context, name: str, block: Block, count: int):
 
 @functools.cache
 def _traced_once(remat: str) -> type[nn.Module]:
-    """Equal blocks are traced and lowered once, however many there are; a compiler sees each in its place."""
+    """A block in a jit, so that equal blocks are traced and lowered once; the compiler sees each of them."""
     return nn.jit(rematerialised(BlockModule, remat, scan=False))

@@ -1,4 +1,4 @@
-"""A sum and its weight: what every loss and every metric is, until the trainer or the log divides."""
+"""`WeightedSum`: losses and metrics are a sum and its weight until the trainer or the log divides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WeightedSum:
 
     @classmethod
     def one(cls, value: jax.Array) -> WeightedSum:
-        """A value that counts once a batch."""
+        """A value with weight 1 for each batch."""
         return cls(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
 
     def mean(self) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The weight of a linear map: an array, or an array of few bits with scales, and the one product of both kinds.
+"""Weights of linear maps, arrays or quantized ones, and their product.
 
-A quantized weight lies among the parameters in place of the array that it stands for, with that array's shape and axes.
-It is frozen: products have a gradient for what is multiplied, none for the weight. LLM.int8(), Dettmers et al. 2022,
+A quantized weight replaces an array among the parameters, with the same shape and axes. It is frozen: a product has a
+gradient for x, not for the weight. LLM.int8(), Dettmers et al. 2022,
 arXiv:2208.07339; QLoRA (NF4), Dettmers et al. 2023, arXiv:2305.14314; MXFP4, OCP Microscaling Formats 1.0, 2023.
 """
 
@@ -31,18 +31,17 @@ BITS = {"int8": 8, "fp8": 8, "int4": 4, "mxfp4": 4, "nf4": 4}
 
 @flax.struct.dataclass
 class Quantized:
-    """Values of few bits, and a scale for each block of inputs of an output.
+    """Values of few bits, with a scale for each block of inputs of an output.
 
-    Along an axis of inputs there are as many scales as there are blocks, along other axes as many as values; blocks run
-    along the last axis of inputs first. So layers and experts can be taken apart, and a mesh splits both alike.
+    Along an input axis there is a scale for each block, along other axes a scale for each value; blocks run along the
+    last input axis first. So layers and experts can be sliced, and a mesh splits values and scales in the same way.
     """
 
-    values: jax.Array  # of the parameter's shape, in the format's dtype
+    values: jax.Array  # the parameter's shape, the format's dtype
     scales: jax.Array  # float32
     kind: Kind = flax.struct.field(pytree_node=False)
-    inputs: tuple[int, ...] = flax.struct.field(
-        pytree_node=False
-    )  # places of its inputs, counted from the last axis
+    # input axes, counted from the last axis (negative)
+    inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,23 +57,23 @@ class Quantized:
 
     @property
     def block(self) -> int:
-        """Inputs that share a scale."""
+        """The number of inputs that share a scale."""
         return math.prod(self.shape[i] // self.scales.shape[i] for i in self.inputs)
 
     @property
     def nbytes(self) -> int:
-        """Of its values, packed, and its scales."""
+        """Bytes of the packed values and the scales."""
         return self.values.size * BITS[self.kind] // 8 + self.scales.size * 4
 
     def dense(self, dtype: Any) -> jax.Array:
-        """The array that it stands for."""
+        """The dequantized array."""
         grid = [(n, size // n) for n, size in zip(self.scales.shape, self.shape, strict=True)]
         values = widen(self.values, self.kind).reshape([part for pair in grid for part in pair])
         scales = jax.lax.stop_gradient(self.scales).reshape([part for n, _ in grid for part in (n, 1)])
         return (values * scales).reshape(self.shape).astype(dtype)
 
     def matrix(self) -> QuantizedMatrix:
-        """[I, O] with its inputs and its other axes folded into one each."""
+        """The weight as [I, O], with all input axes in one and all others in one."""
         places = [i % self.ndim for i in self.inputs]
         order = places + [i for i in range(self.ndim) if i not in places]
         inputs = math.prod(self.shape[i] for i in places)
@@ -84,7 +83,7 @@ class Quantized:
         return QuantizedMatrix(values_IO, scales.transpose(order).reshape(blocks, -1), self.kind)
 
     def of_outputs(self, last: slice) -> Quantized:
-        """Some of its last axis, which is no input."""
+        """A slice of the last axis, which is not an input."""
         return dataclasses.replace(self, values=self.values[..., last], scales=self.scales[..., last])
 
 
@@ -97,35 +96,39 @@ def dense(weight: Weight, dtype: Any) -> jax.Array:
 
 
 def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)`, in `dtype` or that of `x`, added up in float32 where the weight is quantized.
+    """`jnp.einsum(spec, x, weight)` in `dtype` or that of `x`; with a quantized weight, summed in float32.
 
-    The quantized kernel multiplies rows by a weight's inputs. Where `spec` wants anything else, and where a mesh of
-    several devices is set, it is the plain product with the widened array, which the compiler fuses as it can.
+    The quantized kernel multiplies rows by all inputs of a weight. For another `spec`, and on a mesh of several
+    devices, it is the plain product with the dequantized array.
     """
     if not isinstance(weight, Quantized):
         return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
     x = x if dtype is None else x.astype(dtype)
-    (of_x, of_w), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
-    inputs = "".join(of_w[i] for i in weight.inputs)
-    outputs = "".join(letter for letter in of_w if letter not in inputs)
+    (x_axes, w_axes), y_axes = spec.split("->")[0].split(","), spec.split("->")[1]
+    inputs = "".join(w_axes[i] for i in weight.inputs)
+    outputs = "".join(letter for letter in w_axes if letter not in inputs)
     is_map = (
-        set(inputs) <= set(of_x) - set(of_y) and not set(outputs) & set(of_x) and set(outputs) <= set(of_y)
+        set(inputs) <= set(x_axes) - set(y_axes)
+        and not set(outputs) & set(x_axes)
+        and set(outputs) <= set(y_axes)
     )
     if not is_map or mesh.ways(tuple(mesh.mesh_axes())) > 1:
         return jnp.einsum(spec, x, weight.dense(x.dtype), preferred_element_type=dtype)
-    sizes = dict(zip(of_x + of_w, x.shape + weight.shape))
-    rows = "".join(letter for letter in of_x if letter not in inputs)
-    x_MI = jnp.einsum(f"{of_x}->{rows}{inputs}", x).reshape(-1, math.prod(sizes[i] for i in inputs))
+    sizes = dict(zip(x_axes + w_axes, x.shape + weight.shape))
+    rows = "".join(letter for letter in x_axes if letter not in inputs)
+    x_MI = jnp.einsum(f"{x_axes}->{rows}{inputs}", x).reshape(-1, math.prod(sizes[i] for i in inputs))
     y_MO = quantized_matmul(x_MI, weight.matrix())
     y = y_MO.reshape([sizes[letter] for letter in rows + outputs])
-    return jnp.einsum(f"{rows}{outputs}->{of_y}", y)
+    return jnp.einsum(f"{rows}{outputs}->{y_axes}", y)
 
 
 def grouped_product(
     split: Split, x_MI: jax.Array, weight: Weight, sizes_E: jax.Array, names: tuple[str | None, str | None]
 ) -> jax.Array:
-    """`grouped_on_mesh` of a weight [E, I, O]. The grouped kernel reads 8 bits with one scale an output as they are,
-    on one device; other quantized weights are widened first."""
+    """`grouped_on_mesh` of a weight [E, I, O].
+
+    On one device the grouped kernel reads 8-bit weights with one scale an output; others are dequantized first.
+    """
     if not isinstance(weight, Quantized):
         return grouped_on_mesh(split, x_MI, weight, sizes_E, names)
     if not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
@@ -154,14 +157,12 @@ _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
 def scale_axes(names: tuple[Any, ...], weight: Quantized) -> tuple[Any, ...]:
-    """Axes of the scales, logical ones or those of a mesh: the weight's own, but none where one scale is for a whole
-    axis."""
+    """The scales' axes, logical or of a mesh: those of the weight, or None if one scale is for a whole axis."""
     return tuple(None if n == 1 else name for name, n in zip(names, weight.scales.shape, strict=True))
 
 
 def shardings_like(params: Any, shardings: Any) -> Any:
-    """A tree of shardings like that of dense parameters, for parameters some of which are quantized: scales are split
-    as their weight is."""
+    """The shardings of a tree with quantized weights, from those of dense parameters; scales are split like weights."""
 
     def of_leaf(leaf: Any, sharding: Any) -> Any:
         if not is_quantized(leaf) or is_quantized(sharding):
@@ -176,8 +177,10 @@ def shardings_like(params: Any, shardings: Any) -> Any:
 
 
 def in_whole_bytes(params: Any) -> Any:
-    """int4 arrays on CPUs as int8, the very bytes that they have there: JAX compares their layouts wrongly when a
-    program is called that was compiled ahead of time."""
+    """int4 arrays on CPUs as int8, with the same bytes.
+
+    JAX compares the layouts of int4 wrongly when it calls a program that was compiled ahead of time.
+    """
 
     def of_leaf(x: Any) -> Any:
         if not isinstance(x, jax.Array) or x.dtype != jnp.int4 or next(iter(x.devices())).platform != "cpu":
@@ -188,5 +191,5 @@ def in_whole_bytes(params: Any) -> Any:
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf of parameters is quantized; as `is_leaf` it keeps `jax.tree.map` out of it."""
+    """Whether a leaf of parameters is quantized; also an `is_leaf` for `jax.tree.map`."""
     return isinstance(leaf, Quantized)

@@ -87,5 +87,5 @@ def _changes(key: str, old: Any, new: Any) -> list[str]:
 
 
 def _folders(spec: DataSpec) -> Iterable[str]:
-    mixtures = [spec.whole_mixture()] + ([Mixture((Phase(spec.validation),))] if spec.validation else [])
-    return dict.fromkeys(folder for mixture in mixtures for folder in sources_of(mixture))
+    data_mixtures = [spec.whole_mixture()] + ([Mixture((Phase(spec.validation),))] if spec.validation else [])
+    return dict.fromkeys(folder for each in data_mixtures for folder in sources_of(each))

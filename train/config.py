@@ -251,9 +251,8 @@ class SampleSpec:
 class TrainConfig:
     """One training run: an objective on a data mixture."""
 
-    objective: Literal["lm", "dpo"] = (
-        "lm"  # lm: pretraining and fine-tuning; the dataset's mask selects the tokens
-    )
+    # lm: pretraining and fine-tuning; the dataset's mask selects the tokens
+    objective: Literal["lm", "dpo"] = "lm"
     init_from: str | None = None  # run folder, checkpoint, Hugging Face folder or GGUF file to start from
     tokenizer: str | None = None  # default: the tokenizer of init_from
     steps: int = 1000

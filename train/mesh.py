@@ -104,8 +104,8 @@ def rows_here(mesh: Mesh, rules: ShardingRules, rows: int, process: int | None =
     process = jax.process_index() if process is None else process
     sharding = NamedSharding(mesh, rules.spec(("batch",)))
     taken: dict[int, set[tuple[int, int]]] = {}
-    for device, (of_rows,) in sharding.devices_indices_map((rows,)).items():
-        start, stop, _ = of_rows.indices(rows)
+    for device, (device_rows,) in sharding.devices_indices_map((rows,)).items():
+        start, stop, _ = device_rows.indices(rows)
         taken.setdefault(device.process_index, set()).add((start, stop))
     size = rows // len({min(spans) for spans in taken.values()})
     first = min(start for start, _ in taken[process])

@@ -68,8 +68,8 @@ class Block:
     def active_share(self, path: str) -> float:
         """The share of a parameter that one token uses; `path` is within the block."""
         part, _, rest = path.partition("/")
-        of_part = getattr(getattr(self, part, None), "active_share", None)
-        return 1.0 if of_part is None else of_part(rest)
+        share = getattr(getattr(self, part, None), "active_share", None)
+        return 1.0 if share is None else share(rest)
 
     def flops_per_token(self, width: int, seq_len: int) -> float:
         """Mean FLOPs of the forward pass over a row of `seq_len` tokens."""

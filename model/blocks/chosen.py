@@ -154,27 +154,27 @@ def run_chosen(
     module: BlockModule, chosen: Chosen, x_BTD: jax.Array, state: dict | None, info: TokenInfo
 ) -> tuple[jax.Array, dict | None, dict]:
     """(the block's change of each chosen token [B, M, D], its state, its losses and metrics)."""
-    of_chosen, filled = chosen.info(info), {}
+    chosen_info, filled = chosen.info(info), {}
     if state is not None and FILLED in state:
-        filled_NZ, of_chosen = _fill(state[FILLED], info, of_chosen)
+        filled_NZ, chosen_info = _fill(state[FILLED], info, chosen_info)
         filled = {FILLED: filled_NZ}
         state = {key: value for key, value in state.items() if key != FILLED}
     read_BMD = chosen.take(x_BTD)
-    made_BMD, (state, more) = module(read_BMD, state, of_chosen)
+    made_BMD, (state, more) = module(read_BMD, state, chosen_info)
     aux = more.aux
     if "loss" in aux:  # a mean over all tokens, not over the chosen ones, so that parts of a batch add up
-        parts = aux["loss"].weight / jnp.maximum(token_weights(of_chosen, chosen.real_BM).sum(), 1e-9)
+        parts = aux["loss"].weight / jnp.maximum(token_weights(chosen_info, chosen.real_BM).sum(), 1e-9)
         everyone = token_weights(info, real_tokens(info)).sum()
         aux = aux | {"loss": WeightedSum(aux["loss"].total, parts * everyone)}
     return made_BMD - read_BMD, None if state is None else state | filled, aux
 
 
-def _fill(filled_NZ: jax.Array, info: TokenInfo, of_chosen: TokenInfo) -> tuple[jax.Array, TokenInfo]:
+def _fill(filled_NZ: jax.Array, info: TokenInfo, chosen_info: TokenInfo) -> tuple[jax.Array, TokenInfo]:
     """(the slots that hold a token after this call, the chosen tokens' info with them).
 
     Every real token writes whether it was chosen, which clears what an earlier row left in a page.
     """
     filled_NZ = filled_NZ.at[info.write_page, info.write_slot].set(False, mode="drop")
-    filled_NZ = filled_NZ.at[of_chosen.write_page, of_chosen.write_slot].set(True, mode="drop")
+    filled_NZ = filled_NZ.at[chosen_info.write_page, chosen_info.write_slot].set(True, mode="drop")
     filled_BS = gather(filled_NZ, cast(jax.Array, info.page_table))
-    return filled_NZ, dataclasses.replace(of_chosen, slots_filled=filled_BS)
+    return filled_NZ, dataclasses.replace(chosen_info, slots_filled=filled_BS)

@@ -109,9 +109,8 @@ class TokenInfo:
     positions: jax.Array  # [B, T] int32
     segment_ids: jax.Array | None  # [B, T] int32, 0 is padding
     page_table: jax.Array | None = None  # [B, P] int32, set when there is a cache
-    write_page: jax.Array | None = (
-        None  # [B, T] int32, the cache page of each token; out of range: not written
-    )
+    # [B, T] int32, the cache page of each token; out of range: not written
+    write_page: jax.Array | None = None
     write_slot: jax.Array | None = None  # [B, T] int32, the slot within that page
     rows: jax.Array | None = None  # [B] int32, the row of a recurrent state; set when there is a cache
     encoder: jax.Array | None = None  # [B, S, D], the encoder's output, in the call that runs the encoder
@@ -126,9 +125,8 @@ class TokenInfo:
     # [B] int32, tokens of the row that the cache already holds, when the new tokens directly follow them and have
     # padding only before and after; None: the new tokens may have any positions
     cached: jax.Array | None = None
-    tokens: jax.Array | None = (
-        None  # [B, T] int32, for blocks that read token ids; None in blocks over patches
-    )
+    # [B, T] int32, for blocks that read token ids; None in blocks over patches
+    tokens: jax.Array | None = None
     rope_positions: jax.Array | None = None  # [B, T, A] int32, positions of A axes; None: `positions`
     prefix: jax.Array | None = None  # [B] or [B, T] int32, see `Inputs`
     spans: jax.Array | None = None  # [B, T] int32, see `Inputs`

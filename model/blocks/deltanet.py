@@ -126,9 +126,8 @@ class KimiDeltaAttention:
     head_dim: int
     conv_width: int = 4
     norm_eps: float = 1e-5
-    decay_lower_bound: float | None = (
-        None  # log decay = bound * sigmoid(...), instead of -exp(A_log) softplus(...)
-    )
+    # log decay = bound * sigmoid(...), instead of -exp(A_log) softplus(...)
+    decay_lower_bound: float | None = None
 
     def module(self, ctx: Context, name: str) -> nn.Module:
         return KimiDeltaAttentionModule(self, ctx, name=name)

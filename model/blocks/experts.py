@@ -105,10 +105,10 @@ class Experts(nn.Module):
         for n in range(1 if layout.adapter is None else adapters.slots):
             inner = layout.multiply(x, a_ENIR[:, n], (names[0], None))
             low_rank = layout.multiply(inner, b_ENRO[:, n] * adapters.scale, (None, names[1]))
-            of_n = y + low_rank.astype(y.dtype)
+            adapted = y + low_rank.astype(y.dtype)
             if gain_ENO is not None:
-                of_n *= layout.spread(gain_ENO[:, n], names[1])
-            result = of_n if layout.adapter is None else jnp.where(layout.adapter == n, of_n, result)
+                adapted *= layout.spread(gain_ENO[:, n], names[1])
+            result = adapted if layout.adapter is None else jnp.where(layout.adapter == n, adapted, result)
         return result
 
 

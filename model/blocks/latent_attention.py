@@ -40,9 +40,8 @@ class LatentAttention:
     rope: Rope = Rope(interleaved=True)
     norm: Norm = RMSNorm(1e-6)  # applied to both latents
     bias: bool = False  # biases of the maps from and to the model's width, except queries without a latent
-    scale: float | None = (
-        None  # multiplies the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
-    )
+    # multiplies the scores; None: (nope_dim + rope_dim) ** -0.5, without YaRN's factor
+    scale: float | None = None
     groups: int = 1  # groups of heads, each with its own latent in the cache
 
     def __post_init__(self):
@@ -65,9 +64,9 @@ class LatentAttention:
 
         In quantized pages the rotated key stays in bfloat16, as in DeepSeek's FlashMLA: it is small and not normalized.
         """
-        of_rope = jnp.dtype("bfloat16") if is_quantized(dtype) else dtype
+        rope_dtype = jnp.dtype("bfloat16") if is_quantized(dtype) else dtype
         latent = empty_pages("latent", num_pages, page_size, self.groups, self.kv_rank, dtype)
-        return latent | empty_pages("k_rope", num_pages, page_size, self.groups, self.rope_dim, of_rope)
+        return latent | empty_pages("k_rope", num_pages, page_size, self.groups, self.rope_dim, rope_dtype)
 
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
         heads = "act_kv_heads" if self.groups > 1 else None

@@ -78,26 +78,26 @@ class LinearMap(NamedTuple):
         """The einsum `spec` of x and the weight; the first letter of x is the row, "R" is the adapters' rank."""
         if self.adapter is None:
             return matmul(x, self.weight, spec)
-        (of_x, of_w), of_y = spec.split("->")[0].split(","), spec.split("->")[1]
-        ins, outs, (a, b, gain) = of_w[: self.inputs], of_w[self.inputs :], self.adapter
-        row = of_x[0] if a.ndim > self.inputs + 1 else ""
-        gained = set(outs) <= set(of_y)
+        (x_axes, w_axes), y_axes = spec.split("->")[0].split(","), spec.split("->")[1]
+        ins, outs, (a, b, gain) = w_axes[: self.inputs], w_axes[self.inputs :], self.adapter
+        row = x_axes[0] if a.ndim > self.inputs + 1 else ""
+        gained = set(outs) <= set(y_axes)
         if gain is not None and not gained:
-            x = jnp.einsum(f"{of_x},{row}{outs}->{of_x}", x, gain)
-        low_rank = f"{of_x},{row}{ins}R,{row}R{outs}->{of_y}"
+            x = jnp.einsum(f"{x_axes},{row}{outs}->{x_axes}", x, gain)
+        low_rank = f"{x_axes},{row}{ins}R,{row}R{outs}->{y_axes}"
         y = matmul(x, self.weight, spec) + jnp.einsum(low_rank, x, a, b)
         if gain is not None and gained:
-            y = jnp.einsum(f"{of_y},{row}{outs}->{of_y}", y, gain)
+            y = jnp.einsum(f"{y_axes},{row}{outs}->{y_axes}", y, gain)
         return y
 
-    def part(self, of_last: slice) -> LinearMap:
+    def part(self, outputs: slice) -> LinearMap:
         """The map to a slice of the outputs' last axis."""
         adapter = self.adapter
         if adapter is not None:
-            gain = None if adapter.gain is None else adapter.gain[..., of_last]
-            adapter = LowRank(adapter.a, adapter.b[..., of_last], gain)
+            gain = None if adapter.gain is None else adapter.gain[..., outputs]
+            adapter = LowRank(adapter.a, adapter.b[..., outputs], gain)
         weight = self.weight
-        part = weight.of_outputs(of_last) if isinstance(weight, Quantized) else weight[..., of_last]
+        part = weight.of_outputs(outputs) if isinstance(weight, Quantized) else weight[..., outputs]
         return LinearMap(part, self.inputs, adapter)
 
 
@@ -231,9 +231,9 @@ def adapters_of(
     lead, lead_axes = (*lead, spec.slots), (*lead_axes, "adapters")
 
     def declare(end: str, shape: tuple[int, ...], names: Axes, init: Callable, inputs: int = 0) -> jax.Array:
-        of_end = f"{name}_lora_{end}", (*lead, *shape), (*lead_axes, *names)
+        declared = f"{name}_lora_{end}", (*lead, *shape), (*lead_axes, *names)
         role = f"adapters of {name}: {ADAPTER_ROLES[end]}"
-        return param(module, ctx, *of_end, init, inputs, role, decay=inputs > 0)
+        return param(module, ctx, *declared, init, inputs, role, decay=inputs > 0)
 
     in_places, lead_places = range(len(lead), len(lead) + inputs), range(len(lead))
     uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_places, -1, lead_places)

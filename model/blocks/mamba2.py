@@ -55,13 +55,8 @@ class Mamba2:
     dt_min: float = 0.0  # the time step is clamped to [dt_min, dt_max]
     dt_max: float | None = None
     in_multiplier: float = 1.0
-    multipliers: tuple[float, float, float, float, float] = (
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-        1.0,
-    )  # multiply z, x, B, C, dt
+    # multiply z, x, B, C, dt
+    multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
     out_multiplier: float = 1.0
 
     def __post_init__(self):

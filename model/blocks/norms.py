@@ -20,9 +20,8 @@ class RMSNorm:
     """x / rms(x) * scale over the last axis. Zhang and Sennrich 2019, arXiv:1910.07467."""
 
     eps: float = 1e-5
-    zero_centered: bool = (
-        False  # the parameter is the scale minus one, so weight decay moves the scale to one
-    )
+    # the parameter is the scale minus one, so weight decay moves the scale to one
+    zero_centered: bool = False
     scale: bool = True
 
     def module(self, ctx: Context, name: str, *axes: str, reduced: int = 1, role: str = "") -> nn.Module:

@@ -46,7 +46,9 @@ class Parallel:
     def cache_axes(self) -> dict[str, tuple[str | None, ...]]:
         axes = [mixer.cache_axes() for mixer in self.mixers]
         return {
-            f"mixer_{i}/{key}": value for i, of_mixer in enumerate(axes) for key, value in of_mixer.items()
+            f"mixer_{i}/{key}": value
+            for i, mixer_axes in enumerate(axes)
+            for key, value in mixer_axes.items()
         }
 
     def flops_per_token(self, width: int, seq_len: int) -> float:

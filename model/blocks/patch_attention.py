@@ -63,10 +63,10 @@ class PatchPool:
           patches: patches a byte.
         """
         heads = self.num_heads * self.head_dim
-        of_byte = 2 * width * 2 * self.num_kv_heads * self.head_dim + 2 * 2 * self.vectors * heads
+        byte_flops = 2 * width * 2 * self.num_kv_heads * self.head_dim + 2 * 2 * self.vectors * heads
         has_map = self.vectors * width != latent_width
-        of_vector = 2 * width * (width + 2 * heads) + 2 * has_map * width * latent_width
-        return of_byte + patches * self.vectors * of_vector
+        vector_flops = 2 * width * (width + 2 * heads) + 2 * has_map * width * latent_width
+        return byte_flops + patches * self.vectors * vector_flops
 
 
 class PatchPoolModule(nn.Module):
@@ -99,9 +99,8 @@ class PatchPoolModule(nn.Module):
         )
         role = "adds the heads' outputs to the patch"
         found_BPD = combine_heads(self, found_BPNHC.reshape(q_BPHC.shape), role)
-        y_BPND = (2 * q_BPD + found_BPD).reshape(
-            B, P, N, D
-        )  # the attention adds it, and the released models add it again
+        # the attention adds q, and the released models add it again
+        y_BPND = (2 * q_BPD + found_BPD).reshape(B, P, N, D)
         return self._latent(y_BPND), cache
 
     def _latent(self, y_BPND: jax.Array) -> jax.Array:

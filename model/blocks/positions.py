@@ -130,9 +130,8 @@ class Rope:
     scaling: Scaling | None = None
     fraction: float = 1.0  # share of a head's channels that have frequencies, the first ones
     interleaved: bool = False  # pairs are neighbouring channels
-    rotated_fraction: float = (
-        1.0  # p-RoPE (arXiv:2410.06205): share of the frequencies, highest first; the rest is unrotated
-    )
+    # p-RoPE (arXiv:2410.06205): share of the frequencies, highest first; the rest is unrotated
+    rotated_fraction: float = 1.0
     # M-RoPE: frequencies of each axis of a position (time, height, width); None: positions have one axis
     sections: tuple[int, ...] | None = None
     # Qwen3-VL: the axes alternate, one frequency each, until the later axes are complete; False: axis after axis

@@ -100,9 +100,8 @@ def finish(
     rows_B = cast(jax.Array, info.rows)
 
     def write(value_R: jax.Array, new_B: jax.Array) -> jax.Array:
-        nowhere = value_R.shape[
-            0
-        ]  # a batch row without real tokens may name the same state row as another one
+        # a batch row without real tokens may name the same state row as another one
+        nowhere = value_R.shape[0]
         if order.real_BT is None:
             return value_R.at[rows_B].set(new_B.astype(value_R.dtype), mode="drop")
         written_B = order.real_BT.any(axis=1)

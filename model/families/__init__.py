@@ -1,4 +1,4 @@
-"""Families of models: how their configs and tensor names map to ours. The model itself never asks for one."""
+"""Model families: how their configs and tensor names map to ours. The model itself never reads its family."""
 
 from model.families import (
     bert,
@@ -36,7 +36,7 @@ from model.families import (
 )
 from model.families.common import Family
 
-# A model without a family of its own is saved as the first that can hold it.
+# A model without a family is saved as the first that can express it.
 _ALL = (
     llama.FAMILY,
     qwen.QWEN2,

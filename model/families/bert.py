@@ -54,7 +54,7 @@ HEAD: Names = {
     "classifier.weight": "class_head",
     "classifier.bias": "class_head_bias",
 }
-# A constant, the head's bias once more, and the parts that the other kind of checkpoint has.
+# A constant, a copy of the head's bias, and the parts of the other kinds of checkpoints.
 IGNORED_TENSORS = ("embeddings.position_ids", "predictions.decoder.bias")
 IGNORED_TENSORS += tuple(
     name for name in HEAD if name.startswith("cls.") and not name.endswith("decoder.weight")
@@ -73,7 +73,7 @@ def names(cfg: ModelConfig) -> Names:
 
 
 def tensor_aliases(name: str) -> tuple[str, ...]:
-    """Google's own names of the norms' parameters; the other choice of whether names begin with the model's."""
+    """Google's names of the norms' parameters, and names with or without the model's prefix."""
     new = name.replace(".gamma", ".weight").replace(".beta", ".bias")
     return new, f"bert.{new}", new.removeprefix("bert.")
 
@@ -110,7 +110,7 @@ def read(config: Reader) -> ModelConfig:
 
 
 def _architecture(config: Reader) -> str:
-    """The first that is known: a model saved by transformers names one."""
+    """The first known architecture of `architectures`."""
     named, known = config.get("architectures") or [MASKED], (BARE, MASKED, PRETRAINED, CLASSIFIER)
     found = [name for name in known if isinstance(named, list) and name in named]
     if not found:

@@ -50,10 +50,12 @@ KEY_ALIASES = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 
 def read(config: Reader) -> ModelConfig:
     config.must_be("apply_residual_connection_post_layernorm", False)
-    config.must_be("pretraining_tp", *range(1, 1025))  # how the same numbers were computed
+    config.must_be(
+        "pretraining_tp", *range(1, 1025)
+    )  # implementation options, which do not change the numbers
     config.get("slow_but_exact")
     for key in ("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "skip_bias_add"):
-        config.get(key)  # of old folders, of no effect
+        config.get(key)  # in old folders, without effect
     width_key = config.alias("hidden_size", "n_embed")  # the second in old folders
     width, heads = config.integer(width_key), config.integer("n_head", 8)
     norm = LayerNorm(config.number("layer_norm_epsilon", 1e-5))

@@ -1,4 +1,4 @@
-"""BLT, byte-latent transformers: patches of bytes by the entropy of the next byte. Pagnoni et al. 2024,
+"""BLT, byte-latent transformers: the entropy of the next byte ends a patch. Pagnoni et al. 2024,
 arXiv:2412.09871.
 """
 
@@ -34,7 +34,7 @@ STACK_NAMES = {
     "patcher/": "model.patcher.layers.{i}.",
     "local_encoder/": "model.local_encoder.layers.{i}.",
     "": "model.global_transformer.layers.{i}.",
-    "local_decoder/": "model.local_decoder.layers.{pair}.",  # each with a block before it that reads the patches
+    "local_decoder/": "model.local_decoder.layers.{pair}.",  # each after a block that reads the patches
 }
 OUTSIDE: Names = {
     "model.patcher.embed_tokens.weight": "patcher/embedding",
@@ -70,14 +70,14 @@ READS_PATCHES = _cross_names(
 
 THETA = 500_000.0
 PARTS = ("patcher_config", "encoder_config", "global_config", "decoder_config")
-# Of a part: what follows from another key, or says nothing of the numbers.
+# Keys of a part that repeat another key or do not change the numbers.
 DERIVED = {"max_position_embeddings", "hidden_size_global", "encoder_cross_output_size", "sliding_window"}
 DERIVED |= {"vocab_size", "tie_word_embeddings", "is_encoder_decoder"}
 
 
 def read(config: Reader) -> ModelConfig:
     for key in ("patch_size", "patching_batch_size", "max_position_embeddings", "rope_parameters"):
-        config.get(key)  # not used for patches by entropy, or by the parts alone
+        config.get(key)  # unused by entropy patches, or used only by the parts
     patcher, encoder, latent, decoder = parts = [config.part(name) for name in PARTS]
     width, vectors = encoder.integer("hidden_size", 1024), config.integer("cross_attn_k", 2)
     latent_width = latent.integer("hidden_size", 2048)
@@ -87,7 +87,7 @@ def read(config: Reader) -> ModelConfig:
     for part in (encoder, decoder):
         part.must_be("cross_attn_k", vectors)
         part.must_be("vocab_size", config.integer("vocab_size", 260))
-    of_bytes = ByteLatent(
+    byte_latent = ByteLatent(
         width,
         _read_encoder(encoder, width, window),
         _read_decoder(decoder, width, window),
@@ -104,7 +104,7 @@ def read(config: Reader) -> ModelConfig:
         final_norm=read_rms_norm(decoder, 1e-5),
         tied_head=config.flag("tie_word_embeddings", False),
         max_length=encoder.integer("max_position_embeddings", 24576),
-        byte_latent=of_bytes,
+        byte_latent=byte_latent,
     )
     for part in parts:
         for key in DERIVED:
@@ -132,7 +132,7 @@ def _read_decoder(config: Reader, width: int, window: int | None) -> tuple[Block
     block = _read_block(config, width, heads=16, ffn=2816, window=window)
     mixer, norm = block.mixer, block.norm
     reads = PatchAttention(mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, read_rms_norm(config, 1e-5))
-    # what reads the patches adds its input itself, and is added to it
+    # the block that reads patches adds its input twice: itself, and as a residual
     return (Block(reads, None, norm, residual=Residual(skip_scale=2.0)), block) * layers
 
 
@@ -177,7 +177,7 @@ def _read_block(
     window: int | None = None,
     theta: float = THETA,
 ) -> Block:
-    """A layer of a part; `heads`, `ffn` and `theta` are its defaults."""
+    """A layer of a part; `heads`, `ffn` and `theta` are defaults."""
     heads = config.integer("num_attention_heads", heads)
     head_dim = head_width(width, heads)
     config.must_be("head_dim", head_dim)
@@ -190,12 +190,12 @@ def _read_block(
 
 def write(cfg: Any) -> dict[str, Any]:
     spec = cfg.byte_latent
-    of_bytes = {
+    byte_keys = {
         "vocab_size": cfg.vocab_size,
         "cross_attn_k": spec.pool.vectors,
         "max_position_embeddings": cfg.max_length,
     }
-    of_decoder = of_bytes | {"hidden_size_global": cfg.width}
+    decoder_keys = byte_keys | {"hidden_size_global": cfg.width}
     return {
         "cross_attn_k": spec.pool.vectors,
         "local_attention_window_len": spec.encoder[0].mixer.window,
@@ -204,20 +204,20 @@ def write(cfg: Any) -> dict[str, Any]:
         "encoder_hash_byte_group_size": list(spec.ngrams.sizes),
         "encoder_hash_byte_group_vocab": spec.ngrams.buckets,
         "encoder_hash_byte_group_nb_functions": spec.ngrams.functions,
-        "encoder_config": _write_part(spec.encoder, spec.width) | of_bytes,
+        "encoder_config": _write_part(spec.encoder, spec.width) | byte_keys,
         "global_config": _write_part(cfg.blocks, cfg.width),
-        "decoder_config": _write_part(spec.decoder[1::2], spec.width) | of_decoder,
+        "decoder_config": _write_part(spec.decoder[1::2], spec.width) | decoder_keys,
     } | _write_patcher(spec.patcher, cfg.vocab_size)
 
 
 def _write_patcher(patcher: Any, vocab_size: int) -> dict[str, Any]:
     if isinstance(patcher, StaticPatcher):
         return {"patch_in_forward": False}
-    of_patcher = {"vocab_size": vocab_size, "sliding_window": patcher.blocks[0].mixer.window}
+    patcher_keys = {"vocab_size": vocab_size, "sliding_window": patcher.blocks[0].mixer.window}
     return {
         "patching_mode": "entropy",
         "patching_threshold": patcher.threshold,
-        "patcher_config": _write_part(patcher.blocks, patcher.width) | of_patcher,
+        "patcher_config": _write_part(patcher.blocks, patcher.width) | patcher_keys,
     }
 
 

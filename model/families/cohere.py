@@ -1,4 +1,4 @@
-"""Cohere's Command-R: attention and network side by side behind one LayerNorm, pairs of neighbours rotated."""
+"""Cohere's Command-R: parallel attention and network after one LayerNorm, interleaved rotary positions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a family of models is: its config.json to `ModelConfig` and back, and the names of its tensors.
+"""A model family maps config.json to `ModelConfig` and back, and names the tensors.
 
-Whatever would change the numbers and is not supported is an error; a key that is absent has the default of the class of
-transformers that owns it (as of 5.23).
+An unsupported key that would change the numbers is an error. An absent key has the default of its config class in
+transformers (as of 5.23).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from model.families.foreign import NEUTRAL, changes_numbers
 from model.families.tensors import Names, NamesOf
 from model.formats import fp8
 
-MAX_LAYERS = 4096  # beyond this a config.json is taken for damaged
+MAX_LAYERS = 4096  # a config.json with more is damaged
 
-# Keys of a config.json that say nothing of the numbers that a model computes when it is not being trained.
+# Keys of a config.json that do not change the numbers of inference.
 IGNORED_KEYS = frozenset(
     """
     architectures auto_map dtype torch_dtype model_type transformers_version _name_or_path name_or_path use_cache
@@ -41,28 +41,23 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One `model_type`. `write` may be given any model: what it can't say shows when it is read again."""
+    """One `model_type`. `write` takes any model; reading its result again shows what it cannot express."""
 
     model_type: str
     architecture: str
     read: Callable[[Reader], ModelConfig]
     write: Callable[[Any], dict[str, Any]]
     names: Names | Callable[[ModelConfig], Names]
-    mixers: Mapping[type, Names] = dataclasses.field(
-        default_factory=dict
-    )  # further names in blocks of a mixer
-    packed: tuple[
-        str, ...
-    ] = ()  # quantized weights that can be read beside fp8, by transformers' quant_method
-    blocks_per_layer: int = 1  # of ours in one layer of theirs
-    ignored_tensors: tuple[
-        str, ...
-    ] = ()  # ends of names of tensors that repeat others, or are another head's
+    # more names for blocks with this mixer
+    mixers: Mapping[type, Names] = dataclasses.field(default_factory=dict)
+    packed: tuple[str, ...] = ()  # quant_method of transformers that can be read beside fp8
+    blocks_per_layer: int = 1  # our blocks in one layer of the checkpoint
+    ignored_tensors: tuple[str, ...] = ()  # suffixes of tensors that are copies, or belong to another head
     encoder_decoder: bool = False
-    causal: bool = True  # unless is_causal says otherwise
-    # other names of keys, to those that `read` asks for: transformers' attribute_map
+    causal: bool = True  # the default of is_causal
+    # alias of a key -> the key that `read` uses: transformers' attribute_map
     key_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # names that a stored tensor may also have, best first: of checkpoints older or more partial than what is written
+    # other names of a stored tensor, in older or partial checkpoints, best first
     tensor_aliases: Callable[[str], tuple[str, ...]] = lambda name: ()
 
     def read_config(self, saved: Mapping[str, Any]) -> ModelConfig:
@@ -79,19 +74,18 @@ class Family:
         return cfg.replace(dtype=dtype, param_dtype=dtype, family=self.model_type)
 
     def _without_aliases(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """The config with each key under the name that `read` asks for."""
+        """The config with aliases replaced by the keys that `read` uses."""
         found = dict(saved)
         for alias, key in self.key_aliases.items():
             value = found.pop(alias, None)
             if found.get(key) is None and value is not None:
                 found[key] = value
             elif value is not None and found[key] != value:
-                raise ValueError(f"{key} and {alias} are one thing, and disagree.")
+                raise ValueError(f"{key} and {alias} mean the same, and disagree.")
         return found
 
     def _check_unread(self, config: Reader) -> None:
-        """An error for a key that nobody asked for and that would change numbers in another family, a line in the log
-        for one that means nothing anywhere."""
+        """Raises ValueError for an unread key that changes numbers in another family; logs other unknown keys."""
         unknown = []
         for where, key, value in config.unread():
             if key in IGNORED_KEYS or value is None:
@@ -99,14 +93,14 @@ class Family:
             if changes_numbers(key, value, config.saved):
                 raise ValueError(
                     f"{where}{key}={str(value)[:200]} is not supported: {self.model_type} has no such key, and other "
-                    "families compute something else by it. If this model was trained without, remove it from "
+                    "families compute something else with it. If this model was trained without it, remove it from "
                     "config.json."
                 )
             if key not in NEUTRAL:
                 unknown.append(f"{where}{key}")
         if unknown:
             _log.warning(
-                "config.json has keys that %s does not know; passed over: %s",
+                "config.json has keys that %s does not know; ignored: %s",
                 self.model_type,
                 ", ".join(sorted(unknown)),
             )
@@ -127,17 +121,17 @@ class Family:
         return lambda block: names | self.mixers.get(type(block.mixer), {}) if block else names
 
     def why_not(self, cfg: ModelConfig) -> str | None:
-        """What of this model the family can't say, or None."""
+        """What the family cannot express of this model, or None."""
         try:
             again = self.read_config(self.write_config(cfg))
         except AttributeError as error:
             return f"has other parts ({error})"
         except (TypeError, ValueError, LookupError, StopIteration) as error:
-            return f"can't say it ({error})"
+            return f"can't express it ({error})"
         return difference(cfg, again)
 
     def write_config(self, cfg: ModelConfig) -> dict[str, Any]:
-        """The config.json of a model for which `why_not` has nothing to say."""
+        """The config.json of a model that the family can express (see `why_not`)."""
         saved = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -150,16 +144,17 @@ class Family:
 
 
 def _bidirectional(cfg: ModelConfig) -> ModelConfig:
-    """A decoder of which every token sees the whole text: an embedding model. Raises ValueError where that is not
-    known to be what transformers makes of `is_causal`."""
+    """The decoder with attention to the whole text: an embedding model.
+
+    Raises ValueError for models where the effect of `is_causal` in transformers is not known.
+    """
     plain = cfg.encoder is None and cfg.byte_latent is None and cfg.mtp is None
     for block in cfg.blocks:
         mixer = block.mixer
         plain = plain and isinstance(mixer, Attention) and mixer.causal and not (mixer.window or mixer.chunk)
     if not plain:
         raise ValueError(
-            "is_causal is only supported as it is in most models of this family; another is read where every layer is "
-            "attention to the whole text."
+            "is_causal may differ from this family's default only if every layer is attention to the whole text."
         )
     whole = {
         mixer: dataclasses.replace(mixer, causal=False) for mixer in {block.mixer for block in cfg.blocks}
@@ -169,7 +164,7 @@ def _bidirectional(cfg: ModelConfig) -> ModelConfig:
     )
 
 
-# What a format need not say: how the function runs or is trained, not what it computes.
+# Fields that a format may leave out: how the function runs or is trained, not what it computes.
 FREE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("scan", "dtype", "param_dtype", "remat", "kernels", "family"),
     MoE: ("balance_loss", "z_loss", "balance_rate", "dispatch", "capacity_factor"),
@@ -177,7 +172,7 @@ FREE: dict[type, tuple[str, ...]] = {
 
 
 def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
-    """The first part in which a model is not as a format would have it, as a sentence without its subject."""
+    """The first difference between a model and what a format expresses, as a sentence without its subject."""
     free = FREE.get(type(ours), ())
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         names = [field.name for field in dataclasses.fields(ours) if field.name not in free]
@@ -192,9 +187,9 @@ def difference(ours: Any, theirs: Any, where: str = "") -> str | None:
 
 
 class Reader:
-    """Keys of a JSON object, each of the wanted type and within reason; null means absent.
+    """Reads keys of a JSON object with checks of type and range; null means absent.
 
-    It knows which keys were asked for, so that none is passed over unseen.
+    It records the keys that were read, so that unread ones can be reported.
     """
 
     def __init__(self, saved: Mapping[str, Any], where: str = ""):
@@ -203,12 +198,12 @@ class Reader:
         self._parts: dict[str, Reader] = {}
 
     def unread(self) -> list[tuple[str, str, Any]]:
-        """(where it stands, key, value) of each key that nobody asked for, of nested objects too."""
+        """(prefix, key, value) of each unread key, also in nested objects."""
         found = [(self.where, key, self.saved[key]) for key in self.saved.keys() - self._read]
         return found + [key for part in self._parts.values() for key in part.unread()]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As it is written, unchecked."""
+        """The value, unchecked."""
         self._read.add(key)
         return self.saved.get(key, default)
 
@@ -231,21 +226,21 @@ class Reader:
         return float(value)
 
     def number_or_none(self, key: str, default: float | None) -> float | None:
-        """A key for which null has a meaning of its own."""
+        """A key with a meaning for null."""
         value = self.get(key, default)
         return None if value is None else self.number(key, default)
 
     def integer_or_none(self, key: str, default: int | None) -> int | None:
-        """A key for which null has a meaning of its own."""
+        """A key with a meaning for null."""
         value = self.get(key, default)
         return None if value is None else self.integer(key, default)
 
     def alias(self, key: str, *others: str) -> str:
-        """The one of these names that the config uses for a thing; the first, if none."""
+        """The one of these names that the config has; the first if it has none."""
         found = [name for name in (key, *others) if self.get(name) is not None]
         if any(self.saved[name] != self.saved[found[0]] for name in found):
             raise ValueError(
-                f"{' and '.join(self.where + name for name in found)} are one thing, and disagree."
+                f"{' and '.join(self.where + name for name in found)} mean the same, and disagree."
             )
         return found[0] if found else key
 
@@ -256,7 +251,7 @@ class Reader:
         return value
 
     def choice(self, key: str, names: Mapping[str, str], default: str) -> str:
-        """One of the known words of a key, translated."""
+        """The translation of a known word."""
         value = self.value(key, default)
         if not isinstance(value, str) or value not in names:
             raise ValueError(
@@ -266,7 +261,7 @@ class Reader:
         return names[value]
 
     def part(self, key: str) -> Reader:
-        """A nested object, {} where it is absent."""
+        """A nested object, {} if absent."""
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise ValueError(f"{self.where}{key}={str(value)[:200]} is not an object.")
@@ -302,7 +297,7 @@ class Reader:
             raise ValueError(f"{self.where}{key}={str(value)[:200]!r} is not supported; only {supported} is.")
 
 
-# transformers' names of activations to ours; a model is saved under the first that means the same.
+# transformers' names of activations -> ours; a model is saved with the first name of its activation.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -326,7 +321,7 @@ def read_activation(config: Reader, key: str = "hidden_act", default: str = "sil
 
 @functools.cache
 def written_activation(name: str, prefer: str | None = None) -> str:
-    """transformers' name of an activation; `prefer`, where it means the same."""
+    """transformers' name of an activation; `prefer` if it means the same."""
     if prefer is not None and ACTIVATIONS.get(prefer) == name:
         return prefer
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)

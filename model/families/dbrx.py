@@ -40,7 +40,7 @@ def read(config: Reader) -> ModelConfig:
         part.must_be("is_encoder_decoder", False)
     experts.must_be("uniform_expert_assignment", False)
     for key in ("hidden_size", "moe_jitter_eps", "moe_loss_weight"):
-        experts.get(key)  # repeats d_model; of training
+        experts.get(key)  # repeats d_model; for training
     width, heads = config.integer("d_model", 2048), config.integer("n_heads", 16)
     norm = LayerNorm(1e-5, bias=False)
     mixer = Attention(

@@ -1,4 +1,4 @@
-"""What decoders in the manner of Llama share in their config.json and in the names of their tensors."""
+"""The config keys and tensor names that Llama-like decoders share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ GATED_MLP: Names = {
     "model.layers.{i}.mlp.down_proj.bias": "ffn/down_bias",
 }
 NAMES: Names = OUTSIDE | NORMS | ATTENTION | GATED_MLP
-ROTARY = ("rotary_emb.inv_freq",)  # in old checkpoints; only repeats the config
+ROTARY = ("rotary_emb.inv_freq",)  # in old checkpoints; derived from the config
 
 
 def read_rms_norm(config: Reader, eps: float = 1e-6, **options: Any) -> RMSNorm:
@@ -51,16 +51,16 @@ def read_rms_norm(config: Reader, eps: float = 1e-6, **options: Any) -> RMSNorm:
 
 
 def read_head_dim(config: Reader, default: int | None = None) -> int:
-    """`head_dim`, where that is missing the family's default, or else width / heads."""
+    """`head_dim`, or the family's default, or width / heads."""
     heads = config.integer("num_attention_heads")
     return config.integer("head_dim", default or head_width(config.integer("hidden_size"), heads))
 
 
 def head_width(width: int, heads: int) -> int:
-    """The width of a head where nothing else is said. Raises ValueError for more heads than channels."""
+    """The default width of a head. Raises ValueError for more heads than channels."""
     if width < heads:
         raise ValueError(
-            f"num_attention_heads={heads} is more than the width of {width}: a head has at least a channel."
+            f"num_attention_heads={heads} is more than the width of {width}: a head has at least one channel."
         )
     return width // heads
 
@@ -74,11 +74,11 @@ def read_attention(
     bias: bool | None = None,
     **options: Any,
 ) -> Attention:
-    """Attention by the usual keys.
+    """Attention from the usual keys.
 
     Args:
       num_kv_heads: the family's default; None: as many as heads.
-      bias: of all four projections; None: `attention_bias` says.
+      bias: whether all four projections have one; None: `attention_bias`.
     """
     heads = config.integer("num_attention_heads")
     if bias is None:
@@ -99,7 +99,7 @@ def read_model(
     width_key: str = "hidden_size",
     **fields: Any,
 ) -> ModelConfig:
-    """The model of these blocks; `tied` and `max_length` are the family's defaults."""
+    """The model with these blocks; `tied` and `max_length` are the family's defaults."""
     return ModelConfig(
         vocab_size=config.integer("vocab_size"),
         width=config.integer(width_key),
@@ -121,7 +121,7 @@ def write_attention(mixer: Any) -> dict[str, Any]:
 
 
 def write_model(cfg: Any, activation_key: str = "hidden_act") -> dict[str, Any]:
-    """The keys that most decoders have, by the first block."""
+    """The keys that most decoders have, from the first block."""
     block = cfg.blocks[0]
     return {
         "hidden_size": cfg.width,
@@ -134,7 +134,7 @@ def write_model(cfg: Any, activation_key: str = "hidden_act") -> dict[str, Any]:
 
 
 def read_windows(config: Reader, kinds: list[str], window: int | None) -> list[int | None]:
-    """The window of each layer, by its kind; None where it is as long as any text that the model takes."""
+    """The window of each layer, by its kind; None if it is at least the longest context."""
     if window is None and "sliding_attention" in kinds:
         raise ValueError(
             "layer_types has sliding_attention, but no sliding_window is set and used (see use_sliding_window)."
@@ -145,7 +145,7 @@ def read_windows(config: Reader, kinds: list[str], window: int | None) -> list[i
 
 
 def window_of(cfg: Any) -> int | None:
-    """The window of the layers that have one."""
+    """The window of the layers with one."""
     return next((block.mixer.window for block in cfg.blocks if block.mixer.window), None)
 
 

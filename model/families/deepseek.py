@@ -35,7 +35,7 @@ ATTENTION: Names = {
 }
 NAMES: Names = OUTSIDE | NORMS | ATTENTION | GATED_MLP | EXPERTS | SHARED_EXPERTS
 V3_NAMES: Names = NAMES | nextn(NAMES)
-LATENT_NORM = RMSNorm(1e-6)  # whatever rms_norm_eps is
+LATENT_NORM = RMSNorm(1e-6)  # independent of rms_norm_eps
 
 
 def read_v2(config: Reader) -> ModelConfig:
@@ -43,15 +43,15 @@ def read_v2(config: Reader) -> ModelConfig:
     if method not in ("greedy", "group_limited_greedy"):
         raise ValueError(f"topk_method={method!r} is not supported; 'greedy' and 'group_limited_greedy' are.")
     for key in ("aux_loss_alpha", "seq_aux", "ep_size"):
-        config.get(key)  # of training, and of where experts are
+        config.get(key)  # for training, and for expert placement
     config.must_be("norm_topk_prob", False)
     config.must_be("scoring_func", "softmax")
     config.must_be("mlp_bias", False)
-    groups, of_token = config.integer_or_none("n_group", None), config.integer_or_none("topk_group", None)
+    groups, per_token = config.integer_or_none("n_group", None), config.integer_or_none("topk_group", None)
     if method == "greedy":
-        groups = of_token = 1
+        groups = per_token = 1
     scale = config.number("routed_scaling_factor", 1.0)
-    router = Router("softmax", False, 1.0, scale=scale, **_groups(groups, of_token, "max"))
+    router = Router("softmax", False, 1.0, scale=scale, **_groups(groups, per_token, "max"))
     return _read(config, router, shared=2, experts=64, dense=0, width=1407, heads=32, interleaved=True)[0]
 
 
@@ -74,12 +74,12 @@ def read_v3(config: Reader) -> ModelConfig:
     return cfg.replace(mtp=read_mtp(config, block, read_rms_norm(config)))
 
 
-def _groups(groups: int | None, of_token: int | None, score: str) -> dict[str, Any]:
-    if groups is None or of_token is None:
+def _groups(groups: int | None, per_token: int | None, score: str) -> dict[str, Any]:
+    if groups is None or per_token is None:
         raise ValueError(
-            f"n_group={groups} and topk_group={of_token}: routing by groups wants numbers for both."
+            f"n_group={groups} and topk_group={per_token}: routing by groups needs numbers for both."
         )
-    return {"num_groups": groups, "groups_per_token": of_token, "group_score": score}
+    return {"num_groups": groups, "groups_per_token": per_token, "group_score": score}
 
 
 def _read(
@@ -93,7 +93,7 @@ def _read(
     heads: int,
     interleaved: bool,
 ) -> tuple[ModelConfig, Block]:
-    """The model, and a layer with experts."""
+    """(the model, a layer with experts)."""
     norm, activation = read_rms_norm(config), read_activation(config)
     config.must_be("pretraining_tp", 1)
     config.must_be("moe_layer_freq", 1)

@@ -1,4 +1,4 @@
-"""What families with a mixture of experts share: which layers have one, and how its tensors are named."""
+"""What MoE families share: which layers have experts, and the names of their tensors."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SHARED_EXPERTS: Names = {  # DeepSeek: several in one
 
 
 def read_sparse_layers(config: Reader, layers: int, num_experts: int) -> list[bool]:
-    """Whether each layer has experts: every `decoder_sparse_step`th, but for `mlp_only_layers`."""
+    """Whether each layer has experts: every `decoder_sparse_step`th, except `mlp_only_layers`."""
     every, dense = config.integer("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(i) is not int for i in dense):
-        raise ValueError(f"mlp_only_layers={str(dense)[:200]} is not a list of layers' numbers.")
+        raise ValueError(f"mlp_only_layers={str(dense)[:200]} is not a list of layer numbers.")
     dense = set(dense)
     return [i not in dense and num_experts > 0 and (i + 1) % every == 0 for i in range(layers)]
 
@@ -44,7 +44,7 @@ def write_sparse_layers(cfg: Any) -> dict[str, Any]:
 
 
 def moe_of(cfg: Any) -> Any:
-    """The model's `MoE`. Raises ValueError for a model without."""
+    """The model's `MoE`. Raises ValueError for a model without one."""
     for block in cfg.blocks:
         if isinstance(block.ffn, MoE):
             return block.ffn
@@ -57,5 +57,5 @@ def dense_of(cfg: Any) -> Any:
 
 
 def first_sparse_layer(cfg: Any) -> int:
-    """How many layers stand before the first with experts."""
+    """The number of layers before the first with experts."""
     return next((i for i, block in enumerate(cfg.blocks) if isinstance(block.ffn, MoE)), len(cfg.blocks))

@@ -1,4 +1,4 @@
-"""Falcon: few key/value heads, attention and network side by side, rotary or ALiBi. arXiv:2311.16867."""
+"""Falcon: few key/value heads, parallel attention and network, rotary positions or ALiBi. arXiv:2311.16867."""
 
 from __future__ import annotations
 

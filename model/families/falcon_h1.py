@@ -1,4 +1,4 @@
-"""Falcon-H1: attention and Mamba-2 side by side in every layer, multipliers everywhere. arXiv:2507.22448."""
+"""Falcon-H1: parallel attention and Mamba-2 in every layer, with multipliers. arXiv:2507.22448."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES: Names = {
 
 def read(config: Reader) -> ModelConfig:
     for key in ("num_logits_to_keep", "mamba_chunk_size", "layers_block_type", "mamba_use_mlp"):
-        config.get(key)  # how the same numbers are computed
+        config.get(key)  # implementation options, which do not change the numbers
     config.must_be("hidden_act", *SILU)  # transformers has it in Mamba too
     norm, head_dim = read_rms_norm(config, 1e-5), read_head_dim(config)
     attention = read_attention(

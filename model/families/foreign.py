@@ -1,7 +1,7 @@
-"""Keys of a config.json that change what some family of models computes, and where they change nothing.
+"""Keys of a config.json that change what some family computes, with their neutral values.
 
-A family that has no such key must not pass it over: a `logit_scale` in a Llama would be lost. Sizes that the tensors'
-shapes repeat are not here.
+A family without such a key must not ignore it: a `logit_scale` in a Llama would be lost. Sizes that the tensor shapes
+repeat are not here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# Key -> the values, beside null, that say nothing; the same number as an integer or a float is one value.
+# key -> its neutral values beside null; an integer equals the same float
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # activations
     **dict.fromkeys(
@@ -32,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_decoder_outputs": (False,),
     "attn_temperature_tuning": (False, 0),
-    # what a token sees
+    # masks
     **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), ()),
     **dict.fromkeys(("local_attention", "local_attention_window_len", "window_size"), ()),
     **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention", "bidirectional"), (False,)),
@@ -58,7 +58,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("apply_residual_connection_post_layernorm", "mamba_rms_norm"), (False,)),
     "num_ln_in_parallel_attn": (),
     **dict.fromkeys(("norm_type", "norm_first", "mamba_norm_before_gate"), ()),
-    # heads, and what is shared among them
+    # heads and sharing between layers
     **dict.fromkeys(("multi_query", "new_decoder_architecture"), (False,)),
     **dict.fromkeys(
         ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_heads", "n_heads", "n_head"), ()
@@ -83,7 +83,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # recurrences
     **dict.fromkeys(("full_attention_interval", "attn_layer_offset", "attn_layer_period"), (0,)),
     "time_step_limit": (),
-    # quantized or cut weights, and other ways in
+    # quantized or pruned weights, and other inputs
     **dict.fromkeys(("embedding_fraction", "expansion_ratio"), ()),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), (False,)),
 }
@@ -93,12 +93,12 @@ LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 
 
 def changes_numbers(key: str, value: Any, config: Mapping[str, Any]) -> bool:
-    """Whether a key that the config's own family does not know would change what a model computes in another."""
+    """Whether a key that the config's family does not know changes the numbers in another family."""
     if key not in NEUTRAL or value is None or value in NEUTRAL[key]:
         return False
     if key == "layer_types":
         return not isinstance(value, list) or any(kind != "full_attention" for kind in value)
-    if key in WINDOWS:  # a window as long as any text that the model takes hides nothing
+    if key in WINDOWS:  # a window as long as the longest context hides nothing
         longest = [config[name] for name in LENGTHS if type(config.get(name)) is int]
         return type(value) is not int or not longest or value < longest[0]
     return True

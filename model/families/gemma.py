@@ -45,7 +45,7 @@ SANDWICH: Names = (
 
 def read_gemma(config: Reader) -> ModelConfig:
     config.must_be("use_bidirectional_attention", False)
-    config.get("hidden_activation")  # of no effect in transformers
+    config.get("hidden_activation")  # ignored by transformers
     norm = read_rms_norm(config, zero_centered=True)
     activation = config.choice("hidden_act", ACTIVATIONS | {"gelu": "gelu_tanh"}, "gelu_pytorch_tanh")
     head_dim = read_head_dim(config, 256)
@@ -81,7 +81,7 @@ def read_gemma2(config: Reader) -> ModelConfig:
 def read_gemma3(config: Reader) -> ModelConfig:
     layers, pattern = config.layers(), config.integer("sliding_window_pattern", 6)
     config.get("_sliding_window_pattern")
-    config.must_be("attn_logit_softcapping", None)  # of no effect in transformers
+    config.must_be("attn_logit_softcapping", None)  # ignored by transformers
     kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     return _read_sandwich(
         config,
@@ -107,7 +107,7 @@ def _read_sandwich(
     qk_norm: RMSNorm | None = None,
 ) -> ModelConfig:
     config.must_be("use_bidirectional_attention", False)
-    config.get("hidden_act")  # of no effect in transformers
+    config.get("hidden_act")  # ignored by transformers
     norm, head_dim = read_rms_norm(config, zero_centered=True), read_head_dim(config, 256)
     scale = config.number("query_pre_attn_scalar", 256) ** -0.5
     mixer = read_attention(

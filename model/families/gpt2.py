@@ -43,9 +43,9 @@ KEY_ALIASES |= {"num_hidden_layers": "n_layer"}
 
 def read(config: Reader) -> ModelConfig:
     config.must_be("scale_attn_by_inverse_layer_idx", False)
-    config.get("reorder_and_upcast_attn")  # how the same numbers are computed
+    config.get("reorder_and_upcast_attn")  # implementation options, which do not change the numbers
     for key in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
-        config.get(f"summary_{key}")  # of a head that is not this model's
+        config.get(f"summary_{key}")  # for a head that this model does not have
     config.get("n_ctx")
     width, heads = config.integer("n_embd", 768), config.integer("n_head", 12)
     length = config.integer("n_positions", 1024)

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and network side by side, a quarter of each head rotated. arXiv:2204.06745."""
+"""GPT-NeoX and Pythia: parallel attention and network, a quarter of each head rotated. arXiv:2204.06745."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ YARN = {
 
 def read(config: Reader) -> ModelConfig:
     norm, layers = read_rms_norm(config, 1e-5), config.layers(default=36)
-    config.must_be("hidden_act", "silu")  # of no effect: the experts have their own
+    config.must_be("hidden_act", "silu")  # without effect: the experts have their own
     if "rope_scaling" not in config.saved and not config.saved.get("rope_parameters"):
         config.saved = {**config.saved, "rope_scaling": YARN}
     head_dim = read_head_dim(config, 64)

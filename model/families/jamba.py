@@ -1,4 +1,4 @@
-"""Jamba: Mamba with a layer of attention now and then, experts in every other layer. arXiv:2403.19887."""
+"""Jamba: Mamba with some attention layers, and experts in every other layer. arXiv:2403.19887."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMES: Names = {
     "model.layers.{i}.feed_forward.experts.{e}.down_proj.weight": "ffn/experts/down",
 }
 
-# how the same numbers are computed
+# implementation options, which do not change the numbers
 HOW = ("use_mamba_kernels", "use_mambapy", "use_associative_scan", "num_logits_to_keep")
 MAMBA: Names = {
     **mamba_names("model.layers.{i}.mamba"),
@@ -65,8 +65,8 @@ def read(config: Reader) -> ModelConfig:
     )
     config.must_be("hidden_act", *SILU)  # transformers has it in Mamba too
     dense = GatedMLP(config.integer("intermediate_size"), read_activation(config))
-    num_experts, of_token = config.integer("num_experts", 16), config.integer("num_experts_per_tok", 2)
-    sparse = MoE(num_experts, of_token, dense, Router(normalize=False)) if num_experts > 1 else dense
+    num_experts, per_token = config.integer("num_experts", 16), config.integer("num_experts_per_tok", 2)
+    sparse = MoE(num_experts, per_token, dense, Router(normalize=False)) if num_experts > 1 else dense
     layers = range(config.layers())
     with_attention, with_experts = _every(config, "attn_layer", 8, 4), _every(config, "expert_layer", 2, 1)
     blocks = [

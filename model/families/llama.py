@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and all that is saved as one."""
+"""Llama 2, 3, 3.1, 3.2, and models in the same format."""
 
 from __future__ import annotations
 

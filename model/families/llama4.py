@@ -1,4 +1,4 @@
-"""Llama 4 (text): chunks with rotary positions, whole texts without, one expert a token beside a shared one."""
+"""Llama 4 (text): chunked attention with rope, full attention without; one routed and one shared expert a token."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _read_ffns(config: Reader, layers: int) -> list[GatedMLP | MoE]:
     if sparse is None:
         sparse = list(range(every - 1, layers, every))
     if not isinstance(sparse, list) or any(type(i) is not int for i in sparse):
-        raise ValueError(f"moe_layers={str(sparse)[:200]} is not a list of layers' numbers.")
+        raise ValueError(f"moe_layers={str(sparse)[:200]} is not a list of layer numbers.")
     sparse = set(sparse)
     return [moe if i in sparse else dense for i in range(layers)]
 

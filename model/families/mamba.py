@@ -13,8 +13,8 @@ from model.families.common import Family, Reader
 from model.families.decoders import read_model
 from model.families.tensors import Conv, Folded, Fused, Names
 
-_INFINITY = {"__float__": "Infinity"}  # as transformers writes what JSON has no word for
-MAX_LENGTH = 1 << 20  # no limit is written; of no effect on the numbers
+_INFINITY = {"__float__": "Infinity"}  # transformers writes infinity so, which JSON lacks
+MAX_LENGTH = 1 << 20  # the value for no limit
 OUTSIDE: Names = {
     "backbone.embeddings.weight": "embedding",
     "backbone.norm_f.weight": "final_norm/scale",
@@ -28,7 +28,7 @@ IGNORED_KEYS = (
 
 
 def mamba_names(prefix: str, ours: str = "mixer") -> Names:
-    """The tensors of a Mamba mixer, `prefix` being that of the mixer in the checkpoint."""
+    """The tensors of a Mamba mixer with the checkpoint's `prefix`."""
     return {
         f"{prefix}.in_proj.weight": Fused((f"{ours}/in_x", f"{ours}/in_z")),
         f"{prefix}.in_proj.bias": Fused((f"{ours}/in_x_bias", f"{ours}/in_z_bias")),
@@ -45,7 +45,7 @@ def mamba_names(prefix: str, ours: str = "mixer") -> Names:
 
 
 def mamba2_names(prefix: str, ours: str = "mixer") -> Names:
-    """The tensors of a Mamba-2 mixer, `prefix` being that of the mixer in the checkpoint."""
+    """The tensors of a Mamba-2 mixer with the checkpoint's `prefix`."""
     inputs, convolved = ("z", "x", "B", "C", "dt"), ("x", "B", "C")
     return {
         f"{prefix}.in_proj.weight": Fused(tuple(f"{ours}/in_{name}" for name in inputs)),
@@ -88,7 +88,7 @@ def read_mamba2(config: Reader) -> ModelConfig:
     config.must_be("intermediate_size", heads * head_dim)
     if config.number("expand", 2) * width != heads * head_dim:
         raise ValueError(f"num_heads={heads} times head_dim={head_dim} is not expand * hidden_size.")
-    config.get("chunk_size")  # how the same numbers are computed
+    config.get("chunk_size")  # implementation options, which do not change the numbers
     config.get("time_step_rank")
     least, most = read_time_step_limit(config)
     bias = config.flag("use_bias", False)
@@ -109,11 +109,11 @@ def read_mamba2(config: Reader) -> ModelConfig:
 
 
 def read_time_step_limit(config: Reader) -> tuple[float, float | None]:
-    """The least and the largest time step; None: no largest."""
+    """(the smallest time step, the largest or None)."""
     limit = config.get("time_step_limit")
     numbers = [_number(end) for end in limit] if isinstance(limit, list | tuple) else [0.0, math.inf]
     if len(numbers) != 2 or not 0 <= numbers[0] <= numbers[1]:
-        raise ValueError(f"time_step_limit={str(limit)[:200]} is not a least and a largest time step.")
+        raise ValueError(f"time_step_limit={str(limit)[:200]} is not a smallest and a largest time step.")
     return numbers[0], None if numbers[1] == math.inf else numbers[1]
 
 

@@ -1,4 +1,4 @@
-"""ModernBERT: global and local attention in turns, each with its own rotary base.
+"""ModernBERT: alternating global and local attention, each with its own rotary base.
 
 Warner et al. 2024, arXiv:2412.13663.
 """
@@ -49,7 +49,7 @@ HEAD: Names = {
     "decoder.weight": "head",
     "decoder.bias": "head_bias",
 }
-# Of a masked-token head, where the config wants the model without one.
+# Tensors of a masked-token head, ignored if the config has no such head.
 IGNORED_TENSORS = (
     "head.dense.weight",
     "head.dense.bias",
@@ -65,17 +65,17 @@ def names(cfg: ModelConfig) -> Names:
 
 
 def tensor_aliases(name: str) -> tuple[str, ...]:
-    """With or without the beginning that tells the model from its head."""
+    """The name with and without the prefix of the bare model."""
     return f"model.{name}", name.removeprefix("model.")
 
 
 def read(config: Reader) -> ModelConfig:
     for key in ("deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"):
-        config.get(key)  # how the same numbers are computed
+        config.get(key)  # implementation options, which do not change the numbers
     for key in ("classifier_pooling", "sparse_prediction", "sparse_pred_ignore_index"):
-        config.get(key)  # of other heads, and of training
+        config.get(key)  # for other heads and for training
     for key in ("initializer_cutoff_factor", "layer_norm_eps", "position_embedding_type"):
-        config.get(key)  # of no effect in transformers
+        config.get(key)  # ignored by transformers
     config.get("gradient_checkpointing")
     bare = config.get("architectures") == [BARE]
     if not bare:

@@ -1,4 +1,4 @@
-"""MPT: ALiBi, and no biases anywhere, in norms neither. MosaicML 2023."""
+"""MPT: ALiBi, and no biases, not even in norms. MosaicML 2023."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def read(config: Reader) -> ModelConfig:
     }.items():
         config.must_be(key, wanted)
     config.must_be("norm_type", "low_precision_layernorm", "layernorm")
-    config.must_be("is_causal", True)  # with another, transformers computes nothing
+    config.must_be("is_causal", True)  # transformers fails with other values
     for key in ("learned_pos_emb", "init_device", "verbose", "emb_pdrop", "resid_pdrop", "emb_init_std"):
-        config.get(key)  # of no effect in transformers
+        config.get(key)  # ignored by transformers
     attention = config.part("attn_config")
-    attention.get("attn_impl")  # how the same numbers are computed
+    attention.get("attn_impl")  # implementation options, which do not change the numbers
     attention.must_be("is_encoder_decoder", False)
     attention.must_be("alibi", True)
-    attention.must_be("alibi_bias_max", 8)  # another one is of no effect in transformers
+    attention.must_be("alibi_bias_max", 8)  # transformers ignores other values
     attention.must_be("attn_type", "multihead_attention")
     attention.must_be("prefix_lm", False)
     attention.must_be("qk_ln", False)

@@ -1,4 +1,4 @@
-"""Modules of multi-token prediction in checkpoints: DeepSeek-V3's form, which GLM-4.5 has too, and Qwen3-Next's."""
+"""MTP modules in checkpoints: the layout of DeepSeek-V3 and GLM-4.5, and that of Qwen3-Next."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from model.families.common import Reader
 from model.families.tensors import MTP_PREFIX, Conv, Copy, Folded, Fused, Merged, Names, Rule, Whole
 from model.readouts.mtp import SequentialMTP
 
-MAX_MODULES = 64  # beyond this a config.json is taken for damaged; DeepSeek-V3 has one
+MAX_MODULES = 64  # a config.json with more is damaged; DeepSeek-V3 has one
 LAYER = "model.layers.{n}"
-NEXTN: Names = {  # beside the block: the module is a layer after the last
+NEXTN: Names = {  # beside the block; the module is stored as a layer after the last one
     f"{LAYER}.enorm.weight": "mtp/embedding_norm/scale",
     f"{LAYER}.hnorm.weight": "mtp/hidden_norm/scale",
     f"{LAYER}.eh_proj.weight": "mtp/join",
@@ -30,17 +30,17 @@ MTP: Names = {
 
 
 def nextn(names: Names) -> Names:
-    """The names of DeepSeek's modules, whose blocks are named as these blocks are."""
+    """The names of DeepSeek's MTP modules; their blocks have the names of ordinary blocks."""
     return _of_blocks(names, LAYER) | NEXTN
 
 
 def mtp(names: Names) -> Names:
-    """The names of Qwen's module."""
+    """The names of Qwen's MTP module."""
     return _of_blocks(names, "mtp.layers.{k}") | MTP
 
 
 def read_mtp(config: Reader, block: Block, norm: Norm, most: int = MAX_MODULES) -> SequentialMTP | None:
-    """As many modules as the config says, or one: transformers' default, and what Qwen3-Next has without saying so."""
+    """The MTP modules of the config; by default one, as in transformers and, without a key, in Qwen3-Next."""
     key = config.alias("num_nextn_predict_layers", "num_mtp_layers")
     count = config.integer(key, 1, least=0, most=most)
     return SequentialMTP((block,) * count, norm) if count else None

@@ -1,7 +1,7 @@
 """OLMo 2, OLMo 3 and OLMoE: a norm on all heads' queries and keys at once. arXiv:2501.00656, 2512.13961, 2409.02060.
 
-OLMo 2 and 3 have their other norms on the results of attention and network. Three of four layers of OLMo 3 have a
-window, and its scaled rotary positions are those of the others.
+OLMo 2 and 3 normalize the outputs of attention and network. Three of four layers of OLMo 3 have a window; the others
+have scaled rotary positions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: a Llama whose fused projections and long contexts (LongRoPE) are its own. arXiv:2404.14219."""
+"""Phi-3 and Phi-4: a Llama with fused projections and long contexts (LongRoPE). arXiv:2404.14219."""
 
 from __future__ import annotations
 

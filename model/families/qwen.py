@@ -48,7 +48,7 @@ def _read(config: Reader, mixer: Attention) -> ModelConfig:
 
 
 def read_qwen_windows(config: Reader) -> list[int | None]:
-    """`use_sliding_window` says whether, `layer_types` or `max_window_layers` in which layers a window holds."""
+    """The window of each layer: `use_sliding_window` enables it, `layer_types` or `max_window_layers` select layers."""
     layers = config.layers()
     window, first = config.get("sliding_window", 4096), config.integer("max_window_layers", 28, least=0)
     if config.flag("use_sliding_window", False):

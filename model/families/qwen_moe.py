@@ -1,4 +1,4 @@
-"""Qwen2-MoE (shared expert behind a gate) and Qwen3-MoE. arXiv:2407.10671, 2505.09388."""
+"""Qwen2-MoE (with a gated shared expert) and Qwen3-MoE. arXiv:2407.10671, 2505.09388."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _read(
     config.must_be("use_sliding_window", False)
     config.layer_kinds(config.layers(), ("full_attention",), [])
     for key in ("sliding_window", "max_window_layers"):
-        config.get(key)  # of no effect without it
+        config.get(key)  # without effect otherwise
     norm, activation = read_rms_norm(config), read_activation(config)
     num_experts = config.integer(config.alias("num_experts", "num_local_experts"), num_experts, least=0)
     dense = GatedMLP(config.integer("intermediate_size"), activation)
@@ -76,7 +76,7 @@ def read_moe(
     normalize: bool,
     **options: Any,
 ) -> MoE | None:
-    """The experts by Qwen's keys; the other arguments are the family's defaults."""
+    """The experts from Qwen's keys; the other arguments are the family's defaults."""
     experts_per_token = config.integer("num_experts_per_tok", experts_per_token)
     width = config.integer("moe_intermediate_size", moe_width)
     router = Router(normalize=config.flag("norm_topk_prob", normalize))

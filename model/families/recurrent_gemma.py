@@ -1,4 +1,4 @@
-"""RecurrentGemma: Griffin's recurrence with a layer of local attention now and then. arXiv:2404.07839."""
+"""RecurrentGemma: Griffin's recurrence with some layers of local attention. arXiv:2404.07839."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from model.families.common import Reader
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
-# Keys of a kind that say nothing of the numbers: how a checkpoint came to be, and a length that only some kinds use.
+# Keys that do not change the numbers: a checkpoint's history, and a length that only some kinds use.
 IGNORED = ("finetuned", "original_max_position_embeddings")
 
 
@@ -38,20 +38,20 @@ def read_rope(
 
     Args:
       theta: the family's default.
-      fraction: of the channels that are rotated, the family's default; None: of a family that rotates whole heads, for
-        which transformers passes over what the config says.
-      fraction_key: where the fraction stands outside `rope_parameters`.
-      length_key: where the longest text stands, by which some scalings go.
+      fraction: the family's default share of rotated channels; None: the family rotates whole heads, and transformers
+        ignores the key.
+      fraction_key: the key of the fraction outside `rope_parameters`.
+      length_key: the key of the longest context, which some scalings use.
 
     Raises:
-      ValueError: settings that are not supported, and those that the kind of scaling does not use.
+      ValueError: settings that are not supported, or that this kind of scaling does not use.
     """
     old, new = config.part("rope_scaling"), config.part("rope_parameters")
     if old.saved and new.saved and old.saved != new.saved:
-        raise ValueError("rope_scaling and rope_parameters are one thing, and disagree; keep one of them.")
+        raise ValueError("rope_scaling and rope_parameters mean the same, and disagree; keep one of them.")
     rope = new if new.saved else old
     for key in old.saved if rope is new else ():
-        old.get(key)  # the same once more
+        old.get(key)  # a copy
     theta = rope.number("rope_theta", config.number("rope_theta", theta))
     if "rope_theta" in config.saved and config.number("rope_theta") != theta:
         raise ValueError(
@@ -68,7 +68,7 @@ def read_rope(
             raise ValueError(
                 f"{rope.where}{key}={str(value)[:200]} is not supported with "
                 f"rope_type={rope.get('rope_type') or rope.get('type') or 'default'!r}: "
-                "it would be passed over. Give the type that it belongs to, or remove it."
+                "it would be ignored. Give the type that it belongs to, or remove it."
             )
     return Rope(theta, scaling, rotated, interleaved)
 
@@ -140,7 +140,7 @@ def _read_yarn(config: Reader, rope: Reader, length_key: str) -> YarnScaling:
 
 
 def yarn_magnitude(factor: float, amount: float = 1.0) -> float:
-    """How much larger scores' factors become in a context stretched by `factor`. arXiv:2309.00071, section 3.4."""
+    """The factor of cosine and sine in a context extended by `factor`. arXiv:2309.00071, section 3.4."""
     return 1.0 if factor <= 1 else 0.1 * amount * math.log(factor) + 1.0
 
 
@@ -185,13 +185,13 @@ def read_ropes(
 ) -> dict[str, Rope]:
     """The rotary positions of each kind of layer, "full_attention" and "sliding_attention".
 
-    transformers 5 nests a part for each kind in `rope_parameters`. Before, the whole was of full attention and layers
-    with a window had no scaling.
+    transformers 5 nests a part for each kind in `rope_parameters`. In the older layout only full attention has a
+    scaling.
 
     Args:
       thetas: the family's defaults by kind of layer.
-      window_theta_key: where the theta of layers with a window stands in the older form; None: it is the default.
-      kinds: of scalings that the family has.
+      window_theta_key: the older key of theta for layers with a window; None: the default.
+      kinds: the scalings of the family.
     """
     both = config.part("rope_parameters")
     length = {"max_position_embeddings": config.get("max_position_embeddings")}
@@ -211,7 +211,7 @@ def read_ropes(
         scaling = config.get("rope_scaling") or {}
         if "type" in scaling and "rope_type" not in scaling:
             raise ValueError(
-                f"rope_scaling.type={str(scaling['type'])[:100]!r} is not supported: transformers passes it over. "
+                f"rope_scaling.type={str(scaling['type'])[:100]!r} is not supported: transformers ignores it. "
                 "Write it as rope_scaling.rope_type."
             )
         window_theta = thetas["sliding_attention"]
@@ -225,7 +225,7 @@ def read_ropes(
 
 
 def write_ropes(mixers: Iterable[Any], thetas: Mapping[str, float]) -> dict[str, Any]:
-    """In the form of transformers 5; `thetas` are of kinds of layers that the model lacks."""
+    """The layout of transformers 5; `thetas` are for kinds of layers that the model lacks."""
     ropes = {bool(mixer.window): mixer.rope for mixer in mixers}
     pairs = {kind: ropes.get(kind == "sliding_attention", Rope(theta)) for kind, theta in thetas.items()}
     return {
@@ -237,7 +237,7 @@ def write_ropes(mixers: Iterable[Any], thetas: Mapping[str, float]) -> dict[str,
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
-    """In the form that transformers 4 and 5 both read."""
+    """The layout that transformers 4 and 5 both read."""
     saved = {"rope_theta": rope.theta, "rope_scaling": write_scaling(rope.scaling)}
     return saved if rope.fraction == 1 else saved | {"partial_rotary_factor": rope.fraction}
 
@@ -273,4 +273,4 @@ def write_scaling(scaling: Scaling | None) -> dict[str, Any] | None:
             "original_max_position_embeddings": scaling.original_max_length,
             "attention_factor": scaling.magnitude,
         }
-    raise ValueError(f"a config.json has no word for {type(scaling).__name__}")
+    raise ValueError(f"a config.json cannot express {type(scaling).__name__}")

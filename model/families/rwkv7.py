@@ -1,6 +1,6 @@
 """RWKV-7 as flash-linear-attention writes it. Peng et al. 2025, arXiv:2503.14456.
 
-A layer of theirs is two blocks of ours, time mixing and channel mixing, since both remember the token before.
+One layer there is two blocks here, time mixing and channel mixing, because both need the previous token.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read(config: Reader) -> ModelConfig:
     config.must_be("norm_bias", True)
     config.must_be("attn", None)
     for key in ("attn_mode", "fuse_norm", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"):
-        config.get(key)  # how the same numbers are computed
+        config.get(key)  # implementation options, which do not change the numbers
     width, eps = config.integer("hidden_size", 2048), config.number("norm_eps", 1e-5)
     layers, head_dim = config.layers(default=24), config.integer("head_dim", 64)
     heads = config.integer("num_heads", width // head_dim)

@@ -20,7 +20,7 @@ from model.families.tensors import ENCODER, Names, Whole
 # What a feed-forward network is called, to ours; "gated" where it has a gate.
 FEED_FORWARD = ACTIVATIONS | {f"gated-{theirs}": f"gated {ours}" for theirs, ours in ACTIVATIONS.items()}
 FEED_FORWARD |= {"gated-gelu": "gated gelu_tanh"}
-# Copies of the shared embedding, and a table that was never used.
+# Copies of the shared embedding, and an unused table.
 IGNORED_TENSORS = ("coder.embed_tokens.weight", "EncDecAttention.relative_attention_bias.weight")
 KEY_ALIASES = {
     "hidden_size": "d_model",
@@ -44,7 +44,7 @@ def names(cfg: ModelConfig) -> Names:
 
 
 def _stack(theirs: str, ours: str, ffn: int, gated: bool) -> Names:
-    """Names in the blocks of a stack, whose feed-forward network is its sublayer number `ffn`."""
+    """Names in the blocks of a stack; the feed-forward network is sublayer number `ffn`."""
     layer = f"{theirs}.block.{{i}}.layer"
     wi = {"wi_0": "gate", "wi_1": "up"} if gated else {"wi": "up"}
     table = "SelfAttention.relative_attention_bias.weight"
@@ -65,7 +65,7 @@ def _attention(layer: str, kind: str, ours: str) -> Names:
 def read(config: Reader) -> ModelConfig:
     config.get("output_past")
     norm, layers = RMSNorm(config.number("layer_norm_epsilon", 1e-6)), config.layers("num_layers")
-    # transformers 5 writes tie_word_embeddings=true for T5 1.1 too, whose head is its own and reads unscaled states
+    # transformers 5 also writes tie_word_embeddings=true for T5 1.1, which has its own head on unscaled states
     same = config.flag("tie_word_embeddings", True)
     tied = config.flag("scale_decoder_outputs", same)
     if tied and not same:
@@ -83,7 +83,7 @@ def read(config: Reader) -> ModelConfig:
 
 
 def _read_blocks(config: Reader, norm: RMSNorm, layers: int, *, decoder: bool) -> list[Block]:
-    """Those of a stack; the first has the table of biases."""
+    """The blocks of a stack; the first has the table of biases."""
     heads, head_dim = config.integer("num_heads"), config.integer("d_kv")
     buckets = config.integer("relative_attention_num_buckets", 32)
     distance = config.integer("relative_attention_max_distance", 128)
@@ -100,7 +100,7 @@ def _read_blocks(config: Reader, norm: RMSNorm, layers: int, *, decoder: bool) -
         for i in range(layers)
     ]
     *gated, activation = config.choice("feed_forward_proj", FEED_FORWARD, "relu").split()
-    # these two repeat it; transformers goes by them where they differ
+    # these two keys repeat it; transformers prefers them
     same, named = config.get("is_gated_act") in (None, bool(gated)), config.get("dense_act_fn")
     if not same or (named is not None and ACTIVATIONS.get(str(named)) != activation):
         raise ValueError(

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors and our parameters, side by side: one table, read in both directions.
+"""Maps a checkpoint's tensors to our parameters and back, with one table for both directions.
 
-Other formats store a linear map as [outputs, inputs] with heads folded into one axis, sometimes several maps in one
-tensor, sometimes one tensor for each expert; ours are [inputs, outputs] with heads of their own and experts stacked.
-So every tensor is made of ours by reshapes, transposes and concatenation alone, and no bit changes on the way.
+Checkpoints store a linear map as [outputs, inputs] with heads folded into one axis, sometimes several maps in one
+tensor, or one tensor for each expert. Our parameters are [inputs, outputs] with separate axes for heads and experts.
+Reshapes, transposes and concatenation convert between them, so no bit changes.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from model.readouts.mtp import mtp_blocks
 
 Path = tuple[str, ...]
 
-ENCODER = "encoder/"  # before our names of what is in the encoder's blocks; so for other stacks than the model's own
-MTP_PREFIX = "mtp/"  # before our names of what is in a module that says a later token, and in its block
+ENCODER = "encoder/"  # prefix of our names in the encoder's blocks; other stacks have their own
+MTP_PREFIX = "mtp/"  # prefix of our names in an MTP module and its block
 
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """Several of our parameters in one tensor, side by side along its outputs."""
+    """Several of our parameters in one tensor, concatenated along its outputs."""
 
     ours: tuple[str, ...]
-    # Not one whole after the other: for each key/value head (or channel) a part of each. The groups are as many as the
-    # smallest of them has heads, or as the parameter that is named has.
+    # The parameters are interleaved: for each key/value head (or channel), a part of each. There are as many groups as
+    # the smallest parameter has heads, or the parameter of this name.
     grouped: bool | str = False
-    transposed: bool = True  # [outputs, inputs], as torch's Linear has it
+    transposed: bool = True  # [outputs, inputs], as in torch's Linear
 
 
 def untransposed(ours: str) -> Fused:
@@ -43,7 +43,7 @@ def untransposed(ours: str) -> Fused:
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Stored in the very shape that ours has, after so many axes of length one."""
+    """Stored in our shape, after `ones` axes of length one."""
 
     ours: str
     ones: int = 0
@@ -51,7 +51,7 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """Stacked experts, one below the other in one matrix."""
+    """Stacked experts, concatenated along the rows of one matrix."""
 
     ours: str
     transposed: bool = True  # each [outputs, inputs]
@@ -59,14 +59,14 @@ class Merged:
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """Kernels of a convolution, ours [taps, ...], side by side along the channels of [channels, 1, taps]."""
+    """Convolution kernels, ours [taps, ...], concatenated along the channels of [channels, 1, taps]."""
 
     ours: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """Ours is flat, theirs a matrix with as many rows as another parameter has numbers, or heads."""
+    """Our vector is a matrix there, with as many rows as another parameter has numbers or heads."""
 
     ours: str
     rows_of: str
@@ -74,31 +74,31 @@ class Folded:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """In each MTP module: the same as a parameter outside the blocks (of a tied head: the embedding)."""
+    """In each MTP module: a copy of a parameter outside the blocks; for a tied head, the embedding."""
 
     ours: str
 
 
 Rule = str | Fused | Whole | Merged | Conv | Folded | Copy
-Leaf = tuple[ParamInfo, Path]  # of one block's parameter, and where it is in our unrolled parameters
+Leaf = tuple[ParamInfo, Path]  # a block's parameter, and its path in our unrolled parameters
 Leaves = dict[str, Leaf]  # by our name
-# A checkpoint's name to ours, such as "mixer/q", or "encoder/mixer/q" in an encoder's block, "mtp/mixer/q" in a
-# MTP module, which also has "mtp/join". "{i}" is the layer's number, "{pair}" that of a pair of blocks,
-# "{e}" the expert's; "{n}" the number of the module as if it were a layer, "{k}" its number from 0.
+# A checkpoint's name -> ours, such as "mixer/q", "encoder/mixer/q" in an encoder's block, or "mtp/mixer/q" and
+# "mtp/join" in an MTP module. "{i}" is the number of the layer, "{pair}" of a pair of blocks, "{e}" of the expert,
+# "{k}" of the MTP module, and "{n}" its number if it counts as a layer.
 Names = dict[str, Rule]
 NamesOf = Callable[[Block | None], Names]
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A parameter of ours, or one expert's part of it."""
+    """One of our parameters, or one expert's part of it."""
 
     path: Path  # in our unrolled parameters
     shape: tuple[int, ...]  # of the piece
     whole: tuple[int, ...]  # of the parameter
     expert: int | None
-    lead: int  # axes that come first in both layouts (stacked experts)
-    inputs: int  # axes that are inputs; 0: no linear map
+    lead: int  # leading axes in both layouts (stacked experts)
+    inputs: int  # input axes; 0: not a linear map
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -111,17 +111,17 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a checkpoint and the parameters that it is."""
+    """One tensor of a checkpoint and the parameters that it holds."""
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     transposed: bool
-    groups: int = 1  # the outputs are so many groups, each with a part of every piece
-    repeats: str | None = None  # the tensor whose copy it is; where it is missing, that one is all
+    groups: int = 1  # the outputs are in this many groups, each with a part of every piece
+    repeats: str | None = None  # the tensor that it copies; the copy may be missing
 
     def to_ours(self, theirs: np.ndarray) -> list[np.ndarray]:
-        """One array for each piece; views of `theirs` where numpy can give them."""
+        """One array for each piece; views of `theirs` if possible."""
         if len(self.pieces) == 1 and not self.transposed:
             return [theirs.reshape(self.pieces[0].shape)]
         lead = self.pieces[0].matrix[:-2]
@@ -154,8 +154,8 @@ def tensor_table(cfg: ModelConfig, names: Names | NamesOf, blocks_per_layer: int
     """The tensors of a checkpoint of `cfg`, embedding and head first, then layer by layer.
 
     Args:
-      names: of all, or a function that gives those of a block, and of what is outside for None.
-      blocks_per_layer: of ours in one layer of the checkpoint.
+      names: all names, or a function from a block (None: outside blocks) to its names.
+      blocks_per_layer: our blocks in one layer of the checkpoint.
 
     Raises:
       ValueError: a parameter that the format has no name for.
@@ -203,12 +203,9 @@ def _ours(rule: Rule) -> tuple[str, ...]:
 
 
 def _groups(cfg: ModelConfig, blocks_per_layer: int) -> Iterator[tuple[Block | None, dict[str, int], Leaves]]:
-    """(None, {}, everything outside the blocks), then (block, its numbers by the letters of `Names`, what is in it) for
-    each block of a stack and each MTP module."""
+    """Yields (block, its numbers by placeholder of `Names`, its leaves), first for parameters outside blocks."""
     kinds = tuple(dict.fromkeys(cfg.blocks))
-    small = cfg.replace(
-        scan=True, blocks=kinds
-    )  # one trace for each kind of block, however often it is there
+    small = cfg.replace(scan=True, blocks=kinds)  # one trace for each kind of block
     infos = param_info(small)
     modules = mtp_blocks(cfg.mtp)
     yield None, {}, _leaves(_outside_blocks(small, infos), "", ())
@@ -236,7 +233,7 @@ def _outside_blocks(cfg: ModelConfig, infos: Params) -> Params:
 
 
 def _leaves(infos: Params, prefix: str, home: Path) -> Leaves:
-    """Of a tree of parameters at `home`, each as one layer has it."""
+    """The leaves of a tree of parameters at `home`, without the axis of layers."""
     return {
         prefix + key.removeprefix("block_0/"): (info.of_layer(), (*home, *key.split("/")))
         for key, info in _flat(infos)
@@ -244,7 +241,7 @@ def _leaves(infos: Params, prefix: str, home: Path) -> Leaves:
 
 
 def _copy(name: str, ours: str, table: list[Tensor]) -> Tensor:
-    """A tensor that repeats that of a parameter outside the blocks."""
+    """A tensor that copies a parameter outside the blocks."""
     by_path = {tensor.pieces[0].path: tensor for tensor in reversed(table)}
     original = by_path.get((ours,)) or by_path["embedding",]
     return dataclasses.replace(original, name=name, repeats=original.name)
@@ -287,7 +284,7 @@ def _stored_shape(
 
 
 def _group_count(rule: Rule, pieces: tuple[Piece, ...], leaves: Leaves) -> int:
-    """How many groups of outputs a tensor has, each with a part of every piece."""
+    """The number of groups of outputs, each with a part of every piece."""
     if not isinstance(rule, Fused) or not rule.grouped:
         return 1
     if isinstance(rule.grouped, str):
@@ -302,7 +299,7 @@ def _piece(rule: Rule, leaf: Leaf, expert: int | None) -> Piece:
     lead = int(expert is None and info.axes[:1] == ("experts",) and len(shape) > 1)
     inputs = len(info.input_axes)
     if len(shape) - lead <= 1 or info.input_axes != tuple(range(skipped + lead, skipped + lead + inputs)):
-        inputs = 0  # a vector, or stored as it is: a head has its outputs first, as a checkpoint has
+        inputs = 0  # a vector, or stored in our layout: a head has its outputs first in both
     if isinstance(rule, Whole):
         lead, inputs = 0, 0
     if isinstance(rule, Conv):

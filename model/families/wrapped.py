@@ -1,7 +1,7 @@
-"""Models of text inside models of text and images: Gemma 3 from 4B, Llama 4, Mistral 3. Only the text is read.
+"""Reads the text model of models of text and images: Gemma 3 from 4B, Llama 4, Mistral 3.
 
-Their config.json has the text's under `text_config`, their tensors are named as the text's behind a prefix: one that
-transformers 5 writes, and one that the published folders have.
+Their config.json has the text model under `text_config`. Their tensors have the text model's names after a prefix;
+transformers 5 and the published folders have different ones.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# The model_type of the whole to that of its text.
+# model_type of the whole model -> model_type of its text model
 TEXT = {"gemma3": "gemma3_text", "llama4": "llama4_text", "mistral3": "mistral"}
-# Keys that the text's part leaves out where they have the default of its class, by the text's model_type; those of
-# its other keys are in the families.
+# Defaults of keys that text_config may omit, by model_type of the text model; families have the other defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "vocab_size": 262_208,
@@ -39,21 +38,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
     },
 }
-# Of the whole, where the text is silent.
+# Keys of the whole model, used if text_config lacks them.
 SHARED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
 OTHERS = (
     "vision_tower.",
     "vision_model.",
     "multi_modal_projector.",
-)  # parts without text, at the top or in "model."
+)  # parts other than text, at the top level or in "model."
 
 
 def text_config(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the text. Raises ValueError where there is none."""
+    """The text model's config. Raises ValueError if there is none."""
     text, model_type = saved.get("text_config"), saved["model_type"]
     if not isinstance(text, dict):
-        raise ValueError(f"model_type={model_type!r} wants a text_config; given {str(text)[:100]}.")
+        raise ValueError(f"model_type={model_type!r} needs a text_config; given {str(text)[:100]}.")
     if text.get("model_type", TEXT[model_type]) != TEXT[model_type]:
         raise ValueError(
             f"text_config.model_type={str(text['model_type'])[:100]!r} is not supported in {model_type}; only "
@@ -65,12 +64,12 @@ def text_config(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_wrapped(names: Collection[str]) -> bool:
-    """Whether a folder's tensors are named as those of a whole."""
+    """Whether a folder's tensors have the names of a whole model."""
     return any(text_name(name) != name for name in names)
 
 
 def text_name(name: str) -> str | None:
-    """A tensor's name in a model of the text alone; None for a tensor of another part."""
+    """A tensor's name in the text model; None for a tensor of another part."""
     if name.removeprefix("model.").startswith(OTHERS):
         return None
     for theirs, ours in PREFIXES:
@@ -80,7 +79,7 @@ def text_name(name: str) -> str | None:
 
 
 def left_out(names: Collection[str]) -> dict[str, int]:
-    """How many tensors each part without text has."""
+    """The number of tensors of each part other than text."""
     found: dict[str, int] = {}
     for name in names:
         if text_name(name) is None:

@@ -1,1 +1,1 @@
-"""Files that models are read from and written to: our checkpoints, Hugging Face folders, GGUF, PEFT adapters."""
+"""File formats of models: our checkpoints, Hugging Face folders, GGUF, PEFT adapters."""

@@ -1,11 +1,11 @@
-"""Checkpoints: every call to Orbax is in this file, and to TensorStore, which Orbax writes with.
+"""Checkpoints. All calls to Orbax, and to TensorStore below it, are in this file.
 
 A checkpoint is an Orbax folder, written under a temporary name and renamed when complete:
 
     params/  optimizer/            arrays (the optimizer only in a training run)
     train/state.json               step, data position, rng
-    meta/model.json                the model's config, and which weights are quantized; its presence marks the folder as
-                                   a Crucible checkpoint
+    meta/model.json                the model config, and which weights are quantized; marks the folder as a Crucible
+                                   checkpoint
     tokenizer/                     the tokenizer's files and the chat template
 """
 
@@ -36,16 +36,16 @@ from model.weights import Quantized, is_quantized, shardings_like
 
 FORMAT_VERSION = 1
 
-CHUNK_BYTES = 2**24  # of an array that is written in parts; a chunk is read and written whole
+CHUNK_BYTES = 2**24  # bytes of a chunk of an array that is written in parts
 
 Files = dict[str, bytes]  # relative file name -> content
 
 
 class Checkpoints:
-    """The `checkpoints/` of a run folder: asynchronous atomic saves, old steps dropped by policy."""
+    """The `checkpoints/` of a run folder: asynchronous atomic saves; a policy deletes old steps."""
 
     def __init__(self, folder: str | Path, *, keep: int = 2, keep_every: int = 0):
-        """Keep the newest `keep` checkpoints, and for good each one whose step `keep_every` divides (0: none)."""
+        """Keep the newest `keep` checkpoints, and all at multiples of `keep_every` (0: none)."""
         policies = ocp.training.preservation_policies
         policy: Any = policies.LatestN(keep)
         if keep_every:
@@ -67,14 +67,14 @@ class Checkpoints:
     def save(
         self, step: int, cfg: ModelConfig, params: Params, optimizer: Any, train: dict, tokenizer: Files
     ) -> None:
-        """Start writing in the background; waits first for an earlier save that still runs."""
+        """Start writing in the background, after an earlier save has finished."""
         self.wait()
         progress = _Folder({"state.json": json.dumps(train, indent=1).encode()})
         items = _model_items(cfg, params, tokenizer) | {"optimizer": optimizer, "train": progress}
         self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, overwrite=True)
 
     def restore(self, step: int, params: Params, optimizer: Any) -> tuple[Params, Any, dict]:
-        """(params, optimizer, train) at `step`; the given trees of ShapeDtypeStructs say shapes and shardings."""
+        """(params, optimizer, train) at `step`; the given trees of ShapeDtypeStructs have the shapes and shardings."""
         train = _Folder({})
         wanted = {"params": _to_plain(params), "optimizer": optimizer, "train": train}
         items = self._checkpointer.load_checkpointables(step, wanted)
@@ -86,7 +86,7 @@ class Checkpoints:
         return set(ocp.metadata(str(self._folder / str(step)), "optimizer").metadata)
 
     def wait(self) -> None:
-        """Until what was saved is on disk under its final name."""
+        """Wait until the last save is on disk under its final name."""
         if self._pending is not None:
             self._pending.result()
             self._pending = None
@@ -97,14 +97,14 @@ class Checkpoints:
 
 
 def save_native(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: Files) -> None:
-    """Write one checkpoint with neither optimizer nor data position at exactly `path`; replaces what was there."""
+    """Write a checkpoint without optimizer and data position at `path`, replacing what was there."""
     ocp.save_checkpointables(str(Path(path).absolute()), _model_items(cfg, params, tokenizer), overwrite=True)
 
 
 def save_native_lazily(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: Files) -> None:
-    """As `save_native`, for parameters still in files: one is in memory at a time, or a part of it.
+    """As `save_native`, for parameters that are still in files: at most one is in memory at a time.
 
-    Orbax, which wants all at once, writes a checkpoint of small arrays; these are then given their shape and content.
+    Orbax needs all arrays at once, so it writes a checkpoint of small arrays; TensorStore then writes the real ones.
     """
     small = jax.tree.map(lambda leaf: np.zeros((1,) * len(leaf.shape), leaf.dtype), _to_plain(params))
     items = _model_items(cfg, params, tokenizer) | {"params": small}
@@ -117,14 +117,14 @@ def save_native_lazily(path: str | Path, cfg: ModelConfig, params: Params, token
 def _write_parts(kvstore: dict, array: Any) -> None:
     chunk = list(array.shape)
     for axis in range(len(chunk)):
-        of_one = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
-        chunk[axis] = max(1, min(chunk[axis], CHUNK_BYTES // max(of_one, 1)))
+        row_bytes = math.prod(chunk[axis + 1 :]) * array.dtype.itemsize
+        chunk[axis] = max(1, min(chunk[axis], CHUNK_BYTES // max(row_bytes, 1)))
     codecs = [{"name": "bytes"}, {"name": "zstd", "configuration": {"level": 3}}]
     metadata = {"shape": array.shape, "data_type": array.dtype.name, "codecs": codecs}
     metadata["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
     spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
     store = tensorstore.open(spec, create=True, delete_existing=True).result()
-    if not isinstance(array, (Sliced, Stacked)) or not array.shape:  # such can't be read in parts
+    if not isinstance(array, (Sliced, Stacked)) or not array.shape:  # these cannot be read in parts
         store.write(np.asarray(array)).result()
         return
     for start in range(0, array.shape[0], chunk[0]):
@@ -137,7 +137,7 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def stored_shapes(path: str | Path) -> Params:
-    """The parameters of a checkpoint as ShapeDtypeStructs, quantized ones as they are stored."""
+    """The parameters of a checkpoint as ShapeDtypeStructs; quantized ones as stored."""
     flat: dict[Any, Any] = dict(flatten_dict(param_shapes(load_config(path)), sep="/"))
     for name, saved in _meta(path).get("quantized", {}).items():
         values: Any = jax.ShapeDtypeStruct(flat[name].shape, FORMATS[saved["kind"]].dtype)
@@ -157,8 +157,8 @@ def load_native(
 
     Args:
       path: the checkpoint's own folder.
-      shardings: one `Sharding` for all, or a tree of them like the parameters; default: the first device.
-      dtype: cast parameters to this while reading; quantized weights stay as they are.
+      shardings: one `Sharding`, or a tree of them like the parameters; default: the first device.
+      dtype: casts parameters while reading; quantized weights stay as they are.
     """
     cfg, shapes = load_config(path), stored_shapes(path)
     if shardings is None:
@@ -179,7 +179,7 @@ def load_native(
 
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """As `load_native`, but parameters are read when they are used, and of stacked layers one at a time."""
+    """As `load_native`, but parameters are read at their first use, stacked layers one at a time."""
     shapes = stored_shapes(path)
     plain = {key for key, leaf in flatten_dict(shapes).items() if not is_quantized(leaf)}
 
@@ -200,7 +200,7 @@ def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig
 
 
 def _stored_at(path: Path, keys: Any) -> dict:
-    """Where Orbax keeps a parameter, as TensorStore says it."""
+    """The TensorStore spec of a parameter in an Orbax checkpoint."""
     name = ".".join(key.key for key in keys)
     return {"driver": "ocdbt", "base": f"file://{path}/params/", "path": f"{name}/"}
 
@@ -228,13 +228,13 @@ def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str
 
 
 def _to_plain(params: Params) -> Params:
-    """Dicts and arrays alone, which Orbax stores under their own names."""
+    """The tree as dicts and arrays, which Orbax stores by name."""
     split = lambda leaf: {"values": leaf.values, "scales": leaf.scales} if is_quantized(leaf) else leaf
     return jax.tree.map(split, params, is_leaf=is_quantized)
 
 
 def _from_plain(plain: Params, like: Params) -> Params:
-    """The inverse of `_to_plain`, for the tree that `like` is."""
+    """The inverse of `_to_plain`, with the structure of `like`."""
     join = lambda leaf, part: dataclasses.replace(leaf, **part) if is_quantized(leaf) else part
     return jax.tree.map(join, like, plain, is_leaf=is_quantized)
 

@@ -1,4 +1,4 @@
-"""A model from one format to another, tokenizer and chat template along with it."""
+"""Converts a model to another format, with its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.formats.peft import load_adapters
 
 FORMATS = ("huggingface", "native", "gguf")
 
-# What of a Hugging Face folder belongs to the tokenizer: any one of these makes one, the others go with it.
+# The tokenizer's files in a Hugging Face folder: any one of the first makes a tokenizer, the others go with it.
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tiktoken.model", "tekken.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
@@ -45,12 +45,12 @@ def convert(
     """Read the model at `source` and write it at `destination`.
 
     Args:
-      format: default: gguf for a name that ends so, else huggingface.
-      dtype: of parameters and computation; default: as stored (quantized: float32).
-      gguf_tokenizer: gives the tokenizer in a GGUF file as files of a Hugging Face folder, e.g. by way of
+      format: default: gguf for a name that ends in .gguf, else huggingface.
+      dtype: of parameters and activations; default: as stored (quantized: float32).
+      gguf_tokenizer: maps a GGUF file to its tokenizer as files of a Hugging Face folder, for example with
         `data.load_tokenizer(path).save(folder)`; needed only from GGUF to another format.
-      adapter: a folder of PEFT's to merge into the model.
-      slot: of the model's own adapters, the one to merge.
+      adapter: a PEFT folder to merge into the model.
+      slot: the slot to merge of the model's own adapters.
 
     Returns:
       the format that was written.
@@ -64,7 +64,7 @@ def convert(
     if format == "gguf" and destination.suffix != ".gguf":
         raise ConfigError(f"{destination}: a GGUF model is one file; give it a name that ends in .gguf.")
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise ConfigError(f"{destination}: is there already. Remove it, or give another path.")
+        raise ConfigError(f"{destination}: already exists. Remove it, or give another path.")
     tokenizer = tokenizer_files(source, gguf_tokenizer)
     cfg, params = storage.load_lazily(source, dtype)
     params = jax.tree_util.tree_map_with_path(
@@ -86,7 +86,7 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _check_merged(params: Any) -> None:
-    """A merged parameter is computed, so its dtype is met after the sum: float16 ends at 65504."""
+    """Casts a merged parameter after the sum. Raises ValueError for values beyond float16, which ends at 65504."""
     for keys, array in jax.tree_util.tree_leaves_with_path(params):
         if not isinstance(array, LAZY) and array.dtype == jnp.float16 and not jnp.isfinite(array).all():
             raise ValueError(
@@ -96,7 +96,7 @@ def _check_merged(params: Any) -> None:
 
 
 def tokenizer_files(source: str | Path, gguf_tokenizer: Callable[[Path], Files] | None) -> Files:
-    """The tokenizer's files of a model, by name; {} for a model without one."""
+    """The files of a model's tokenizer, by name; {} for a model without one."""
     found = resolve_model(source)
     if found.kind == "huggingface":
         return _of_folder(found.weights)
@@ -113,13 +113,13 @@ def tokenizer_files(source: str | Path, gguf_tokenizer: Callable[[Path], Files] 
 
 
 def _of_folder(folder: Path) -> Files:
-    """Of a Hugging Face folder."""
+    """The tokenizer files of a Hugging Face folder."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return {}
     files = [folder / name for name in (*TOKENIZERS, *BESIDE)] + sorted(folder.glob("chat_templates/*.jinja"))
     files += sorted(folder.glob("*.tiktoken"))
     contents = {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
-    if "generation_config.json" not in contents:  # older folders say only in config.json where a text ends
+    if "generation_config.json" not in contents:  # older folders name the end of a text only in config.json
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
         contents["generation_config.json"] = json.dumps(ids).encode()

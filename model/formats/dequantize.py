@@ -1,4 +1,4 @@
-"""GGUF tensor bytes to numbers: whole tensors at once, in numpy.
+"""Decodes GGUF tensor bytes to numbers, in numpy.
 
 The block layouts are those of ggml (ggml-common.h and ggml-quants.c, https://github.com/ggml-org/ggml). A block of
 32 elements has one float16 scale `d` (and minimum `m`); a K-quant super-block of 256 has its own small scales too.
@@ -17,14 +17,14 @@ from configs.gguf import BLOCKS
 
 
 def dequantize(raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The numbers of one tensor, float32 of `shape`.
+    """The numbers of one tensor as float32 of `shape`.
 
     Args:
       raw: uint8, exactly the tensor's bytes.
       kind: ggml's name of the type: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K.
 
     Raises:
-      ValueError: a type that is not read, or bytes that do not make up `shape`.
+      ValueError: a type that is not supported, or a number of bytes that does not fit `shape`.
     """
     if kind not in DECODERS:
         raise ValueError(f"tensor type {kind} is not read; only {', '.join(DECODERS)} are.")
@@ -89,8 +89,8 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
     """128 bytes of low nibbles, 64 of high bit pairs, 16 signed scales, d: d * scale * (q - 32).
 
-    Each half of 128 elements is four rows of 32: low nibbles of the first and the second 32 bytes, then their high
-    nibbles; the bit pairs of its 32 high bytes go to the four rows in turn. A scale serves 16 elements.
+    Each half of 128 elements has four rows of 32: the low nibbles of the first and the second 32 bytes, then their high
+    nibbles. The bit pairs of its 32 high bytes belong to the four rows in order. Each scale is for 16 elements.
     """
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32)

@@ -1,7 +1,7 @@
-"""Whether a config can be that of the tensors in its file, before anything is made of it.
+"""Checks that a config fits the tensors of its file, before any memory is allocated for it.
 
-A config.json is a few bytes that may ask for anything. What it asks for must be in the file, so no size is larger than
-the largest tensor, and there are not more layers and experts than tensors.
+A damaged or hostile config.json may ask for any size. No size may exceed the largest tensor, and there may not be more
+layers and experts than tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from model.config import ModelConfig
 
-# Numbers of a model that say nothing of the shapes of its tensors.
+# Fields that do not affect the shapes of tensors.
 NO_SIZES = frozenset(
     """
     max_length window chunk original_max_length max_distance experts_per_token groups_per_token num_groups functions
@@ -25,12 +25,12 @@ NO_SIZES = frozenset(
 def check_fits(
     cfg: ModelConfig, shapes: Collection[tuple[int, ...]], blocks_per_layer: int, experts_apart: bool
 ) -> None:
-    """Raises ValueError for a model that is larger than what these tensors can hold.
+    """Raises ValueError for a model that is larger than these tensors.
 
     Args:
-      shapes: of all tensors.
-      blocks_per_layer: of ours in one layer of the file.
-      experts_apart: each expert has tensors of its own.
+      shapes: the shapes of all tensors.
+      blocks_per_layer: our blocks in one layer of the file.
+      experts_apart: whether each expert has its own tensors.
     """
     stacks = [stack.blocks for stack in cfg.stacks] + ([cfg.mtp.blocks] if cfg.mtp is not None else [])
     layers = sum(len(stack) for stack in stacks) // blocks_per_layer

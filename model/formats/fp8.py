@@ -1,7 +1,7 @@
-"""Weights in eight-bit floats (E4M3) with a float32 scale for each block of a matrix, as DeepSeek-V3 is published.
+"""Weights in eight-bit floats (E4M3) with a float32 scale for each block of a matrix, as in DeepSeek-V3.
 
-`NAME` [rows, columns] float8_e4m3fn and `NAME_scale_inv` [rows / block, columns / block]: each number times the scale
-of its block; blocks at the ends may be cut. DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.
+`NAME` [rows, columns] float8_e4m3fn and `NAME_scale_inv` [rows / block, columns / block]: each number is multiplied
+by the scale of its block; blocks at the edges may be smaller. DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclasses.dataclass(frozen=True)
 class ScaledTensor:
-    """Two stored tensors as the one that they stand for, bfloat16."""
+    """A matrix and its scales as one bfloat16 tensor."""
 
     name: str
     values: StoredTensor
@@ -45,15 +45,18 @@ def scaled(values: np.ndarray, scales: np.ndarray, block: tuple[int, int]) -> np
     """[rows, columns] float8 times the scale of each block, in float32, as bfloat16."""
     whole = np.empty(values.shape, ml_dtypes.bfloat16)
     rows, columns = block
-    for i, of_rows in enumerate(scales):  # a row of blocks at a time: little is in memory twice
-        each = np.repeat(of_rows.astype(np.float32), columns)[: values.shape[1]]
+    for i, row_scales in enumerate(scales):  # one row of blocks at a time, to save memory
+        each = np.repeat(row_scales.astype(np.float32), columns)[: values.shape[1]]
         part = slice(i * rows, (i + 1) * rows)
         whole[part] = (values[part].astype(np.float32) * each).astype(ml_dtypes.bfloat16)
     return whole
 
 
 def block_of(quantization: Any) -> tuple[int, int] | None:
-    """The block of a config's quantization_config, None for another method. Raises ValueError for another format."""
+    """The block size of a config's quantization_config; None for another method.
+
+    Raises ValueError for another format.
+    """
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
         return None
     block, kind = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
@@ -62,15 +65,17 @@ def block_of(quantization: Any) -> tuple[int, int] | None:
     )
     if not isinstance(block, list) or not whole or kind != "e4m3":
         raise ValueError(
-            f"quantization_config with fmt={kind!r} and weight_block_size={str(block)[:100]} is not supported; e4m3 in "
-            "blocks of two lengths, such as [128, 128], is."
+            f"quantization_config with fmt={kind!r} and weight_block_size={str(block)[:100]} is not supported; e4m3 "
+            "with two block sizes, such as [128, 128], is."
         )
     return block[0], block[1]
 
 
 def join(stored: dict[str, Any], block: tuple[int, int]) -> dict[str, Any]:
-    """The tensors of a folder, each matrix with its scales as one. Raises SafetensorsError for a pair that does not fit
-    together."""
+    """The tensors of a folder, with each matrix and its scales as one.
+
+    Raises SafetensorsError for a pair that does not fit together.
+    """
     joined = {name: tensor for name, tensor in stored.items() if not name.endswith(SCALES)}
     for name in stored.keys() - joined.keys():
         scales, values = stored[name], joined.get(name.removesuffix(SCALES))

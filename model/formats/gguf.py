@@ -1,7 +1,7 @@
-"""Models in GGUF files: metadata to `ModelConfig`, tensors to parameters, and back.
+"""Models in GGUF files: reads metadata as `ModelConfig` and tensors as parameters, and writes both.
 
-Architectures llama, qwen2 and qwen3, as llama.cpp names them (gguf-py/gguf/constants.py). The container itself is
-read by `configs.gguf`, quantized blocks by `model.formats.dequantize`.
+Architectures llama, qwen2 and qwen3, as llama.cpp names them (gguf-py/gguf/constants.py). `configs.gguf` reads the
+container, `model.formats.dequantize` quantized blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from model.formats.lazy import Lazy
 from model.function import Params
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-ROTATED_PAIRS = ("llama",)  # stores queries and keys so that rotary pairs are neighbours: (0, 1), (2, 3), ...
+ROTATED_PAIRS = ("llama",)  # stores queries and keys with interleaved rotary pairs: (0, 1), (2, 3), ...
 
 NAMES: Names = {
     "token_embd.weight": "embedding",
@@ -55,8 +55,8 @@ NAMES: Names = {
 }
 ROPE_FACTORS = "rope_freqs.weight"  # [C / 2] divisors of the rotary frequencies
 
-# Keys of an architecture that say nothing of the numbers: layouts, lengths before a context was stretched, what makes a
-# text's vector of its tokens', and how many of no experts are used.
+# Keys of an architecture that do not change the numbers: layouts, the context before it was extended, the pooling of
+# embeddings, and the experts a token of a model without experts.
 IGNORED = {
     "tensor_data_layout",
     "rope.scaling.original_context_length",
@@ -64,7 +64,7 @@ IGNORED = {
     "pooling_type",
 }
 IGNORED |= {"expert_used_count"}
-# Values of further keys that say nothing either.
+# Neutral values of further keys.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale", "rope.scaling.attn_factor"), (0, 1)),
     **dict.fromkeys(("attention.scale", "attn_logit_softcapping", "final_logit_softcapping"), (0,)),
@@ -77,16 +77,15 @@ _log = logging.getLogger(__name__)
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The model's config from the metadata; the computation is float32.
+    """The model's config from the metadata, with float32 activations.
 
-    Raises GGUFError for a file that is damaged, of another architecture, or whose metadata does not hold together.
+    Raises GGUFError for a damaged file, another architecture, or inconsistent metadata.
     """
     return _config(gguf.read(path))
 
 
 def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters that are read when they are used) of a GGUF file; quantized tensors become `dtype`, default
-    float32.
+    """(cfg, lazy parameters) of a GGUF file; quantized tensors become `dtype`, default float32.
 
     Raises GGUFError as `load_config` does, and for missing, unknown or misshapen tensors.
     """
@@ -130,7 +129,7 @@ def halves_to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def heads_of(cfg: ModelConfig, tensor: Tensor) -> int:
-    """The heads of a tensor that makes what is rotated (queries, keys); 0 for any other."""
+    """The number of heads of a query or key tensor; 0 for other tensors."""
     mixer = cfg.blocks[0].mixer
     heads = {"q": mixer.num_heads, "k": mixer.num_kv_heads}
     return heads.get(tensor.pieces[0].path[-1].removesuffix("_bias"), 0)
@@ -200,14 +199,16 @@ def _vocab_size(file: GGUFFile, metadata: _Metadata, width: int) -> int:
 
 
 def _rope_scaling(file: GGUFFile, metadata: _Metadata, head_dim: int, max_length: int) -> Scaling | None:
-    """Linear, or a divisor for each frequency. Of Llama 3.1's scaling, which GGUF stores as such divisors, the
-    parameters that have that effect."""
+    """The scaling: linear, or a divisor for each frequency.
+
+    GGUF stores Llama 3.1's scaling as divisors; its parameters are found again from them.
+    """
     kind = metadata.string("rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise metadata.wrong(
             "rope.scaling.type", f"is {kind!r}; 'none', 'linear' and {ROPE_FACTORS!r} are read"
         )
-    # llama.cpp: a factor without a type is linear, 0 is none, and the second name is that of old files
+    # llama.cpp: a factor without a type is linear, 0 is none, and old files have the second name
     factor, older = (metadata.number_or_zero(key) for key in ("rope.scaling.factor", "rope.scale_linear"))
     factor = (factor or older or 1.0) if kind == "linear" else 1.0
     if ROPE_FACTORS not in file.tensors:
@@ -224,17 +225,17 @@ def _rope_scaling(file: GGUFFile, metadata: _Metadata, head_dim: int, max_length
         return None
     rope = Rope(metadata.number("rope.freq_base", 10_000.0))
     lengths = [1 << power for power in range(8, max_length.bit_length())]
-    for length in sorted(lengths, key=lambda length: length != 8192):  # that of Llama 3.1 to 3.3 first
+    for length in sorted(lengths, key=lambda length: length != 8192):  # try Llama 3.1 to 3.3 first
         scaling = _scaling_with_effect(rope, factors, length)
         if scaling and np.allclose(rope_factors(Rope(rope.theta, scaling), head_dim), factors, rtol=1e-4):
             return scaling
-    # any other: a divisor for each frequency, whatever the length of the text
+    # else a divisor for each frequency, at any length
     divisors = tuple(float(factor) for factor in factors)
     return LongRopeScaling(divisors, divisors, max_length)
 
 
 def _scaling_with_effect(rope: Rope, factors: np.ndarray, length: int) -> Llama3Scaling | None:
-    """The scaling with this original length that divides the lowest frequency as `factors` does."""
+    """The scaling with this original length that divides the lowest frequency like `factors`."""
     frequencies = rope.frequencies(2 * len(factors)).astype(np.float64)
     kept = Llama3Scaling(np.inf, 1.0, 4.0, length).scale(frequencies, rope.theta)[-1] / frequencies[-1]
     rest = 1 / float(factors[-1]) - kept
@@ -242,7 +243,7 @@ def _scaling_with_effect(rope: Rope, factors: np.ndarray, length: int) -> Llama3
 
 
 def rope_factors(rope: Rope, head_dim: int) -> np.ndarray:
-    """[C / 2] float32: by what the scaling divides each frequency."""
+    """[C / 2] float32: the scaling's divisor of each frequency."""
     if isinstance(rope.scaling, LongRopeScaling):
         return np.array(rope.scaling.short, np.float32)
     return Rope(rope.theta).frequencies(head_dim) / rope.frequencies(head_dim)
@@ -253,12 +254,12 @@ def _check_tensors(file: GGUFFile, table: list[Tensor]) -> None:
     missing = [tensor.name for tensor in table if tensor.name not in file.tensors]
     if missing:
         raise GGUFError(
-            f"{file.path}: lacks {len(missing)} tensors that its metadata calls for: {_some(missing)}."
+            f"{file.path}: lacks {len(missing)} tensors that its metadata requires: {_some(missing)}."
         )
     unknown = [name for name in file.tensors if name not in names and name != ROPE_FACTORS]
     if unknown:
         raise GGUFError(
-            f"{file.path}: has {len(unknown)} tensors that its model has no place for: {_some(unknown)}."
+            f"{file.path}: has {len(unknown)} tensors that its model does not have: {_some(unknown)}."
         )
     for tensor in table:
         if file.tensors[tensor.name].shape != tensor.shape:
@@ -273,12 +274,12 @@ def _some(names: list[str]) -> str:
 
 
 def _written(number: float) -> float:
-    """1e-05 as it was written, not 9.99999974738e-06."""
+    """The shortest decimal of a float32: 1e-05, not 9.99999974738e-06."""
     return float(np.float32(number).astype(str))
 
 
 class _Metadata:
-    """The values under "<architecture>.", each of the wanted type and within reason."""
+    """Reads the values under "<architecture>." with checks of type and range."""
 
     def __init__(self, file: GGUFFile):
         self.file = file
@@ -314,7 +315,7 @@ class _Metadata:
         return _written(value)
 
     def number_or_zero(self, key: str) -> float:
-        """0 where it is absent, or 0."""
+        """The number, or 0 if it is absent."""
         value = self.value(key, 0.0)
         return 0.0 if type(value) in (int, float) and value == 0 else self.number(key)
 
@@ -325,7 +326,7 @@ class _Metadata:
         return value
 
     def check_unread(self) -> None:
-        """An error for a key of the architecture that nobody asked for, unless it says nothing of the numbers."""
+        """Raises GGUFError for an unread key of the architecture that may change the numbers."""
         prefix = f"{self.architecture}."
         for name, value in self.file.metadata.items():
             key = name.removeprefix(prefix)

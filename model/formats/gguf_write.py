@@ -1,4 +1,4 @@
-"""Models to GGUF files that llama.cpp reads: float32, float16 and bfloat16, with the tokenizer inside."""
+"""Writes GGUF files for llama.cpp: float32, float16 and bfloat16, with the tokenizer inside."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _log = logging.getLogger(__name__)
 
 
 def save(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: dict[str, bytes]) -> None:
-    """Write one file; matrices keep their dtype, vectors are float32 as llama.cpp wants them.
+    """Write one file; matrices keep their dtype, and vectors are float32, as llama.cpp needs.
 
-    Multi-token prediction is left out, with a line in the log: llama.cpp's llama, qwen2 and qwen3 have no place for it.
+    MTP modules are left out with a line in the log, because llama.cpp's llama, qwen2 and qwen3 do not have them.
 
     Args:
       tokenizer: files of a Hugging Face tokenizer folder; {}: the file has no vocabulary.
 
     Raises:
-      ValueError: no GGUF architecture can hold this model, or GGUF can't name this tokenizer.
+      ValueError: no GGUF architecture supports this model, or GGUF does not support this tokenizer.
     """
     check_without_adapters(cfg)
     if cfg.mtp is not None:
         cfg, params = without_mtp(cfg, params)
         _log.warning(
-            "%s: written without multi-token prediction, for which GGUF's llama, qwen2 and qwen3 have no place.",
+            "%s: written without multi-token prediction, which GGUF's llama, qwen2 and qwen3 do not have.",
             path,
         )
     architecture = _architecture(cfg)
@@ -77,7 +77,7 @@ def _architecture(cfg: ModelConfig) -> str:
 
 
 def _plain(cfg: ModelConfig) -> ModelConfig:
-    """The nearest model that these architectures can hold: equal blocks of Llama's parts."""
+    """The nearest model that these architectures support: equal blocks of Llama's parts."""
     mixer, ffn = cfg.blocks[0].mixer, cfg.blocks[0].ffn
     if not (
         isinstance(mixer, Attention) and isinstance(ffn, GatedMLP) and isinstance(cfg.final_norm, RMSNorm)
@@ -109,7 +109,7 @@ def _plain(cfg: ModelConfig) -> ModelConfig:
 
 
 def _divides(scaling: Scaling | None) -> bool:
-    """Whether a scaling divides each frequency by a number of its own, and nothing else."""
+    """Whether a scaling only divides each frequency by a number."""
     if isinstance(scaling, LongRopeScaling):
         return scaling.short == scaling.long and scaling.magnitude == 1
     return isinstance(scaling, LinearScaling | Llama3Scaling)
@@ -118,7 +118,7 @@ def _divides(scaling: Scaling | None) -> bool:
 def _metadata(cfg: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
     block: Any = cfg.blocks[0]
     mixer = block.mixer
-    of_architecture = {
+    architecture_keys = {
         "vocab_size": cfg.vocab_size,
         "context_length": cfg.max_length,
         "embedding_length": cfg.width,
@@ -133,12 +133,12 @@ def _metadata(cfg: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
         "rope.freq_base": float(mixer.rope.theta),
     }
     if isinstance(mixer.rope.scaling, LinearScaling):
-        of_architecture |= {
+        architecture_keys |= {
             "rope.scaling.type": "linear",
             "rope.scaling.factor": float(mixer.rope.scaling.factor),
         }
     general = {"general.architecture": architecture, "general.file_type": FILE_TYPES[kind]}
-    return general | {f"{architecture}.{key}": value for key, value in of_architecture.items()}
+    return general | {f"{architecture}.{key}": value for key, value in architecture_keys.items()}
 
 
 def _type_of(params: Params, tensor: Tensor) -> str:

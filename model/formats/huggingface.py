@@ -1,7 +1,7 @@
-"""Models in Hugging Face folders: config.json and safetensors, whole or in shards, both ways.
+"""Reads and writes models in Hugging Face folders: config.json and safetensors, whole or in shards.
 
-Folder layout as transformers writes it (`save_pretrained`). Weights are memory-mapped; pickles are refused
-and code that a config names is never run.
+The layout is that of transformers' `save_pretrained`. Weights are memory-mapped; pickles and code in a folder are never
+run.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ _log = logging.getLogger(__name__)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The model of a folder's config.json (or of that file itself); its dtype is also that of the
-    computation.
+    """The model of a folder's config.json, or of the file itself; activations have the dtype of the weights.
 
-    Raises ValueError for a family or a setting that is not supported.
+    Raises ValueError for a family or setting that is not supported.
     """
     folder = Path(folder)
     family, cfg, saved = _read_config(folder)
-    of_names = cfg.mtp is not None or saved["model_type"] in wrapped.TEXT
-    names = _stored_names(folder) if of_names else None
+    names_decide = cfg.mtp is not None or saved["model_type"] in wrapped.TEXT
+    names = _stored_names(folder) if names_decide else None
     if names is None:
         return cfg
     cfg = _with_head_of(family, cfg, names)
@@ -58,14 +57,14 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, parameters that are read when they are used, see `model.formats.lazy`) of a folder.
+    """(cfg, lazy parameters; see `model.formats.lazy`) of a folder.
 
     Args:
-      dtype: of parameters and computation; default: parameters as stored.
+      dtype: of parameters and activations; default: as stored.
 
     Raises:
       FileNotFoundError: no weights.
-      ValueError: damaged files, tensors that are missing, unknown or of another shape than the config says.
+      ValueError: damaged files; tensors that are missing, unknown, or of another shape than in the config.
     """
     folder = Path(folder)
     family, cfg, saved = _read_config(folder)
@@ -95,16 +94,16 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
 
 
 def _tensors(folder: Path, stored: dict[str, StoredTensor], saved: dict[str, Any]) -> dict[str, Stored]:
-    """What a folder has of the model, packed weights as the tensors that they stand for."""
+    """The tensors of a folder that belong to the model, with packed weights decoded."""
     joined: dict[str, Any] = mxfp4.join(stored)
-    of_text = wrapped.text_config(saved) if saved["model_type"] in wrapped.TEXT else saved
-    if (block := fp8.block_of(of_text.get("quantization_config"))) is not None:
+    text = wrapped.text_config(saved) if saved["model_type"] in wrapped.TEXT else saved
+    if (block := fp8.block_of(text.get("quantization_config"))) is not None:
         joined = fp8.join(joined, block)
     if not wrapped.is_wrapped(joined):
         return joined
     if others := wrapped.left_out(joined):
         _log.warning(
-            "%s: only the text is read; left out: %s.",
+            "%s: only the text model is read; left out: %s.",
             folder,
             ", ".join(f"{part} ({count} tensors)" for part, count in sorted(others.items())),
         )
@@ -113,7 +112,7 @@ def _tensors(folder: Path, stored: dict[str, StoredTensor], saved: dict[str, Any
 
 
 def _with_head_of(family: Family, cfg: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Of a model of text and images, whose two configs may disagree: it has a head of its own where there is one."""
+    """The config of a model of text and images. Its two configs may disagree on a tied head; the tensors decide."""
     if not wrapped.is_wrapped(names):
         return cfg
     head = name_of(family.names_of(cfg), "head")
@@ -142,19 +141,21 @@ def save(
 ) -> None:
     """Write a folder that transformers loads; parameters keep their dtype.
 
-    Multi-token prediction that no family can express is left out, with a line in the log.
+    MTP modules that no family can express are left out, with a line in the log.
 
     Args:
-      tokenizer: files to lie beside the weights, by name.
-      max_shard_bytes: of one file of weights; a larger tensor has a file of its own.
+      tokenizer: files to write beside the weights, by name.
+      max_shard_bytes: size of one file of weights; a larger tensor has its own file.
 
     Raises:
-      ValueError: no family can hold this model, or `folder` holds something else than a model.
+      ValueError: no family can express this model, or `folder` holds something other than a model.
     """
     folder = Path(folder)
     if cfg.mtp is not None and not _can_be_saved(cfg):
         cfg, params = without_mtp(cfg, params)
-        _log.warning("%s: written without multi-token prediction, which no family can say so.", folder)
+        _log.warning(
+            "%s: written without multi-token prediction, which no family supports in this model.", folder
+        )
     family = family_of(cfg)
     cfg, params = relayout(cfg, params, scan=False)
     names = family.names_of(cfg)
@@ -175,7 +176,7 @@ def save(
 
 
 def _read_config(folder: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
-    """The family, the model, and what the file says."""
+    """(the family, the model, the content of the file)."""
     path = folder / "config.json" if folder.is_dir() else folder
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -189,21 +190,21 @@ def _read_config(folder: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
         raise ValueError(f"{path}: model_type={str(model_type)[:100]!r} is not known. Known: {known}.")
     if "auto_map" in saved:
         _log.warning(
-            "%s names code of its own (auto_map); it is not run, the model is read as %s", path, model_type
+            "%s names its own code (auto_map), which is not run; the model is read as %s", path, model_type
         )
     try:
-        of_text = wrapped.text_config(saved) if model_type in wrapped.TEXT else saved
-        family = FAMILIES[of_text["model_type"]]
-        return family, family.read_config(of_text), saved
+        text = wrapped.text_config(saved) if model_type in wrapped.TEXT else saved
+        family = FAMILIES[text["model_type"]]
+        return family, family.read_config(text), saved
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def read_headers(folder: Path, may_lack: Collection[str] = ()) -> dict[str, StoredTensor]:
-    """Every tensor of the folder, of one file or of the shards that the index names.
+    """All tensors of the folder, from one file or from the shards of the index.
 
     Args:
-      may_lack: names that an index may give though no shard has them, as transformers once wrote of tied heads.
+      may_lack: names in the index that no shard needs to have, as old versions of transformers wrote for tied heads.
     """
     if (folder / WEIGHTS).is_file():
         return safetensors_file.read_header(folder / WEIGHTS)
@@ -241,8 +242,10 @@ def _stored_names(folder: Path) -> set[str] | None:
 
 
 def _has_mtp(family: Family, cfg: ModelConfig, stored: Collection[str]) -> bool:
-    """Whether the first module of multi-token prediction is there: transformers saves a model without them, whatever
-    the config says, and Qwen3-Next's config says nothing."""
+    """Whether the folder has the first MTP module.
+
+    The config does not tell: transformers drops the modules and keeps the key, and Qwen3-Next has no key for them.
+    """
     layers = len(cfg.blocks) // family.blocks_per_layer
     return name_of(family.names_of(cfg), "mtp/join").format(n=layers, k=0) in stored
 
@@ -264,8 +267,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _respelt(family: Family, wanted: set[str], stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Each tensor under the name that the model has for it, where that is another than the file's: its family knows
-    why, or the file is of the model without its head, whose names lack their beginning."""
+    """The tensors under the model's names; a file may have the family's aliases, or lack the prefix of a bare model."""
     start = next((name.split(".")[0] for name in wanted if ".0." in name), "")
     found = {}
     for name, tensor in stored.items():
@@ -287,7 +289,7 @@ def _check_tensors(
     missing = [tensor.name for tensor in table if tensor.name not in stored]
     if missing:
         raise ValueError(
-            f"{folder}: lacks {len(missing)} tensors that config.json calls for: {_some(missing)}."
+            f"{folder}: lacks {len(missing)} tensors that config.json requires: {_some(missing)}."
         )
     for tensor in table:
         if stored[tensor.name].shape != tensor.shape:
@@ -302,8 +304,8 @@ def _check_tensors(
             )
         if tensor.repeats and not _same_bits(stored[tensor.name], stored[tensor.repeats]):
             raise ValueError(
-                f"{stored[tensor.name].file}: {tensor.name!r} differs from {tensor.repeats!r}, which the model has in "
-                "its place; only modules that share the model's embedding and head can be read."
+                f"{stored[tensor.name].file}: {tensor.name!r} differs from {tensor.repeats!r}, which the model uses "
+                "instead; only modules that share the model's embedding and head can be read."
             )
     extra = sorted(set(stored) - {tensor.name for tensor in table})
     ignored = [name for name in extra if name.endswith(family.ignored_tensors)]
@@ -317,7 +319,7 @@ def _check_tensors(
         ignored.append(head)
     if ignored:
         _log.info(
-            "%s: passed over %d tensors that the model does not need: %s",
+            "%s: ignored %d tensors that the model does not need: %s",
             folder,
             len(ignored),
             _some(ignored),
@@ -325,7 +327,7 @@ def _check_tensors(
     unknown = [name for name in extra if name not in ignored]
     if unknown:
         raise ValueError(
-            f"{folder}: has {len(unknown)} tensors that the model has no place for: {_some(unknown)}."
+            f"{folder}: has {len(unknown)} tensors that the model does not have: {_some(unknown)}."
         )
 
 
@@ -343,14 +345,12 @@ def _can_be_saved(cfg: ModelConfig) -> bool:
 
 
 def family_of(cfg: ModelConfig) -> Family:
-    """The family that a model is saved as: its own, or the first that can hold it; a ValueError says why none can."""
+    """The family to save a model as: its own, or the first that can express it. Raises ValueError if none can."""
     check_without_adapters(cfg)
     scalars = [head for head in cfg.heads if isinstance(head, ScalarHead)]
     if scalars:
         names = ", ".join(head.name for head in scalars)
-        raise ValueError(
-            f'a Hugging Face folder has no place for the heads {names}. Save with format="native".'
-        )
+        raise ValueError(f'a Hugging Face folder cannot hold the heads {names}. Save with format="native".')
     own = FAMILIES.get(cfg.family or "")
     reasons = []
     for family in ([own] if own else []) + list(FAMILIES.values()):
@@ -359,7 +359,7 @@ def family_of(cfg: ModelConfig) -> Family:
             return family
         reasons.append(f"{family.model_type} {why}")
     raise ValueError(
-        f"no Hugging Face family can hold this model: {'; '.join(reasons[:2])}, and so on for {len(FAMILIES)} "
+        f"no Hugging Face family can express this model: {'; '.join(reasons[:2])}, and so on for {len(FAMILIES)} "
         'families. Save with format="native".'
     )
 
@@ -389,7 +389,7 @@ def _nbytes(params: Params, tensor: Tensor) -> int:
 
 
 def _plan_shards(table: dict[str, Tensor], params: Params, most: int) -> dict[str, list[str]]:
-    """File names to tensor names, in the order of the layers."""
+    """File name -> tensor names, in the order of the layers."""
     shards: list[list[str]] = []
     room = 0
     for name, tensor in table.items():
@@ -413,6 +413,6 @@ def _index(shards: dict[str, list[str]], table: dict[str, Tensor], params: Param
 
 
 def _token_ids(tokenizer: dict[str, bytes]) -> dict[str, Any]:
-    """bos, eos and pad for config.json, where transformers' defaults would be those of Llama 2."""
+    """bos, eos and pad for config.json; without them transformers assumes those of Llama 2."""
     saved = json.loads(tokenizer.get("generation_config.json", b"{}"))
     return {key: saved.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -1,6 +1,6 @@
-"""Arrays that are read when they are asked for, part by part: a model larger than memory passes through.
+"""Arrays that are read at their first use, in parts, so that a model may be larger than memory.
 
-So peak memory while loading is the parameters plus one tensor, and a device of a mesh reads its own slice alone.
+Peak memory while loading is the parameters plus one tensor, and a device of a mesh reads only its own slice.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """An array in a file; `make` gives it whole, as a view of the mapped file where it can."""
+    """An array in a file; `make` returns all of it, as a view of the mapped file if possible."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
-    unpacked: bool = False  # `make` computes: what is wanted in parts is made once
+    unpacked: bool = False  # `make` computes, so its result is cached for reads of parts
     name: str = "a parameter"  # in errors
 
     def __getitem__(self, index: int | Index) -> np.ndarray:
@@ -42,7 +42,7 @@ class Lazy:
 
 @dataclasses.dataclass(frozen=True)
 class Sliced:
-    """An array in a file of which any part can be read by itself; `read` takes an index of slices."""
+    """An array in a file with readable parts; `read` takes an index of slices."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -50,9 +50,9 @@ class Sliced:
     name: str = "a parameter"  # in errors
 
     def __getitem__(self, index: int | Index) -> Any:
-        if isinstance(index, int):  # a layer among stacked ones stays in its file too
-            of_layer = lambda rest: self.read((slice(index, index + 1), *rest))[0]
-            return Sliced(self.shape[1:], self.dtype, of_layer, self.name)
+        if isinstance(index, int):  # one of several stacked layers also stays in its file
+            read_layer = lambda rest: self.read((slice(index, index + 1), *rest))[0]
+            return Sliced(self.shape[1:], self.dtype, read_layer, self.name)
         return cast(self.read(index), self.dtype, self.name)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -69,7 +69,7 @@ class Sliced:
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """Arrays of one shape and dtype, one after the other along a new first axis."""
+    """Arrays of one shape and dtype, stacked along a new first axis."""
 
     parts: Sequence[Any]  # Lazy, Stacked or numpy arrays
 
@@ -92,7 +92,7 @@ class Stacked:
         first = chosen[0][rest]
         out = np.empty((len(chosen), *first.shape), self.dtype)
         out[0] = first
-        for i, part in enumerate(chosen[1:], 1):  # filled one by one: never two copies of all
+        for i, part in enumerate(chosen[1:], 1):  # filled one by one, so that memory never holds two copies
             out[i] = part[rest]
         return out
 
@@ -108,14 +108,14 @@ LAZY = (Lazy, Sliced, Stacked)
 
 
 def named(array: Any, name: str) -> Any:
-    """The same array, which errors call so; what is no lazy array is given back as it is."""
+    """The array with a name for errors; arrays that are not lazy are returned unchanged."""
     if isinstance(array, Stacked):
         return Stacked([named(part, name) for part in array.parts])
     return dataclasses.replace(array, name=name) if isinstance(array, (Lazy, Sliced)) else array
 
 
 def cast(values: np.ndarray, dtype: Any, name: str, *, copy: bool = False) -> np.ndarray:
-    """The values in another dtype; ValueError where float16, of which 65504 is the largest, can't hold one."""
+    """The values in another dtype. Raises ValueError for a value beyond float16, which ends at 65504."""
     if dtype != np.float16 or values.dtype == np.float16:
         return values.astype(dtype, copy=copy)
     with np.errstate(over="ignore"):
@@ -130,7 +130,7 @@ def cast(values: np.ndarray, dtype: Any, name: str, *, copy: bool = False) -> np
 
 
 def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """On the devices of a sharding, each of which reads its own part."""
+    """The array on the devices of a sharding; each device reads its own part."""
     if isinstance(array, Lazy) and array.unpacked:
         array = np.asarray(array)
     if not isinstance(array, LAZY):

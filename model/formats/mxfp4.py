@@ -21,7 +21,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 
 @dataclasses.dataclass(frozen=True)
 class PackedTensor:
-    """Two stored tensors as the one that they stand for, bfloat16."""
+    """Blocks and scales as one bfloat16 tensor."""
 
     name: str
     blocks: StoredTensor
@@ -51,7 +51,7 @@ def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def join(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor | PackedTensor]:
-    """The tensors of a folder, each pair of blocks and scales as one.
+    """The tensors of a folder, with each pair of blocks and scales as one.
 
     Raises SafetensorsError for a pair that does not fit together.
     """

@@ -1,7 +1,7 @@
-"""Folders of adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors, both ways.
+"""Reads and writes PEFT adapter folders: adapter_config.json and adapter_model.safetensors.
 
 Format: https://huggingface.co/docs/peft (peft 0.21): for each adapted tensor of the base model, `lora_A` [rank,
-inputs], `lora_B` [outputs, rank] and, of DoRA, `lora_magnitude_vector` [outputs].
+inputs], `lora_B` [outputs, rank] and, for DoRA, `lora_magnitude_vector` [outputs].
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 ENDS = {"lora_A.weight": "a", "lora_B.weight": "b", "lora_magnitude_vector": "magnitude"}
 ENDS |= {"lora_magnitude_vector.weight": "magnitude"}
 
-# Keys that say nothing of the numbers that an adapter computes once its tensors are there.
+# Keys that do not change the numbers of an adapter with given tensors.
 IGNORED_KEYS = frozenset(
     """
     auto_mapping base_model_name_or_path revision inference_mode task_type peft_version lora_dropout fan_in_fan_out
@@ -49,33 +49,33 @@ IGNORED_KEYS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A folder: of each adapted tensor of the base model, its parts."""
+    """A folder: the parts of each adapted tensor of the base model."""
 
     folder: Path
     rank: int
     alpha: float
     rank_stabilized: bool
     decomposed: bool
-    init: str | None  # of `peft_init.TAKEN_OUT`, whose adapters are read with twice their rank
-    alphas: Mapping[str, float]  # of modules with one of their own
+    init: str | None  # a key of `peft_init.TAKEN_OUT`; such adapters are read with twice their rank
+    alphas: Mapping[str, float]  # modules with their own
     ranks: Mapping[str, int]
-    tensors: Mapping[str, Mapping[str, StoredTensor]]  # name of the base's tensor -> part -> stored
+    # name of the base model's tensor -> part -> stored tensor
+    tensors: Mapping[str, Mapping[str, StoredTensor]]
 
     def spec(self, module: str, rank: int) -> LoRA:
         alpha = self.alphas.get(module, self.alpha)
         if self.init is None:
             return LoRA(rank, alpha, rank_stabilized=self.rank_stabilized)
-        growth = 2**0.5 if self.rank_stabilized else 2.0  # so that the scale is that of the folder's own rank
+        growth = 2**0.5 if self.rank_stabilized else 2.0  # the scale uses the folder's rank
         return LoRA(2 * rank, alpha * growth, rank_stabilized=self.rank_stabilized)
 
 
 def load_adapters(
     cfg: ModelConfig, params: Params, folders: Sequence[str | Path]
 ) -> tuple[ModelConfig, Params]:
-    """The model with the adapters of these folders beside its maps, one in each slot.
+    """The model with the adapters of these folders, one in each slot.
 
-    Adapters of other ranks and scales go together: the smaller are filled up with zeros, and where scales differ, `b`
-    is multiplied by them.
+    Ranks and scales may differ: smaller adapters are padded with zeros, and different scales are multiplied into `b`.
 
     Raises:
       ValueError: damaged folders, tensors that this model does not have, or settings that are not supported.
@@ -112,11 +112,11 @@ def save_adapter(folder: str | Path, cfg: ModelConfig, params: Params, slot: int
     """Writes one adapter as a folder that PEFT loads.
 
     Args:
-      base: name or path of the base model, for PEFT to find it.
+      base: name or path of the base model, for PEFT.
 
     Raises:
-      ValueError: adapters that PEFT has no names for: maps that the base's folder has in one tensor, with different
-        `a`; experts.
+      ValueError: PEFT cannot express the adapters: maps in one tensor of the base model with different `a`, or
+        experts.
     """
     spec = cfg.adapters
     if spec is None or not 0 <= slot < spec.slots:
@@ -150,7 +150,7 @@ def save_adapter(folder: str | Path, cfg: ModelConfig, params: Params, slot: int
 
 
 def _table(cfg: ModelConfig) -> list[Tensor]:
-    """The base model's tensors, as its family names them."""
+    """The base model's tensors, by its family's names."""
     plain = cfg.replace(adapters=None)
     family = family_of(plain)
     return tensor_table(plain, family.names_of(plain), family.blocks_per_layer)
@@ -161,7 +161,7 @@ def _spec(adapter: Adapter, name: str) -> LoRA:
 
 
 def _empty(cfg: ModelConfig, params: Params) -> dict[Place, np.ndarray]:
-    """Adapters that do nothing: zeros, and of DoRA the lengths of the maps' columns."""
+    """Adapters without effect: zeros, and for DoRA the lengths of the maps' columns."""
     made, axes = {}, logical_axes(cfg)
     shapes: dict[Place, Any] = dict(flatten_dict(param_shapes(cfg)))
     for path, leaf in shapes.items():
@@ -196,9 +196,7 @@ def _fill(new, params: Params, cfg: ModelConfig, adapter: Adapter, tensor: Tenso
         of("_lora_b")[:rank] = b[i] * scale
         if lengths is not None:
             of("_lora_magnitude")[...] = lengths[i][0]
-        elif cast(
-            LoRA, cfg.adapters
-        ).decomposed:  # a plain adapter among decomposed ones: the length of the sum
+        elif cast(LoRA, cfg.adapters).decomposed:  # a LoRA adapter among DoRA adapters: the length of the sum
             weight = _array(params, piece.path)
             weight = weight if piece.expert is None else weight[piece.expert]
             update = np.tensordot(of("_lora_a"), of("_lora_b"), 1)
@@ -206,7 +204,7 @@ def _fill(new, params: Params, cfg: ModelConfig, adapter: Adapter, tensor: Tenso
 
 
 def _weight(tensor: Tensor, params: Params) -> np.ndarray:
-    """The base's own map, float32 [outputs, inputs]."""
+    """The base model's map, float32 [outputs, inputs]."""
     whole = [_array(params, piece.path) for piece in tensor.pieces]
     pieces = [
         x if piece.expert is None else x[piece.expert] for x, piece in zip(whole, tensor.pieces, strict=True)
@@ -216,7 +214,7 @@ def _weight(tensor: Tensor, params: Params) -> np.ndarray:
 
 
 def _array(params: Params, path: Place) -> np.ndarray:
-    """A map's weight in float32, widened if it is quantized."""
+    """A map's weight in float32, dequantized if it is quantized."""
     found = get(params, path)
     return np.asarray(found.dense(np.float32) if is_quantized(found) else found, np.float32)
 
@@ -225,7 +223,7 @@ def _to_theirs(tensor: Tensor, params: Params, slot: int, decomposed: bool) -> d
     pieces = tensor.pieces
     if pieces[0].lead:
         raise ValueError(
-            f"{tensor.name} holds all experts in one tensor, which PEFT has no LoRA for. Merge the adapter instead, or "
+            f"{tensor.name} holds all experts in one tensor, for which PEFT has no LoRA. Merge the adapter instead, or "
             'save the whole model with format="native".'
         )
     where = lambda piece: (slot,) if piece.expert is None else (piece.expert, slot)
@@ -259,9 +257,7 @@ def _of_outputs(tensor: Tensor, inputs: int) -> Tensor:
 
 def _read(folder: Path) -> Adapter:
     if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(
-            f"{folder}: has no {CONFIG}; wanted the folder of an adapter, as PEFT saves it."
-        )
+        raise FileNotFoundError(f"{folder}: has no {CONFIG}; wanted an adapter folder of PEFT.")
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder}: has no {WEIGHTS} (pickles are not read).")
     try:
@@ -335,7 +331,7 @@ def _check_fits(adapter: Adapter, table: Mapping[str, Tensor]) -> None:
         if name not in maps or table[name].pieces[0].lead:
             raise ValueError(
                 f"{adapter.folder}: adapts {name}, which is no linear map in a block of this model. It is an adapter "
-                "of another base, or of a part that takes none (embeddings, heads, stacked experts)."
+                "of another base, or of a part that supports none (embeddings, heads, stacked experts)."
             )
         outputs, inputs = parts["b"].shape[0], parts["a"].shape[1]
         theirs = _of_outputs(table[name], inputs).shape

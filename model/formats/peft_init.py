@@ -1,7 +1,7 @@
-"""Adapters that begin as a part of the map itself: PiSSA and OLoRA.
+"""Adapters that start as a part of the map: PiSSA and OLoRA.
 
-PEFT takes that part out of the map when it makes the adapter, and again whenever it reads one: the map W becomes
-W - s b0 a0, and the adapter adds s b a. Here W stays as it is, and the adapter is [a; a0] with [b, -b0].
+PEFT subtracts this part from the map W when it creates or reads an adapter: W becomes W - s b0 a0, and the adapter adds
+s b a. Here W does not change, and the adapter is [a; a0] with [b, -b0].
 
 Meng et al. 2024, arXiv:2404.02948; Büyükakyüz 2024, arXiv:2406.01775.
 """
@@ -17,27 +17,26 @@ Factors = tuple[np.ndarray, np.ndarray]  # a0 [rank, inputs], b0 [outputs, rank]
 
 
 def pissa(weight: np.ndarray, rank: int, scale: float) -> Factors:
-    """The largest singular vectors of [outputs, inputs]; s b0 a0 is the best map of this rank."""
+    """The largest singular vectors of [outputs, inputs]; s b0 a0 is the best approximation of this rank."""
     u, s, vh = np.linalg.svd(weight, full_matrices=False)
     root = np.sqrt(s[:rank] / scale)
     return root[:, None] * vh[:rank], u[:, :rank] * root
 
 
 def olora(weight: np.ndarray, rank: int, scale: float) -> Factors:
-    """The first vectors of its QR decomposition; b0 a0 is what the map gives in the span of its first columns."""
+    """The first vectors of its QR decomposition; b0 a0 is the map's projection onto the span of its first columns."""
     q, r = np.linalg.qr(weight)
     return r[:rank], q[:, :rank]
 
 
-# By `init_lora_weights`; each gives what PEFT takes out of the map.
+# init_lora_weights -> the part that PEFT subtracts from the map
 TAKEN_OUT: dict[str, Callable[[np.ndarray, int, float], Factors]] = {"pissa": pissa, "olora": olora}
-# Inits of the adapter alone: its tensors say all.
+# Inits that do not change the map.
 OF_ADAPTER = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def read_init(where: str, value: Any) -> str | None:
-    """The key of `TAKEN_OUT`, or None. Raises ValueError for an init that changes the base in a way that the folder
-    does not say."""
+    """The key of `TAKEN_OUT`, or None. Raises ValueError for an init with unknown changes of the base model."""
     if isinstance(value, str) and value.lower() in TAKEN_OUT:
         return value.lower()
     if any(value is plain or (isinstance(value, str) and value == plain) for plain in OF_ADAPTER):
@@ -52,7 +51,7 @@ def read_init(where: str, value: Any) -> str | None:
 def with_taken_out(
     init: str, weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b) of twice the rank, [2 * rank, inputs] and [outputs, 2 * rank], that give the same beside the whole map."""
+    """(a [2 * rank, inputs], b [outputs, 2 * rank]), with the same result beside the whole map."""
     a0, b0 = TAKEN_OUT[init](np.asarray(weight, np.float64), a.shape[0], scale)
     if a0.shape[0] < a.shape[0]:
         raise ValueError(

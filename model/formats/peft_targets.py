@@ -1,6 +1,6 @@
-"""Which modules an adapter_config.json names: its lists of names and its patterns, matched as PEFT matches them.
+"""Matches module names with the lists and patterns of an adapter_config.json, as PEFT does.
 
-A pattern comes out of a file that anybody may have made, so it is short, plain, and has little time.
+A pattern may come from a hostile file, so its length, syntax and time are limited.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECONDS = 1.0  # for all patterns of a config
 
 
 class Patterns:
-    """Matches patterns of one config, with `SECONDS` for all of them together."""
+    """Matches the patterns of one config, with `SECONDS` for all of them."""
 
     def __init__(self, config: Reader):
         self._config, self._left, self._compiled = config, SECONDS, {}
@@ -70,7 +70,7 @@ class Patterns:
 def read_by_module(
     config: Reader, key: str, read: Callable[[Reader, str], Any], modules: Iterable[str], patterns: Patterns
 ) -> dict[str, Any]:
-    """`alpha_pattern` or `rank_pattern`: the value of each module for which there is one; the first match counts."""
+    """`alpha_pattern` or `rank_pattern`: the value of each module with a matching pattern; the first match counts."""
     given = config.part(key)
     values = {pattern: read(given, pattern) for pattern in given.saved}
     found = {}
@@ -83,7 +83,7 @@ def read_by_module(
 
 
 def check_targets(config: Reader, modules: Iterable[str], patterns: Patterns) -> None:
-    """Raises ValueError for a module that has tensors, and that the config does not name: PEFT would pass them over."""
+    """Raises ValueError for a module with tensors that the config does not name: PEFT would ignore them."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     layers = _layers(config)
     for module in modules:
@@ -100,13 +100,13 @@ def check_targets(config: Reader, modules: Iterable[str], patterns: Patterns) ->
 
 def _passed_over(config: Reader, key: str, value: Any, module: str) -> ValueError:
     return ValueError(
-        f"{config.where}{key}={str(value)[:200]} leaves out {module}, of which the folder has tensors. Correct the key "
+        f"{config.where}{key}={str(value)[:200]} leaves out {module}, but the folder has its tensors. Correct the key "
         "or remove the tensors."
     )
 
 
 def _named(key: str, names: Any, module: str, patterns: Patterns) -> bool:
-    """By a pattern for the whole name, or a list of names, or of their last parts."""
+    """Whether a pattern matches the whole name, or a list has the name or its last parts."""
     if isinstance(names, str):
         return patterns.fullmatch(key, names, module) is not None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -119,15 +119,15 @@ def _layers(config: Reader) -> set[int] | None:
     layers = [given] if type(given) is int else given
     if layers is not None and (not isinstance(layers, list) or any(type(i) is not int for i in layers)):
         raise ValueError(
-            f"{config.where}layers_to_transform={str(given)[:200]} is not a list of layers' numbers."
+            f"{config.where}layers_to_transform={str(given)[:200]} is not a list of layer numbers."
         )
     if not layers and config.get("layers_pattern"):
-        raise ValueError(f"{config.where}layers_pattern is of no meaning without layers_to_transform.")
+        raise ValueError(f"{config.where}layers_pattern has no effect without layers_to_transform.")
     return set(layers) if layers else None
 
 
 def _layer_of(config: Reader, module: str, patterns: Patterns) -> int | None:
-    """The number of the layer that a module is in: after the name that `layers_pattern` gives, or the first number."""
+    """The layer number of a module: the number after a name of `layers_pattern`, or the first number."""
     given = config.get("layers_pattern")
     names = [given] if isinstance(given, str) and given else given or []
     if not isinstance(names, list):

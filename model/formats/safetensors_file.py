@@ -1,8 +1,8 @@
-"""Safetensors files, read strictly and written in a stream.
+"""Reads safetensors files strictly, and writes them in a stream.
 
 Format: https://github.com/huggingface/safetensors#format. Eight bytes give the length of a JSON header, which
-names each tensor's dtype, shape and place; the numbers follow without gaps. The header is believed only as
-far as the file's own length allows, and nothing is allocated for a tensor before that.
+names each tensor's dtype, shape and place; the numbers follow without gaps. The header is checked against the file's
+length before anything is allocated.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Bytes of packed weights; position ids and masks, in old checkpoints of BERT and GPT-2; eight-bit floats.
+# packed weights; position ids and masks in old checkpoints of BERT and GPT-2; eight-bit floats
 READ = DTYPES | {"U8": np.dtype(np.uint8), "I64": np.dtype("<i8"), "BOOL": np.dtype(np.bool_)}
 READ |= {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 
 
 class SafetensorsError(ValueError):
-    """A file whose header is damaged, does not agree with the file, or holds a dtype that is not read."""
+    """A header is damaged, does not fit the file, or has an unsupported dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StoredTensor:
     stop: int
 
     def read(self) -> np.ndarray:
-        """A read-only view of the mapped file; a copy where the file does not align the numbers."""
+        """A read-only view of the mapped file; a copy if the numbers are not aligned."""
         values = self.bytes_of_file[self.start : self.stop].view(self.dtype).reshape(self.shape)
         return values if values.flags.aligned else values.copy()
 
@@ -54,7 +54,7 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
 
     Raises:
       FileNotFoundError: no such file.
-      SafetensorsError: names the file, the tensor and what does not hold.
+      SafetensorsError: names the file, the tensor and the problem.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -84,7 +84,7 @@ def write(
 
     Args:
       tensors: dtype and shape by name.
-      values: gives the numbers of a name, when its turn comes.
+      values: returns the numbers of a tensor, called in the order of writing.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))  # aligned without gaps
@@ -112,7 +112,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise SafetensorsError(f"{path}: the header is not JSON as the format has it: {error}") from None
+        raise SafetensorsError(f"{path}: the header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise SafetensorsError(f"{path}: the header is a {type(header).__name__}, not an object.")
     return header
@@ -139,7 +139,7 @@ def _tensor(path: Path, name: str, entry: Any, data: np.ndarray, base: int) -> S
         )
     if not _naturals(shape) or len(shape) > 8:
         raise SafetensorsError(
-            f"{path}: tensor {name!r} has the shape {str(shape)[:80]}, which no array has."
+            f"{path}: tensor {name!r} has the shape {str(shape)[:80]}, which is not valid."
         )
     if not _naturals(offsets) or len(offsets) != 2:
         raise SafetensorsError(

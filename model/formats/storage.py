@@ -1,4 +1,4 @@
-"""`load` and `save`: one front door to run folders, checkpoints, Hugging Face folders and GGUF files."""
+"""`load` and `save` for run folders, checkpoints, Hugging Face folders and GGUF files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Format = Literal["native", "huggingface", "gguf"]
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The model's config alone; reads no weights."""
+    """The model's config; reads no weights."""
     return _load_config(resolve_model(path))
 
 
@@ -33,12 +33,12 @@ def load(
 
     Args:
       path: run folder (its newest checkpoint), checkpoint, Hugging Face folder or GGUF file.
-      cfg: run it under this config instead of the stored one; may differ in `scan`, `dtype`, `remat` and such.
+      cfg: a config to use instead of the stored one; it may differ in how the model runs (`scan`, `dtype`, `remat`).
       shardings: a `Sharding` or a tree of them in the layout of `cfg`; default: the first device.
-      dtype: of the parameters in memory, e.g. "bfloat16"; default: as stored (GGUF: float32).
+      dtype: of the parameters in memory, such as "bfloat16"; default: as stored (GGUF: float32).
 
     Raises:
-      FileNotFoundError, ValueError: nothing usable at `path`, or a file that is damaged; says what was found.
+      FileNotFoundError, ValueError: nothing usable at `path`, or a damaged file; says what was found.
     """
     found = resolve_model(path)
     if found.kind == "native":
@@ -62,18 +62,18 @@ def save(
     *,
     tokenizer: dict[str, bytes] | None = None,
 ) -> None:
-    """Write a model; what was at `path` before is replaced only once the new one is complete.
+    """Write a model; it replaces an existing one at `path` only when it is complete.
 
     Args:
-      tokenizer: its files by name, to lie beside the weights; see `data.Tokenizer.save`.
+      tokenizer: the tokenizer's files by name, to write beside the weights; see `data.Tokenizer.save`.
 
     Raises:
-      ValueError: a format that can't hold this model.
+      ValueError: the format cannot express this model.
     """
     quantized = [name for name, leaf in flatten_dict(params, sep="/").items() if is_quantized(leaf)]
     if quantized and format != "native":
         raise ValueError(
-            f"format={format!r} has no place for quantized weights such as {quantized[0]}: widen them first "
+            f"format={format!r} does not support quantized weights such as {quantized[0]}: dequantize them first "
             '(model.dequantize), or save with format="native".'
         )
     if format == "native":
@@ -93,7 +93,7 @@ def save(
 
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """As `load`, but each parameter is read when it is used, so `save` and `lazy.place` never hold the whole model."""
+    """As `load`, but each parameter is read at its first use, so `save` and `lazy.place` never hold the whole model."""
     return _load_lazily(resolve_model(path), dtype)
 
 
@@ -110,7 +110,7 @@ def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Para
 
 
 def _place(params: Params, shardings: Any) -> Params:
-    """On the devices, one parameter after the other, so that never more than one is in memory twice."""
+    """The parameters on the devices; they are placed one by one, so memory holds at most one twice."""
     leaves, tree = jax.tree.flatten(params)
     params.clear()
     if shardings is None:

@@ -33,19 +33,16 @@ class Inputs:
     encoder_positions: jax.Array | None = None  # [B, S] int32; default: 0, 1, ...
     # [B, S] int32; a token sees encoder tokens of its own segment (with a cache: of any segment but 0)
     encoder_segment_ids: jax.Array | None = None
-    adapter_ids: jax.Array | None = (
-        None  # [B] int32, each row's adapter, -1: none; default: the first for all rows
-    )
+    # [B] int32, each row's adapter, -1: none; default: the first for all rows
+    adapter_ids: jax.Array | None = None
     # [B, T] float32, each token's weight in the losses of `aux`; default: 1. Padding has weight 0
     loss_weights: jax.Array | None = None
     # int32: tokens at earlier positions of a document see each other both ways; [B], or [B, T] for packed documents
     prefix: jax.Array | None = None
-    spans: jax.Array | None = (
-        None  # [B, T] int32: tokens of one span, for example an image, see each other both ways; 0: no span
-    )
-    media: dict[str, Media] = flax.struct.field(
-        default_factory=dict
-    )  # name of one of `cfg.media` -> its media
+    # [B, T] int32: tokens of one span, for example an image, see each other both ways; 0: no span
+    spans: jax.Array | None = None
+    # name of one of `cfg.media` -> its media
+    media: dict[str, Media] = flax.struct.field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: Inputs | jax.Array) -> Inputs:

@@ -95,9 +95,9 @@ class ByteLatent:
         patches, vectors = self.patches(length) / length, self.pool.vectors
         readers = [block.mixer for block in self.decoder if isinstance(block.mixer, PatchAttention)]
         reading = sum(2 * 2 * vectors * mixer.num_heads * mixer.head_dim for mixer in readers)
-        of_patch = sum(mixer.flops_per_patch(self.width, vectors) for mixer in readers)
-        of_patch += 2 * latent_width * vectors * self.width
-        return self.pool.flops_per_byte(self.width, latent_width, patches) + reading + patches * of_patch
+        patch_flops = sum(mixer.flops_per_patch(self.width, vectors) for mixer in readers)
+        patch_flops += 2 * latent_width * vectors * self.width
+        return self.pool.flops_per_byte(self.width, latent_width, patches) + reading + patches * patch_flops
 
     def init_cache(
         self, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
@@ -151,22 +151,22 @@ class ByteLatent:
             x_BTD += self.ngrams.module(dataclasses.replace(ctx, width=self.width), "ngrams")(back_BT)
 
         patches, state, states = self._patches(ctx, vocab_size, recent, order, layers, info)
-        of_encoder, of_decoder = (
+        encoder_ctx, decoder_ctx = (
             dataclasses.replace(ctx, width=self.width, num_blocks=len(blocks))
             for blocks in (self.encoder, self.decoder)
         )
         local_encoder, local_decoder = (
-            StackModule(stack, of_stack, name=stack.name)
-            for stack, of_stack in ((self.local_encoder, of_encoder), (self.local_decoder, of_decoder))
+            StackModule(stack, stack_ctx, name=stack.name)
+            for stack, stack_ctx in ((self.local_encoder, encoder_ctx), (self.local_decoder, decoder_ctx))
         )
         h_BTD, new, aux = local_encoder(x_BTD, self.local_encoder.part_of(layers), info)
         states |= self.local_encoder.as_part(new)
-        pool = self.pool.module(of_encoder, "pool", ctx.width)
+        pool = self.pool.module(encoder_ctx, "pool", ctx.width)
         x_BPW, pooled = pool(h_BTD, patches, order, info, None if layers is None else own)
         x_BPW, new, more = _run_latent(module, ctx, latent, x_BPW, patches, order, layers, info)
         states, aux = states | new, add_up(aux, more)
 
-        vectors_BPND = _vectors(module, of_encoder, x_BPW, order.state["last"])
+        vectors_BPND = _vectors(module, encoder_ctx, x_BPW, order.state["last"])
         info = dataclasses.replace(info, patch_vectors=vectors_BPND, patch_read=patches.read_BT + 1)
         y_BTD, new, more = local_decoder(h_BTD, self.local_decoder.part_of(layers), info)
         states, aux = states | self.local_decoder.as_part(new), add_up(aux, more)
@@ -221,22 +221,22 @@ def _run_latent(
     info: TokenInfo,
 ) -> tuple[jax.Array, dict, dict]:
     """The latent transformer; with a cache it is skipped in a call in which no patch ends."""
-    of_patches = TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter)
+    patch_info = TokenInfo(patches.position_BP, patches.segment_BP, adapter=info.adapter)
     if info.weights is not None:
         weights_BPF = by_patch(jax.ops.segment_sum, info.weights[..., None], patches.patch_BT, x_BPW.shape[1])
-        of_patches = dataclasses.replace(of_patches, weights=weights_BPF[..., 0])
+        patch_info = dataclasses.replace(patch_info, weights=weights_BPF[..., 0])
     if layers is None:
-        y_BPW, states, more = run_stack(ctx, latent, x_BPW, None, of_patches)
+        y_BPW, states, more = run_stack(ctx, latent, x_BPW, None, patch_info)
         return y_BPW, states, more.aux
     page_table, page_size = cast(jax.Array, info.page_table), layers["bytes"]["k"].shape[1]
     page, slot = write_places(page_table, page_size, patches.position_BP, patches.segment_BP == 0)
-    of_patches = TokenInfo(
+    patch_info = TokenInfo(
         patches.position_BP, patches.segment_BP, page_table, page, slot, rows=info.rows, adapter=info.adapter
     )
     old = {name: layers[name] for name, _, _ in latent.runs(ctx.scan)}
     y_BPW, new = nn.cond(
         jnp.any(patches.segment_BP != 0),
-        lambda module, x: run_stack(ctx, latent, x, old, of_patches)[:2],
+        lambda module, x: run_stack(ctx, latent, x, old, patch_info)[:2],
         lambda module, x: (x, old),
         module,
         x_BPW,

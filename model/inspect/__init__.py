@@ -1,1 +1,1 @@
-"""What a model is made of and what it costs: anatomy, description, traces, flops. No forward pass needs it."""
+"""Inspection of models: parts, costs, descriptions, traces, flops. No forward pass needs it."""

@@ -1,6 +1,4 @@
-"""What a model is made of and what it costs, in numbers: parameters by group, flops, cache and
-memory. Reads no weights.
-"""
+"""The size and cost of a model: parameters by group, flops, cache and memory. Reads no weights."""
 
 from __future__ import annotations
 
@@ -24,15 +22,15 @@ from model.readouts.mtp import mtp_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One array of parameters, or the same array of `count` equal blocks."""
+    """A parameter array, or the same array in `count` equal blocks."""
 
     name: str
-    stack: str  # name of its stack, "" of the model's own blocks; "mtp" of an MTP module
-    blocks: tuple[int, int] | None  # first and last, of a run of equal blocks; None: outside the blocks
+    stack: str  # name of its stack, "" for the main stack, "mtp" for an MTP module
+    blocks: tuple[int, int] | None  # first and last of a run of equal blocks; None: outside the blocks
     shape: tuple[int, ...]  # of one block
     axes: tuple[str | None, ...]
     parameters: int  # of all its blocks
-    active: int  # those that one token uses
+    active: int  # parameters that one token uses
     role: str
 
     @property
@@ -49,17 +47,17 @@ class Anatomy:
     groups: tuple[Group, ...]
     parameters: int
     active_parameters: int
-    forward_flops_per_token: float  # the mean over the row
-    backward_flops_per_token: float  # that of multi-token prediction too
-    cache_bytes_per_token: int  # of pages, in the dtype of the computation
-    state_bytes_per_row: int  # of recurrent mixers, however long the row is
-    training: dict[str, int]  # what -> bytes
+    forward_flops_per_token: float  # mean over the row
+    backward_flops_per_token: float  # including multi-token prediction
+    cache_bytes_per_token: int  # of pages, in `cfg.dtype`
+    state_bytes_per_row: int  # of recurrent mixers, at any length of the row
+    training: dict[str, int]  # name -> bytes
     serving: dict[str, int]
-    mtp_flops_per_token: float = 0.0  # of the forward pass, in training alone
+    mtp_flops_per_token: float = 0.0  # of the forward pass, only in training
 
 
 def anatomy(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> Anatomy:
-    """Of the model that `cfg` defines.
+    """The `Anatomy` of a model.
 
     Args:
       batch, context: rows and tokens a row for flops, cache and memory; default: one row of full length.
@@ -99,7 +97,7 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
         for run in stack.runs(scan=True)
     }
     modules = mtp_blocks(cfg.mtp)
-    of_blocks: dict[str, list[tuple[int, Group]]] = {name: [] for name in (*runs, *modules)}
+    block_groups: dict[str, list[tuple[int, Group]]] = {name: [] for name in (*runs, *modules)}
     outside = []
     for path, info in infos.items():
         top = next((run for run in runs if path.startswith(f"{run}/")), path.partition("/")[0])
@@ -116,36 +114,36 @@ def parameter_groups(cfg: ModelConfig) -> tuple[Group, ...]:
         else:
             what = path, "", None, one.shape, one.axes, size, size
         in_block = top in runs or name.startswith("block_0/")
-        (of_blocks[top] if in_block else outside).append((info.order, Group(*what, info.role)))
-    return _in_order(outside, list(of_blocks.values()))
+        (block_groups[top] if in_block else outside).append((info.order, Group(*what, info.role)))
+    return _in_order(outside, list(block_groups.values()))
 
 
 def _in_order(
-    outside: list[tuple[int, Group]], of_blocks: list[list[tuple[int, Group]]]
+    outside: list[tuple[int, Group]], block_groups: list[list[tuple[int, Group]]]
 ) -> tuple[Group, ...]:
-    """What is outside the blocks, with each block where the numbers of what is outside leave a gap for it."""
+    """Merges the groups outside blocks with those of blocks, in the order of the computation."""
     found: list[Group] = []
     by_number = lambda numbered: sorted(numbered, key=lambda pair: pair[0])
-    left = [[group for _, group in by_number(of_block)] for of_block in of_blocks]
+    left = [[group for _, group in by_number(groups)] for groups in block_groups]
     for number, group in by_number(outside):
         while len(found) < number:
             found += left.pop(0)
         found.append(group)
-    return (*found, *(group for of_block in left for group in of_block))
+    return (*found, *(group for groups in left for group in groups))
 
 
 def parameter_count(cfg: ModelConfig) -> int:
-    """Of the whole model; a tied head counts once."""
+    """The parameters of the whole model; a tied head counts once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(cfg.replace(scan=True))))
 
 
 def cache_bytes_per_token(cfg: ModelConfig) -> int:
-    """Of one row, over all blocks, in the dtype of the computation."""
+    """Bytes a token of one row, over all blocks, in `cfg.dtype`."""
     return _cache_bytes(cfg, "slots")
 
 
 def state_bytes_per_row(cfg: ModelConfig) -> int:
-    """What recurrent blocks keep of a row of any length, and cross attention of an encoder's longest text."""
+    """Bytes a row of recurrent states, and of cross attention for the longest encoder text."""
     return _cache_bytes(cfg, "rows")
 
 
@@ -161,7 +159,7 @@ def training_memory(cfg: ModelConfig, batch: int, context: int) -> dict[str, int
 
 
 def serving_memory(cfg: ModelConfig, batch: int, context: int) -> dict[str, int]:
-    """Bytes of `batch` full rows with parameters in the dtype of the computation."""
+    """Bytes of `batch` full rows, with parameters in `cfg.dtype`."""
     return {
         "parameters": parameter_count(cfg) * jnp.dtype(cfg.dtype).itemsize,
         "cache": batch * (context * cache_bytes_per_token(cfg) + state_bytes_per_row(cfg)),
@@ -169,13 +167,15 @@ def serving_memory(cfg: ModelConfig, batch: int, context: int) -> dict[str, int]
 
 
 def activation_bytes(cfg: ModelConfig, batch: int, context: int) -> int:
-    """What the forward pass keeps for the backward pass, as traced: the compiler may keep less. With remat, the
-    blocks' inputs and one block's inside."""
+    """Bytes saved for the backward pass, as traced; the compiler may save less.
+
+    With remat: the blocks' inputs and the activations of one block.
+    """
     cfg = cfg.replace(scan=True)
-    kept = _residual_bytes(cfg, batch, context)
+    saved = _residual_bytes(cfg, batch, context)
     if cfg.remat == "none":
-        return kept
-    return kept + (_residual_bytes(cfg.replace(remat="none"), batch, context) - kept) // len(cfg.blocks)
+        return saved
+    return saved + (_residual_bytes(cfg.replace(remat="none"), batch, context) - saved) // len(cfg.blocks)
 
 
 def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
@@ -186,13 +186,13 @@ def _flat(tree: Params, prefix: str = "") -> dict[str, Any]:
 
 
 def _cache_bytes(cfg: ModelConfig, axis: str) -> int:
-    """Of one page of one slot and one row; an encoder alone has no cache."""
+    """The cache of one page with one slot and one row; {} for an encoder."""
     if not cfg.causal:
         return 0
     cfg = cfg.replace(scan=False)
     axes, state = cache_axes(cfg), jax.eval_shape(lambda: init_pages(cfg, 1, 1))
-    of_axis = lambda names, x: math.prod(x.shape) * x.dtype.itemsize if axis in names else 0
-    sizes = jax.tree.map(of_axis, axes, state, is_leaf=lambda x: isinstance(x, tuple))
+    axis_bytes = lambda names, x: math.prod(x.shape) * x.dtype.itemsize if axis in names else 0
+    sizes = jax.tree.map(axis_bytes, axes, state, is_leaf=lambda x: isinstance(x, tuple))
     return sum(jax.tree.leaves(sizes))
 
 

@@ -1,6 +1,4 @@
-"""What a model is made of, as text or JSON: every group of parameters with shape, size and role; bytes, flops, cache
-and memory of the whole.
-"""
+"""Describes a model as text or JSON: groups of parameters with shape, size and role; bytes, flops, cache, memory."""
 
 from __future__ import annotations
 
@@ -20,13 +18,12 @@ from model.inspect.anatomy import Anatomy, Group, anatomy
 
 
 def describe(path: str | Path, batch: int = 1, context: int | None = None) -> str:
-    """A table of the model at `path`, which may also be a config alone: a config.json or a saved ModelConfig.
+    """A table of the model at `path`, which may also be only a config: a config.json or a saved ModelConfig.
 
     Args:
-      batch, context: rows and tokens a row for which flops, cache and memory are given; default: one row of full
-        length.
+      batch, context: rows and tokens a row for flops, cache and memory; default: one row of full length.
 
-    Raises ValueError or FileNotFoundError where nothing usable is at `path`.
+    Raises ValueError or FileNotFoundError if nothing usable is at `path`.
     """
     cfg, stored = _find(Path(path).expanduser())
     found = anatomy(cfg, batch, context)
@@ -41,15 +38,15 @@ def describe_json(path: str | Path, batch: int = 1, context: int | None = None) 
 
 
 def describe_config(cfg: ModelConfig, batch: int = 1, context: int | None = None) -> str:
-    """The same table of a config that is in no file."""
+    """The table of a config in memory."""
     found = anatomy(cfg, batch, context)
     return "\n".join([*_table(found), "", *_totals(cfg, "not stored", found)])
 
 
 def _find(path: Path) -> tuple[ModelConfig, str]:
-    """The config, and a sentence on how the weights are stored."""
+    """(the config, a sentence on the stored weights)."""
     if path.suffix == ".json" and path.is_file():
-        return _read_json(path), "no weights here, a config alone"
+        return _read_json(path), "no weights here, only a config"
     found = resolve_model(path)
     cfg = storage.load_config(path)
     if found.kind == "gguf":
@@ -60,7 +57,7 @@ def _find(path: Path) -> tuple[ModelConfig, str]:
     try:
         tensors = huggingface.read_headers(found.weights).values()
     except FileNotFoundError:
-        return cfg, "no weights here, a config alone"
+        return cfg, "no weights here, only a config"
     return cfg, _stored(
         "safetensors", [(str(tensor.dtype), tensor.stop - tensor.start) for tensor in tensors]
     )
@@ -89,11 +86,11 @@ def _table(found: Anatomy) -> list[str]:
     for (stack, blocks), groups in itertools.groupby(
         found.groups, key=lambda group: (group.stack, group.blocks)
     ):
-        of_run = list(groups)
+        run_groups = list(groups)
         if blocks is not None:
-            rows.append(_run_row(stack, blocks, of_run, found.parameters))
+            rows.append(_run_row(stack, blocks, run_groups, found.parameters))
         indent = "" if blocks is None else "  "
-        rows += [_row(indent, group, found.parameters) for group in of_run]
+        rows += [_row(indent, group, found.parameters) for group in run_groups]
     rows.append(("total", "", "", f"{found.parameters:,}", "100.0 %", ""))
     return _aligned([("group", "shape", "axes", "parameters", "share", "what it does"), *rows])
 
@@ -130,7 +127,7 @@ def _totals(cfg: ModelConfig, stored: str, found: Anatomy) -> list[str]:
         ("to serve", _memory(found.serving) + f" ({cfg.dtype}) for {rows}"),
     ]
     if found.mtp_flops_per_token:
-        extra = f"{found.mtp_flops_per_token:.4g} more forward in training, for the tokens after the next one"
+        extra = f"{found.mtp_flops_per_token:.4g} more forward in training, for multi-token prediction"
         lines.insert(4, ("", extra))
     if found.active_parameters != found.parameters:
         share = _share(found.active_parameters, found.parameters)

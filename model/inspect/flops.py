@@ -1,10 +1,9 @@
-"""Floating-point operations of the model, from its config alone, and the peak rate of the chip under it.
+"""Floating-point operations of a model, from its config, and the peak rate of the chip.
 
-A multiply-add counts two. Matrix products and attention are counted, elementwise work is not; causal attention counts
-half of the square, a mixture of experts those that a token uses. The backward pass is twice the forward pass;
-recomputation (remat) is not useful work and does not count. What says the tokens after the next one counts in training
-alone, where it is computed. So MFU = tokens/s * train_flops_per_token / (peak flops/s
-of all devices).
+A multiply-add counts two. Matrix products and attention count, elementwise operations do not. Causal attention counts
+half of the square, an MoE the experts that a token uses. The backward pass is twice the forward pass; recomputation
+(remat) does not count. Multi-token prediction counts in training only.
+MFU = tokens/s * train_flops_per_token / (peak flops/s of all devices).
 Chowdhery et al. 2022, arXiv:2204.02311.
 """
 
@@ -24,8 +23,8 @@ from model.inputs.byte_latent import ByteLatent
 
 MFU_FORMULA = "MFU = tokens/s * 3 * (2 * active matrix parameters + causal attention) / peak flops/s"
 
-# Dense bfloat16 peak of one chip (float16 where it has no bfloat16), flops/s, by what jax's device_kind begins with or,
-# on GPUs, holds; the first that fits. From vendors' data sheets.
+# Dense bfloat16 peak of one chip (float16 if it has no bfloat16), flops/s, from vendors' data sheets. The first key
+# that jax's device_kind starts with or, on GPUs, contains.
 PEAK_FLOPS = {
     "TPU v2": 46e12,
     "TPU v3": 123e12,
@@ -68,7 +67,7 @@ PEAK_FLOPS = {
 
 
 def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Mean over the tokens of a full row of `seq_len` tokens; an encoder reads as many besides."""
+    """Mean FLOPs a token of the forward pass of a row of `seq_len` tokens; an encoder reads as many more."""
     outside = _head_flops(cfg) + (2 * cfg.token_width**2 if cfg.pooler else 0)
     if cfg.byte_latent is not None:
         return outside + _byte_latent_flops(cfg, cfg.byte_latent, seq_len) + _patcher_flops(cfg, seq_len)
@@ -77,7 +76,7 @@ def forward_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 
 
 def _byte_latent_flops(cfg: ModelConfig, spec: ByteLatent, seq_len: int) -> float:
-    """Without the patcher; the latent transformer runs over all places for patches, taken or not."""
+    """Without the patcher; the latent transformer runs over the most patches of a row."""
     patches = spec.patches(seq_len)
     return (
         _stack_flops(spec.encoder + spec.decoder, spec.width, seq_len)
@@ -99,7 +98,7 @@ def _stack_flops(blocks: tuple[Block, ...], width: int, seq_len: int) -> float:
 
 
 def mtp_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Of the forward pass of what says the tokens after the next one, each with logits of its own."""
+    """FLOPs of the forward pass of the MTP modules, with their logits."""
     if cfg.mtp is None:
         return 0.0
     return cfg.mtp.flops_per_token(cfg.width, seq_len) + len(cfg.mtp.blocks) * _head_flops(cfg)
@@ -111,18 +110,20 @@ def _head_flops(cfg: ModelConfig) -> float:
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Three times the forward pass, but for a patcher, which has no backward pass; twice where adapters are trained,
-    since the maps beside them need no gradients of their own (adapters' own work is small and not counted)."""
+    """FLOPs of a training step a token: three times the forward pass; a patcher has no backward pass.
+
+    Twice the forward pass for adapters, because their maps need no gradients; the adapters' own FLOPs do not count.
+    """
     forward = forward_flops_per_token(cfg, seq_len) + mtp_flops_per_token(cfg, seq_len)
     times = 3 if cfg.adapters is None else 2
     return times * forward - (times - 1) * _patcher_flops(cfg, seq_len)
 
 
 def mfu(flops_per_second: float, devices: int) -> float | None:
-    """The share of the peak of so many devices, 0 to 1; None where no peak is known.
+    """The share of the peak of `devices` devices, 0 to 1; None if the peak is unknown.
 
-    A figure above 1 says that the peak was measured on a busy machine: it is measured again then, and the figure is
-    given up if that doesn't help.
+    A share above 1 means that the peak was measured on a busy machine. Then it is measured again, and the result is
+    None if the share is still above 1.
     """
     peak = peak_flops_per_device()
     if peak is not None and flops_per_second > peak * devices and is_measured():
@@ -133,8 +134,10 @@ def mfu(flops_per_second: float, devices: int) -> float | None:
 
 
 def peak_flops_per_device() -> float | None:
-    """Of the default device, by `PEAK_FLOPS`; on a CPU the best rate of a float32 matrix product that was measured
-    here; None for another chip that the table lacks."""
+    """The peak of the default device, flops/s; None for a chip that `PEAK_FLOPS` lacks.
+
+    On a CPU it is the best measured rate of a float32 matrix product.
+    """
     device = jax.devices()[0]
     if is_measured():
         return _MEASURED.get("best") or _measure_again()
@@ -145,12 +148,12 @@ def peak_flops_per_device() -> float | None:
 
 
 def is_measured() -> bool:
-    """Whether the peak is measured, as no data sheet says it."""
+    """Whether the peak is measured, because no data sheet has it."""
     return jax.devices()[0].platform == "cpu"
 
 
 def peak_text() -> str:
-    """The peak and where it comes from, for a log."""
+    """The peak and its source, for a log."""
     peak = peak_flops_per_device()
     if peak is None:
         return (
@@ -166,7 +169,7 @@ def peak_text() -> str:
 
 
 def _devices_of_a_chip(device: Any) -> int:
-    """A TPU v2, v3 or 7x is two devices, of one core each, at the same place of the slice."""
+    """Devices a chip: a TPU v2, v3 or 7x has two, with one core each and the same coordinates."""
     coords = getattr(device, "coords", None)
     if coords is None:
         return 1

@@ -1,7 +1,7 @@
-"""What happens inside a forward pass: the residual stream after each block, attention weights, the experts' loads.
+"""Traces a forward pass: the residual stream after each block, attention weights, the experts' loads.
 
-All comes out of the one pure function, whose modules leave these for whoever asks. The logit lens reads the residual
-stream of any depth through the final norm and the head: nostalgebraist 2020, "interpreting GPT: the logit lens".
+The modules of the pure function sow these as intermediates. The logit lens applies the final norm and the head to the
+residual stream at any depth: nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
 
 # B batch, T tokens, D model width, V vocabulary, H heads, E experts, L blocks, K likeliest tokens
@@ -26,24 +26,19 @@ from model.readouts.vocabulary import vocabulary_head
 @dataclasses.dataclass(frozen=True)
 class Trace:
     tokens: jax.Array  # [B, T]
-    hidden: tuple[
-        jax.Array, ...
-    ]  # L + 1 of [B, T, D]: the embedded tokens, then the residual stream after each block
-    attention: dict[
-        int, jax.Array
-    ]  # block -> [B, H, T, T] float32, a row for each query; blocks with attention
-    expert_load: dict[
-        int, jax.Array
-    ]  # block -> [E] float32, times that an expert was chosen; mixtures of experts
+    # L + 1 of [B, T, D]: the embedded tokens, then the residual stream after each block
+    hidden: tuple[jax.Array, ...]
+    attention: dict[int, jax.Array]  # block with attention -> [B, H, T, T] float32, a row for each query
+    expert_load: dict[int, jax.Array]  # block with an MoE -> [E] float32, how often each expert was chosen
 
 
 def trace(cfg: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.Array | None = None) -> Trace:
-    """Run the model on `tokens` [B, T] and keep what is inside; `segment_ids` as for `apply`."""
+    """Run the model on `tokens` [B, T] and return its trace; `segment_ids` as for `apply`."""
     if cfg.encoder is not None:
-        raise ValueError("a trace is of a model of one stack; this one has an encoder beside its decoder.")
+        raise ValueError("a trace needs a model with one stack; this one has an encoder beside its decoder.")
     if cfg.byte_latent is not None:
         raise ValueError(
-            "a trace is of a model of one stack; a byte-latent model has one for bytes and one for patches."
+            "a trace needs a model with one stack; a byte-latent model has one for bytes and one for patches."
         )
     tokens = jnp.asarray(tokens)
     found = _intermediates(cfg, params, tokens, segment_ids)
@@ -61,7 +56,7 @@ def trace(cfg: ModelConfig, params: Params, tokens: jax.Array, segment_ids: jax.
 
 @functools.partial(jax.jit, static_argnums=0)
 def logit_lens(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
-    """[B, T, V] float32: what the final norm and the head make of a residual stream."""
+    """[B, T, V] float32: the final norm and the head, applied to a residual stream."""
     return _read_out(cfg, params, hidden_BTD)
 
 
@@ -69,9 +64,9 @@ def logit_lens(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.A
 def likeliest(
     cfg: ModelConfig, params: Params, hidden: tuple[jax.Array, ...], count: int = 5
 ) -> tuple[jax.Array, jax.Array]:
-    """(ids, probabilities), each [L + 1, B, T, K]: the next token as the lens reads it at each depth, best first."""
+    """(ids, probabilities), each [L + 1, B, T, K]: the lens' next tokens at each depth, best first."""
 
-    def read(hidden_BTD):  # one depth at a time, for V is large
+    def read(hidden_BTD):  # one depth at a time, because V is large
         probabilities_BTV = jax.nn.softmax(_read_out(cfg, params, hidden_BTD), axis=-1)
         top_BTK, ids_BTK = jax.lax.top_k(probabilities_BTV, count)
         return ids_BTK, top_BTK
@@ -87,7 +82,7 @@ def _intermediates(cfg: ModelConfig, params: Params, tokens, segment_ids) -> dic
 
 
 def _attention_maps(mixer: dict[str, Any]) -> list[jax.Array]:
-    """Of a mixer, and of those side by side within it; blocks that some tokens pass by have maps of other tokens."""
+    """The attention maps of a mixer and of its parallel mixers, but not those over chosen tokens."""
     inside = [
         leaf for name, part in mixer.items() if name.startswith("mixer_") for leaf in _attention_maps(part)
     ]
@@ -99,7 +94,7 @@ def _read_out(cfg: ModelConfig, params: Params, hidden_BTD: jax.Array) -> jax.Ar
 
 
 class _Readout(nn.Module):
-    """The end of the model alone, with the same parameters."""
+    """The final norm and head of the model, with the same parameters."""
 
     cfg: ModelConfig
 

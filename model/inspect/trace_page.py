@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.function import Params
 from model.inspect.trace import Trace, likeliest, trace
 
-MAX_TOKENS = 256  # the maps of a longer text would make a page that no browser likes
+MAX_TOKENS = 256  # browsers are slow with the maps of a longer text
 
 
 def trace_page(
@@ -30,8 +30,8 @@ def trace_page(
     Args:
       tokens: ids, 1 to 256.
       text: the same as text.
-      name_of: what to show for a token id.
-      title: what the model is called.
+      name_of: maps a token id to the shown text.
+      title: the name of the model.
 
     Raises:
       ValueError: no tokens, or too many.

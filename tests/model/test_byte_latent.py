@@ -419,7 +419,7 @@ def test_a_patcher_is_the_model_that_was_put_in():
     wrong = patcher_cfg.replace(logit_softcap=3.0)
     with pytest.raises(ValueError, match="a patcher of this model would have logit_softcap=None"):
         with_patcher(cfg, params, wrong, patcher)
-    with pytest.raises(ValueError, match="not byte-latent"):
+    with pytest.raises(ValueError, match="needs a byte-latent model"):
         with_patcher(patcher_cfg, patcher, patcher_cfg, patcher)
 
 
@@ -489,7 +489,7 @@ def test_what_makes_no_byte_latent_model_is_an_error():
     seeing_all = Block(Attention(2, 1, 6, causal=False), None)
     with pytest.raises(ValueError, match="must be causal"):
         cfg.replace(byte_latent=dataclasses.replace(cfg.byte_latent, encoder=(seeing_all,)))
-    with pytest.raises(ValueError, match="a trace is of a model of one stack"):
+    with pytest.raises(ValueError, match="a trace needs a model with one stack"):
         trace(cfg, params, random_tokens(cfg, (1, 4)))
 
 

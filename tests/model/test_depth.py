@@ -322,7 +322,7 @@ def test_layers_that_take_keys_have_no_cache_of_their_own():
         apply(lonely, random_params(lonely), random_tokens(lonely, (1, 3)))
 
 
-def test_mixtures_within_mixtures_are_balanced_without_a_loss():
+def test_nested_moe_layers_are_balanced_without_a_loss():
     experts = [MoE(4, 2, SwiGLU(8), Router(choice_bias=True), balance_rate=rate) for rate in (0.5, 0.25)]
     nested = wrapped(MixtureOfDepths(Block(ATTENTION, experts[0], NORM), None))
     cfg = model_of(nested)

@@ -289,7 +289,7 @@ def test_stop_tokens_that_only_config_json_knows_come_along(chat_model, tmp_path
     [
         (["describe", "{tmp}/nothing"], "no such file or folder"),
         (["describe", "{model}", "--batch=0"], "must be at least 1"),
-        (["convert", "{model}", "{model}"], "is there already"),
+        (["convert", "{model}", "{model}"], "already exists"),
         (["convert", "{model}", "{tmp}/x", "--format=gguf"], "give it a name that ends in .gguf"),
     ],
     ids=["no path", "no rows", "same place", "gguf folder"],

@@ -62,7 +62,7 @@ def test_the_width_has_another_name_in_old_folders(name, caplog):
     family = FAMILIES[saved["model_type"]]
     old = {"n_embed" if key == "hidden_size" else key: value for key, value in saved.items()}
     assert family.read_config(old) == family.read_config(saved) and not caplog.records
-    with pytest.raises(ValueError, match="hidden_size and n_embed are one thing, and disagree"):
+    with pytest.raises(ValueError, match="hidden_size and n_embed mean the same, and disagree"):
         family.read_config(saved | {"n_embed": saved["hidden_size"] + 6})
 
 
@@ -75,7 +75,7 @@ def test_kimi_k2_is_a_deepseek_v3_with_code_of_its_own(tmp_path, caplog):
     save(tmp_path / "model", cfg, params, format="huggingface")
     (tmp_path / "model" / "config.json").write_text(json.dumps(saved))
     again, _ = load(tmp_path / "model")
-    assert (again, again.family) == (cfg, "kimi_k2") and "it is not run" in caplog.text
+    assert (again, again.family) == (cfg, "kimi_k2") and "which is not run" in caplog.text
     save(tmp_path / "again", again, params, format="huggingface")
     assert config_of(tmp_path / "again")["model_type"] == "kimi_k2"
 

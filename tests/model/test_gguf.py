@@ -291,8 +291,8 @@ LIES = [
     ({"llama.block_count": None}, "llama.block_count is missing"),
     ({"llama.block_count": 2**31 - 1}, "llama.block_count is 2147483647, but the file has 29 tensors"),
     ({"llama.block_count": 0}, "llama.block_count is 0; wanted a positive int"),
-    ({"llama.block_count": 4}, "lacks 9 tensors that its metadata calls for: blk.3"),
-    ({"llama.block_count": 2}, "has 9 tensors that its model has no place for: blk.2"),
+    ({"llama.block_count": 4}, "lacks 9 tensors that its metadata requires: blk.3"),
+    ({"llama.block_count": 2}, "has 9 tensors that its model does not have: blk.2"),
     ({"llama.embedding_length": 12}, r"'token_embd.weight' is \(61, 24\); wanted \(vocabulary, 12\)"),
     ({"llama.feed_forward_length": 44}, r"'blk.0.ffn_down.weight' is \(24, 40\), but by the metadata"),
     ({"llama.feed_forward_length": 40.0}, "llama.feed_forward_length is 40.0; wanted a positive int"),
@@ -341,7 +341,7 @@ def test_tensors_that_are_missing_strange_or_of_another_type_are_errors(tmp_path
     with pytest.raises(container.GGUFError, match="lacks 1 tensors .* blk.1.ffn_up.weight"):
         load(write_parts(tmp_path / "a.gguf", metadata, without))
     strange = tensors | {"blk.0.ssm.weight": np.zeros((3, 3), np.float32)}
-    with pytest.raises(container.GGUFError, match="no place for: blk.0.ssm.weight"):
+    with pytest.raises(container.GGUFError, match="does not have: blk.0.ssm.weight"):
         load(write_parts(tmp_path / "b.gguf", metadata, strange))
     scaled = tensors | {"rope_freqs.weight": np.array([1, 3, np.nan], np.float32)}
     with pytest.raises(container.GGUFError, match="wanted positive numbers"):

@@ -154,7 +154,7 @@ def test_the_refusals_take_little_memory(tmp_path):
         (b'{"model_type": ["llama"]}', "model_type=.*is not known"),
         (b'{"model_type": "' + b"x" * 10_000 + b'"}', "is not known"),
         (b'{"model_type": "llama", "quantization_config": [1]}', "quant_method='None' is not supported"),
-        (b'{"model_type": "gemma3", "text_config": []}', "wants a text_config"),
+        (b'{"model_type": "gemma3", "text_config": []}', "needs a text_config"),
     ],
 )
 def test_a_config_that_is_no_config_is_refused(text, message, tmp_path):

@@ -265,5 +265,5 @@ def test_a_text_with_a_prefix_and_spans_is_decoded_on_from_a_cache(latent):
 def test_a_mixer_that_is_no_attention_has_no_spans():
     cfg = tiny(layers=1)
     cfg = cfg.replace(blocks=(dataclasses.replace(cfg.blocks[0], mixer=Mamba(20, 4, 3, 2)),))
-    with pytest.raises(ValueError, match="for attention alone, and not for Mamba"):
+    with pytest.raises(ValueError, match="only for attention, not for Mamba"):
         apply(cfg, random_params(cfg), Inputs(random_tokens(cfg, (1, 4)), prefix=jnp.array([2])))

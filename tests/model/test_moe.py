@@ -386,10 +386,10 @@ def test_eight_devices_give_the_numbers_of_one(spec):
 
 
 def whole(spec, **options):
-    """A dense block and two with a mixture."""
+    """A dense block and two with an MoE."""
     cfg = decoder(61, 24, 3, 4, 2, 6, 40, max_length=64, **options)
-    mixture = dataclasses.replace(cfg.blocks[0], ffn=spec)
-    return cfg.replace(blocks=(cfg.blocks[0], mixture, mixture))
+    sparse = dataclasses.replace(cfg.blocks[0], ffn=spec)
+    return cfg.replace(blocks=(cfg.blocks[0], sparse, sparse))
 
 
 def test_scanned_blocks_give_the_logits_and_losses_of_unrolled_ones():
@@ -400,9 +400,7 @@ def test_scanned_blocks_give_the_logits_and_losses_of_unrolled_ones():
     np.testing.assert_allclose(unrolled.logits, rolled.logits, atol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), unrolled.aux, rolled.aux)
     assert float(rolled.aux["moe_entropy"].weight) == 2 * 18
-    trace = lambda p: Transformer(scanned_cfg).apply(
-        {"params": p}, Inputs(tokens), mutable=["intermediates"]
-    )
+    trace = lambda p: Transformer(scanned_cfg).apply({"params": p}, Inputs(tokens), mutable=["intermediates"])
     load_LE = jit(trace)(scanned)[1]["intermediates"]["run_1"]["ffn"]["expert_load"][0]
     assert load_LE.shape == (2, E) and np.all(load_LE.sum(1) == 18 * 3)
 
@@ -426,12 +424,12 @@ def test_bfloat16_routes_in_float32_and_is_close(spec):
     assert 1e-4 < float(error) < 0.03
 
 
-def test_a_mixture_comes_back_from_json():
+def test_an_moe_comes_back_from_json():
     for spec in [*LIKE.values(), ROUTERS["expert choice"]]:
         assert ModelConfig.from_dict(whole(spec).to_dict()) == whole(spec)
 
 
-def test_a_mixture_that_can_not_be_is_refused_with_the_mend():
+def test_an_moe_that_can_not_be_is_refused_with_the_mend():
     for change, message in [
         ({"experts_per_token": 9}, "is not in 1 to num_experts=8"),
         ({"dispatch": "drop"}, "is not one of dropless, capacity"),

@@ -50,7 +50,7 @@ def edit(folder, **changes):
 @pytest.mark.parametrize("name", WHOLES)
 def test_the_text_of_a_model_of_text_and_images_is_read(name, caplog):
     assert difference(WRAPPED / name) < 1e-5
-    assert "only the text is read; left out: multi_modal_projector" in caplog.text
+    assert "only the text model is read; left out: multi_modal_projector" in caplog.text
     assert WHOLES[name] in caplog.text
     cfg = load_config(WRAPPED / name)
     assert cfg.family == TEXT[name] and cfg == load(WRAPPED / name)[0]
@@ -89,7 +89,7 @@ def test_what_a_text_config_leaves_out_has_the_default_of_transformers(text):
 
 def test_what_is_wrong_with_a_wrapped_config_is_said(tmp_path):
     folder = shutil.copytree(WRAPPED / "mistral3", tmp_path / "model")
-    with pytest.raises(ValueError, match="model_type='mistral3' wants a text_config; given None"):
+    with pytest.raises(ValueError, match="model_type='mistral3' needs a text_config; given None"):
         load(edit(folder, text_config=None))
     with pytest.raises(ValueError, match="text_config.model_type='qwen3' is not supported in mistral3"):
         load(edit(folder, text_config={"model_type": "qwen3"}))
@@ -147,7 +147,7 @@ Q = "model.layers.1.self_attn.kv_b_proj.weight"
             "fmt='e4m3' and weight_block_size=None is not supported",
         ),
         (lambda t: None, FP8 | {"fmt": "e5m2"}, "fmt='e5m2' and .* is not supported"),
-        (lambda t: None, None, "is float8_e4m3fn; wanted one of|has no place for: .*weight_scale_inv"),
+        (lambda t: None, None, "is float8_e4m3fn; wanted one of|does not have: .*weight_scale_inv"),
         (lambda t: None, {"quant_method": "awq"}, "quant_method='awq' is not supported; fp8 can be read"),
     ],
 )
@@ -212,7 +212,7 @@ def test_an_index_may_name_a_tied_head_that_no_shard_has(tmp_path):
     file.write_text(json.dumps({"weight_map": index["weight_map"] | {"lm_head.weight": shard}}))
     jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "model")[1], params)
     edit(tmp_path / "model", tie_word_embeddings=False)
-    with pytest.raises(ValueError, match="lacks 1 tensors that config.json calls for: lm_head.weight"):
+    with pytest.raises(ValueError, match="lacks 1 tensors that config.json requires: lm_head.weight"):
         load(tmp_path / "model")
 
 

@@ -129,7 +129,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, uninterrup
     assert steps == sorted(steps)
 
 
-def test_a_mixture_that_takes_over_midway_is_planned_learned_and_resumed(corpus, tmp_path, capsys):
+def test_a_data_mixture_that_takes_over_midway_is_planned_learned_and_resumed(corpus, tmp_path, capsys):
     up, down = str(corpus / "tokens"), str(corpus / "down")
     mixture = {"phases": [{"weights": {down: 1.0}, "start": 0.5}], "packing": "best_fit"}
     config = make_config(corpus, data=mixture | {"validation": {str(corpus / "unseen_down"): 1.0}})
