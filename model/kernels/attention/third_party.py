@@ -1,7 +1,7 @@
-"""JAX's splash attention for TPUs behind our arguments.
+"""JAX's splash attention for TPUs, with our arguments.
 
-Ours has what splash has not: rows whose tokens a mesh splits, keys and queries at an offset that is traced, blocks
-skipped by the segments of a packed row, log-sum-exps with gradients.
+Only our kernel supports rows with tokens split by a mesh, keys and queries at a traced offset, skipping blocks by the
+segments of a packed row, and log-sum-exps with gradients.
 """
 
 # B batch, T tokens, H query heads, K key/value heads, C width of a query and a key, E width of a value
@@ -20,7 +20,7 @@ from model.kernels.backend import Backend
 from model.sharding import ShardingRules
 
 LANES = 128
-SPLASH_BLOCK = 512  # queries and keys of a step: what ours takes
+SPLASH_BLOCK = 512  # queries and keys of a step, as in our kernel
 
 
 def splash(

@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary: `cross_entropy` on one device, `cross_entropy_on_mesh` in sharded.py.
 
-`CROSS_ENTROPY` has the implementations. One computes all logits [N, V]; in the others, tiles of them are never all in
-memory, neither forward nor backward.
+`CROSS_ENTROPY` has the implementations. One computes all logits [N, V]. The others compute tiles of logits, which are
+never all in memory, neither forward nor backward.
 """
 
 # N tokens, V vocabulary, D model width
@@ -20,17 +20,17 @@ from model.kernels.cross_entropy.tiled import make_call, part_scores, token_scor
 from model.kernels.cross_entropy.tiles import TileSizes
 from model.logprobs import ScoreOptions, TokenScores
 
-# Of one device's float32 logits. Below it, all logits at once are quicker on a CPU than tiles that are computed twice;
-# `python -m benchmarks.cross_entropy` measures where that ends.
+# A device's float32 logits of at most this size are computed at once: on a CPU this is faster than tiles, which are
+# computed twice (`python -m benchmarks.cross_entropy`).
 WHOLE_LOGITS_BYTES = 512 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What an implementation must know to say whether it can serve."""
+    """What an implementation reads to decide whether it can serve."""
 
     backend: backend.Backend
-    logits_bytes: int  # of one device's float32 logits, if they were all computed
+    logits_bytes: int  # of all float32 logits of one device
 
 
 def cross_entropy(
@@ -47,13 +47,13 @@ def cross_entropy(
 ) -> TokenScores:
     """Scores [N] of targets under softmax(softcap * tanh(scale * (hidden head^T + bias) / softcap) / temperature).
 
-    Hidden states, head and bias have gradients through log-probabilities, log Z and entropy alike.
+    Log-probabilities, log Z and entropy have gradients for hidden states, head and bias.
 
     Args:
       targets_N: int32, 0 to V - 1.
       softcap: None: no cap.
-      stripe_bytes: most memory for the logits, or their gradients, of a stripe of the vocabulary.
-      tiles: of the TPU kernels; None: those of the chip.
+      stripe_bytes: most memory for a stripe of the vocabulary's logits, or their gradients.
+      tiles: tile sizes of the TPU kernels; None: those of the chip.
     """
     _check(hidden_ND, head_VD, targets_N, bias_V)
     N, V = len(hidden_ND), len(head_VD)

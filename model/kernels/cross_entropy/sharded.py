@@ -1,5 +1,5 @@
-"""Cross-entropy on a mesh: each device scores its tokens under its part of the vocabulary, and the parts are joined by
-their log-sum-exps, as in Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+"""Cross-entropy on a mesh: each device scores its tokens under its part of the vocabulary, and log-sum-exps join the
+parts, as in Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 """
 
 # B batch, T tokens, N = B T tokens of one device, V vocabulary, D model width
@@ -40,7 +40,7 @@ def cross_entropy_on_mesh(
 
     Args:
       rules: None: every device of the mesh computes the whole.
-      logits: hidden states to all logits [B, T, V], where all of them are computed; None: from the other arguments.
+      logits: hidden states -> all logits [B, T, V], if all of them are computed; None: uses the other arguments.
     """
     V = len(head_VD)
     name = CROSS_ENTROPY.chosen_name(request_on_mesh(targets_BT.size, V, rules))
@@ -67,7 +67,7 @@ def cross_entropy_on_mesh(
 
 
 def request_on_mesh(tokens: int, V: int, rules: ShardingRules | None) -> Request:
-    """What each device would compute of these tokens' logits."""
+    """The request of each device for these tokens."""
     splits = mesh.split_by(rules, "batch", "length", "act_vocab")
     parts = mesh.ways(tuple(axis for axes in splits for axis in axes))
     return Request(backend.current(), -(-4 * tokens * V // parts))
@@ -76,7 +76,7 @@ def request_on_mesh(tokens: int, V: int, rules: ShardingRules | None) -> Request
 def _part(
     call: CrossEntropyCall, vocab: Axes, hidden_BTD, head_VD, bias_V, targets_BT, choices
 ) -> TokenScores:
-    """What one device computes."""
+    """The computation of one device."""
     first = jax.lax.axis_index(vocab) * len(head_VD) if vocab else 0
     hidden_ND, targets_N = hidden_BTD.reshape(-1, hidden_BTD.shape[2]), targets_BT.reshape(-1) - first
     scores = part_scores(call, hidden_ND, head_VD, bias_V, targets_N, choices - first)
@@ -86,7 +86,7 @@ def _part(
 
 
 def _join(part: Scores, vocab: tuple[str, ...], first: jax.Array | int) -> Scores:
-    """Scores over the whole vocabulary from those over its parts, the same on all devices that hold them."""
+    """Scores over the whole vocabulary from those over its parts, equal on all devices with these tokens."""
     top = jax.lax.pmax(jax.lax.stop_gradient(part.log_z), vocab)
     log_z = top + jnp.log(jax.lax.psum(jnp.exp(part.log_z - top), vocab))
     mean = best = likeliest = None

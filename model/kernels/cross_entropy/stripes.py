@@ -1,4 +1,4 @@
-"""Cross-entropy a stripe of the vocabulary after the other, in plain jnp: right on every platform."""
+"""Cross-entropy in stripes of the vocabulary, in plain jnp, for every platform."""
 
 # N tokens, V vocabulary, D model width, S entries of a stripe
 
@@ -22,16 +22,16 @@ from model.kernels.cross_entropy.tiles import (
 
 
 def stripes(V: int, S: int) -> tuple[jax.Array, jax.Array]:
-    """(where each stripe of S entries begins, its first entry that no stripe before it has), int32.
+    """(the start of each stripe of S entries, its first entry that no earlier stripe has), int32.
 
-    The last one ends with the vocabulary, so it may begin within the one before.
+    The last stripe ends with the vocabulary, so it may overlap the one before.
     """
     fresh = jnp.arange(0, V, S, dtype=jnp.int32)
     return jnp.minimum(fresh, V - S), fresh
 
 
 def stripe_of(head_VD: jax.Array, bias_V: jax.Array | None, first: jax.Array, S: int):
-    """(head [S, D], bias [S] or None) from `first` on."""
+    """(head [S, D], bias [S] or None), starting at `first`."""
     cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, S)
     return cut(head_VD), None if bias_V is None else cut(bias_V)
 
@@ -55,7 +55,7 @@ def forward(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choic
 def stripe_gradients(
     call: CrossEntropyCall, hidden_ND, head_SD, bias_S, targets_N, cotangents: Cotangents
 ) -> jax.Array:
-    """[N, S] in the dtype of the hidden states: gradient of their products with a stripe of the head.
+    """The gradient of the products of hidden states and a stripe of the head, [N, S] in the hidden states' dtype.
 
     Args:
       targets_N: counted from the stripe's first entry.

@@ -1,11 +1,11 @@
 """Cross-entropy in tiles of logits that are never all in memory, neither forward nor backward.
 
 Each tile updates the running maximum and sum of its tokens' weights (Milakov and Gimelshein 2018, arXiv:1805.02867).
-Logits are computed again for the gradients, as in Wijmans et al. 2024, arXiv:2411.09009. Tiles are plain jnp in
-stripes.py and Pallas in tpu.py.
+Gradients recompute the logits, as in Wijmans et al. 2024, arXiv:2411.09009. Tiles are plain jnp in stripes.py and
+Pallas in tpu.py.
 
-Backward, a stripe of the vocabulary after the other: the gradient of the stripe's logits is made in tiles and stored
-in the dtype of the hidden states; two products of it give the gradients of the hidden states and the head.
+The backward pass runs over stripes of the vocabulary: it computes the gradient of a stripe's logits in tiles and stores
+it in the dtype of the hidden states. Two products of it give the gradients of the hidden states and the head.
 """
 
 # N tokens, V vocabulary, D model width, S entries of a stripe
@@ -43,10 +43,10 @@ def make_call(
     stripe_bytes: int | None = None,
     tiles: TileSizes | None = None,
 ) -> CrossEntropyCall:
-    """The temperature, which divides capped logits, goes into the scale and the cap.
+    """Scale and cap include the temperature, which divides capped logits.
 
     Args:
-      kernel: whether tiles are those of the TPU kernel, `tiles` or else the chip's; if not they are plain jnp.
+      kernel: whether the TPU kernel runs, with `tiles` or the chip's sizes; else plain jnp.
     """
     current = backend.current()
     if kernel and tiles is None:
@@ -63,13 +63,13 @@ def make_call(
 
 
 def token_scores(scores: Scores) -> TokenScores:
-    """Of scores over the whole vocabulary."""
+    """Scores over the whole vocabulary."""
     entropy_N = None if scores.mean is None else scores.log_z - scores.mean
     return TokenScores(scores.chosen - scores.log_z, scores.log_z, entropy_N, scores.likeliest)
 
 
 def part_scores(call: CrossEntropyCall, hidden_ND, head_VD, bias_V, targets_N, choices) -> Scores:
-    """Over a part of the vocabulary. Targets and choices count from its first entry, and may be outside of it."""
+    """Scores over a part of the vocabulary. Targets and choices count from its first entry, and may be outside."""
     N = len(hidden_ND)
     targets_N = jnp.where((targets_N >= 0) & (targets_N < len(head_VD)), targets_N, -1)
     if call.tiles is not None and N % (tokens := min(call.tiles.tokens, -(-N // 128) * 128)):
@@ -109,7 +109,7 @@ def _backward(call: CrossEntropyCall, saved, gradients: Scores):
         (dhidden_ND, dhead_VD, dbias_V), (first, fresh) = sums, stripe
         head_SD, bias_S = stripes.stripe_of(head_VD, bias_V, first, S)
         d_NS = stripe_gradients(call, hidden_ND, head_SD, bias_S, targets_N - first, cotangents)
-        # entries that the stripe before had too are written again as they were, but added only once
+        # entries of the previous stripe are written again unchanged, but added only once
         fresh_SD = jnp.where(first + jnp.arange(S)[:, None] < fresh, 0, head_SD)
         dhidden_ND += jnp.einsum("NS,SD->ND", d_NS, fresh_SD, preferred_element_type=jnp.float32)
         dhead_SD = jnp.einsum("NS,ND->SD", d_NS, hidden_ND, preferred_element_type=jnp.float32)
@@ -135,6 +135,6 @@ def _of_tiles(call: CrossEntropyCall):
     """The module that computes tiles: its `forward` and `stripe_gradients`."""
     if call.tiles is None:
         return stripes
-    from model.kernels.cross_entropy import tpu  # brings Pallas along
+    from model.kernels.cross_entropy import tpu  # imports Pallas, which is slow
 
     return tpu

@@ -1,5 +1,5 @@
-"""What each tile of logits adds to the scores of its tokens, and its gradient: the maths that plain stripes and
-the TPU kernels of cross-entropy share.
+"""The contribution of a tile of logits to its tokens' scores, and its gradient: the maths that plain stripes and the
+TPU kernels of cross-entropy share.
 
 The running maximum and sum are those of Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # a logit that does not count
-LEAST = -5e29  # what a running maximum starts from: far above MASKED, so exp(MASKED - maximum) is always 0
-NOWHERE = 2**30  # the number of an entry that does not count
+MASKED = -1e30  # value of a masked logit
+LEAST = -5e29  # start of a running maximum: far above MASKED, so exp(MASKED - maximum) is always 0
+NOWHERE = 2**30  # index of a masked entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,14 @@ class TileSizes:
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropyCall:
-    """All that is known of one cross-entropy before it runs."""
+    """The static options of one cross-entropy."""
 
     scale: float = 1.0  # logits: softcap * tanh(scale * (hidden . head + bias) / softcap)
     softcap: float | None = None
-    mean: bool = False  # the mean logit is wanted
-    likeliest: bool = False  # the likeliest entry is wanted
-    stripe_bytes: int = (
-        128 << 20
-    )  # of the logits, or their gradients, of all tokens that are in memory at once
-    tiles: TileSizes | None = None  # of the TPU kernels; None: plain jnp
+    mean: bool = False  # whether to compute the mean logit
+    likeliest: bool = False  # whether to compute the likeliest entry
+    stripe_bytes: int = 128 << 20  # most memory for logits, or their gradients, of all tokens
+    tiles: TileSizes | None = None  # tile sizes of the TPU kernels; None: plain jnp
     interpret: bool = False
 
     def stripe(self, N: int, V: int, itemsize: int) -> int:
@@ -56,17 +54,17 @@ class CrossEntropyCall:
 
 
 class Scores(NamedTuple):
-    """Of each token, over a part of the vocabulary."""
+    """Scores of each token over a part of the vocabulary."""
 
-    chosen: jax.Array  # the target's logit, 0 where the target is not in this part
+    chosen: jax.Array  # the target's logit, 0 if the target is not in this part
     log_z: jax.Array  # log-sum-exp of the logits
     mean: jax.Array | None  # mean logit under the part's own distribution
-    best: jax.Array | None  # the highest logit of those that may be the likeliest
-    likeliest: jax.Array | None  # int32, the first entry that has it
+    best: jax.Array | None  # the highest logit among allowed choices
+    likeliest: jax.Array | None  # int32, the first entry with it
 
 
 class Running(NamedTuple):
-    """Of each token, over the entries so far."""
+    """The running state of each token over the entries so far."""
 
     top_N1: jax.Array
     total_N1: jax.Array  # sum of exp(logit - top)
@@ -100,10 +98,10 @@ def update(
     targets_N1: jax.Array,
     choices,
 ) -> Running:
-    """The state after one more tile; entries that do not count are MASKED and NOWHERE.
+    """The state after one more tile; masked entries are MASKED and NOWHERE.
 
     Args:
-      choices: entries from this one on are never the likeliest.
+      choices: this and larger entries are never the likeliest.
     """
     top_N1 = jnp.maximum(state.top_N1, logits_NS.max(axis=1, keepdims=True))
     weights_NS, shrink_N1 = jnp.exp(logits_NS - top_N1), jnp.exp(state.top_N1 - top_N1)
@@ -130,7 +128,7 @@ def final_scores(state: Running) -> Scores:
 
 
 def logits_of(call: CrossEntropyCall, products_NS: jax.Array, bias_1S: jax.Array | None) -> jax.Array:
-    """From products of hidden states and the head, float32."""
+    """Logits from products of hidden states and the head, float32."""
     logits_NS = products_NS if bias_1S is None else products_NS + bias_1S
     logits_NS = logits_NS if call.scale == 1 else logits_NS * call.scale
     return logits_NS if call.softcap is None else call.softcap * jnp.tanh(logits_NS / call.softcap)

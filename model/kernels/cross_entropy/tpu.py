@@ -1,8 +1,8 @@
-"""The TPU kernels of cross-entropy: products of hidden states and the head, a tile after the other. Logits never
-leave the chip's fast memory.
+"""The TPU kernels of cross-entropy: products of hidden states and the head in tiles. Logits never leave the chip's fast
+memory.
 
-A tile's products are added up over the channels, so its size does not depend on the model's width; the channels' last
-block turns them into logits and updates the scores.
+A tile's products are summed over blocks of channels, so its size does not depend on the model's width. After the last
+block, the sums become logits and update the scores.
 """
 
 # N tokens, V vocabulary, D model width; Q tokens, S entries and C channels of a tile
@@ -136,7 +136,7 @@ def _gradient_kernel(
 
 
 def _multiply(D: int, hidden_QC, head_SC, products_QS, when_done) -> None:
-    """Add the products over these channels; over the first ones, begin."""
+    """Add the products over these channels; the first block starts the sum."""
     k = pl.program_id(2)
 
     @pl.when(k == 0)
@@ -148,7 +148,7 @@ def _multiply(D: int, hidden_QC, head_SC, products_QS, when_done) -> None:
 
 
 def _within(x_RC: jax.Array, k, D: int) -> jax.Array:
-    """Zeros for channels beyond the last one, where the last block has any."""
+    """Zeros for channels beyond the last one, if the last block has any."""
     C = x_RC.shape[1]
     if D % C == 0:
         return x_RC
@@ -159,9 +159,9 @@ def _within(x_RC: jax.Array, k, D: int) -> jax.Array:
 def _grid(
     call: CrossEntropyCall, hidden_ND: jax.Array, V: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """(steps, sizes of a tile); tokens are already a multiple.
+    """(steps, sizes of a tile); the number of tokens is already a multiple.
 
-    Channels of float32 take twice the memory, so a tile has half as many entries, and far more time.
+    float32 channels take twice the memory and far more time, so a tile has half as many entries.
     """
     (N, D), tiles = hidden_ND.shape, call.tiles or TileSizes()
     entries = tiles.entries if hidden_ND.dtype.itemsize <= 2 else max(LANES, tiles.entries // 2)
@@ -170,14 +170,14 @@ def _grid(
 
 
 def _channels(D: int, most: int) -> int:
-    """Channels of a tile: such that none is wasted, if that is half of `most` or more."""
+    """Channels of a tile: a divisor of all channels if it is at least half of `most`."""
     if D <= most:
         return D
     return next((C for C in range(most, most // 2 - 1, -LANES) if D % C == 0), most)
 
 
 def _cost(grid: tuple[int, int, int], hidden_ND, head_VD, written: int) -> pl.CostEstimate:
-    """Hidden states are read for each tile of the vocabulary, the head for each tile of tokens."""
+    """The cost estimate: hidden states are read for each tile of the vocabulary, the head for each tile of tokens."""
     (N, D), V = hidden_ND.shape, len(head_VD)
     read = (
         grid[1] * hidden_ND.size * hidden_ND.dtype.itemsize + grid[0] * head_VD.size * head_VD.dtype.itemsize
@@ -186,7 +186,7 @@ def _cost(grid: tuple[int, int, int], hidden_ND, head_VD, written: int) -> pl.Co
 
 
 def _specs(Q: int, S: int, C: int, bias: jax.Array | None) -> list[pl.BlockSpec | None]:
-    """Of hidden states, head and bias."""
+    """The blocks of hidden states, head and bias."""
     return [
         pl.BlockSpec((Q, C), lambda i, j, k: (i, k)),
         pl.BlockSpec((S, C), lambda i, j, k: (j, k)),
@@ -202,7 +202,7 @@ _COMPILER = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "
 
 
 def _steps():
-    """(number of the vocabulary's tile, whether this is the tokens' first step, whether it is their last)."""
+    """(index of the vocabulary's tile, whether this is the tokens' first step, whether it is their last)."""
     j, k = pl.program_id(1), pl.program_id(2)
     last = (j == pl.num_programs(1) - 1) & (k == pl.num_programs(2) - 1)
     return j, (j == 0) & (k == 0), last

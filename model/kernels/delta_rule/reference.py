@@ -17,8 +17,8 @@ from model.kernels.derivatives import differentiable
 from model.kernels.recurrence.chunks import same_document, scan_chunks
 
 CHUNK = 64
-BLOCK = 16  # tokens among which decays by channel are taken pair by pair
-LOOPED = 32  # size of the blocks that are inverted whole: the products grow with its cube
+BLOCK = 16  # block of tokens with decays by channel for each pair
+LOOPED = 32  # size of the blocks that are inverted directly: the products grow with its cube
 
 
 def in_chunks(
@@ -44,7 +44,7 @@ def in_chunks(
 
 
 def fitting_chunk(length: int, chunk: int) -> int:
-    """The power of two that holds `length` tokens, at most `chunk`."""
+    """The smallest power of two of at least `length` tokens, at most `chunk`."""
     return min(chunk, 1 << (length - 1).bit_length())
 
 
@@ -83,9 +83,9 @@ def decayed_products(
 ) -> jax.Array:
     """[B, H, Q, Q]: sum over c of q_tc k_sc exp(q_total_tc - k_total_sc) for the `pairs` (t, s), else 0.
 
-    Totals fall with the tokens, and q_total_t <= k_total_s for s <= t (s < t if `strict`), so no exponent that is
-    taken is above 0: with a decay for each channel, a token's exponent towards an earlier block is split at the end
-    of the block before its own, and within a block it is taken pair by pair.
+    Totals decrease with the tokens, and q_total_t <= k_total_s for s <= t (s < t if `strict`), so no exponent is above
+    0. With a decay for each channel, a token's exponent towards an earlier block is split at the end of the previous
+    block; within a block, each pair has its own exponent.
     """
     B, H, Q, C = q_total_BHQC.shape
     causal_QQ = jnp.tril(jnp.ones((Q, Q), bool), -1 if strict else 0)
@@ -117,10 +117,10 @@ def decayed_products(
 
 
 def solve_unit_lower(strict_BHQQ: jax.Array, y_BHQV: jax.Array) -> jax.Array:
-    """x of (1 + strict) x = y, for a strictly lower triangular matrix whose size is a power of two.
+    """Solves (1 + strict) x = y for x, with a strictly lower triangular matrix; its size is a power of two.
 
-    The inverse is built from the inverses of the diagonal's blocks, doubling their size: as stable as forward
-    substitution, in matrix products alone. Derivatives take the inverse once more, not the way it was built.
+    The inverse is built from inverses of diagonal blocks of doubling size: as stable as forward substitution, with only
+    matrix products. Derivatives use the inverse, not the steps that built it.
     """
     return differentiable(_solve, _solve_tangent, _solve_gradients)(strict_BHQQ, y_BHQV)
 
@@ -143,7 +143,7 @@ def _solve_gradients(saved, dx_BHQV: jax.Array):
 
 
 def _inverse_unit_lower(strict_BHQQ: jax.Array) -> jax.Array:
-    """With the blocks' inverses X and the corners C that join two blocks to one, the joined ones' are X - X C X."""
+    """Inverses of blocks of twice the size: X - X C X, from the blocks' inverses X and the corners C between them."""
     Q = strict_BHQQ.shape[-1]
     if Q <= LOOPED:
         return _small_inverse(strict_BHQQ)
@@ -156,7 +156,7 @@ def _inverse_unit_lower(strict_BHQQ: jax.Array) -> jax.Array:
 
 
 def _small_inverse(strict_BHQQ: jax.Array) -> jax.Array:
-    """The same with the whole matrix at each step, as a loop: it compiles in a quarter of the time."""
+    """The same as a loop, with the whole matrix in each step: it compiles in a quarter of the time."""
     Q = strict_BHQQ.shape[-1]
     apart_QQ = jnp.arange(Q)[:, None] ^ jnp.arange(Q)
 
@@ -170,5 +170,5 @@ def _small_inverse(strict_BHQQ: jax.Array) -> jax.Array:
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A TPU would round the factors to bfloat16, and the inverse multiplies such errors."""
+    """A product with full precision: a TPU would round to bfloat16, and the inverse amplifies such errors."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -29,7 +29,7 @@ def delta_on_mesh(
     """`tpu.delta_rule` on the mesh set with `jax.set_mesh`; without one, on one device.
 
     Args:
-      rules: None: every device of the mesh computes the whole.
+      rules: None: every device of the mesh computes everything.
     """
     batch, heads = split_rows_and_heads(rules, v_BTHV.shape[0], v_BTHV.shape[2])
     tokens, states = PartitionSpec(batch, None, heads), PartitionSpec(batch, heads)

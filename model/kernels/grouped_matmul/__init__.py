@@ -1,4 +1,4 @@
-"""Rows sorted into groups, each group times its own matrix: what the experts of a mixture compute.
+"""Grouped products: rows sorted into groups, each group times its own matrix, as in a mixture of experts.
 
 `GROUPED_MATMUL` has the implementations; see model.kernels.choice.
 """
@@ -23,8 +23,8 @@ def grouped_matmul(
     """[M, O]: the first sizes_E[0] rows of `x` times w_EIO[0], the next sizes_E[1] rows times w_EIO[1], and so on.
 
     Args:
-      sizes_E: int32, adding up to M at most; rows beyond them become zeros.
-      transposed: matrices are given as [E, O, I], which our kernel reads as they are.
+      sizes_E: int32 with a sum of at most M; rows beyond the sum become zeros.
+      transposed: the matrices are [E, O, I], which our kernel reads without a copy.
     """
     chosen = backend.current()
     run = GROUPED_MATMUL.choose(Platform(chosen)).run
@@ -36,7 +36,7 @@ def grouped_matmul(
 def _by_kernel(
     x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: backend.Backend, transposed: bool = False
 ) -> jax.Array:
-    # here, since Pallas takes long to import and is wanted on TPUs alone
+    # imported here, because Pallas is slow to import and only needed on TPUs
     from model.kernels.grouped_matmul.tpu import call_for, grouped_product
 
     dtype = jnp.result_type(x_MI, w_EIO)

@@ -1,4 +1,4 @@
-"""Grouped products in blocks of rows, one block after the other, each with the one matrix that it needs.
+"""Grouped products in blocks of rows; each block is multiplied by one matrix.
 
 As in MegaBlocks (Gale et al. 2022, arXiv:2211.15841), in plain jnp: on a CPU `jax.lax.ragged_dot` multiplies every row
 by every matrix.
@@ -15,7 +15,8 @@ from model.kernels import cpu
 from model.kernels.derivatives import differentiable
 from model.kernels.grouped_matmul.reference import group_of_rows, within_groups
 
-MIN_BLOCK, MAX_BLOCK = 8, 256  # rows; a block holds rows of one group only, so each group wastes half a block
+# rows of a block; a block has rows of one group only, so each group wastes half a block on average
+MIN_BLOCK, MAX_BLOCK = 8, 256
 
 
 def in_blocks(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -62,7 +63,7 @@ def _backward(saved, dy_MO: jax.Array):
 
 
 def _layout(sizes_E: jax.Array, M: int) -> tuple[jax.Array, jax.Array, int]:
-    """(where each row stands among the rows of all blocks [M], the group of each block [N], rows a block)."""
+    """(index of each row among the rows of all blocks [M], group of each block [N], rows a block)."""
     E = len(sizes_E)
     R = min(max(MIN_BLOCK, 1 << (M // E).bit_length() - 1), MAX_BLOCK) if M >= E else MIN_BLOCK
     blocks_E = _blocks_of(sizes_E, R)

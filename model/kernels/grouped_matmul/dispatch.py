@@ -1,7 +1,7 @@
-"""Tokens to the rows that their experts multiply, and the experts' outputs back to tokens: gathers both ways.
+"""Dispatch of tokens to rows of their experts, and of the outputs back to tokens: gathers in both directions.
 
-Left to autodiff, the gradient of a gather is a scatter, which on TPUs adds up in float32 arrays of all rows. Rows are
-here a permutation of the pairs of a token and one of its experts, so each direction has the other's places.
+Autodiff makes the gradient of a gather a scatter, which on TPUs needs float32 arrays of all rows. Here the rows are a
+permutation of the pairs of a token and one of its experts, so the gradient is a gather, too.
 """
 
 # N tokens, K experts of a token, M = N * K rows, D width
@@ -46,7 +46,7 @@ def _sums_of_tokens(d_MD: jax.Array, places: Places, N: int) -> jax.Array:
 
 
 def from_rows(y_MD: jax.Array, weights_NK: jax.Array, places: Places) -> jax.Array:
-    """[N, D] float32: of each token the sum of its rows, by their weights, float32."""
+    """[N, D] float32: the weighted sum of each token's rows."""
     return differentiable(_from_rows_forward, _from_rows_tangent, _from_rows_backward)(
         y_MD, weights_NK, places
     )
@@ -68,7 +68,7 @@ def _from_rows_tangent(saved, tangents):
 
 def _from_rows_backward(saved, d_ND: jax.Array):
     y_MD, weights_NK, places = saved
-    # to the rows in their own dtype: a model that computes in bfloat16 rounds gradients here, too
+    # in the dtype of the rows, so a bfloat16 model also rounds gradients here
     d_MD = to_rows(d_ND.astype(y_MD.dtype), places).astype(jnp.float32)
     dweights_M = (d_MD * y_MD.astype(jnp.float32)).sum(1)
     dy_MD = d_MD * weights_NK.reshape(-1)[places.pair_M][:, None]

@@ -1,8 +1,8 @@
 """Grouped products with matrices of 8 bits, for serving: int8 or float8_e4m3fn, one scale an output.
 
-Only the matrices are rounded. Decoding is bounded by reading them, so half the bytes is about half the time, while
-rows of 8 bits too would add their own rounding and help long prompts alone, and those on the chips only that multiply
-8 bits faster. Weights of 8 bits a column: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section 2.
+Only the matrices are rounded. Decoding is bound by reading them, so half the bytes take about half the time. Rows of 8
+bits would add rounding and help only long prompts on chips with faster 8-bit products. Weights of 8 bits with a scale a
+column: LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section 2.
 """
 
 # M rows, I inputs, O outputs, E groups
@@ -20,7 +20,7 @@ LARGEST = {jnp.dtype("int8"): 127.0, jnp.dtype("float8_e4m3fn"): 448.0}
 
 
 def quantize_matrices(w_EIO: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """(w of 8 bits [E, I, O], scales [E, O] float32), whose product is near `w`."""
+    """(w of 8 bits [E, I, O], scales [E, O] float32); their product approximates `w`."""
     w_EIO, largest = w_EIO.astype(jnp.float32), LARGEST[_checked(jnp.dtype(dtype))]
     scales_EO = jnp.max(jnp.abs(w_EIO), axis=1) / largest
     scaled_EIO = w_EIO / jnp.where(scales_EO == 0, 1, scales_EO)[:, None]
@@ -33,7 +33,7 @@ def quantized_grouped_matmul(
     """`grouped_matmul` of w_EIO * scales_EO, [M, O] in the dtype of `x`; forward only.
 
     Args:
-      w_EIO, scales_EO: as `quantize_matrices` gives them.
+      w_EIO, scales_EO: the results of `quantize_matrices`.
     """
     _checked(w_EIO.dtype)
     chosen = backend.current()
@@ -46,7 +46,7 @@ def _plain(x_MI, w_EIO, scales_EO, sizes_E, chosen: backend.Backend) -> jax.Arra
 
 
 def _by_kernel(x_MI, w_EIO, scales_EO, sizes_E, chosen: backend.Backend) -> jax.Array:
-    # here, since Pallas takes long to import and is wanted on TPUs alone
+    # imported here, because Pallas is slow to import and only needed on TPUs
     from model.kernels.grouped_matmul.tpu import call_for, quantized_product
 
     return quantized_product(call_for(chosen), x_MI, w_EIO, scales_EO, sizes_E)

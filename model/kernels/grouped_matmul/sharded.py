@@ -1,9 +1,9 @@
 """Grouped products on a mesh.
 
-Each device has its own tokens and sorts them itself. Where the mesh splits experts, or the width of each, the devices
-that share tokens have their own rows of them, too, multiply these with their own experts or channels, and their
-outputs for each token are added up at the end. Devices exchange only matrices gathered over `fsdp` and these sums,
-forward of outputs, backward of gradients.
+Each device sorts its own tokens. If the mesh splits experts, or the width of experts, several devices share tokens.
+Each multiplies the rows of its own experts or channels, and the outputs for each token are summed at the end. Devices
+exchange only matrices, gathered over `fsdp`, and these sums: of outputs in the forward pass, of gradients in the
+backward pass.
 """
 
 # B batch, T tokens, M rows (pairs of a token and an expert), I inputs, O outputs, E experts
@@ -25,7 +25,7 @@ from model.sharding import Axes, ShardingRules
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The axes of the mesh that split tokens and experts; none of them, where all is left to the compiler."""
+    """The mesh axes that split tokens and experts; empty if the compiler splits the work."""
 
     axes: frozenset[str] = frozenset()
     batch: Axes = ()
@@ -45,16 +45,16 @@ class Split:
 
     @property
     def parts(self) -> Axes:
-        """Axes of the devices that share tokens; each of them computes a part of the sums for these tokens."""
+        """The axes of devices that share tokens; each device computes a part of these tokens' sums."""
         return (*self.experts, *self.width("mlp"))
 
     def width(self, name: str | None) -> Axes:
-        """The axes that split an axis of the matrices; those that split tokens or experts are taken already."""
+        """The axes that split an axis of the matrices, except those that split tokens or experts."""
         taken = {*self.batch, *self.length, *self.experts}
         return tuple(a for a in getattr(self.rules, name or "", ()) if a in self.axes and a not in taken)
 
     def gathers(self, name: str | None) -> bool:
-        """Whether each device gathers an axis of the matrices before it multiplies."""
+        """Whether each device gathers an axis of the matrices before the product."""
         sizes = jax.sharding.get_abstract_mesh().shape
         axes = (axis for axis in getattr(self.rules, name or "", ()) if axis in self.axes)
         return any(sizes[axis] > 1 and axis not in self.width(name) for axis in axes)
@@ -65,18 +65,18 @@ class Split:
         return (jax.lax.axis_index(self.experts) * count if self.experts else 0), count
 
     def run(self, function: Callable, in_specs, out_specs) -> Callable:
-        """`function` of what each device has."""
+        """`function` on each device's parts."""
         return mesh.on_mesh(function, in_specs, out_specs) if self.axes else function
 
 
 def split_of(rules: ShardingRules | None, B: int, T: int) -> Split:
     """How the mesh set with `jax.set_mesh` splits B rows of T tokens: each device sorts its own.
 
-    One token of a row is whole on the devices that split a row's tokens: so it is in decoding. Axes that split tokens
-    and experts alike gather the experts; to send the tokens to them instead, an all-to-all, there is no kernel.
+    Devices that split a row's tokens all have the token of a row with one token, as in decoding. If an axis splits
+    tokens and experts, the experts are gathered; there is no all-to-all of tokens.
 
     Args:
-      rules: None: every device of the mesh computes the whole; without kernels that is left to the compiler.
+      rules: None: every device of the mesh computes everything; without kernels the compiler decides.
 
     Raises:
       ValueError: the devices do not divide the rows or the tokens.
@@ -106,12 +106,12 @@ def grouped_on_mesh(
     """`grouped_matmul` of each device's rows and experts.
 
     Args:
-      names: logical ones of the axes I and O of `w`. Of the width of an expert each device has the channels of its
-        own rows; so what comes of inputs "mlp" are parts of sums.
+      names: logical names of the axes I and O of `w`. A device has the channels of its rows for the axis "mlp", so
+        outputs of a map from "mlp" are partial sums.
     """
     inputs, outputs = (split.width(name) for name in names)
     x_inputs, y_outputs = (split.width(name) if name != "mlp" else () for name in names)
-    # Gathered along its last axis, a matrix would come in pieces of a few channels, to be copied.
+    # A matrix gathered along its last axis would arrive in pieces of a few channels, which need a copy.
     transposed = split.gathers(names[1]) and not split.gathers(names[0])
 
     def part(x_MI, w_EIO, sizes_E):
@@ -124,10 +124,10 @@ def grouped_on_mesh(
 
 
 def spread_on_mesh(split: Split, vectors_EO: jax.Array, expert_M: jax.Array, name: str) -> jax.Array:
-    """[M, O]: the vector of each row's expert; of rows of other devices' experts, of any.
+    """[M, O]: the vector of each row's expert; any vector for rows of other devices' experts.
 
     Args:
-      name: the logical one of the axis O.
+      name: the logical name of the axis O.
     """
     outputs = split.width(name)
     pick = lambda vectors_EO, expert_M: vectors_EO[jnp.minimum(expert_M, len(vectors_EO) - 1)]
@@ -137,7 +137,7 @@ def spread_on_mesh(split: Split, vectors_EO: jax.Array, expert_M: jax.Array, nam
 
 
 def first_part_on_mesh(split: Split, y_MO: jax.Array) -> jax.Array:
-    """A summand for parts of a sum: all of it in the first part, zeros in the others."""
+    """A summand for partial sums: the value in the first part, zeros in the others."""
     widths = split.width("mlp")
     if not widths:
         return y_MO

@@ -1,4 +1,4 @@
-"""JAX's megablox for TPUs behind our arguments."""
+"""JAX's megablox for TPUs, with our arguments."""
 
 # M rows, I inputs, O outputs, E groups
 
@@ -14,8 +14,7 @@ MEGABLOX_TILE = 512  # rows, inputs and outputs
 
 
 def megablox(x_MI: jax.Array, w_EIO: jax.Array, sizes_E: jax.Array, chosen: Backend) -> jax.Array:
-    """jax.experimental.pallas.ops.tpu.megablox takes whole tiles of rows and leaves those beyond the sizes as they were
-    in memory."""
+    """jax.experimental.pallas.ops.tpu.megablox; it needs whole tiles of rows and writes no rows beyond the sizes."""
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     M, dtype = x_MI.shape[0], jnp.result_type(x_MI, w_EIO)

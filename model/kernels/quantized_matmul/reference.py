@@ -1,4 +1,4 @@
-"""The product with a rounded matrix in plain jnp: the definition."""
+"""The product with a quantized matrix in plain jnp: the definition."""
 
 # M rows, I inputs, O outputs, N blocks of inputs, B inputs of a block
 
@@ -11,7 +11,7 @@ from model.kernels.quantized_matmul.formats import QuantizedMatrix, dequantize, 
 
 
 def widened_whole(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool = False) -> jax.Array:
-    """`quantized_matmul` in plain jnp, the matrix widened whole."""
+    """`quantized_matmul` in plain jnp, with the whole matrix dequantized."""
     wide_IO = dequantize(w)
     if round_rows:
         values_MI, scales_MN = quantize_rows(x_MI, w.block)

@@ -1,7 +1,6 @@
-"""The product with a rounded matrix for TPUs: blocks of it are widened in fast memory and multiplied there.
+"""The product with a quantized matrix for TPUs: blocks of it are dequantized in fast memory and multiplied there.
 
-Where a scale covers a whole step of inputs it is put on the
-step's sum, else on the widened values.
+A scale for all inputs of a step multiplies the step's sum; other scales multiply the values.
 """
 
 # M rows, I inputs, O outputs, N blocks of inputs; R rows, X inputs, Y outputs of a step, n blocks of it
@@ -22,9 +21,11 @@ from model.kernels.quantized_matmul.formats import FORMATS, QuantizedMatrix, rou
 
 @dataclasses.dataclass(frozen=True)
 class TileSizes:
-    """Sizes of a step. With few rows a step reads X * Y values and does little else, so it should be large enough to
-    hide the start of a copy (about 2000 cycles); widened to float32 it must fit the 16 MiB that every chip gives:
-    1024 x 512 are 2 MiB, a few times on the way."""
+    """Sizes of a step.
+
+    With few rows a step mainly reads X * Y values, so it should be large enough to hide the start of a copy (about 2000
+    cycles). In float32 it must fit the 16 MiB of every chip: 1024 x 512 are 2 MiB, with several temporaries.
+    """
 
     rows: int = 256
     inputs: int = 1024
@@ -52,7 +53,7 @@ def product(tiles: TileSizes, x_MI: jax.Array, w: QuantizedMatrix, round_rows: b
     """[M, O] in the dtype of `x`."""
     (M, I), O, block = x_MI.shape, w.values_IO.shape[1], w.block
     R, X, Y = _fitted(tiles, M, I, O, block)
-    n, N = max(X // block, 1), I // block  # scales of a step, and of the whole
+    n, N = max(X // block, 1), I // block  # scales of a step, and of all inputs
     rows = pl.cdiv(M, R) * R
     x_MI = jnp.pad(x_MI, ((0, rows - M), (0, 0)))
     in_specs = [
@@ -60,7 +61,7 @@ def product(tiles: TileSizes, x_MI: jax.Array, w: QuantizedMatrix, round_rows: b
         pl.BlockSpec((X, Y), lambda r, y, step: (step, y)),
     ]
     operands = [x_MI, w.values_IO]
-    if n % 8 == 0 or n == N:  # rows of a tile; else a scale a tile, which takes eight times the memory
+    if n % 8 == 0 or n == N:  # rows of a tile; a scale a tile would take eight times the memory
         in_specs.append(pl.BlockSpec((n, Y), lambda r, y, step: (step, y)))
         operands.append(w.scales_NO)
     else:
@@ -99,9 +100,9 @@ def product(tiles: TileSizes, x_MI: jax.Array, w: QuantizedMatrix, round_rows: b
 
 
 def _rounded(tiles: TileSizes, x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """`quantize_rows` in one pass: what the compiler makes of it lays the rows down in float32 up to twice."""
+    """`quantize_rows` in one pass: the compiler's version stores the rows in float32 up to twice."""
     (M, I), N = x_MI.shape, x_MI.shape[1] // block
-    R = max(32, min(M, (1 << 20) // I // 32 * 32))  # 4 MiB of rows, widened; fp8 comes in tiles of 32 rows
+    R = max(32, min(M, (1 << 20) // I // 32 * 32))  # 4 MiB of rows in float32; fp8 has tiles of 32 rows
     return pl.pallas_call(
         functools.partial(_round_kernel, block),
         grid=(pl.cdiv(M, R),),
@@ -124,7 +125,7 @@ def _round_kernel(block: int, x_RI, values_RI, scales_RN):
     known_RN = jnp.zeros(scales_RN.shape, jnp.float32)
     for i in range(
         scales_RN.shape[1]
-    ):  # written out: a slice that moves would have to begin at a row of lanes
+    ):  # unrolled, because a dynamic slice must start at a multiple of the lanes
         inputs = slice(i * block, (i + 1) * block)
         values_RI[:, inputs], scale_R1 = round_block(x_RI[:, inputs].astype(jnp.float32))
         known_RN = jnp.where(number_RN == i, scale_R1, known_RN)
@@ -167,7 +168,7 @@ def _rounded_rows_kernel(
     number_RN = jax.lax.broadcasted_iota(jnp.int32, row_scales_RN.shape, 1)
     for i in range(n):
         x, w = x_RX[:, i * X : (i + 1) * X], w_XY[i * X : (i + 1) * X]
-        if not tiles.fp8:  # each value of e4m3 is one of bfloat16 too
+        if not tiles.fp8:  # bfloat16 has all values of e4m3
             x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
         mine_RN = jnp.where(number_RN == first + i, row_scales_RN[...], 0.0)
         sum_RY[...] += _dot(x, w) * jnp.sum(mine_RN, axis=1, keepdims=True) * scales_n1Y[i]
@@ -182,8 +183,7 @@ def _dot(x_RX: jax.Array, w_XY: jax.Array) -> jax.Array:
 
 
 def _fitted(tiles: TileSizes, M: int, I: int, O: int, block: int) -> tuple[int, int, int]:
-    """Sizes for this product: no more rows than there are, and inputs that are whole blocks or
-    whole parts of one."""
+    """Sizes for this product: at most its rows, and inputs in whole blocks or whole parts of a block."""
     rows = min(tiles.rows, pl.cdiv(M, 32) * 32)
     outputs = min(tiles.outputs, pl.cdiv(O, 128) * 128)
     inputs = next((x for x in range(tiles.inputs, 0, -128) if I % x == 0 and _whole(x, block)), I)

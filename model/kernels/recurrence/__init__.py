@@ -1,1 +1,1 @@
-"""What the kernels of recurrences share: chunks of tokens, and how rows and heads are split on a mesh."""
+"""Shared by the kernels of recurrences: chunks of tokens, and the split of rows and heads on a mesh."""

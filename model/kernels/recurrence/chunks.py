@@ -1,4 +1,4 @@
-"""Recurrences in chunks: within a chunk they are a handful of matrix products, and a state goes from chunk to chunk."""
+"""Recurrences in chunks: a few matrix products within a chunk, and a state from chunk to chunk."""
 
 # B batch, T tokens, Q tokens of a chunk
 
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 
 from model.kernels.backend import Backend
 
-SHORT = 16  # tokens of a row: so many or fewer, as in decoding, are one small chunk, which needs no kernel
+SHORT = 16  # rows of at most this many tokens, as in decoding, are one small chunk, which needs no kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What an implementation of a recurrence must know to say whether it can serve."""
+    """What an implementation of a recurrence reads to decide whether it can serve."""
 
     backend: Backend
     length: int  # tokens of a row
-    decays_by_channel: bool = False  # a decay for each channel of a key, not one a head
+    decays_by_channel: bool = False  # a decay for each key channel instead of each head
 
 
 def too_short(request: Request) -> str | None:
@@ -33,10 +33,10 @@ def scan_chunks(step: Callable, state: Any, inputs: Any, chunk: int) -> tuple[An
     """Run `step(state, inputs) -> (state, outputs)` over chunks of the token axis.
 
     Args:
-      inputs: tree of [B, T, ...]; the last chunk is filled up with zeros, which must leave the state as it is.
+      inputs: tree of [B, T, ...]; the last chunk is padded with zeros, which must not change the state.
 
     Returns:
-      The last state, and the outputs joined to [B, T, ...]. The backward pass recomputes what is within a chunk.
+      (the last state, the outputs joined to [B, T, ...]). The backward pass recomputes the values within a chunk.
     """
     B, T = jax.tree.leaves(inputs)[0].shape[:2]
     if T <= chunk:
@@ -54,11 +54,11 @@ def scan_chunks(step: Callable, state: Any, inputs: Any, chunk: int) -> tuple[An
 
 
 def same_document(first_BQ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which tokens of a chunk see which, where a document starts at each `first`.
+    """The masks of a chunk; a document starts at each `first`.
 
     Returns:
-      [B, Q, Q] whether the second token is the first or stands before it in its document; [B, Q] whether a token
-      sees the state before the chunk; [B, Q] whether the state after the chunk sees the token.
+      [B, Q, Q] whether the second token is at or before the first in the same document; [B, Q] whether a token sees the
+      state before the chunk; [B, Q] whether the state after the chunk sees the token.
     """
     document_BQ = jnp.cumsum(first_BQ, axis=1)
     causal_QQ = jnp.tril(jnp.ones((first_BQ.shape[1],) * 2, bool))

@@ -1,4 +1,4 @@
-"""How a mesh splits a recurrence: rows and heads need nothing of each other, the tokens of a row follow one another."""
+"""How a mesh splits a recurrence: rows and heads are independent, the tokens of a row are sequential."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from model.sharding import Axes, ShardingRules
 
 
 def split_rows_and_heads(rules: ShardingRules | None, B: int, H: int) -> tuple[Axes, Axes]:
-    """The axes of the mesh that is set which split B rows, and those which split H heads.
+    """(the axes of the current mesh that split B rows, those that split H heads).
 
     Raises:
       ValueError: they do not divide them.

@@ -29,7 +29,7 @@ def ssd_on_mesh(
     """`tpu.ssd` on the mesh set with `jax.set_mesh`; without one, on one device.
 
     Args:
-      rules: None: every device of the mesh computes the whole.
+      rules: None: every device of the mesh computes everything.
     """
     batch, heads = split_rows_and_heads(rules, v_BTHP.shape[0], v_BTHP.shape[2])
     ways, G = mesh.ways(heads), k_BTGN.shape[2]
@@ -40,7 +40,7 @@ def ssd_on_mesh(
     kernel = functools.partial(tpu.ssd, tiles=tiles, interpret=chosen.interpret)
 
     def part(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, *others):
-        if whole_keys:  # a device's heads are of one group
+        if whole_keys:  # the heads of a device belong to one group
             group = jax.lax.axis_index(heads) * G // ways
             k_BTGN, q_BTGN = (jax.lax.dynamic_slice_in_dim(x, group, 1, axis=2) for x in (k_BTGN, q_BTGN))
         return kernel(v_BTHP, log_decay_BTH, k_BTGN, q_BTGN, *others)
