@@ -55,7 +55,7 @@ def read(config: Reader) -> ModelConfig:
     rope = read_rope(config, head_dim, theta=500_000.0, interleaved=True)
     mixer = read_attention(config, head_dim, rope, num_kv_heads=8)
     rotated = read_rotated_layers(config, layers)
-    kinds = [KINDS[turned] for turned in rotated]
+    kinds = [KINDS[uses_rope] for uses_rope in rotated]
     kinds = config.layer_kinds(layers, KINDS, kinds)
     chunk = config.integer_or_none("attention_chunk_size", 8192)
     qk_norm = RMSNorm(norm.eps, scale=False) if config.flag("use_qk_norm", True) else None
@@ -68,9 +68,9 @@ def read(config: Reader) -> ModelConfig:
         dataclasses.replace(
             mixer,
             chunk=chunk if kind == "chunked_attention" else None,
-            **(with_rope if turned else without),
+            **(with_rope if uses_rope else without),
         )
-        for turned, kind in zip(rotated, kinds)
+        for uses_rope, kind in zip(rotated, kinds)
     ]
     ffns = _read_ffns(config, layers)
     blocks = [Block(mixer, ffn, norm) for mixer, ffn in zip(mixers, ffns)]

@@ -35,11 +35,11 @@ def read(config: Reader) -> ModelConfig:
         config.integer_or_none("sliding_window", None) if config.flag("use_sliding_window", False) else None
     )
     config.get("sliding_window")
-    kinds = ["full_attention" if turned or not window else "sliding_attention" for turned in rotated]
+    kinds = ["full_attention" if uses_rope or not window else "sliding_attention" for uses_rope in rotated]
     kinds = config.layer_kinds(layers, ("full_attention", "sliding_attention"), kinds)
     mixers = [
-        dataclasses.replace(mixer, rope=rope if turned else None, window=w)
-        for turned, w in zip(rotated, read_windows(config, kinds, window))
+        dataclasses.replace(mixer, rope=rope if uses_rope else None, window=w)
+        for uses_rope, w in zip(rotated, read_windows(config, kinds, window))
     ]
     blocks = [Block(mixer, ffn, norm) for mixer in mixers]
     return read_model(config, blocks, norm, tied=True, max_length=32768)
@@ -51,7 +51,7 @@ def read_rotated_layers(config: Reader, layers: int) -> list[bool]:
     rotated = config.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
     if not isinstance(rotated, list) or len(rotated) != layers or set(rotated) - {0, 1}:
         raise ValueError(f"no_rope_layers={str(rotated)[:200]} is not a 0 or 1 for each of {layers} layers.")
-    return [bool(turned) for turned in rotated]
+    return [bool(uses_rope) for uses_rope in rotated]
 
 
 def write(cfg: Any) -> dict[str, Any]:
