@@ -33,7 +33,7 @@ class TrainState:
 
 def new_state(params: Params, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
     opt_state, zero = optimizer.init(split_trained(params)[0]), lambda: jnp.zeros((), jnp.int32)
-    # two zeros, because two arrays of a donated state cannot share a buffer
+    # two zeros, because two arrays of a donated state cannot inverse_weight a buffer
     return TrainState(zero(), params, opt_state, zero(), jax.random.key_data(jax.random.key(seed)))
 
 
@@ -55,21 +55,21 @@ def make_train_step(
         trainable_loss = lambda trained, batch: objective(join(trained, rest), batch)
         grads, (loss, metrics) = accumulate(trainable_loss, trained, batch, microbatches, rules)
         # divided at each use, so that memory holds no second copy of the gradients
-        share = 1 / jnp.maximum(loss.weight, 1e-9)
-        mean_grads = lambda: jax.tree.map(lambda g: g * share, grads)
+        inverse_weight = 1 / jnp.maximum(loss.weight, 1e-9)
+        mean_grads = lambda: jax.tree.map(lambda g: g * inverse_weight, grads)
         grad_norm = global_norm(mean_grads())
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        take_step = finite & (loss.weight > 0)
-        trained, opt_state = _update(optimizer, take_step, mean_grads, trained, state.opt_state)
-        bad = 1 - finite.astype(jnp.int32)
+        apply_update = finite & (loss.weight > 0)
+        trained, opt_state = _update(optimizer, apply_update, mean_grads, trained, state.opt_state)
+        nonfinite = 1 - finite.astype(jnp.int32)
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=join(trained, rest),
             opt_state=opt_state,
-            skipped=state.skipped + bad,
+            skipped=state.skipped + nonfinite,
         )
-        extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(bad)}
+        extra = {"loss": loss, "grad_norm": WeightedSum.one(grad_norm), "skipped": WeightedSum.one(nonfinite)}
         return state, metrics | extra
 
     return train_step
@@ -77,13 +77,13 @@ def make_train_step(
 
 def _update(
     optimizer: optax.GradientTransformation,
-    take_step: jax.Array,
+    apply_update: jax.Array,
     grads: Callable[[], Params],
     params: Params,
     opt_state: optax.OptState,
 ):
-    """(new parameters, new optimizer state), or the old ones if `take_step` is false."""
-    keep = functools.partial(jax.tree.map, functools.partial(jnp.where, take_step))
+    """(new parameters, new optimizer state), or the old ones if `apply_update` is false."""
+    keep = functools.partial(jax.tree.map, functools.partial(jnp.where, apply_update))
 
     def new_params(opt_state):
         updates, _ = optimizer.update(grads(), opt_state, params)

@@ -2,8 +2,9 @@
 
 A checkpoint is an Orbax folder, written under a temporary name and renamed when complete:
 
-    params/  optimizer/            arrays (the optimizer only in a training run)
-    train/state.json               step, data position, rng
+    params/                        arrays of the model
+    optimizer/                     of a training run: the rest of its state (optimizer, step, skipped steps, rng)
+    train/state.json               of a training run: step and data position, readable without arrays
     meta/model.json                the model config, and which weights are quantized; marks the folder as a Crucible
                                    checkpoint
     tokenizer/                     the tokenizer's files and the chat template
@@ -74,7 +75,7 @@ class Checkpoints:
         self._pending = self._checkpointer.save_checkpointables_async(step, items, force=True, overwrite=True)
 
     def restore(self, step: int, params: Params, optimizer: Any) -> tuple[Params, Any, dict]:
-        """(params, optimizer, train) at `step`; the given trees of ShapeDtypeStructs have the shapes and shardings."""
+        """(params, the rest of the state, train) at `step`; the given ShapeDtypeStructs have shapes and shardings."""
         train = _Folder({})
         wanted = {"params": _to_plain(params), "optimizer": optimizer, "train": train}
         items = self._checkpointer.load_checkpointables(step, wanted)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from model.kernels import backend, mesh
-from model.kernels.attention import gpu, third_party
+from model.kernels.attention import gpu_libraries, tpu_splash
 from model.kernels.attention.blocks import in_query_blocks
 from model.kernels.attention.mask import LISTED, Mask, chunk_segment_ids
 from model.kernels.attention.reference import Scores
@@ -169,10 +169,11 @@ ATTENTION = Operation(
             cost="It holds scores of [rows, heads, tokens, tokens] in memory.",
         ),
         "flash": Implementation(("tpu",), _flash, _flash_refusal),
-        "splash": Implementation(("tpu",), third_party.splash, _splash_refusal),
-        "cudnn": Implementation(("gpu",), gpu.cudnn, _cudnn_refusal, _cudnn_drawback),
+        "splash": Implementation(("tpu",), tpu_splash.splash, _splash_refusal),
+        "cudnn": Implementation(("gpu",), gpu_libraries.cudnn, _cudnn_refusal, _cudnn_drawback),
         "triton": Implementation(("gpu",), _triton, _triton_refusal),
-        "tokamax": Implementation(("gpu", "tpu"), gpu.tokamax, _tokamax_refusal),
+        "tokamax": Implementation(("gpu", "tpu"), gpu_libraries.tokamax, _tokamax_refusal),
     },
+    # on GPUs packed rows, as in training, go to triton: cudnn has a drawback there, see `_cudnn_drawback`
     preferred={"plain": ("plain",), "tpu": ("flash", "plain"), "gpu": ("cudnn", "triton", "plain")},
 )
