@@ -51,6 +51,7 @@ from model.blocks.retnet import Retention
 from model.blocks.rglru import RGLRU
 from model.blocks.router import ExpertChoice, Router, SparseMixer
 from model.blocks.rwkv7 import RWKV7, RWKV7ChannelMix
+from model.config_versions import upgraded
 from model.inputs.byte_latent import ByteLatent
 from model.inputs.encoder import Encoder
 from model.kernels.backend import Kernels
@@ -242,6 +243,7 @@ def _from_jsonable(value: Any) -> Any:
         return tuple(_from_jsonable(v) for v in value)
     if not isinstance(value, dict):
         return value
+    value = upgraded(value)
     kinds = PARTS | {
         cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, ClassHead, Kernels)
     }

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import Block, ModelConfig, apply, init, init_cache, load, param_shapes, save
+from model import Block, ModelConfig, Rope, apply, init, init_cache, load, param_shapes, save
 from model.blocks.residual import HyperConnections, ParallelResidual, Residual
 from model.layout import relayout
 
-from .conftest import applied, check_decoding, compiled_fast, random_params, random_tokens, tiny
+from .conftest import GOLDENS, applied, check_decoding, compiled_fast, random_params, random_tokens, tiny
 
 forward = compiled_fast(applied, static_argnums=0)
 
@@ -131,3 +131,16 @@ def test_hyper_connections_decode_scan_learn_and_are_saved(tmp_path):
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(grads))
     with pytest.raises(ValueError, match="copies=0"):
         HyperConnections(0)
+
+
+def test_a_config_that_an_earlier_version_saved_has_todays_names():
+    """Written before residuals were a part, and before keys and values were `kv_sharing`."""
+    saved = json.loads((GOLDENS / "config_2026_11.json").read_text())
+    cfg = ModelConfig.from_dict(saved)
+    residuals = [block.residual for block in cfg.blocks[:3]]
+    assert residuals == [ParallelResidual("two norms", 0.5), Residual(skip_scale=2.0), Residual(0.25, 3.0)]
+    assert [block.mixer.kv_sharing for block in cfg.blocks[:3]] == ["provide", "reuse", "reuse"]
+    assert cfg.blocks[0].mixer.rope == Rope(100.0, rotated_fraction=0.5)
+    routers = [type(block.mixer.router).__name__ for block in cfg.blocks[3:]]
+    assert routers == ["RecursionExpertChoice", "RecursionTokenChoice"] and cfg.mtp is not None
+    assert ModelConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
