@@ -356,6 +356,11 @@ def attend_pages(
         log_gathered_rows(
             "The kernel has no score biases, no prefix and no spans, and its tokens directly follow the cached ones."
         )
+    elif (named := backend.kernels().paged) not in ("auto", "plain"):
+        raise ValueError(
+            f"kernels.paged={named!r} runs on TPUs, and kernels here are for {backend.current().name}: rows are "
+            'gathered. Use "auto" or "plain".'
+        )
     if new is not None:
         cache = write_pages(cache, new, info)
     parts = {name: read_pages(cache, name, info, kv_layout.heads, q_BTHC.dtype) for name in kv_layout.names}

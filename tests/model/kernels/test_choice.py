@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import apply, init
+from model import apply, init, init_cache, param_shapes
 from model.kernels import backend, choice
 from model.kernels.attention import ATTENTION, Mask, Scores, self_attention
 from model.kernels.attention.blocks import in_query_blocks
@@ -18,6 +18,7 @@ from model.kernels.recurrence import chunks
 from model.kernels.ssd import SSD
 from train.config import Execution, ModelSpec
 
+from ..conftest import tiny
 from ..tpu import compile_for
 
 T = 160
@@ -161,3 +162,16 @@ def test_giving_way_is_logged_once_and_warns_only_where_it_costs(caplog):
 
 def paged_request(chosen, bias):
     return PagedRequest(chosen, frozenset("kv"), KVLayout(2), Mask(), bias, False, 128)
+
+
+def test_a_kernel_for_pages_that_was_named_where_none_runs_is_an_error():
+    cfg = tiny(layers=1, kernels=backend.Kernels(paged="kernel"))
+    cache = jax.eval_shape(lambda: init_cache(cfg, 1, 8))
+    step = lambda params, tokens, cache: apply(cfg, params, tokens, cache).logits
+    arguments = param_shapes(cfg), jax.ShapeDtypeStruct((1, 1), jnp.int32), cache
+    with pytest.raises(
+        ValueError, match="kernels.paged='kernel' runs on TPUs, and kernels here are for plain"
+    ):
+        jax.eval_shape(step, *arguments)
+    with backend.use("gpu"), pytest.raises(ValueError, match="here are for gpu"):
+        jax.eval_shape(step, *arguments)
