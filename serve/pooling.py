@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs import ConfigError, gguf
+from configs import ConfigError
 from configs.paths import resolve_model
+from model.formats.gguf import container
 
 _MODULES = ("Transformer", "Pooling", "Normalize")  # others, such as Dense, change the vectors
 _MODES = {
@@ -52,7 +53,7 @@ def _mode(file: Path, config: dict[str, Any]) -> str:
 
 
 def _of_gguf(file: Path) -> str:
-    metadata = gguf.read(file).metadata
+    metadata = container.read(file).metadata
     key = f"{metadata['general.architecture']}.pooling_type"
     value = metadata.get(key, 1)
     if value not in _TYPES:

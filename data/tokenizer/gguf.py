@@ -29,9 +29,9 @@ class GGUFTokenizerError(ValueError):
 
 def load_gguf_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer in a GGUF file, with its chat template and stop tokens. Raises GGUFTokenizerError."""
-    from configs import gguf
+    from model.formats.gguf import container
 
-    return from_metadata(gguf.read(path).metadata, str(path))
+    return from_metadata(container.read(path).metadata, str(path))
 
 
 def save_gguf(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
@@ -39,8 +39,8 @@ def save_gguf(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
 
     Raises ValueError for a tokenizer that GGUF can't say: it names pre-tokenizers, and has no unigram model.
     """
-    from configs.gguf_tokenizer import tokenizer_metadata
-    from configs.gguf_write import write
+    from model.formats.gguf.container_writer import write
+    from model.formats.gguf.tokenizer import tokenizer_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)

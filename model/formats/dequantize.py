@@ -13,7 +13,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from configs.gguf import BLOCKS
+from model.formats.gguf.container import BLOCKS
 
 
 def dequantize(raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -85,9 +85,9 @@ def save(
 
         huggingface.save(path, cfg, params, tokenizer or {})
     elif format == "gguf":
-        from model.formats import gguf_write
+        from model.formats.gguf import writing as gguf
 
-        gguf_write.save(path, cfg, params, tokenizer or {})
+        gguf.save(path, cfg, params, tokenizer or {})
     else:
         raise ValueError(f"format={format!r} is not one of native, huggingface, gguf.")
 
@@ -104,7 +104,7 @@ def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Para
         from model.formats import huggingface
 
         return huggingface.load(found.weights, dtype)
-    from model.formats import gguf
+    from model.formats.gguf import reading as gguf
 
     return gguf.load(found.weights, dtype)
 
@@ -131,7 +131,7 @@ def _load_config(found: ModelPath) -> ModelConfig:
         from model.formats import huggingface
 
         return huggingface.load_config(found.weights)
-    from model.formats import gguf
+    from model.formats.gguf import reading as gguf
 
     return gguf.load_config(found.weights)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from configs import gguf
 from configs.paths import resolve_model
 from model.config import ModelConfig
 from model.formats import checkpoint, huggingface, storage
+from model.formats.gguf import container
 from model.inspect.anatomy import Anatomy, Group, anatomy
 
 
@@ -50,7 +50,7 @@ def _find(path: Path) -> tuple[ModelConfig, str]:
     found = resolve_model(path)
     cfg = storage.load_config(path)
     if found.kind == "gguf":
-        tensors = gguf.read(found.weights).tensors.values()
+        tensors = container.read(found.weights).tensors.values()
         return cfg, _stored("GGUF", [(tensor.type, tensor.nbytes or 0) for tensor in tensors])
     if found.kind == "native":
         return cfg, _stored("native checkpoint", checkpoint.stored_arrays(found.weights))

@@ -284,8 +284,8 @@ def test_a_published_tokenizer_gives_what_the_library_gives(name, request, tmp_p
 
 
 def test_a_template_for_tools_is_taken_for_dialogues_with_tools(tmp_path):
-    from configs.gguf_tokenizer import tokenizer_metadata
     from data.tokenizer.gguf import from_metadata
+    from model.formats.gguf.tokenizer import tokenizer_metadata
 
     named = {"default": "plain", "tool_use": "{{ tools[0].name }}"}
     config = {"chat_template": [{"name": name, "template": text} for name, text in named.items()]}
@@ -310,8 +310,8 @@ def test_a_template_for_tools_is_taken_for_dialogues_with_tools(tmp_path):
 
 
 def test_a_bos_that_the_post_processor_alone_states_is_one(tmp_path):
-    from configs.gguf_tokenizer import tokenizer_metadata
     from data.tokenizer.gguf import from_metadata
+    from model.formats.gguf.tokenizer import tokenizer_metadata
 
     folder = json_case(tmp_path, "bos by the template processor", {})
     tokenizer = load_tokenizer(folder)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.gguf_tokenizer import tokenizer_metadata
 from data import load_tokenizer
 from data.tokenizer.gguf import from_metadata
+from model.formats.gguf.tokenizer import tokenizer_metadata
 from tests.data.tokenizer_cases import CASES, LAID_OUT, TEXTS, sentence_pieces, write_folder
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "tokenizers"

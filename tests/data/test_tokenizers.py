@@ -172,10 +172,10 @@ def test_gpt2_ids_equal_the_published_ones(shared):
 
 
 def test_llama_ids_from_gguf_equal_a_plain_merge_loop(shared):
-    from configs import gguf
+    from model.formats.gguf import container
 
     path = shared / "data" / "tokenizers" / "gguf" / "ggml-vocab-llama-spm.gguf"
-    ours, metadata = load_tokenizer(path), gguf.read(path).metadata
+    ours, metadata = load_tokenizer(path), container.read(path).metadata
     scores = dict(zip(metadata["tokenizer.ggml.tokens"], map(float, metadata["tokenizer.ggml.scores"])))
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.gguf_tokenizer import tokenizer_metadata
-from configs.gguf_write import write
+from model.formats.gguf.container_writer import write
+from model.formats.gguf.tokenizer import tokenizer_metadata
 from tests.data.tokenizer_cases import CASES, LAID_OUT, TEXTS, sentence_pieces, write_folder
 
 OUT = Path(__file__).parent / "tokenizers" / "llama_cpp.json"

@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs import gguf as container
-from configs.gguf_write import write
 from data import load_tokenizer, train_tokenizer
 from model import (
     Attention,
@@ -27,7 +25,9 @@ from model import (
     save,
 )
 from model.formats.dequantize import DECODERS, dequantize
-from model.formats.gguf import halves_to_pairs, pairs_to_halves
+from model.formats.gguf import container
+from model.formats.gguf.container_writer import write
+from model.formats.gguf.reading import halves_to_pairs, pairs_to_halves
 
 from .conftest import random_params, tiny
 

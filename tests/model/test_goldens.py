@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import gguf
-from configs.gguf_write import write
 from data import load_tokenizer
 from model import load, load_config
 from model.formats.dequantize import dequantize
+from model.formats.gguf import container
+from model.formats.gguf.container_writer import write
 from model.generate import generate
 
 from .conftest import GOLDENS, applied
@@ -82,7 +82,7 @@ LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}
     ],
 )
 def test_linear_scalings_in_gguf_are_those_of_transformers(keys, tmp_path):
-    file = gguf.read(GOLDENS / "llama_tied.gguf")
+    file = container.read(GOLDENS / "llama_tied.gguf")
     metadata = (
         file.metadata | {"llama.rope.freq_base": 500.0} | {f"llama.{key}": x for key, x in keys.items()}
     )

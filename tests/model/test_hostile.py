@@ -253,10 +253,10 @@ GGUF_CLAIMS = [
 
 @pytest.mark.parametrize("claims, message", GGUF_CLAIMS, ids=[str(claims)[:50] for claims, _ in GGUF_CLAIMS])
 def test_what_a_gguf_file_cannot_hold_is_refused_before_anything_is_made(claims, message, tmp_path):
-    from configs import gguf
-    from configs.gguf_write import write
+    from model.formats.gguf import container
+    from model.formats.gguf.container_writer import write
 
-    file = gguf.read(GOLDENS / "llama_tied.gguf")
+    file = container.read(GOLDENS / "llama_tied.gguf")
     tensors = {name: file.raw(name).view("<f4").reshape(of.shape) for name, of in file.tensors.items()}
     kinds = {name: ("F32", values.shape) for name, values in tensors.items()}
     write(tmp_path / "model.gguf", file.metadata | claims, kinds, tensors.__getitem__)

@@ -62,9 +62,9 @@ def test_an_appended_eos_and_each_pooling_give_the_vectors_of_sentence_transform
 
 
 def test_a_gguf_file_says_its_pooling(tmp_path):
-    from configs.gguf import read
-    from configs.gguf_write import write
     from model import load, save
+    from model.formats.gguf.container import read
+    from model.formats.gguf.container_writer import write
 
     cfg, params = load(TINY)
     files = {file.name: file.read_bytes() for file in TINY.glob("*.json")}

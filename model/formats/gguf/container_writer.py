@@ -1,4 +1,4 @@
-"""A writer of the GGUF container, version 3: metadata and tensors. `configs.gguf` reads it.
+"""A writer of the GGUF container, version 3: metadata and tensors. `model.formats.gguf.container` reads it.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from configs.files import temporary_beside
-from configs.gguf import BLOCKS, DEFAULT_ALIGNMENT, MAX_DIMS
+from model.formats.gguf.container import BLOCKS, DEFAULT_ALIGNMENT, MAX_DIMS
 
 TYPES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
