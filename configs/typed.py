@@ -108,7 +108,7 @@ def init_fields(cls: type) -> list[dataclasses.Field]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """A field's default, made anew when it has a factory; `dataclasses.MISSING` when it is required."""
+    """A field's default, called each time when it has a factory; `dataclasses.MISSING` when it is required."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default

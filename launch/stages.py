@@ -177,7 +177,7 @@ def _open_record(workdir: Path, name: str, key: str, decides: dict[str, Any]) ->
         if record.key == key:
             return record
         why, kept = _changes(record.decides, decides), _put_aside(workdir, folder)
-        print(f"{name}: {why}, so it is done anew. What it made before is in {kept}.", flush=True)
+        print(f"{name}: {why}, so it runs again. What it made before is in {kept}.", flush=True)
     elif folder.exists():
         print(f"{name}: what lay in its folder is in {_put_aside(workdir, folder)}.", flush=True)
     record = StageRecord(key, decides)

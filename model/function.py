@@ -27,11 +27,11 @@ from model.inputs.token_info import encoder_info, token_info
 from model.inputs.tokens import embed_tokens, embedding_table, finish_embedding
 from model.kernels import backend
 from model.logprobs import ScoreOptions, TokenScores
+from model.readouts.hidden_states import HiddenStates
 from model.readouts.mtp import look_ahead
-from model.readouts.stream import Stream
 from model.readouts.vocabulary import vocabulary_head
 from model.sharding import ShardingRules
-from model.stacks import Trunk, run_trunk
+from model.stacks import StackOutput, run_decoder
 
 Params = dict[str, Any]
 POOLED = "the vector of the whole text, from its first token"
@@ -177,25 +177,27 @@ class Transformer(nn.Module):
         embedded_BTD = self._embed(ctx, embedding_VD, inputs, info)
         info, encoder_aux = self._encode(ctx, embedding_VD, inputs, info)
 
-        trunk = self._run_blocks(ctx, embedded_BTD, None if cache is None else cache.layers, info)
+        stack_output = self._run_blocks(ctx, embedded_BTD, None if cache is None else cache.layers, info)
         final_norm = final_norm_of(cfg, ctx)
-        hidden_BTD = final_norm(trunk.x_BTD)
+        hidden_BTD = final_norm(stack_output.x_BTD)
         pooled_BTD = None if cfg.pooler is None else cfg.pooler.module(ctx, "pooler", POOLED)(hidden_BTD)
-        stream = Stream(embedded_BTD, trunk.before_last, hidden_BTD, pooled_BTD, final_norm)
+        hidden_states = HiddenStates(
+            embedded_BTD, stack_output.before_last, hidden_BTD, pooled_BTD, final_norm
+        )
 
         head = vocabulary_head(self, cfg, ctx, embedding_VD, requested.logits_at)
         mtp_hidden, mtp_aux = [], {}
         if cfg.mtp is not None and cache is None:
-            after_blocks = dataclasses.replace(info, carry=trunk.more.carry)
-            mtp_hidden, mtp_aux = cfg.mtp.read(ctx, stream, after_blocks)
+            after_blocks = dataclasses.replace(info, carry=stack_output.report.carry)
+            mtp_hidden, mtp_aux = cfg.mtp.read(ctx, hidden_states, after_blocks)
         out = Output(
             logits=cast(jax.Array, None),
             hidden=hidden_BTD,
             pooled=pooled_BTD,
             encoder=info.encoder,
-            cache=_advance(cache, trunk.states, inputs),
-            aux=add_up(encoder_aux, trunk.more.aux),
-            heads={readout.name: readout.read(self, ctx, stream) for readout in cfg.heads},
+            cache=_advance(cache, stack_output.states, inputs),
+            aux=add_up(encoder_aux, stack_output.report.aux),
+            heads={readout.name: readout.read(self, ctx, hidden_states) for readout in cfg.heads},
             mtp_aux=mtp_aux,
         )
         if requested.targets is None:
@@ -231,10 +233,12 @@ class Transformer(nn.Module):
             info, encoder=encoded_BSD, encoder_segment_ids=inputs.encoder_segment_ids
         ), aux
 
-    def _run_blocks(self, ctx: Context, x_BTD: jax.Array, layers: dict | None, info: TokenInfo) -> Trunk:
+    def _run_blocks(
+        self, ctx: Context, x_BTD: jax.Array, layers: dict | None, info: TokenInfo
+    ) -> StackOutput:
         cfg = self.cfg
         if cfg.byte_latent is None:
-            return run_trunk(ctx, cfg.stack(), x_BTD, layers, info)
+            return run_decoder(ctx, cfg.stack(), x_BTD, layers, info)
         latent = dataclasses.replace(ctx, width=cfg.width)
         return cfg.byte_latent.run(self, latent, cfg.stack(), cfg.vocab_size, x_BTD, layers, info)
 

@@ -70,28 +70,30 @@ class StackModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, states: dict | None, info: TokenInfo):
         """(x [B, T, D], the runs' new states, the blocks' `Report`)."""
-        x_BTD, states, more = run_stack(self.ctx, self.stack, x_BTD, states, info)
+        x_BTD, states, report = run_stack(self.ctx, self.stack, x_BTD, states, info)
         if self.final_norm is not None:
             x_BTD = self.final_norm.module(self.ctx, "final_norm", role=self.role)(x_BTD)
-        return x_BTD, states, more.aux
+        return x_BTD, states, report.aux
 
 
-class Trunk(NamedTuple):
+class StackOutput(NamedTuple):
     """The output of the blocks, before the final norm."""
 
     before_last: jax.Array  # input of the last block; in a byte-latent model, input of the local encoder
     x_BTD: jax.Array  # output of the last block
     states: dict[str, Any]  # the new layers of the cache
-    more: Report
+    report: Report
 
 
-def run_trunk(ctx: Context, stack: Stack, x_BTD: jax.Array, layers: dict | None, info: TokenInfo) -> Trunk:
+def run_decoder(
+    ctx: Context, stack: Stack, x_BTD: jax.Array, layers: dict | None, info: TokenInfo
+) -> StackOutput:
     """As `run_stack`, with the input of the last run, for multi-token prediction."""
     *runs, last = stack.runs(ctx.scan)
-    x, states, more = run_blocks(ctx, runs, stack.blocks[0].residual.begin(x_BTD), layers, info)
-    info = dataclasses.replace(info, carry=more.carry)
-    y, last_state, last_more = run_blocks(ctx, [last], x, layers, info)
-    return Trunk(x, stack.blocks[-1].residual.end(y), states | last_state, more.join(last_more))
+    x, states, report = run_blocks(ctx, runs, stack.blocks[0].residual.begin(x_BTD), layers, info)
+    info = dataclasses.replace(info, carry=report.carry)
+    y, last_state, last_report = run_blocks(ctx, [last], x, layers, info)
+    return StackOutput(x, stack.blocks[-1].residual.end(y), states | last_state, report.join(last_report))
 
 
 def run_stack(
@@ -99,8 +101,8 @@ def run_stack(
 ) -> tuple[jax.Array, dict, Report]:
     """Runs all blocks of a stack, from the start of the residual stream to its end; see `run_blocks`."""
     x = stack.blocks[0].residual.begin(x_BTD)
-    x, states, more = run_blocks(ctx, stack.runs(ctx.scan), x, states, info)
-    return stack.blocks[-1].residual.end(x), states, more
+    x, states, report = run_blocks(ctx, stack.runs(ctx.scan), x, states, info)
+    return stack.blocks[-1].residual.end(x), states, report
 
 
 def run_blocks(
@@ -113,8 +115,8 @@ def run_blocks(
     new_states, gathered = {}, Report({}, info.carry)
     for name, block, layers in runs:
         run = _run_module(ctx, name, block, len(layers))
-        x, (new_states[name], more) = run(x, None if states is None else states[name], info)
-        run_aux, carry = more
+        x, (new_states[name], report) = run(x, None if states is None else states[name], info)
+        run_aux, carry = report
         if ctx.scan:
             run_aux = jax.tree.map(lambda a: a.sum(0), run_aux)
             carry = jax.tree.map(lambda c: c[-1], carry)

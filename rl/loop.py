@@ -27,11 +27,11 @@ from rl.rollout import Rollout, Sampler, problems_of_step
 from rl.trajectory import batch_of
 from rl.verifiers import Verifiers
 from serve import Engine
+from train.checkpoints import TrainCheckpoints, has_checkpoint
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch
 from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw
 from train.step import make_train_step
-from train.store import StateStore, has_checkpoint
 from train.trainer import Preemption, TrainingDiverged, save_config
 
 
@@ -79,8 +79,10 @@ class _Run:
         shardings = param_shardings(self.cfg, mesh, config.sharding)
         spec, updates = config.rollout, config.grpo.minibatches
         optimizer = adamw(config.optimizer, config.steps * updates, self.cfg)
-        self.store = StateStore(workdir, config.checkpoint, self.cfg, self.tokenizer, mesh, config.sharding)
-        self.state, progress = self.store.restore_or_init(
+        self.checkpoints = TrainCheckpoints(
+            workdir, config.checkpoint, self.cfg, self.tokenizer, mesh, config.sharding
+        )
+        self.state, progress = self.checkpoints.restore_or_init(
             lambda: model.load(config.init_from, cfg=self.cfg, shardings=shardings)[1], optimizer, config.seed
         )
         self.start = progress.get("step", 0)
@@ -126,7 +128,7 @@ class _Run:
         else:
             self._evaluate(0)
         progress = Progress(config.steps, self.start)
-        with contextlib.closing(self.store), Preemption(self):
+        with contextlib.closing(self.checkpoints), Preemption(self):
             for step in range(self.start + 1, stop_at + 1):
                 last = self._step(step)
                 bad_in_a_row = bad_in_a_row + 1 if last["skipped"] else 0
@@ -144,7 +146,7 @@ class _Run:
                 end = step == config.steps
                 # Saved first: nothing that fails below may lose the steps.
                 if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-                    self.store.save(step, self.state, {"seed": config.seed})
+                    self.checkpoints.save(step, self.state, {"seed": config.seed})
                 if end or (config.evaluate_every and step % config.evaluate_every == 0):
                     self._evaluate(step)
                 if self.stopping:

@@ -97,7 +97,7 @@ class Sampler:
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """`count` problems for a step, in epochs each shuffled anew: a pure function of its arguments."""
+    """`count` problems for a step, in epochs, each shuffled with its own seed: a pure function of its arguments."""
     chosen = []
     for index in range(step * count, (step + 1) * count):
         epoch, place = divmod(index, len(problems))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from model import ModelConfig
 from model.weights import in_whole_bytes
 from serve.engine_config import EngineConfig
 from serve.programs import Programs
-from serve.request import MAX_STOP_TOKENS, Answer, FinishReason, Output, Request, RequestError
+from serve.request import MAX_STOP_TOKENS, FinishReason, Output, Request, RequestError, Sequence
 from serve.sampling import Sampled
 from serve.scheduler import DecodeBatch, PrefillBatch, Scheduler
 from serve.text import TextStream
@@ -73,8 +74,8 @@ class Engine:
         self._programs = Programs(cfg, params, self.config, self.vocab_size)
         self._params = self._placed(params)
         self._scheduler = Scheduler(self.config)
-        self._answers: dict[str, Answer] = {}  # not finished, or finished and not reported yet
-        self._touched: dict[str, Answer] = {}  # has news for the next outputs
+        self._sequences: dict[str, Sequence] = {}  # not finished, or finished and not reported yet
+        self._touched: dict[str, Sequence] = {}  # has new tokens for the next outputs
         self._number = 0
         self._prompt_tokens, self._generated_tokens, self._steps = 0, 0, 0
         self._seconds_per_step: float | None = None
@@ -89,7 +90,7 @@ class Engine:
         sampling = request.sampling
         number = self._number
         id = request.id if request.id is not None else f"request-{number}"
-        if id in self._answers:
+        if id in self._sequences:
             raise RequestError("id", f"a request with id {id!r:.100} is being served; ids must differ.")
         self._number += 1
         stream = None
@@ -98,9 +99,9 @@ class Engine:
         seed = sampling.seed
         if seed is None:
             seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0])
-        answer = Answer(request, id, number, seed, limit, stop_ids, stream)
-        self._answers[id] = answer
-        self._scheduler.add(answer)
+        sequence = Sequence(request, id, number, seed, limit, stop_ids, stream)
+        self._sequences[id] = sequence
+        self._scheduler.add(sequence)
         self._prompt_tokens += len(request.prompt)
         return id
 
@@ -135,7 +136,9 @@ class Engine:
         return limit, stop_ids
 
     def step(self) -> list[Output]:
-        """One round: admit, one chunk of prefill, then decode. Returns an output for each request that has news."""
+        """One round: admit, one chunk of prefill, then decode. Returns an output for each request with new tokens
+        or an end.
+        """
         if not self.has_work:
             return []
         self._scheduler.admit()
@@ -149,14 +152,14 @@ class Engine:
 
     def cancel(self, id: str) -> bool:
         """Stop a request; the next `step` reports it as "cancelled". False: there is none, or it has finished."""
-        answer = self._answers.get(id)
-        if answer is None or answer.finish_reason is not None:
+        sequence = self._sequences.get(id)
+        if sequence is None or sequence.finish_reason is not None:
             return False
-        self._finish(answer, "cancelled")
+        self._finish(sequence, "cancelled")
         return True
 
     def generate(
-        self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
+        self, requests: abc.Sequence[Request], progress: Callable[[int, int], None] | None = None
     ) -> list[Output]:
         """Serve these requests to the end; outputs in the order given. `progress(finished, all)` as it changes.
 
@@ -204,16 +207,16 @@ class Engine:
 
         For a step that raised: whether its donated cache survived is unknown.
         """
-        for answer in [a for a in self._answers.values() if a.finish_reason is None]:
-            answer.error = error
-            self._finish(answer, "error")
+        for sequence in [a for a in self._sequences.values() if a.finish_reason is None]:
+            sequence.error = error
+            self._finish(sequence, "error")
         self._programs.reset()
         return self._report()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do or to report."""
-        return bool(self._answers)
+        return bool(self._sequences)
 
     @property
     def stats(self) -> EngineStats:
@@ -235,7 +238,7 @@ class Engine:
         if prompt >= longest:
             raise RequestError(
                 "prompt",
-                f"the prompt has {prompt} tokens; with at least one to answer it may have {longest - 1}.",
+                f"the prompt has {prompt} tokens; with at least one to sequence it may have {longest - 1}.",
             )
         if max_tokens is not None and prompt + max_tokens > longest:
             raise RequestError(
@@ -258,93 +261,93 @@ class Engine:
 
     def _prefill(self, batch: PrefillBatch) -> None:
         sampled = self._programs.prefill(self._params, batch.rows, batch.tokens, batch.count)
-        for answer, count in zip(batch.answers, batch.counts, strict=True):
-            answer.cached += count
-        complete = np.array([int(answer.cached == answer.length) for answer in batch.answers])
-        self._take(batch.answers, complete, sampled)
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            sequence.cached += count
+        complete = np.array([int(sequence.cached == sequence.length) for sequence in batch.sequences])
+        self._take(batch.sequences, complete, sampled)
 
     def _decode(self, batch: DecodeBatch) -> None:
         start = time.monotonic()
         device_count, sampled = self._programs.decode(
             self._params, batch.rows, batch.token, batch.budget, batch.steps
         )
-        counts = np.asarray(device_count)[: len(batch.answers)]
-        for answer, count in zip(batch.answers, counts.tolist(), strict=True):
-            answer.cached += count
+        counts = np.asarray(device_count)[: len(batch.sequences)]
+        for sequence, count in zip(batch.sequences, counts.tolist(), strict=True):
+            sequence.cached += count
         seconds = (time.monotonic() - start) / max(int(counts.max()), 1)
         known = self._seconds_per_step
         self._seconds_per_step = seconds if known is None else 0.8 * known + 0.2 * seconds
-        self._take(batch.answers, counts, sampled)
+        self._take(batch.sequences, counts, sampled)
 
-    def _take(self, answers: list[Answer], counts: np.ndarray, sampled: Sampled) -> None:
-        """Add `counts` new tokens to each answer; one copy from the device for all."""
+    def _take(self, sequences: list[Sequence], counts: np.ndarray, sampled: Sampled) -> None:
+        """Add `counts` new tokens to each sequence; one copy from the device for all."""
         tokens, logprobs, model_logprobs = jax.device_get(
             (sampled.token, sampled.logprob, sampled.model_logprob)
         )
-        wanted = any(answer.request.sampling.logprobs for answer in answers)
+        wanted = any(sequence.request.sampling.logprobs for sequence in sequences)
         top = (
             jax.device_get((sampled.top_token, sampled.top_logprob)) if wanted else (np.empty(0), np.empty(0))
         )
         finite = np.isfinite(logprobs).tolist()
         now = time.monotonic()
-        for i, (answer, count) in enumerate(zip(answers, counts.tolist(), strict=True)):
+        for i, (sequence, count) in enumerate(zip(sequences, counts.tolist(), strict=True)):
             good = (finite[i][: max(count, 1)] + [False]).index(False)
             if good < max(count, 1):  # of a chunk too, before its pages can pass to another row
-                self._programs.clean(answer.pages)
-            kept = self._extend(answer, tokens[i, : min(good, count)].tolist())
-            if good < max(count, 1) and answer.finish_reason is None:
-                answer.error = "the model's logits are not finite; its parameters may be damaged"
-                self._finish(answer, "error")
+                self._programs.clean(sequence.pages)
+            kept = self._extend(sequence, tokens[i, : min(good, count)].tolist())
+            if good < max(count, 1) and sequence.finish_reason is None:
+                sequence.error = "the model's logits are not finite; its parameters may be damaged"
+                self._finish(sequence, "error")
             if not kept:
                 continue
-            self._touched[answer.id] = answer
-            answer.first_token_at = answer.first_token_at or now
-            answer.logprobs += logprobs[i, :kept].tolist()
-            answer.versions += [self.version] * kept
+            self._touched[sequence.id] = sequence
+            sequence.first_token_at = sequence.first_token_at or now
+            sequence.logprobs += logprobs[i, :kept].tolist()
+            sequence.versions += [self.version] * kept
             self._generated_tokens += kept
-            if answer.request.sampling.logprobs is not None:
-                answer.model_logprobs += model_logprobs[i, :kept].tolist()
-            if answer.request.sampling.logprobs:
-                n = answer.request.sampling.logprobs
+            if sequence.request.sampling.logprobs is not None:
+                sequence.model_logprobs += model_logprobs[i, :kept].tolist()
+            if sequence.request.sampling.logprobs:
+                n = sequence.request.sampling.logprobs
                 ids, values = top[0][i, :kept, :n].tolist(), top[1][i, :kept, :n].tolist()
-                answer.top_logprobs += [
+                sequence.top_logprobs += [
                     list(zip(*place, strict=True)) for place in zip(ids, values, strict=True)
                 ]
 
-    def _extend(self, answer: Answer, new: list[int]) -> int:
-        """Add tokens up to the first that ends the answer; returns how many were kept."""
+    def _extend(self, sequence: Sequence, new: list[int]) -> int:
+        """Add tokens up to the first that ends the sequence; returns how many were kept."""
         if not new:
             return 0
         kept = len(new)
         reason: FinishReason | None = None
-        if new[-1] in answer.stop_ids:  # the device stops a row there, so it can only be the last
-            reason, answer.stop_reason = "stop", new[-1]
-        if answer.stream is not None:
+        if new[-1] in sequence.stop_ids:  # the device stops a row there, so it can only be the last
+            reason, sequence.stop_reason = "stop", new[-1]
+        if sequence.stream is not None:
             for i, token in enumerate(new[:-1] if reason else new):
-                if answer.stream.push(token):
-                    kept, reason, answer.stop_reason = i + 1, "stop", answer.stream.matched
+                if sequence.stream.push(token):
+                    kept, reason, sequence.stop_reason = i + 1, "stop", sequence.stream.matched
                     break
-        answer.tokens += new[:kept]
-        if reason is None and len(answer.tokens) >= answer.limit:
+        sequence.tokens += new[:kept]
+        if reason is None and len(sequence.tokens) >= sequence.limit:
             reason = "length"
         if reason is not None:
-            self._finish(answer, reason)
+            self._finish(sequence, reason)
         return kept
 
-    def _finish(self, answer: Answer, reason: FinishReason) -> None:
-        answer.finish_reason, answer.finished_at = reason, time.monotonic()
-        if answer.stream is not None:
-            answer.stream.finish()
-            if answer.stream.matched is not None and reason == "length":
-                answer.finish_reason, answer.stop_reason = "stop", answer.stream.matched
-        self._scheduler.remove(answer)
-        self._touched[answer.id] = answer
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
+        if sequence.stream is not None:
+            sequence.stream.finish()
+            if sequence.stream.matched is not None and reason == "length":
+                sequence.finish_reason, sequence.stop_reason = "stop", sequence.stream.matched
+        self._scheduler.remove(sequence)
+        self._touched[sequence.id] = sequence
 
     def _report(self) -> list[Output]:
-        outputs = [answer.output() for answer in self._touched.values()]
+        outputs = [sequence.output() for sequence in self._touched.values()]
         for out in outputs:
             if out.finished:
-                del self._answers[out.id]
+                del self._sequences[out.id]
         self._touched = {}
         return outputs
 

@@ -24,24 +24,24 @@ class EngineFailed(Exception):
 
 
 class Ticket:
-    """One request under way; `next` waits for its news."""
+    """One request under way; `next` waits for its output."""
 
     def __init__(self, id: str):
         self.id = id
         self.done = False
-        self._news: asyncio.Queue[Output | Exception] = asyncio.Queue()
+        self._outputs: asyncio.Queue[Output | Exception] = asyncio.Queue()
 
-    def put(self, news: Output | Exception) -> None:
-        self._news.put_nowait(news)
+    def put(self, output: Output | Exception) -> None:
+        self._outputs.put_nowait(output)
 
     async def next(self) -> Output:
         """The next output. EngineFailed when there will be none, or it says "error"."""
-        news = await self._news.get()
-        if isinstance(news, Exception):
-            raise news
-        if news.finish_reason == "error":
-            raise EngineFailed(news.error or "the engine failed")
-        return news
+        output = await self._outputs.get()
+        if isinstance(output, Exception):
+            raise output
+        if output.finish_reason == "error":
+            raise EngineFailed(output.error or "the engine failed")
+        return output
 
 
 class EngineLoop:
@@ -86,7 +86,7 @@ class EngineLoop:
         return list(tickets.values())
 
     def cancel(self, ticket: Ticket) -> None:
-        """Stop a request whose news nobody will read any more; nothing when it has finished."""
+        """Stop a request that has no reader any more; nothing when it has finished."""
         if not ticket.done:
             self._command(lambda: self.engine.cancel(ticket.id))
 

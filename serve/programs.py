@@ -32,7 +32,7 @@ from serve.engine_config import EngineSizes
 from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS
 from serve.sampling import RowSampling, Sampled, sample
 
-# Compiled programs of this process. An engine that is made anew for the same model and sizes compiles nothing.
+# Compiled programs of this process. A second engine of the same model and sizes compiles nothing.
 _COMPILED: dict[tuple, Any] = {}
 _COMPILERS = 4  # threads of `warmup`; each compilation takes one core and some memory
 
@@ -249,7 +249,7 @@ def _decode(cfg, scan, vocab_size, max_steps, params, pages, rows: Rows, token_R
 def _clean(all_axes, pages, index_P):
     def clean(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         if "pages" not in axes:
-            return x  # a recurrent state begins anew with each request
+            return x  # each request starts a recurrent state of its own
         return x.at[(slice(None),) * axes.index("pages") + (index_P,)].set(0, mode="drop")
 
     return jax.tree.map(clean, pages, all_axes)

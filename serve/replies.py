@@ -36,7 +36,7 @@ class Reply:
         return None
 
     def chunk(self, index: int, out: Output) -> dict[str, Any] | None:
-        """The news of one choice, or None when there is nothing to show yet."""
+        """The chunk of one choice, or None when there is nothing to show yet."""
         self._completion_tokens[index] = out.num_tokens
         if not (out.new_text or out.finished or (self._logprobs and out.new_tokens)):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections import abc
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SamplingParams:
         0.0  # least probability relative to the likeliest token's (Nguyen et al. 2024, arXiv:2407.01082)
     )
     seed: int | None = None  # None: derived from the engine's seed and the request's number
-    stop: tuple[str, ...] = ()  # strings; the answer's text ends before the first that appears
+    stop: tuple[str, ...] = ()  # strings; the text ends before the first that appears
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's eos_ids
     ignore_eos: bool = False  # do not stop at the tokenizer's eos_ids
     logprobs: int | None = None  # model log-probabilities (temperature 1), with so many alternatives a token
@@ -76,7 +76,7 @@ class SamplingParams:
 class Request:
     """One prompt to continue."""
 
-    prompt: Sequence[int]  # token ids, at least one
+    prompt: abc.Sequence[int]  # token ids, at least one
     sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     id: str | None = None  # None: the engine makes one
     detokenize: bool = False  # fill in `Output.text` (always so when there are stop strings)
@@ -96,7 +96,7 @@ class Request:
             )
 
 
-class Answer:
+class Sequence:
     """The engine's own record of a request: what has been sampled so far and what of it is in the cache."""
 
     __slots__ = (
@@ -146,7 +146,7 @@ class Answer:
         self.versions: list[int] = []
         self.row = -1  # of the batch; -1: waiting
         self.pages: list[int] = []
-        self.cached = 0  # tokens (of prompt and answer) whose keys and values are in the cache
+        self.cached = 0  # tokens (of prompt and output) whose keys and values are in the cache
         self.reported, self.reported_text = 0, 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
@@ -161,7 +161,7 @@ class Answer:
         return len(self.request.prompt) + len(self.tokens)
 
     def slice(self, start: int, stop: int) -> list[int]:
-        """Tokens start to stop of prompt and answer together."""
+        """Tokens start to stop of prompt and output together."""
         prompt = self.request.prompt
         split = len(prompt)
         return [*prompt[start:stop], *self.tokens[max(start - split, 0) : max(stop - split, 0)]]
@@ -184,7 +184,7 @@ class Output:
 
     id: str
     finish_reason: FinishReason | None
-    _answer: Answer
+    _sequence: Sequence
     _start: int
     _stop: int
     _text_start: int
@@ -200,70 +200,70 @@ class Output:
 
     @property
     def new_tokens(self) -> list[int]:
-        return self._answer.tokens[self._start : self._stop]
+        return self._sequence.tokens[self._start : self._stop]
 
     @property
     def new_logprobs(self) -> list[float]:
-        return self._answer.logprobs[self._start : self._stop]
+        return self._sequence.logprobs[self._start : self._stop]
 
     @property
     def tokens(self) -> list[int]:
-        return self._answer.tokens[: self._stop]
+        return self._sequence.tokens[: self._stop]
 
     @property
     def logprobs(self) -> list[float]:
         """log p(token) in nats at the sampling temperature (1 when greedy), over the full vocabulary, unfiltered."""
-        return self._answer.logprobs[: self._stop]
+        return self._sequence.logprobs[: self._stop]
 
     @property
     def model_logprobs(self) -> list[float]:
         """log p(token) in nats at temperature 1; empty unless `SamplingParams.logprobs` was given."""
-        return self._answer.model_logprobs[: self._stop]
+        return self._sequence.model_logprobs[: self._stop]
 
     @property
     def top_logprobs(self) -> list[list[tuple[int, float]]]:
         """(token id, log p at temperature 1) of the likeliest tokens at each place; empty unless asked for."""
-        return self._answer.top_logprobs[: self._stop]
+        return self._sequence.top_logprobs[: self._stop]
 
     @property
     def versions(self) -> list[int]:
         """The version of the parameters that sampled each token."""
-        return self._answer.versions[: self._stop]
+        return self._sequence.versions[: self._stop]
 
     @property
     def version(self) -> int | None:
         """That of the last token; None when there is none yet."""
-        return self._answer.versions[self._stop - 1] if self._stop else None
+        return self._sequence.versions[self._stop - 1] if self._stop else None
 
     @property
     def text(self) -> str:
-        return self._answer.stream.text[: self._text_stop] if self._answer.stream is not None else ""
+        return self._sequence.stream.text[: self._text_stop] if self._sequence.stream is not None else ""
 
     @property
     def new_text(self) -> str:
         return (
-            self._answer.stream.text[self._text_start : self._text_stop]
-            if self._answer.stream is not None
+            self._sequence.stream.text[self._text_start : self._text_stop]
+            if self._sequence.stream is not None
             else ""
         )
 
     @property
     def stop_reason(self) -> str | int | None:
-        """The stop string or stop token id that ended the answer."""
-        return self._answer.stop_reason if self.finished else None
+        """The stop string or stop token id that ended the sequence."""
+        return self._sequence.stop_reason if self.finished else None
 
     @property
     def error(self) -> str | None:
-        return self._answer.error
+        return self._sequence.error
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self._answer.request.prompt)
+        return len(self._sequence.request.prompt)
 
     @property
     def times(self) -> dict[str, float]:
         """Seconds of the monotonic clock: submitted and, once they have happened, admitted, first_token, finished."""
-        a = self._answer
+        a = self._sequence
         times = {
             "submitted": a.submitted_at,
             "admitted": a.admitted_at,

@@ -1,6 +1,6 @@
 """Who runs: a queue in order of arrival, rows of the batch, and pages for each; all on the host.
 
-Invariants: an answer holds pages only while it has a row; free + held pages are all; whoever came first runs first,
+Invariants: an sequence holds pages only while it has a row; free + held pages are all; whoever came first runs first,
 and when pages run out the one that came last goes back to the queue, to be computed again from its tokens.
 """
 
@@ -15,13 +15,13 @@ import numpy as np
 from serve.engine_config import EngineSizes, bucket_of
 from serve.pages import PagePool
 from serve.programs import Rows
-from serve.request import MAX_STOP_TOKENS, Answer
+from serve.request import MAX_STOP_TOKENS, Sequence
 from serve.sampling import RowSampling
 
 
 @dataclasses.dataclass
 class PrefillBatch:
-    answers: list[Answer]
+    sequences: list[Sequence]
     counts: list[int]  # tokens of each to compute now
     rows: Rows
     tokens: np.ndarray  # [R, C] int32
@@ -30,7 +30,7 @@ class PrefillBatch:
 
 @dataclasses.dataclass
 class DecodeBatch:
-    answers: list[Answer]
+    sequences: list[Sequence]
     rows: Rows
     token: np.ndarray  # [R] int32, the last token of each, not in the cache yet
     budget: np.ndarray  # [R] int32, tokens to make at most; 0 for rows that only pad
@@ -38,50 +38,50 @@ class DecodeBatch:
 
 
 class Scheduler:
-    """Holds every answer that is not finished, either waiting or active (with a row)."""
+    """Holds every sequence that is not finished, either waiting or active (with a row)."""
 
     def __init__(self, config: EngineSizes):
         self.config = config
         self.pool = PagePool(config.num_pages)
-        self.waiting: collections.deque[Answer] = collections.deque()
-        self.active: list[Answer] = []  # in order of arrival
+        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.active: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self._table = _RowTable(config)
 
-    def add(self, answer: Answer) -> None:
-        self.waiting.append(answer)
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
 
-    def remove(self, answer: Answer) -> None:
-        """Take an answer out, finished or cancelled."""
-        if answer.row < 0:
-            self.waiting.remove(answer)
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, finished or cancelled."""
+        if sequence.row < 0:
+            self.waiting.remove(sequence)
         else:
-            self._release(answer)
+            self._release(sequence)
 
-    def preempt(self, answer: Answer) -> None:
-        """Send the youngest active answer back to the head of the queue; what was cached is forgotten."""
-        self._release(answer)
-        self.waiting.appendleft(answer)
+    def preempt(self, sequence: Sequence) -> None:
+        """Send the youngest active sequence back to the head of the queue; what was cached is forgotten."""
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def preempt_all(self) -> None:
-        for answer in reversed(self.active.copy()):
-            self.preempt(answer)
+        for sequence in reversed(self.active.copy()):
+            self.preempt(sequence)
 
     def admit(self) -> None:
         """Give rows and pages to those who wait, in order; each active row is left a page to grow into."""
         while self.waiting and self._free_rows:
-            answer = self.waiting[0]
-            needed = self._pages_for(answer.length)
+            sequence = self.waiting[0]
+            needed = self._pages_for(sequence.length)
             if self.active and needed + len(self.active) > self.pool.free:
                 return
             self.waiting.popleft()
-            answer.row = self._free_rows.pop()
-            self._table.set(answer)
-            self._grow(answer, needed)
-            self.active.append(answer)
-            answer.admitted_at = answer.admitted_at or time.monotonic()
+            sequence.row = self._free_rows.pop()
+            self._table.set(sequence)
+            self._grow(sequence, needed)
+            self.active.append(sequence)
+            sequence.admitted_at = sequence.admitted_at or time.monotonic()
 
     def next_prefill(self) -> PrefillBatch | None:
         """The next chunk of the rows that have tokens to catch up with; the first in order sets the chunk's size."""
@@ -89,76 +89,76 @@ class Scheduler:
         if not behind:
             return None
         C = chunk_of(behind[0].length - behind[0].cached, self.config.chunk_buckets)
-        answers = behind[: self.config.prefill_rows(C)[-1]]
-        R = bucket_of(len(answers), self.config.row_buckets)
-        counts = [min(answer.length - answer.cached, C) for answer in answers]
+        sequences = behind[: self.config.prefill_rows(C)[-1]]
+        R = bucket_of(len(sequences), self.config.row_buckets)
+        counts = [min(sequence.length - sequence.cached, C) for sequence in sequences]
         tokens_RC, count_R = np.zeros((R, C), np.int32), np.zeros(R, np.int32)
-        for row, answer, count in zip(tokens_RC, answers, counts):
-            row[:count] = answer.slice(answer.cached, answer.cached + count)
+        for row, sequence, count in zip(tokens_RC, sequences, counts):
+            row[:count] = sequence.slice(sequence.cached, sequence.cached + count)
         count_R[: len(counts)] = counts
-        longest = max(answer.cached + count for answer, count in zip(answers, counts, strict=True))
-        return PrefillBatch(answers, counts, self._rows(answers, R, longest), tokens_RC, count_R)
+        longest = max(sequence.cached + count for sequence, count in zip(sequences, counts, strict=True))
+        return PrefillBatch(sequences, counts, self._rows(sequences, R, longest), tokens_RC, count_R)
 
-    def catching_up(self) -> list[Answer]:
-        """Active answers with tokens of the prompt, or after a preemption of the answer, still to compute."""
-        return [answer for answer in self.active if not self._decodes(answer)]
+    def catching_up(self) -> list[Sequence]:
+        """Active sequences with tokens of the prompt, or after a preemption of the output, still to compute."""
+        return [sequence for sequence in self.active if not self._decodes(sequence)]
 
     def next_decode(self, steps: int) -> DecodeBatch | None:
         """All rows that have only their last token to compute, each with pages for at least one step."""
-        for answer in self.active.copy():
-            if answer.row >= 0 and self._decodes(answer):
-                self._ensure_page(answer)
-        answers = [answer for answer in self.active if self._decodes(answer)]
-        if not answers:
+        for sequence in self.active.copy():
+            if sequence.row >= 0 and self._decodes(sequence):
+                self._ensure_page(sequence)
+        sequences = [sequence for sequence in self.active if self._decodes(sequence)]
+        if not sequences:
             return None
-        budgets = [self._budget(answer, steps) for answer in answers]
-        R = bucket_of(len(answers), self.config.row_buckets)
+        budgets = [self._budget(sequence, steps) for sequence in sequences]
+        R = bucket_of(len(sequences), self.config.row_buckets)
         token_R, budget_R = np.zeros(R, np.int32), np.zeros(R, np.int32)
-        token_R[: len(answers)] = [answer.tokens[-1] for answer in answers]
-        budget_R[: len(answers)] = budgets
-        longest = max(answer.cached + budget for answer, budget in zip(answers, budgets, strict=True))
-        return DecodeBatch(answers, self._rows(answers, R, longest), token_R, budget_R, max(budgets))
+        token_R[: len(sequences)] = [sequence.tokens[-1] for sequence in sequences]
+        budget_R[: len(sequences)] = budgets
+        longest = max(sequence.cached + budget for sequence, budget in zip(sequences, budgets, strict=True))
+        return DecodeBatch(sequences, self._rows(sequences, R, longest), token_R, budget_R, max(budgets))
 
-    def _decodes(self, answer: Answer) -> bool:
-        return bool(answer.tokens) and answer.cached == answer.length - 1
+    def _decodes(self, sequence: Sequence) -> bool:
+        return bool(sequence.tokens) and sequence.cached == sequence.length - 1
 
-    def _ensure_page(self, answer: Answer) -> None:
-        """A place for one more token, taken from the youngest if need be; that may be the answer itself."""
-        while len(answer.pages) * self.config.page_size < answer.cached + 1:
+    def _ensure_page(self, sequence: Sequence) -> None:
+        """A place for one more token, taken from the youngest if need be; that may be the sequence itself."""
+        while len(sequence.pages) * self.config.page_size < sequence.cached + 1:
             if self.pool.free:
-                self._grow(answer, 1)
+                self._grow(sequence, 1)
                 continue
             youngest = self.active[-1]
             self.preempt(youngest)
-            if youngest is answer:
+            if youngest is sequence:
                 return
 
-    def _budget(self, answer: Answer, steps: int) -> int:
+    def _budget(self, sequence: Sequence, steps: int) -> int:
         """Steps that this row can take now: within max_tokens, and with the pages that are free."""
-        wanted = min(steps, answer.limit - len(answer.tokens))
-        missing = self._pages_for(answer.cached + wanted) - len(answer.pages)
-        self._grow(answer, min(max(missing, 0), self.pool.free))
-        return min(wanted, len(answer.pages) * self.config.page_size - answer.cached)
+        wanted = min(steps, sequence.limit - len(sequence.tokens))
+        missing = self._pages_for(sequence.cached + wanted) - len(sequence.pages)
+        self._grow(sequence, min(max(missing, 0), self.pool.free))
+        return min(wanted, len(sequence.pages) * self.config.page_size - sequence.cached)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
 
-    def _grow(self, answer: Answer, count: int) -> None:
+    def _grow(self, sequence: Sequence, count: int) -> None:
         if count:
             pages = self.pool.take(count)
-            self._table.page_table[answer.row, len(answer.pages) : len(answer.pages) + count] = pages
-            answer.pages += pages
+            self._table.page_table[sequence.row, len(sequence.pages) : len(sequence.pages) + count] = pages
+            sequence.pages += pages
 
-    def _release(self, answer: Answer) -> None:
-        self.pool.give_back(answer.pages)
-        self._free_rows.append(answer.row)
-        self.active.remove(answer)
-        answer.row, answer.pages, answer.cached = -1, [], 0
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.give_back(sequence.pages)
+        self._free_rows.append(sequence.row)
+        self.active.remove(sequence)
+        sequence.row, sequence.pages, sequence.cached = -1, [], 0
 
-    def _rows(self, answers: list[Answer], R: int, longest: int) -> Rows:
+    def _rows(self, sequences: list[Sequence], R: int, longest: int) -> Rows:
         P = bucket_of(self._pages_for(longest), self.config.page_buckets)
         return self._table.take(
-            [answer.row for answer in answers], [answer.cached for answer in answers], R, P
+            [sequence.row for sequence in sequences], [sequence.cached for sequence in sequences], R, P
         )
 
 
@@ -188,18 +188,18 @@ class _RowTable:
             alternatives=np.zeros(rows, np.int32),
         )
 
-    def set(self, answer: Answer) -> None:
-        row, sampling, table = answer.row, answer.request.sampling, self._sampling
+    def set(self, sequence: Sequence) -> None:
+        row, sampling, table = sequence.row, sequence.request.sampling, self._sampling
         self.page_table[row] = self._no_page
         self._stop_ids[row] = -1
-        self._stop_ids[row, : len(answer.stop_ids)] = answer.stop_ids
+        self._stop_ids[row, : len(sequence.stop_ids)] = sequence.stop_ids
         table.temperature[row], table.top_p[row], table.min_p[row] = (
             sampling.temperature,
             sampling.top_p,
             sampling.min_p,
         )
         table.top_k[row] = min(sampling.top_k, np.iinfo(np.int32).max)
-        table.seed[row] = answer.seed >> 32, answer.seed & 0xFFFFFFFF
+        table.seed[row] = sequence.seed >> 32, sequence.seed & 0xFFFFFFFF
         table.alternatives[row] = sampling.logprobs or 0
 
     def take(self, rows: list[int], lengths: list[int], R: int, P: int) -> Rows:

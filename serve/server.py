@@ -215,7 +215,7 @@ async def _last_output(ticket: Ticket) -> Output:
 async def _events(
     tickets: list[Ticket], reply: Reply, usage: bool, continuous: bool
 ) -> AsyncGenerator[bytes]:
-    """Server-sent events of all choices as their news come in."""
+    """Server-sent events of all choices, as their outputs come in."""
     counts = {"usage": None} if usage and not continuous else {}
     waiting = {asyncio.ensure_future(ticket.next()): i for i, ticket in enumerate(tickets)}
     try:

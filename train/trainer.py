@@ -31,6 +31,7 @@ from model.blocks.moe import MoE
 from model.compilation import prepare_compiler, training_options
 from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train import objectives
+from train.checkpoints import TrainCheckpoints, check_reference, has_checkpoint
 from train.checks import check_datasets, check_same_model, check_validation
 from train.config import TrainConfig
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here
@@ -38,7 +39,6 @@ from train.metrics import MetricsLog, Progress, Window
 from train.optimizer import adamw, learning_rate
 from train.sampling import draw_samples
 from train.step import make_train_step
-from train.store import StateStore, check_reference, has_checkpoint
 
 
 class TrainingDiverged(RuntimeError):
@@ -196,10 +196,10 @@ class _Run:
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, workdir)
         rules = self.config.sharding
-        self.store = StateStore(
+        self.checkpoints = TrainCheckpoints(
             workdir, self.config.checkpoint, setup.cfg, setup.tokenizer, setup.mesh, rules
         )
-        self.state, progress = self.store.restore_or_init(
+        self.state, progress = self.checkpoints.restore_or_init(
             setup.initial_params, setup.optimizer, self.config.seed
         )
         self.examples = progress.get("examples", 0)
@@ -221,7 +221,7 @@ class _Run:
         self._announce(start)
         progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
         pending, bad_in_a_row, last = None, 0, {}
-        with contextlib.closing(self.store), Preemption(self):
+        with contextlib.closing(self.checkpoints), Preemption(self):
             batches = self._training_batches() if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
                 batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
@@ -256,7 +256,7 @@ class _Run:
         config, end = self.config, step == self.config.steps
         # Save first, so that a failure below loses no steps.
         if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-            self.store.save(step, self.state, {"examples": self.examples, "seed": config.seed})
+            self.checkpoints.save(step, self.state, {"examples": self.examples, "seed": config.seed})
         if end or (config.validate_every and step % config.validate_every == 0):
             self._validate(step)
         if config.samples.prompts and (end or (config.samples.every and step % config.samples.every == 0)):

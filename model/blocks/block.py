@@ -106,35 +106,35 @@ class BlockModule(nn.Module):
         return x, result
 
     def _sequential(self, x: jax.Array, state: dict | None, info: TokenInfo):
-        spec, ctx, more = self.spec, self._ctx(info), Report()
+        spec, ctx, report = self.spec, self._ctx(info), Report()
         new_state = None if state is None else {}
         if spec.mixer is not None:
-            around = self._connection("mixer")
-            read_BTD = self._norm(self._mixer_norm(), "mixer", "norm", around.read(x))
-            y_BTD, mixed, more = self._mix(read_BTD, _part(state, cross=False), info)
-            x, new_state = self._add("mixer", around, x, y_BTD), mixed
+            connection = self._connection("mixer")
+            read_BTD = self._norm(self._mixer_norm(), "mixer", "norm", connection.read(x))
+            y_BTD, mixed, report = self._mix(read_BTD, _part(state, cross=False), info)
+            x, new_state = self._add("mixer", connection, x, y_BTD), mixed
         if spec.cross is not None:
-            around = self._connection("cross")
-            read_BTD = self._norm(spec.norm, "cross", "norm", around.read(x))
+            connection = self._connection("cross")
+            read_BTD = self._norm(spec.norm, "cross", "norm", connection.read(x))
             y_BTD, crossed = spec.cross.module(ctx, "cross")(read_BTD, info, _part(state, cross=True))
-            x = self._add("cross", around, x, y_BTD)
+            x = self._add("cross", connection, x, y_BTD)
             new_state = new_state if crossed is None else (new_state or {}) | crossed
         if spec.ffn is not None:
-            around = self._connection("ffn")
-            read_BTD = self._norm(spec.norm, "ffn", "norm", around.read(x))
+            connection = self._connection("ffn")
+            read_BTD = self._norm(spec.norm, "ffn", "norm", connection.read(x))
             y_BTD, aux = spec.ffn.module(ctx, "ffn")(read_BTD, info)
-            x = self._add("ffn", around, x, y_BTD)
-            more = more.join(Report(aux))
-        return x, (new_state, more)
+            x = self._add("ffn", connection, x, y_BTD)
+            report = report.join(Report(aux))
+        return x, (new_state, report)
 
     def _parallel(self, x: jax.Array, state: dict | None, info: TokenInfo):
-        spec, around = self.spec, self._connection("mixer")
-        read_BTD = self._norm(self._mixer_norm(), "mixer", "norm", around.read(x))
-        y_BTD, state, more = self._mix(read_BTD, state, info)
+        spec, connection = self.spec, self._connection("mixer")
+        read_BTD = self._norm(self._mixer_norm(), "mixer", "norm", connection.read(x))
+        y_BTD, state, report = self._mix(read_BTD, state, info)
         if spec.residual.parallel == "two norms":
-            read_BTD = self._norm(spec.norm, "ffn", "norm", around.read(x))
+            read_BTD = self._norm(spec.norm, "ffn", "norm", connection.read(x))
         z_BTD, aux = spec.ffn.module(self._ctx(info), "ffn")(read_BTD, info)
-        return self._add("mixer", around, x, y_BTD + z_BTD), (state, more.join(Report(aux)))
+        return self._add("mixer", connection, x, y_BTD + z_BTD), (state, report.join(Report(aux)))
 
     def _connection(self, part: str) -> Connection:
         return self.spec.residual.connection(self.ctx, f"{part}_residual")
@@ -147,18 +147,18 @@ class BlockModule(nn.Module):
         return self.spec.norm if self.spec.norm_mixer else None
 
     def _mix(self, read_BTD: jax.Array, state: dict | None, info: TokenInfo):
-        y_BTD, state, *more = self.spec.mixer.module(self._ctx(info), "mixer")(read_BTD, info, state)
-        return y_BTD, state, Report().join(*more)
+        y_BTD, state, *report = self.spec.mixer.module(self._ctx(info), "mixer")(read_BTD, info, state)
+        return y_BTD, state, Report().join(*report)
 
     def _norm(self, norm: Norm | None, part: str, where: str, x_BTD: jax.Array) -> jax.Array:
         if norm is None:
             return x_BTD
         return norm.module(self.ctx, f"{part}_{where}", role=NORM_ROLES[f"{part}_{where}"])(x_BTD)
 
-    def _add(self, part: str, around: Connection, x: jax.Array, y_BTD: jax.Array) -> jax.Array:
+    def _add(self, part: str, connection: Connection, x: jax.Array, y_BTD: jax.Array) -> jax.Array:
         spec = self.spec
         y_BTD = self._norm(spec.post_norm, part, "post_norm", y_BTD)
-        x = self._norm(spec.sum_norm, part, "sum_norm", around.write(x, y_BTD))
+        x = self._norm(spec.sum_norm, part, "sum_norm", connection.write(x, y_BTD))
         return constrain(x, self.ctx.rules, "batch", "length", *[None] * (x.ndim - 3), "act_embed")
 
 

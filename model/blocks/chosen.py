@@ -160,8 +160,8 @@ def run_chosen(
         filled = {FILLED: filled_NZ}
         state = {key: value for key, value in state.items() if key != FILLED}
     read_BMD = chosen.take(x_BTD)
-    made_BMD, (state, more) = module(read_BMD, state, chosen_info)
-    aux = more.aux
+    made_BMD, (state, report) = module(read_BMD, state, chosen_info)
+    aux = report.aux
     if "loss" in aux:  # a mean over all tokens, not over the chosen ones, so that parts of a batch add up
         parts = aux["loss"].weight / jnp.maximum(token_weights(chosen_info, chosen.real_BM).sum(), 1e-9)
         everyone = token_weights(info, real_tokens(info)).sum()

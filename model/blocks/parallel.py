@@ -62,7 +62,7 @@ class ParallelModule(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, cache: dict | None):
         spec, count = self.spec, len(self.spec.mixers)
-        new_cache, total_BTD, more = {}, jnp.zeros_like(x_BTD), Report()
+        new_cache, total_BTD, report = {}, jnp.zeros_like(x_BTD), Report()
         for i, mixer in enumerate(spec.mixers):
             prefix = f"mixer_{i}/"
             own = None
@@ -70,10 +70,10 @@ class ParallelModule(nn.Module):
                 own = {key.removeprefix(prefix): v for key, v in cache.items() if key.startswith(prefix)}
             read_BTD = x_BTD * (spec.in_scales or (1.0,) * count)[i]
             y_BTD, own, *own_more = mixer.module(self.ctx, f"mixer_{i}")(read_BTD, info, own)
-            more = more.join(*own_more)
+            report = report.join(*own_more)
             if spec.out_norm is not None:
                 role = f"what {type(mixer).__name__} gives"
                 y_BTD = spec.out_norm.module(self.ctx, f"norm_{i}", role=role)(y_BTD)
             total_BTD += y_BTD * (spec.out_scales or (1.0,) * count)[i]
             new_cache |= {prefix + key: value for key, value in (own or {}).items()}
-        return total_BTD, None if cache is None else new_cache, more
+        return total_BTD, None if cache is None else new_cache, report

@@ -30,7 +30,7 @@ from model.blocks.patches import (
     lay_out,
 )
 from model.blocks.recurrence import ConvContext, SegmentOrder, begin, conv_context, finish
-from model.stacks import Stack, StackModule, Trunk, run_stack
+from model.stacks import Stack, StackModule, StackOutput, run_stack
 from model.weights import matmul
 
 PAGES = ("k", "v")  # the part of the state that grows with a row
@@ -132,7 +132,7 @@ class ByteLatent:
         x_BTD: jax.Array,
         layers: dict | None,
         info: TokenInfo,
-    ) -> Trunk:
+    ) -> StackOutput:
         """Everything between embedded bytes and the final norm. Call it within a compact method of `module`.
 
         Args:
@@ -175,7 +175,7 @@ class ByteLatent:
             state |= {"recent": recent.tail(order), "pooled": pooled["pooled"], "last": last_BND}
             y_BTD, rows = finish(y_BTD, state, order, info, rows)
             states |= {"bytes": {name: pooled[name] for name in PAGES} | cast(dict, rows)}
-        return Trunk(embedded_BTD, y_BTD, states, Report(aux))
+        return StackOutput(embedded_BTD, y_BTD, states, Report(aux))
 
     def _patches(
         self,
@@ -226,8 +226,8 @@ def _run_latent(
         weights_BPF = by_patch(jax.ops.segment_sum, info.weights[..., None], patches.patch_BT, x_BPW.shape[1])
         patch_info = dataclasses.replace(patch_info, weights=weights_BPF[..., 0])
     if layers is None:
-        y_BPW, states, more = run_stack(ctx, latent, x_BPW, None, patch_info)
-        return y_BPW, states, more.aux
+        y_BPW, states, report = run_stack(ctx, latent, x_BPW, None, patch_info)
+        return y_BPW, states, report.aux
     page_table, page_size = cast(jax.Array, info.page_table), layers["bytes"]["k"].shape[1]
     page, slot = write_places(page_table, page_size, patches.position_BP, patches.segment_BP == 0)
     patch_info = TokenInfo(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from model.blocks.common import Context, bias_param, param
-from model.readouts.stream import Stream
+from model.readouts.hidden_states import HiddenStates
 
 
 class Readout(Protocol):
@@ -26,7 +26,7 @@ class Readout(Protocol):
         """The key in `out.heads`."""
         ...
 
-    def read(self, module: nn.Module, ctx: Context, stream: Stream) -> Any:
+    def read(self, module: nn.Module, ctx: Context, hidden_states: HiddenStates) -> Any:
         """The output, an array or a pytree. It runs within a compact method of `module`, which owns the parameters."""
         ...
 
@@ -37,12 +37,14 @@ class ScalarHead:
 
     name: str  # "value", "reward"
 
-    def read(self, module: nn.Module, ctx: Context, stream: Stream) -> jax.Array:
+    def read(self, module: nn.Module, ctx: Context, hidden_states: HiddenStates) -> jax.Array:
         name, zeros = f"{self.name}_head", nn.initializers.zeros
         role = f"the {self.name} of each token"
         w_D = param(module, ctx, name, (ctx.width,), ("norm",), zeros, role=role, decay=False)
         bias = bias_param(module, ctx, f"{name}_bias", (), ())
-        return jnp.einsum("BTD,D->BT", stream.hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
+        return (
+            jnp.einsum("BTD,D->BT", hidden_states.hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,9 @@ class ClassHead:
     bias: bool = True
     pooled: bool = False  # reads the pooler's output instead of the hidden state
 
-    def read(self, module: nn.Module, ctx: Context, stream: Stream) -> jax.Array:
+    def read(self, module: nn.Module, ctx: Context, hidden_states: HiddenStates) -> jax.Array:
         name, L = f"{self.name}_head", len(self.labels)
-        read_BTD = cast(jax.Array, stream.pooled_BTD) if self.pooled else stream.hidden_BTD
+        read_BTD = cast(jax.Array, hidden_states.pooled_BTD) if self.pooled else hidden_states.hidden_BTD
         role = f"the {self.name} of each token"
         w_DL = param(
             module, ctx, name, (ctx.width, L), ("embed", None), nn.initializers.zeros, 1, role, decay=True

@@ -18,7 +18,7 @@ from model.blocks.block import Block
 from model.blocks.common import Context, TokenInfo, add_up
 from model.blocks.linear import linear
 from model.blocks.norms import Norm, RMSNorm
-from model.readouts.stream import Stream
+from model.readouts.hidden_states import HiddenStates
 from model.sharding import constrain
 from model.stacks import Stack, run_stack
 from model.weighted import WeightedSum
@@ -41,12 +41,12 @@ class SequentialMTP:
     def __post_init__(self):
         _check(self.blocks)
 
-    def read(self, ctx: Context, stream: Stream, info: TokenInfo) -> Read:
+    def read(self, ctx: Context, hidden_states: HiddenStates, info: TokenInfo) -> Read:
         """Call it within a compact method; the MTP modules become submodules of the caller."""
-        states, aux, hidden_BTD = [], {}, stream.hidden_BTD
+        states, aux, hidden_BTD = [], {}, hidden_states.hidden_BTD
         ctx = dataclasses.replace(ctx, adapter=info.adapter)
         for name, block in mtp_blocks(self).items():
-            ahead_BTD = _embedding_ahead(stream.embedded_BTD, info.segment_ids, len(states) + 1)
+            ahead_BTD = _embedding_ahead(hidden_states.embedded_BTD, info.segment_ids, len(states) + 1)
             hidden_BTD, new_aux = SequentialModule(self, block, ctx, name=name)(ahead_BTD, hidden_BTD, info)
             states.append(hidden_BTD)
             aux = add_up(aux, new_aux)
@@ -69,12 +69,12 @@ class ParallelMTP:
     def __post_init__(self):
         _check(self.blocks)
 
-    def read(self, ctx: Context, stream: Stream, info: TokenInfo) -> Read:
+    def read(self, ctx: Context, hidden_states: HiddenStates, info: TokenInfo) -> Read:
         """As `SequentialMTP.read`."""
         states, aux = [], {}
         for name, block in mtp_blocks(self).items():
-            x_BTD, new_aux = ParallelModule(block, ctx, name=name)(stream.before_last, info)
-            states.append(stream.final_norm(x_BTD))
+            x_BTD, new_aux = ParallelModule(block, ctx, name=name)(hidden_states.before_last, info)
+            states.append(hidden_states.final_norm(x_BTD))
             aux = add_up(aux, new_aux)
         return states, aux
 
@@ -143,8 +143,8 @@ def _embedding_ahead(embedded_BTD: jax.Array, segment_ids_BT: jax.Array | None, 
 
 def _run_block(ctx: Context, block: Block, x_BTD: jax.Array, info: TokenInfo):
     unrolled = dataclasses.replace(ctx, scan=False)
-    x_BTD, _, more = run_stack(unrolled, Stack("", (block,)), x_BTD, None, info)
-    return x_BTD, more.aux
+    x_BTD, _, report = run_stack(unrolled, Stack("", (block,)), x_BTD, None, info)
+    return x_BTD, report.aux
 
 
 def _check(blocks: tuple[Block, ...]) -> None:

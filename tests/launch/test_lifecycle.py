@@ -101,7 +101,7 @@ def test_a_changed_stage_is_redone_with_what_follows(finished, tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert run.stdout.count("done before") == len(STAGES) - 2
     assert (
-        "rl: its config has changed: optimizer.peak_lr=0.0001 (was 0.00025), so it is done anew" in run.stdout
+        "rl: its config has changed: optimizer.peak_lr=0.0001 (was 0.00025), so it runs again" in run.stdout
     )
     assert {p.name for p in (workdir / "replaced").iterdir()} == {"rl", "eval-rl"}
 

@@ -23,7 +23,7 @@ from rl.objectives import grpo
 from rl.rollout import problems_of_step
 from rl.trajectory import Trajectory, batch_of
 from rl.verifiers import Verdict, Verifiers, score_math
-from train.store import tokenizer_files
+from train.checkpoints import tokenizer_files
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
 COUNTING = {"min_words": 1, "max_words": 1}

@@ -387,7 +387,7 @@ def test_a_client_that_goes_away_frees_its_place_before_and_after_the_first_toke
 
     def slow_step():
         time.sleep(0.15)
-        seen.append(len(engine._answers))
+        seen.append(len(engine._sequences))
         return original()
 
     engine.step = slow_step

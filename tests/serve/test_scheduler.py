@@ -6,13 +6,13 @@ import pytest
 from serve import Request, SamplingParams
 from serve.engine_config import EngineConfig
 from serve.pages import PagePool
-from serve.request import Answer
+from serve.request import Sequence
 from serve.scheduler import Scheduler, chunk_of
 
 
-def answer(number, prompt_tokens, max_tokens=8):
+def sequence(number, prompt_tokens, max_tokens=8):
     request = Request([1] * prompt_tokens, SamplingParams())
-    return Answer(request, f"a{number}", number, number, max_tokens, (), None)
+    return Sequence(request, f"a{number}", number, number, max_tokens, (), None)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_chunks_cover_a_prompt_and_pad_it_to_less_than_twice_its_length(buckets)
 
 
 def test_a_request_that_does_not_fit_is_not_overtaken_by_one_that_would(scheduler):
-    first, large, small = answer(0, 40), answer(1, 30), answer(2, 4)
+    first, large, small = sequence(0, 40), sequence(1, 30), sequence(2, 4)
     for one in (first, large, small):
         scheduler.add(one)
     scheduler.admit()
@@ -58,24 +58,24 @@ def test_a_request_that_does_not_fit_is_not_overtaken_by_one_that_would(schedule
 
 
 def test_prefill_batches_many_rows_in_chunks_and_decode_takes_those_that_are_done(scheduler):
-    long, short = answer(0, 21), answer(1, 3)
+    long, short = sequence(0, 21), sequence(1, 3)
     scheduler.add(long)
     scheduler.add(short)
     scheduler.admit()
     batch = scheduler.next_prefill()
-    assert batch.answers == [long, short] and batch.counts == [16, 3]
+    assert batch.sequences == [long, short] and batch.counts == [16, 3]
     assert batch.tokens.shape == (3, 16) and batch.count.tolist() == [16, 3, 0]
     np.testing.assert_array_equal(batch.rows.length, [0, 0, 0])
     long.cached, short.cached = 16, 3
     short.tokens.append(7)
     assert scheduler.catching_up() == [long]
     decode = scheduler.next_decode(4)
-    assert decode.answers == [short] and decode.token[0] == 7 and decode.budget[0] == 4
+    assert decode.sequences == [short] and decode.token[0] == 7 and decode.budget[0] == 4
     assert scheduler.next_prefill().counts == [4]
 
 
 def test_a_burst_ends_at_max_tokens_and_at_the_last_free_page(scheduler):
-    one, two = answer(0, 4, max_tokens=3), answer(1, 52, max_tokens=60)
+    one, two = sequence(0, 4, max_tokens=3), sequence(1, 52, max_tokens=60)
     for each in (one, two):
         scheduler.add(each)
     scheduler.admit()

@@ -25,12 +25,12 @@ from model.adapters import drop_adapters, merge_adapter, split_trained
 from model.generate import generate
 from model.logprobs import token_logprobs
 from rl.config import RLConfig
-from train import store, trainer
+from train import checkpoints, trainer
+from train.checkpoints import TrainCheckpoints, fingerprint
 from train.config import OptimizerSpec, SampleSpec, TrainConfig
 from train.optimizer import adamw
 from train.sampling import draw_samples
 from train.step import new_state
-from train.store import StateStore, fingerprint
 from train.trainer import TrainingDiverged, prepare_run, train
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat sat on a mat"] * 20
@@ -229,7 +229,7 @@ def test_the_state_holds_the_key_of_its_random_numbers(corpus, uninterrupted, tm
         train(make_config(corpus, steps=4, seed=7), tmp_path, stop_at=stop)
         setup = prepare_run(make_config(corpus, steps=4, seed=7), tmp_path)
         spec = make_config(corpus).checkpoint
-        kept = StateStore(tmp_path, spec, setup.cfg, setup.tokenizer, setup.mesh, setup.config.sharding)
+        kept = TrainCheckpoints(tmp_path, spec, setup.cfg, setup.tokenizer, setup.mesh, setup.config.sharding)
         keys.append(np.asarray(kept.restore_or_init(setup.initial_params, setup.optimizer)[0].rng))
         kept.close()
     np.testing.assert_array_equal(keys[0], jax.random.key_data(jax.random.key(7)))
@@ -239,12 +239,12 @@ def test_the_state_holds_the_key_of_its_random_numbers(corpus, uninterrupted, tm
 def test_a_checkpoint_without_a_key_goes_on_with_the_seeds(corpus, tmp_path, monkeypatch):
     """As earlier versions wrote them."""
     config = make_config(corpus, steps=4, seed=7)
-    whole = store._all_but_params
+    whole = checkpoints._all_but_params
     monkeypatch.setattr(
-        store, "_all_but_params", lambda state: {k: v for k, v in whole(state).items() if k != "rng"}
+        checkpoints, "_all_but_params", lambda state: {k: v for k, v in whole(state).items() if k != "rng"}
     )
     train(config, tmp_path, stop_at=2)
-    monkeypatch.setattr(store, "_all_but_params", whole)
+    monkeypatch.setattr(checkpoints, "_all_but_params", whole)
     assert train(config, tmp_path)["step"] == 4
 
 

@@ -34,7 +34,7 @@ def check_cache_dtype(dtype) -> None:
     except TypeError:
         known = False
     if not known:
-        raise ValueError(f"cache_dtype={dtype!r}: keys and values are kept in one of {CACHE_DTYPES}.")
+        raise ValueError(f"cache_dtype={dtype!r}: keys and values are stored as one of {CACHE_DTYPES}.")
 
 
 def empty_pages(

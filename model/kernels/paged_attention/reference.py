@@ -42,8 +42,8 @@ def in_plain(
     parts = {name: read(name) for name in kv_layout.names}
     k_RSKC = kv_layout.key_of(parts)
     mask_TS = _mask(mask, rows, at, jnp.arange(k_RSKC.shape[1])) & at.real_T[:, None]
-    of_tokens = k_RSKC[at.row_T], parts[kv_layout.values][at.row_T]
-    out = attention(q_THC[:, None], *of_tokens, mask_TS[:, None], scores)
+    of_rows = k_RSKC[at.row_T], parts[kv_layout.values][at.row_T]
+    out = attention(q_THC[:, None], *of_rows, mask_TS[:, None], scores)
     return jnp.where(at.real_T[:, None, None], out[:, 0], 0), cache
 
 

@@ -20,7 +20,7 @@ Kind = Literal["int8", "int4", "mxfp4", "nf4", "fp8"]
 
 
 class Format(NamedTuple):
-    """How a kind is kept: the dtype of its values, the largest of them, and the inputs of a block unless one says."""
+    """How a kind is stored: the dtype of its values, the largest of them, and the inputs of a block unless one says."""
 
     dtype: jnp.dtype
     largest: float

@@ -26,7 +26,7 @@ from train.mesh import param_shardings, state_shardings
 from train.step import TrainState, new_state
 
 
-class StateStore:
+class TrainCheckpoints:
     """The `checkpoints/` of a training run; each also holds the model config and the tokenizer."""
 
     def __init__(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 
-class Stream(NamedTuple):
+class HiddenStates(NamedTuple):
     embedded_BTD: jax.Array  # input of the first block
     before_last: jax.Array  # input of the last block
     hidden_BTD: jax.Array  # after the final norm
