@@ -314,7 +314,8 @@ def outcome(name: str, saved: dict) -> np.ndarray | str:
         for file in (HERE / name).glob("model*"):
             (Path(folder) / file.name).symlink_to(file)
         (Path(folder) / "config.json").write_text(json.dumps(saved))
-        attention = "sdpa" if name == "falcon_rw" else "eager"  # as make.py
+        falcon = name in ("falcon_rw", "falcon_7b", "falcon_40b")  # eager adds ALiBi twice, see make.py
+        attention = "sdpa" if falcon else "eager"
         try:
             with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                 model, loading = auto(name).from_pretrained(
