@@ -312,13 +312,19 @@ def sees_slots(info: TokenInfo, mask: Mask, num_slots: int) -> jax.Array:
     """
     slot_S = jnp.arange(num_slots)
     mask_BTS = mask.allows(info.positions[:, :, None], slot_S)
+    # padding has the position of a real token, and writes no slot
+    written_BT = (
+        info.positions if info.segment_ids is None else jnp.where(info.segment_ids != 0, info.positions, -1)
+    )
     if mask.prefix is not None:
         prefix_BT = mask.prefix[:, None] if mask.prefix.ndim == 1 else mask.prefix
-        mask_BTS |= (info.positions < prefix_BT)[:, :, None] & (slot_S < prefix_BT[..., None])
+        end_BT = jnp.minimum(prefix_BT, jnp.max(written_BT, axis=1, keepdims=True) + 1)
+        mask_BTS |= (info.positions < prefix_BT)[:, :, None] & (slot_S < end_BT[..., None])
     if mask.spans_BT is not None:
         rows_B1 = jnp.arange(len(info.positions))[:, None]
         spans_BS = jnp.zeros((len(info.positions), num_slots), jnp.int32)
-        spans_BS = spans_BS.at[rows_B1, info.positions].set(mask.spans_BT, mode="drop")
+        at_BT = jnp.where(written_BT < 0, num_slots, written_BT)
+        spans_BS = spans_BS.at[rows_B1, at_BT].set(mask.spans_BT, mode="drop")
         same_BTS = mask.spans_BT[:, :, None] == spans_BS[:, None]
         mask_BTS |= same_BTS & (mask.spans_BT != 0)[:, :, None]
     return mask_BTS if info.slots_filled is None else mask_BTS & info.slots_filled[:, None]

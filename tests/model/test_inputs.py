@@ -262,6 +262,23 @@ def test_a_text_with_a_prefix_and_spans_is_decoded_on_from_a_cache(latent):
     np.testing.assert_allclose(jnp.concatenate([first.logits, rest.logits], 1), whole, atol=3e-5)
 
 
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_padding_and_unwritten_slots_of_a_cache_change_no_prefix_and_no_span(left):
+    """A prefix may be longer than its document, and a span may end it: only the document's tokens are seen."""
+    cfg = tiny(layers=2)
+    params = random_params(cfg)
+    document, right = random_tokens(cfg, (1, 5)), 3 - left
+    spans, prefix = np.array([[0, 0, 0, 1, 1]], np.int32), jnp.array([9])
+    pad = lambda row: jnp.pad(row, ((0, 0), (left, right)))
+    segment_ids = pad(jnp.ones_like(document))
+    for parts in ({"prefix": prefix}, {"spans": spans}):
+        alone = apply(cfg, params, Inputs(document, **parts)).logits
+        padded = {name: pad(part) if name == "spans" else part for name, part in parts.items()}
+        inputs = Inputs(pad(document), segment_ids=segment_ids, **padded)
+        cached = apply(cfg, params, inputs, init_cache(cfg, 1, 16)).logits[:, left : left + 5]
+        np.testing.assert_allclose(cached, alone, atol=2e-5)
+
+
 def test_a_mixer_that_is_no_attention_has_no_spans():
     cfg = tiny(layers=1)
     cfg = cfg.replace(blocks=(dataclasses.replace(cfg.blocks[0], mixer=Mamba(20, 4, 3, 2)),))
