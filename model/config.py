@@ -131,6 +131,9 @@ class ModelConfig:
             raise ValueError(
                 "mtp: an encoder sees the tokens that multi-token prediction would predict. Use mtp=None."
             )
+        _ = self.stacks  # raises for blocks without a common residual stream
+        if isinstance(self.mtp, ParallelMTP):
+            Stack("", (*self.blocks, *self.mtp.blocks))  # the heads read the stream of the model's last block
         if self.pooler is None and any(isinstance(head, ClassHead) and head.pooled for head in self.heads):
             raise ValueError("a pooled head needs a pooler, and this model has none.")
         if not self.blocks or self.vocab_size < 1 or self.width < 1:

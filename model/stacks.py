@@ -38,6 +38,15 @@ class Stack:
     blocks: tuple[Block, ...]
     last_apart: bool = False  # with `scan`, the last block is a separate run
 
+    def __post_init__(self):
+        streams = {block.residual.copies: block.residual for block in self.blocks}
+        if len(streams) > 1:
+            differing = ", ".join(map(str, streams.values()))
+            raise ValueError(
+                f"the blocks of a stack share one residual stream, and these differ in its copies: {differing}. "
+                "Give all of them HyperConnections with the same copies, or none."
+            )
+
     def runs(self, scan: bool) -> list[Run]:
         """The runs in order; with `scan`, equal neighbours are one run."""
         if not scan:

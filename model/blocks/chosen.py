@@ -123,8 +123,18 @@ def router_scores(module: Any, x_BTD: jax.Array, name: str, role: str) -> jax.Ar
     return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), w_D, precision=jax.lax.Precision.HIGHEST)
 
 
+def check_nested(block: Block) -> None:
+    """Raises ValueError for a block that cannot be within a mixer."""
+    if block.residual.copies is not None:
+        raise ValueError(
+            f"{block.residual} widens the stream of a whole stack. Give it to the outer blocks, and give the blocks "
+            "within a mixer a plain residual."
+        )
+
+
 def check_choosable(block: Block) -> None:
     """Raises ValueError for a block with windows or distances, which skipped tokens would change."""
+    check_nested(block)
     for name in ("window", "alibi", "relative"):
         value = getattr(block.mixer, name, None)
         if value is not None:
@@ -138,16 +148,16 @@ def init_states(
     block: Block, num_pages: int, page_size: int, num_rows: int, dtype: jnp.dtype
 ) -> dict[str, jax.Array]:
     """A block's state, with the slots of its pages that hold a token."""
-    state = block.mixer.init_cache(num_pages, page_size, num_rows, dtype)
+    state = block.init_cache(num_pages, page_size, num_rows, dtype)
     return state | ({FILLED: jnp.zeros((num_pages, page_size), bool)} if has_pages(block) else {})
 
 
 def state_axes(block: Block) -> dict[str, tuple[str | None, ...]]:
-    return block.mixer.cache_axes() | ({FILLED: ("pages", "slots")} if has_pages(block) else {})
+    return block.cache_axes() | ({FILLED: ("pages", "slots")} if has_pages(block) else {})
 
 
 def has_pages(block: Block) -> bool:
-    return any("slots" in axes for axes in block.mixer.cache_axes().values())
+    return any("slots" in axes for axes in block.cache_axes().values())
 
 
 def run_chosen(

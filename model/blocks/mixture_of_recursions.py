@@ -20,6 +20,7 @@ from model.blocks.block import Block, BlockModule
 from model.blocks.chosen import (
     Chosen,
     check_choosable,
+    check_nested,
     choose_best,
     choose_positive,
     init_states,
@@ -70,8 +71,8 @@ class MixtureOfRecursions:
             raise ValueError(
                 f"recursions need blocks and at least one time; given {len(self.blocks)} blocks, times={self.times}."
             )
-        for block in self.blocks if self.router is not None else ():
-            check_choosable(block)
+        for block in self.blocks:
+            check_nested(block) if self.router is None else check_choosable(block)
         shares = self.router.capacities if isinstance(self.router, RecursionExpertChoice) else None
         if shares is not None and (len(shares) != self.times or not all(0 < share <= 1 for share in shares)):
             raise ValueError(

@@ -34,6 +34,11 @@ class ResidualPart(Protocol):
         """Whether mixer and network are added in one sum, with one norm for both or two norms."""
         ...
 
+    @property
+    def copies(self) -> int | None:
+        """The stream is [B, T, copies, D]; None: [B, T, D]. All blocks of a stack have the same."""
+        ...
+
     def begin(self, x_BTD: jax.Array) -> jax.Array:
         """The stream that a stack's first block reads."""
         ...
@@ -55,6 +60,7 @@ class Residual:
     skip_scale: float = 1.0  # multiplies x
 
     parallel: ClassVar[Literal["no"]] = "no"
+    copies: ClassVar[None] = None
 
     def begin(self, x_BTD: jax.Array) -> jax.Array:
         return x_BTD
@@ -79,6 +85,8 @@ class ParallelResidual:
     norms: Literal["one norm", "two norms"] = "one norm"  # for mixer and network together, or one each
     scale: float = 1.0
     skip_scale: float = 1.0
+
+    copies: ClassVar[None] = None
 
     @property
     def parallel(self) -> Literal["one norm", "two norms"]:

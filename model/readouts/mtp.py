@@ -20,7 +20,7 @@ from model.blocks.linear import linear
 from model.blocks.norms import Norm, RMSNorm
 from model.readouts.hidden_states import HiddenStates
 from model.sharding import constrain
-from model.stacks import Stack, run_stack
+from model.stacks import Stack, run_blocks, run_stack
 from model.weighted import WeightedSum
 
 Read = tuple[list[jax.Array], dict[str, WeightedSum]]  # (the hidden states of each module, the blocks' aux)
@@ -105,8 +105,9 @@ class SequentialModule(nn.Module):
         role = "combines the later token and the hidden state"
         x_BTD = linear(self, "join", joined_BTE, (D,), (None,), role)
         x_BTD = constrain(x_BTD, ctx.rules, "batch", "length", "act_embed")
-        x_BTD, aux = _run_block(ctx, self.block, x_BTD, info)
-        return norm.module(ctx, "final_norm", role="the input of this module's logits")(x_BTD), aux
+        unrolled = dataclasses.replace(ctx, scan=False)
+        x_BTD, _, report = run_stack(unrolled, Stack("", (self.block,)), x_BTD, None, info)
+        return norm.module(ctx, "final_norm", role="the input of this module's logits")(x_BTD), report.aux
 
 
 class ParallelModule(nn.Module):
@@ -114,8 +115,11 @@ class ParallelModule(nn.Module):
     ctx: Context
 
     @nn.compact
-    def __call__(self, trunk_BTD: jax.Array, info: TokenInfo):
-        return _run_block(self.ctx, self.block, trunk_BTD, info)
+    def __call__(self, trunk: jax.Array, info: TokenInfo):
+        """Of the residual stream, which hyper-connections make wider than [B, T, D]."""
+        ctx = dataclasses.replace(self.ctx, scan=False)
+        x, _, report = run_blocks(ctx, Stack("", (self.block,)).runs(False), trunk, None, info)
+        return self.block.residual.end(x), report.aux
 
 
 def mtp_blocks(mtp: MTP | None) -> dict[str, Block]:
@@ -139,12 +143,6 @@ def _embedding_ahead(embedded_BTD: jax.Array, segment_ids_BT: jax.Array | None, 
     if segment_ids_BT is None:
         return ahead_BTD
     return jnp.where(same_segment(segment_ids_BT, k)[:, :, None], ahead_BTD, 0)
-
-
-def _run_block(ctx: Context, block: Block, x_BTD: jax.Array, info: TokenInfo):
-    unrolled = dataclasses.replace(ctx, scan=False)
-    x_BTD, _, report = run_stack(unrolled, Stack("", (block,)), x_BTD, None, info)
-    return x_BTD, report.aux
 
 
 def _check(blocks: tuple[Block, ...]) -> None:

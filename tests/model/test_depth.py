@@ -208,6 +208,7 @@ DECODED = {
     "depths": model_of(
         WINDOWED, wrapped(MixtureOfDepths(PLAIN, None)), wrapped(MixtureOfDepths(LATENT, None))
     ),
+    "depths of a network": model_of(PLAIN, wrapped(MixtureOfDepths(Block(None, SwiGLU(20), NORM), None))),
     "depths of states": model_of(wrapped(MixtureOfDepths(RECURRENT, None)), PLAIN),
     "expert choice": model_of(
         PLAIN, wrapped(MixtureOfRecursions((PLAIN, RECURRENT), 2, RecursionExpertChoice()))

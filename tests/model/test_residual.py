@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from model import Block, ModelConfig, Rope, apply, init, init_cache, load, param_shapes, save
+from model.blocks.mixture_of_depths import MixtureOfDepths
+from model.blocks.mixture_of_recursions import MixtureOfRecursions
 from model.blocks.residual import HyperConnections, ParallelResidual, Residual
+from model.inputs.encoder import Encoder
 from model.layout import relayout
+from model.readouts.mtp import ParallelMTP
 
 from .conftest import GOLDENS, applied, check_decoding, compiled_fast, random_params, random_tokens, tiny
 
@@ -131,6 +135,34 @@ def test_hyper_connections_decode_scan_learn_and_are_saved(tmp_path):
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(grads))
     with pytest.raises(ValueError, match="copies=0"):
         HyperConnections(0)
+
+
+def test_a_parallel_head_reads_every_copy_of_the_stream():
+    """The head is the model with the head's block for its last block."""
+    cfg = with_residual(HyperConnections(3))
+    cfg = cfg.replace(mtp=ParallelMTP((dataclasses.replace(cfg.blocks[0], ffn=None),)))
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 7))
+    other = cfg.replace(blocks=(cfg.blocks[0], *cfg.mtp.blocks), mtp=None)
+    of_other = {key: params[key] for key in ("embedding", "final_norm", "block_0")}
+    of_other["block_1"] = params["mtp_1"]["block_0"]
+    wanted = forward(other, of_other, tokens).logits
+    np.testing.assert_allclose(forward(cfg, params, tokens).mtp_logits[0], wanted, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    "residuals", [(HyperConnections(2), HyperConnections(3)), (Residual(), HyperConnections(2))]
+)
+def test_blocks_of_one_stack_have_one_stream(residuals):
+    first, last = (dataclasses.replace(tiny().blocks[0], residual=residual) for residual in residuals)
+    with pytest.raises(ValueError, match="share one residual stream.*HyperConnections"):
+        tiny().replace(blocks=(first, last))
+    with pytest.raises(ValueError, match="share one residual stream"):
+        tiny().replace(blocks=(first,), mtp=ParallelMTP((last,)))
+    with pytest.raises(ValueError, match="share one residual stream"):
+        tiny().replace(encoder=Encoder((first, last)))
+    for nested in (MixtureOfDepths, lambda block: MixtureOfRecursions((block,), 2)):
+        with pytest.raises(ValueError, match="widens the stream of a whole stack"):
+            nested(last)
 
 
 def test_a_config_that_an_earlier_version_saved_has_todays_names():
