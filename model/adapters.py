@@ -136,7 +136,8 @@ def _merged(adapters: LoRA, params: Params, base: Path, slot: int, lead: int) ->
     update_LIO, lengths_LO = low_rank_update(adapters, params, base, slot, lead)
     sum_LIO = weight.astype(jnp.float32).reshape(update_LIO.shape) + update_LIO
     if lengths_LO is not None:
-        sum_LIO *= (lengths_LO / jnp.sqrt(jnp.sum(sum_LIO**2, axis=-2)))[..., None, :]
+        square_LO = jnp.sum(sum_LIO**2, axis=-2)
+        sum_LIO *= (lengths_LO / jnp.sqrt(jnp.where(square_LO > 0, square_LO, 1.0)))[..., None, :]
     return sum_LIO.reshape(weight.shape).astype(weight.dtype)
 
 

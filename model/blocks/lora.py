@@ -73,8 +73,9 @@ def gains(
 ) -> jax.Array:
     """DoRA's gains [N, outputs] float32: each output's learned length over that of its column in W + scale * a b.
 
-    The column lengths have no gradient (section 4.3 of the paper). |w + s a b|^2 is expanded, so that the sum of the
-    matrices needs no memory.
+    A column of zeros has gain 1, so that its adapter can train: pruned outputs and maps that start at zero have such
+    columns. The column lengths have no gradient (section 4.3 of the paper). |w + s a b|^2 is expanded, so that the sum
+    of the matrices needs no memory.
     """
     N, R, ins = a_NIR.shape[0], a_NIR.shape[-1], a_NIR.ndim - 2
     fixed = lambda x, *shape: jax.lax.stop_gradient(x.astype(jnp.float32)).reshape(*shape)
@@ -86,4 +87,6 @@ def gains(
         + 2 * jnp.einsum("NRO,NIR,IO->NO", b, a, w, optimize="optimal")
         + jnp.einsum("NRO,NIR,NIQ,NQO->NO", b, a, a, b, optimize="optimal")
     )
-    return magnitude_NO.astype(jnp.float32) * jax.lax.rsqrt(square_NO).reshape(N, *outs)
+    square_NO = square_NO.reshape(N, *outs)
+    inverse_NO = jax.lax.rsqrt(jnp.where(square_NO > 0, square_NO, 1.0))
+    return jnp.where(square_NO > 0, magnitude_NO.astype(jnp.float32) * inverse_NO, 1.0)

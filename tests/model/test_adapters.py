@@ -201,6 +201,38 @@ def test_the_length_in_dora_takes_no_gradient_through_its_own_normalisation():
     assert np.abs(ours).max() > 1e-2
 
 
+def test_dora_on_columns_of_zeros_changes_nothing_at_first_and_trains_as_lora():
+    """m = |w| = 0 there. At first the gradient of `b` is LoRA's; later the column is m s a b / |s a b|."""
+    cfg, spec, zeros = tiny(layers=1), LoRA(2, 4.0, ("down",)), [3, 8]
+    plain, tokens = random_params(cfg), random_tokens(cfg, (1, 5))
+    plain["block_0"]["ffn"]["down"] = plain["block_0"]["ffn"]["down"].at[:, zeros].set(0.0)
+    dora_cfg, dora = add_adapters(cfg, plain, dataclasses.replace(spec, decomposed=True), jax.random.key(0))
+    logits = forward(cfg, plain, tokens).logits
+    np.testing.assert_allclose(forward(dora_cfg, dora, tokens).logits, logits, atol=2e-5)
+    jax.tree.map(
+        lambda ours, own: np.testing.assert_allclose(ours, own, atol=1e-6),
+        merge_adapter(dora_cfg, dora)[1],
+        plain,
+    )
+
+    lora_cfg, lora = add_adapters(cfg, plain, spec, jax.random.key(0))
+    logit = lambda params, cfg: apply(cfg, params, tokens).logits[0, -1, 3]
+    gradient = compiled_fast(jax.grad(logit), static_argnums=1)
+    ours, theirs = (gradient(*of)["block_0"]["ffn"] for of in ((dora, dora_cfg), (lora, lora_cfg)))
+    np.testing.assert_allclose(ours["down_lora_b"], theirs["down_lora_b"], atol=1e-5)
+    assert np.abs(ours["down_lora_b"][0][:, zeros]).max() > 1e-3
+    np.testing.assert_array_equal(ours["down_lora_magnitude"][0, zeros], 0.0)
+
+    trained = moved(dora)
+    ffn = jax.tree.map(lambda x: np.asarray(x, np.float64), trained["block_0"]["ffn"])
+    update_FD = 2 * ffn["down_lora_a"][0] @ ffn["down_lora_b"][0]
+    column = ffn["down_lora_magnitude"][0] * update_FD / np.linalg.norm(update_FD, axis=0)
+    merged = merge_adapter(dora_cfg, trained)
+    np.testing.assert_allclose(merged[1]["block_0"]["ffn"]["down"][:, zeros], column[:, zeros], atol=1e-5)
+    out = forward(dora_cfg, trained, tokens).logits
+    np.testing.assert_allclose(out, forward(*merged, tokens).logits, atol=3e-4)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_logits_equal_those_of_peft(name):
     golden = np.load(GOLDENS / BASES[name] / "logits.npz")
