@@ -45,7 +45,9 @@ def _embed(cfg, params, tokens_BT, mask_BT, pooling, normalize):
     vectors_BD = POOLINGS[pooling](hidden_BTD, mask_BT)
     if not normalize:
         return vectors_BD
-    return vectors_BD / jnp.maximum(jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True), 1e-12)
+    # The square is bounded, not its root, whose gradient at the zero vector of an empty text is no number.
+    square_B1 = jnp.sum(jnp.square(vectors_BD), axis=-1, keepdims=True)
+    return vectors_BD / jnp.sqrt(jnp.maximum(square_B1, 1e-24))
 
 
 def _mean(hidden_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from model.generate import generate
 from model.inspect.anatomy import parameter_count
 from model.inspect.describe import describe
 
-from .conftest import GOLDENS, applied, compiled_fast
+from .conftest import GOLDENS, applied, compiled_fast, random_params, tiny
 
 forward = compiled_fast(applied, static_argnums=0)
 
@@ -169,6 +169,17 @@ def test_a_text_has_the_same_embedding_with_padding_on_either_side(name, pooling
     np.testing.assert_allclose(found, np.tile(wanted / np.linalg.norm(wanted), (3, 1)), atol=1e-5)
     raw = embed(cfg, params, tokens[:1], mask[:1], pooling, normalize=False)
     np.testing.assert_allclose(raw[0], wanted, atol=1e-4)
+
+
+def test_an_empty_text_has_the_zero_vector_and_changes_no_gradient():
+    cfg = tiny(layers=1)
+    params = random_params(cfg)
+    tokens, mask = np.full((2, 4), 5, np.int32), np.array([[1, 1, 1, 0], [0, 0, 0, 0]], np.int32)
+    loss = lambda params, rows: embed(cfg, params, tokens[:rows], mask[:rows])[:, :3].sum()
+    beside, alone = (jax.grad(loss)(params, rows) for rows in (2, 1))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), beside, alone)
+    assert np.abs(alone["embedding"]).max() > 1e-3
+    np.testing.assert_array_equal(embed(cfg, params, tokens, mask)[1], 0.0)
 
 
 def test_an_unknown_pooling_is_an_error_that_names_the_known():
