@@ -115,7 +115,8 @@ class SparseMixer:
         for _ in range(experts_per_token):
             best_BT1 = left_BTE.max(-1, keepdims=True)
             size_BTE = jnp.maximum(jnp.abs(logits_BTE), best_BT1)
-            close_BTE = jax.lax.stop_gradient((best_BT1 - logits_BTE) / size_BTE) <= 2 * self.jitter
+            # not a quotient, which is no number where all logits are 0
+            close_BTE = best_BT1 - logits_BTE <= 2 * self.jitter * size_BTE
             weights_BTE = jax.nn.softmax(jnp.where(close_BTE, left_BTE, -jnp.inf))
             chosen.append(left_BTE.argmax(-1))
             weights.append(jnp.take_along_axis(weights_BTE, chosen[-1][..., None], -1)[..., 0])

@@ -295,6 +295,15 @@ def test_an_even_router_has_the_least_balance_loss():
     assert float(aux["moe_z_loss"].mean()) == pytest.approx(np.log(E) ** 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("logits", [np.zeros(E), -np.arange(E) / 8], ids=["all 0", "the best is 0"])
+def test_a_sparse_mixer_chooses_among_logits_of_zero(logits):
+    router = SparseMixer(0.3)
+    chosen, weights = router.choose(jnp.asarray(logits[None, None], jnp.float32), None, 3)
+    wanted = brute_mixer(router, logits, 3)
+    np.testing.assert_array_equal(chosen[0, 0], [e for e, _ in wanted])
+    np.testing.assert_allclose(weights[0, 0], [weight for _, weight in wanted], rtol=1e-6)
+
+
 def test_load_can_be_traced():
     params, x = make(PLAIN)
     trace = lambda p, x: PLAIN.module(CTX, "ffn").apply({"params": p}, x, info(), mutable=["intermediates"])
