@@ -135,8 +135,9 @@ class MoEModule(nn.Module):
         if not self.spec.has_choice_bias:
             return None
         role = "balances the experts' loads; affects the choice, not the weights"
-        declared = in_float32(self.ctx), "choice_bias", (self.spec.num_experts,), ("norm",)
-        return bias_param(self, *declared, role=role)
+        # Stored in float32 in any model: its steps are a thousandth, and bfloat16's at 8 are a sixteenth.
+        ctx = dataclasses.replace(in_float32(self.ctx), param_dtype=jnp.dtype("float32"))
+        return bias_param(self, ctx, "choice_bias", (self.spec.num_experts,), ("norm",), role=role)
 
     def _tokens_choose(
         self, router: Router | SparseMixer, x_BTD, logits_BTE, bias_E, real_BT, info: TokenInfo

@@ -99,6 +99,7 @@ class Piece:
     expert: int | None
     lead: int  # leading axes in both layouts (stacked experts)
     inputs: int  # input axes; 0: not a linear map
+    dtype: np.dtype  # of new parameters
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -304,7 +305,7 @@ def _piece(rule: Rule, leaf: Leaf, expert: int | None) -> Piece:
         lead, inputs = 0, 0
     if isinstance(rule, Conv):
         inputs = 1
-    return Piece(path, shape, whole, expert, lead, inputs)
+    return Piece(path, shape, whole, expert, lead, inputs, info.dtype)
 
 
 def unflatten(params: Mapping[Path, object]) -> Params:

@@ -138,8 +138,11 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def stored_shapes(path: str | Path) -> Params:
-    """The parameters of a checkpoint as ShapeDtypeStructs; quantized ones as stored."""
+    """The parameters of a checkpoint as ShapeDtypeStructs, with the config's shapes and the stored dtypes."""
     flat: dict[Any, Any] = dict(flatten_dict(param_shapes(load_config(path)), sep="/"))
+    arrays: dict[Any, Any] = dict(flatten_dict(_stored_metadata(path), sep="/"))
+    for name in flat.keys() & arrays.keys():
+        flat[name] = jax.ShapeDtypeStruct(flat[name].shape, arrays[name].dtype)
     for name, saved in _meta(path).get("quantized", {}).items():
         values: Any = jax.ShapeDtypeStruct(flat[name].shape, FORMATS[saved["kind"]].dtype)
         scales: Any = jax.ShapeDtypeStruct(tuple(saved["scales"]), jnp.float32)
@@ -159,30 +162,35 @@ def load_native(
     Args:
       path: the checkpoint's own folder.
       shardings: one `Sharding`, or a tree of them like the parameters; default: the first device.
-      dtype: casts parameters while reading; quantized weights stay as they are.
+      dtype: casts parameters while reading; quantized weights, and what is float32 in any model, stay as they are.
     """
     cfg, shapes = load_config(path), stored_shapes(path)
+    wanted_shapes = shapes if dtype is None else param_shapes(cfg.replace(param_dtype=dtype))
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _, s=shardings: s, shapes)
     shaped = lambda leaf, dtype, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
-    def wanted(leaf: Any, sharding: Any) -> Any:
+    def wanted(leaf: Any, like: Any, sharding: Any) -> Any:
         if not is_quantized(leaf):
-            return shaped(leaf, dtype or leaf.dtype, sharding)
+            return shaped(leaf, like.dtype, sharding)
         return jax.tree.map(lambda part, sharding: shaped(part, part.dtype, sharding), leaf, sharding)
 
     shardings = shardings_like(shapes, shardings)
-    abstract = jax.tree.map(wanted, shapes, shardings, is_leaf=is_quantized)
+    abstract = jax.tree.map(wanted, shapes, wanted_shapes, shardings, is_leaf=is_quantized)
     items = ocp.load_checkpointables(str(Path(path).absolute()), {"params": _to_plain(abstract)})
     return cfg, _from_plain(items["params"], abstract)
 
 
 def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
     """As `load_native`, but parameters are read at their first use, stacked layers one at a time."""
-    shapes = stored_shapes(path)
+    cfg, shapes = load_config(path), stored_shapes(path)
     plain = {key for key, leaf in flatten_dict(shapes).items() if not is_quantized(leaf)}
+    wanted: dict[Any, Any] = {}
+    if dtype is not None:
+        wanted = dict(flatten_dict(param_shapes(cfg.replace(param_dtype=dtype))))
+    casts = {key: np.dtype(leaf.dtype) for key, leaf in wanted.items() if key in plain}
 
     def stored(keys, leaf) -> Sliced:
         kvstore = _stored_at(Path(path).absolute(), keys)
@@ -193,11 +201,10 @@ def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig
             )
         stored_dtype = np.dtype(array.dtype.numpy_dtype)
         read = lambda index: array[index].read().result()
-        casts = dtype and tuple(key.key for key in keys) in plain
-        return Sliced(leaf.shape, np.dtype(jnp.dtype(dtype)) if casts else stored_dtype, read)
+        return Sliced(leaf.shape, casts.get(tuple(key.key for key in keys), stored_dtype), read)
 
     found = jax.tree_util.tree_map_with_path(stored, _to_plain(shapes))
-    return load_config(path), _from_plain(found, shapes)
+    return cfg, _from_plain(found, shapes)
 
 
 def _stored_at(path: Path, keys: Any) -> dict:
@@ -208,8 +215,13 @@ def _stored_at(path: Path, keys: Any) -> dict:
 
 def stored_arrays(path: str | Path) -> list[tuple[str, int]]:
     """(dtype, bytes) of each parameter of a checkpoint; reads no weights."""
-    leaves = jax.tree.leaves(ocp.metadata(str(Path(path).absolute()), "params").metadata)
+    leaves = jax.tree.leaves(_stored_metadata(path))
     return [(str(leaf.dtype), math.prod(leaf.shape) * leaf.dtype.itemsize) for leaf in leaves]
+
+
+def _stored_metadata(path: str | Path) -> dict[str, Any]:
+    """The tree of a checkpoint's arrays, with the shape and dtype of each."""
+    return ocp.metadata(str(Path(path).absolute()), "params").metadata
 
 
 def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str, Any]:

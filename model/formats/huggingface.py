@@ -14,7 +14,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from configs.files import replacing
@@ -60,7 +59,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     """(cfg, lazy parameters; see `model.formats.lazy`) of a folder.
 
     Args:
-      dtype: of parameters and activations; default: as stored.
+      dtype: of parameters (but for those that are float32 in any model) and activations; default: as stored.
 
     Raises:
       FileNotFoundError: no weights.
@@ -86,7 +85,7 @@ def load(folder: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Par
     for tensor in (tensor for tensor in table if tensor.repeats is None):
         for i, piece in enumerate(tensor.pieces):
             make = functools.partial(_read_piece, tensor, i, stored[tensor.name])
-            values = Lazy(piece.shape, jnp.dtype(dtype or stored[tensor.name].dtype), make)
+            values = Lazy(piece.shape, piece.dtype if dtype else stored[tensor.name].dtype, make)
             parts.setdefault(piece.path, []).append(values)
     stacked = {piece.path for tensor in table for piece in tensor.pieces if piece.expert is not None}
     params = {path: Stacked(values) if path in stacked else values[0] for path, values in parts.items()}

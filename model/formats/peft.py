@@ -250,7 +250,7 @@ def _of_outputs(tensor: Tensor, inputs: int) -> Tensor:
     pieces = []
     for piece in tensor.pieces:
         shape = (inputs, *piece.shape[piece.inputs :])
-        pieces.append(Piece(piece.path, shape, shape, piece.expert, 0, 1))
+        pieces.append(Piece(piece.path, shape, shape, piece.expert, 0, 1, piece.dtype))
     outputs = sum(piece.matrix[-1] for piece in pieces)
     return Tensor(tensor.name, (outputs, inputs), tuple(pieces), True, tensor.groups)
 

@@ -35,7 +35,8 @@ def load(
       path: run folder (its newest checkpoint), checkpoint, Hugging Face folder or GGUF file.
       cfg: a config to use instead of the stored one; it may differ in how the model runs (`scan`, `dtype`, `remat`).
       shardings: a `Sharding` or a tree of them in the layout of `cfg`; default: the first device.
-      dtype: of the parameters in memory, such as "bfloat16"; default: as stored (GGUF: float32).
+      dtype: of the parameters in memory, such as "bfloat16", but for those that are float32 in any model (the router's
+        choice bias); default: as stored (GGUF: float32).
 
     Raises:
       FileNotFoundError, ValueError: nothing usable at `path`, or a damaged file; says what was found.

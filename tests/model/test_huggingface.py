@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,10 +25,12 @@ from model import (
     SwiGLU,
     load,
     load_config,
+    param_shapes,
     save,
 )
 from model.blocks.residual import Residual
 from model.formats import huggingface
+from model.formats.convert import convert
 from model.formats.safetensors_file import SafetensorsError, read_header
 from model.layout import relayout
 
@@ -423,3 +426,33 @@ def test_a_damaged_file_gives_an_error_or_arrays_that_lie_within_it(data, tmp_pa
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_a_choice_bias_and_other_float32_tensors_keep_their_bits_in_a_bfloat16_model(tmp_path):
+    """DeepSeek-V3's folder has both dtypes. Near 12 the steps of bfloat16 are 1/16: enough to change the experts."""
+    bias_path, norm_path = ("block_1", "ffn", "choice_bias"), ("final_norm", "scale")
+    cfg, params = load(GOLDENS / "deepseek_v3")
+    flat = {path: np.asarray(x).astype(ml_dtypes.bfloat16) for path, x in flatten_dict(params).items()}
+    for path in flat:
+        if path[-1] == "choice_bias" or path == norm_path:
+            flat[path] = (12 + np.linspace(0.001, 0.1, flat[path].size)).astype(np.float32)
+    cfg = cfg.replace(dtype="bfloat16", param_dtype="bfloat16")
+    save(tmp_path / "hf", cfg, unflatten_dict(flat), format="huggingface")
+    as_stored = load(tmp_path / "hf")
+    save(tmp_path / "native", *as_stored)
+    convert(tmp_path / "hf", tmp_path / "converted", dtype="bfloat16")
+    convert(tmp_path / "native", tmp_path / "native_again", "native")
+
+    def same_bits(found, path):
+        assert found[path].dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(found[path]), flat[path])
+
+    for name in ("hf", "native", "converted", "native_again"):
+        for dtype in (None, "bfloat16"):
+            found = flatten_dict(load(tmp_path / name, dtype=dtype)[1])
+            same_bits(found, bias_path)
+            if dtype is None and name != "converted":
+                same_bits(found, norm_path)
+            assert {x.dtype.name for path, x in found.items() if x.ndim > 2} == {"bfloat16"}
+            assert dtype is None or found[norm_path].dtype == ml_dtypes.bfloat16
+    assert param_shapes(cfg)["block_1"]["ffn"]["choice_bias"].dtype == np.float32
