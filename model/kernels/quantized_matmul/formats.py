@@ -76,11 +76,8 @@ def quantize(w_IO: jax.Array, kind: Kind, block: int | None = None) -> Quantized
     if I % block:
         raise ValueError(f"blocks of {block} do not divide {I} inputs. Use a block that does, e.g. {I}.")
     w_NBO = w_IO.astype(jnp.float32).reshape(I // block, block, O)
-    scales_NO = jnp.max(jnp.abs(w_NBO), axis=1) / form.largest
-    if (
-        kind == "mxfp4"
-    ):  # the largest power of two that keeps the block's largest at 4 or above, as the format has it
-        scales_NO = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(scales_NO * 6.0, 2.0**-126))) - 2.0)
+    most_NO = jnp.max(jnp.abs(w_NBO), axis=1)
+    scales_NO = _power_of_two(most_NO) if kind == "mxfp4" else most_NO / form.largest
     scaled_NBO = w_NBO / jnp.where(scales_NO == 0, 1, scales_NO)[:, None]
     values_IO = _ROUND[kind](scaled_NBO).astype(form.dtype).reshape(I, O)
     return QuantizedMatrix(values_IO, scales_NO, kind)
@@ -118,6 +115,13 @@ def widen(values: jax.Array, kind: Kind) -> jax.Array:
     size = jnp.where(code < 0, code + 8, code)  # a code below 0 has the sign bit set: -8 is -0
     halves = jnp.where(size < 2, size, (2 + (size & 1)) << (jnp.maximum(size >> 1, 1) - 1))
     return jnp.where(code < 0, -0.5, 0.5) * halves.astype(jnp.float32)
+
+
+def _power_of_two(most: jax.Array) -> jax.Array:
+    """The scale of a block of mxfp4: the largest power of two that keeps the block's largest value at 4 or above."""
+    # from the bits, because JAX's logarithms of powers of two are not exact
+    _, exponent = jnp.frexp(jnp.maximum(most, 2.0**-126))
+    return jnp.ldexp(jnp.float32(1), jnp.maximum(exponent - 3, -126))
 
 
 def _to_e2m1(scaled: jax.Array) -> jax.Array:

@@ -30,6 +30,17 @@ def normal(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
+def test_scales_of_mxfp4_are_exact_powers_of_two():
+    """Of a block's largest value, the exponent less the format's largest, as OCP Microscaling has it."""
+    exponents = np.arange(-120, 128)
+    for mantissa in (1.0, 1.5, 1.9999999):
+        largest = np.float32(mantissa * 2.0**exponents)
+        rounded = quantize(jnp.zeros((32, len(exponents))).at[5].set(largest), "mxfp4", 32)
+        np.testing.assert_array_equal(rounded.scales_NO[0], 2.0 ** (exponents - 2.0))
+        exact = {1.0: 1.0, 1.5: 1.5, 1.9999999: 1.5}[mantissa]  # beyond 6 there is no value
+        np.testing.assert_array_equal(dequantize(rounded)[5], exact * 2.0**exponents)
+
+
 def test_codes_of_mxfp4_are_those_of_the_format():
     codes = np.arange(16, dtype=np.uint8)
     wanted = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
