@@ -16,14 +16,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from model.kernels import mesh
+from model.kernels.derivatives import differentiable
 from model.kernels.grouped_matmul import grouped_matmul
-from model.kernels.grouped_matmul.quantized import quantized_grouped_matmul
+from model.kernels.grouped_matmul.quantized import QUANTIZED_GROUPED_MATMUL, quantized_grouped_matmul
 from model.kernels.grouped_matmul.sharded import Split, grouped_on_mesh
-from model.kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
+from model.kernels.quantized_matmul import QUANTIZED_MATMUL, QuantizedMatrix, quantized_matmul
 from model.kernels.quantized_matmul.formats import Kind, widen
 
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "mxfp4": 4, "nf4": 4}
@@ -113,6 +113,7 @@ def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Ar
         and set(outputs) <= set(y_axes)
     )
     if not is_map or mesh.ways(tuple(mesh.mesh_axes())) > 1:
+        QUANTIZED_MATMUL.require_plain("it runs on one device" if is_map else f"it has no product {spec}")
         return jnp.einsum(spec, x, weight.dense(x.dtype), preferred_element_type=dtype)
     sizes = dict(zip(x_axes + w_axes, x.shape + weight.shape))
     rows = "".join(letter for letter in x_axes if letter not in inputs)
@@ -133,27 +134,25 @@ def grouped_product(
         return grouped_on_mesh(split, x_MI, weight, sizes_E, names)
     if not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
         return _grouped(x_MI, weight.values, jax.lax.stop_gradient(weight.scales[:, 0]), sizes_E)
+    QUANTIZED_GROUPED_MATMUL.require_plain("it takes 8-bit weights with one scale an output, on one device")
     return grouped_on_mesh(split, x_MI, weight.dense(x_MI.dtype), sizes_E, names)
 
 
-@jax.custom_vjp
-def _grouped(x_MI: jax.Array, w_EIO: jax.Array, scales_EO: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return quantized_grouped_matmul(x_MI, w_EIO, scales_EO, sizes_E)
+def _grouped_forward(x_MI: jax.Array, *weight: jax.Array) -> tuple[jax.Array, tuple]:
+    return quantized_grouped_matmul(x_MI, *weight), weight
 
 
-def _grouped_forward(x_MI, w_EIO, scales_EO, sizes_E):
-    return _grouped(x_MI, w_EIO, scales_EO, sizes_E), (w_EIO, scales_EO, sizes_E)
+def _grouped_tangent(saved: tuple, moved: tuple) -> jax.Array:
+    return quantized_grouped_matmul(moved[0], *saved)
 
 
-def _grouped_backward(saved, d_MO):
+def _grouped_backward(saved: tuple, d_MO: jax.Array) -> tuple:
     w_EIO, scales_EO, sizes_E = saved
     wide_EIO = (w_EIO.astype(jnp.float32) * scales_EO[:, None]).astype(d_MO.dtype)
-    d_MI = grouped_matmul(d_MO, wide_EIO, sizes_E, transposed=True)
-    none = np.zeros(w_EIO.shape, jax.dtypes.float0) if w_EIO.dtype == jnp.int8 else jnp.zeros_like(w_EIO)
-    return d_MI, none, jnp.zeros_like(scales_EO), np.zeros(sizes_E.shape, jax.dtypes.float0)
+    return grouped_matmul(d_MO, wide_EIO, sizes_E, transposed=True), None, None, None
 
 
-_grouped.defvjp(_grouped_forward, _grouped_backward)
+_grouped = differentiable(_grouped_forward, _grouped_tangent, _grouped_backward)
 
 
 def scale_axes(names: tuple[Any, ...], weight: Quantized) -> tuple[Any, ...]:

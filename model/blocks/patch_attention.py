@@ -156,7 +156,8 @@ def attend_own_bytes(
     total_BPNKG = by_patch(jax.ops.segment_sum, weights_BSNKG, patch_BS, P)
     values_BSNKGC = weights_BSNKG[..., None] * v_BSKC[:, :, None, :, None].astype(jnp.float32)
     out_BPNKGC = by_patch(jax.ops.segment_sum, values_BSNKGC, patch_BS, P)
-    out_BPNKGC /= jnp.maximum(total_BPNKG, jnp.finfo(jnp.float32).tiny)[..., None]
+    # not the largest of the sum and a tiny number, whose derivative in forward mode is no number
+    out_BPNKGC /= jnp.where(total_BPNKG > 0, total_BPNKG, 1.0)[..., None]
     return out_BPNKGC.reshape(q_BPNHC.shape).astype(q_BPNHC.dtype)
 
 

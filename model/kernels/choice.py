@@ -67,18 +67,33 @@ class Operation(Generic[R]):
         """
         return self.implementations[self.chosen_name(request)]
 
+    def require_plain(self, reason: str) -> None:
+        """For a caller that computes the plain form itself: an error if the config names an implementation.
+
+        Raises:
+          ValueError: the config names one that is unknown or not plain; `reason` says why it can't serve, as a clause.
+        """
+        named = getattr(backend.kernels(), self.name)
+        if named in ("auto", "plain"):
+            return
+        self._check_known(named)
+        raise ValueError(f"kernels.{self.name}={named!r} can't serve this: {reason}. These can: plain.")
+
     def chosen_name(self, request: R) -> str:
         """The name of the implementation that `choose` returns."""
         named = getattr(backend.kernels(), self.name)
         if named == "auto":
             return self._automatic(request)
-        if named not in self.implementations:
-            known = ", ".join(("auto", *self.implementations))
-            raise ValueError(f"kernels.{self.name}={named!r} is not one of {known}.")
+        self._check_known(named)
         if reason := self._refusal(named, request):
             can = ", ".join(name for name in self.implementations if self._refusal(name, request) is None)
             raise ValueError(f"kernels.{self.name}={named!r} can't serve this: {reason}. These can: {can}.")
         return named
+
+    def _check_known(self, named: str) -> None:
+        if named not in self.implementations:
+            known = ", ".join(("auto", *self.implementations))
+            raise ValueError(f"kernels.{self.name}={named!r} is not one of {known}.")
 
     def _automatic(self, request: R) -> str:
         platform = "cpu" if backend.for_cpu() and "cpu" in self.preferred else request.backend.name

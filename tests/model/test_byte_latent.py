@@ -51,10 +51,8 @@ from model.inspect.trace import trace
 from model.kernels.attention.reference import attention
 from model.layout import relayout
 from model.patcher import with_patcher
-from train.config import OptimizerSpec
-from train.objectives import language_modelling
-from train.optimizer import adamw
-from train.step import make_train_step, new_state
+from tests.policy import adamw, language_modelling, policy_state, policy_step
+from train.schedules import Cosine
 
 from .conftest import GOLDENS, applied, check_decoding, compiled_fast, random_params, random_tokens
 from .test_families import config_of
@@ -185,6 +183,9 @@ def test_patches_attend_to_their_own_bytes_as_with_a_mask():
     summed = lambda *x: jnp.sin(attend_own_bytes(*x, patch)).sum()
     grads = compiled_fast(jax.grad(summed, argnums=(0, 1, 2)))(q, k, v)
     assert all(np.isfinite(grad).all() for grad in grads)
+    along = tuple(rng.normal(size=x.shape).astype("f4") for x in (q, k, v))
+    _, moved = compiled_fast(lambda args, along: jax.jvp(summed, args, along))((q, k, v), along)
+    np.testing.assert_allclose(moved, sum(map(np.vdot, grads, along)), rtol=1e-5)
 
 
 # one model: no leak, one result whatever the way
@@ -321,13 +322,13 @@ def objective_batch(tokens, targets):
 
 def trained(cfg, params, data, steps, rate):
     """Parameters after so many steps of AdamW on rows of a text, by the ordinary objective."""
-    optimizer = adamw(OptimizerSpec(peak_lr=rate, warmup_steps=5, weight_decay=0.1), steps, cfg)
-    step, state = jax.jit(make_train_step(language_modelling(cfg), optimizer)), new_state(params, optimizer)
+    optimizer = adamw(cfg, steps, Cosine(5), peak_lr=rate, weight_decay=0.1)
+    step, state = jax.jit(policy_step(cfg, optimizer)), policy_state(params, optimizer)
     (tokens, targets), rng = rows_of(data), np.random.default_rng(0)
     for _ in range(steps):
         rows = rng.integers(0, len(tokens), 8)
         state, _ = step(state, objective_batch(tokens[rows], targets[rows]))
-    return state.params
+    return state.params["policy"]
 
 
 @pytest.mark.slow

@@ -217,6 +217,8 @@ def test_products_pass_gradients_to_what_is_multiplied():
             value, back = jax.vjp(run, x)
             close(value, wanted, 2e-4)
             close(back(value)[0], np.stack([y @ w_IO.T for y, w_IO in zip(wanted, rows)]), 2e-3)
+            _, moved = jax.jvp(run, (x,), (x[::-1],))  # the product is linear in x
+            close(moved, np.stack([x_I @ w_IO for x_I, w_IO in zip(np.asarray(x)[::-1], rows)]), 2e-4)
 
 
 def quantized_array(w, inputs, block, experts=False):
