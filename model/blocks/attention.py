@@ -27,7 +27,7 @@ from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels import backend
 from model.kernels.attention import Mask, Scores, self_attention
 from model.kernels.attention.reference import attention, self_attention_weights
-from model.kernels.paged_attention import KVLayout, pages
+from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout, pages
 from model.kernels.paged_attention.sharded import attend_on_mesh
 from model.sharding import ShardingRules, constrain
 
@@ -359,14 +359,9 @@ def attend_pages(
                 count_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
             rows = info.page_table, info.cached, count_B
             return attend_on_mesh(q_BTHC, new, cache, *rows, kv_layout, mask, scores, rules, first_B)
-        log_gathered_rows(
-            "The kernel has no score biases, no prefix and no spans, and its tokens directly follow the cached ones."
-        )
-    elif (named := backend.kernels().paged) not in ("auto", "plain"):
-        raise ValueError(
-            f"kernels.paged={named!r} runs on TPUs, and kernels here are for {backend.current().name}: rows are "
-            'gathered. Use "auto" or "plain".'
-        )
+    check_gathered_rows(
+        "it has no score biases, no prefix and no spans, and its tokens directly follow the cached ones"
+    )
     if new is not None:
         cache = write_pages(cache, new, info)
     parts = {name: read_pages(cache, name, info, kv_layout.heads, q_BTHC.dtype) for name in kv_layout.names}
@@ -376,7 +371,26 @@ def attend_pages(
     return attention(q_BTHC, k_BSKC, parts[kv_layout.values], mask_BTS, scores, distance_BTS), cache
 
 
+def check_gathered_rows(reason: str) -> None:
+    """For attention to a cache without a kernel: logs it once on a TPU.
+
+    Args:
+      reason: why a TPU's kernel can't serve, as a clause.
+
+    Raises:
+      ValueError: the config names a kernel.
+    """
+    platform = backend.current().name
+    PAGED_ATTENTION.require_plain(
+        reason if platform == "tpu" else f"it runs on tpu, and kernels here are for {platform}"
+    )
+    if platform == "tpu":
+        _log_gathered_rows(reason)
+
+
 @functools.cache
-def log_gathered_rows(why: str) -> None:
-    """Log once that attention to a cache runs without the TPU kernel."""
-    _log.warning("Some attention to a cache gathers whole rows, which costs memory and time. %s", why)
+def _log_gathered_rows(reason: str) -> None:
+    _log.warning(
+        "Some attention to a cache gathers whole rows, which costs memory and time. The kernel can't serve: %s.",
+        reason,
+    )

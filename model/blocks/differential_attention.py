@@ -18,9 +18,9 @@ from model.blocks.attention import (
     KEY_VALUE_AXES,
     KEYS_VALUES,
     QUERIES,
+    check_gathered_rows,
     combine_heads,
     key_value_pages,
-    log_gathered_rows,
     project_heads,
     read_pages,
     sees_slots,
@@ -30,7 +30,6 @@ from model.blocks.attention import (
 from model.blocks.common import Context, TokenInfo, in_float32, param
 from model.blocks.norms import RMSNorm
 from model.blocks.positions import Rope
-from model.kernels import backend
 from model.kernels.attention import Mask, Scores, self_attention
 from model.kernels.attention.reference import attention
 
@@ -92,8 +91,7 @@ class DifferentialAttentionModule(nn.Module):
                 q_BTHC, k_BTKC, v_BTKE, info.positions, info.segment_ids, rules=self.ctx.rules
             )
         else:
-            if backend.current().name == "tpu":
-                log_gathered_rows("The kernel does not support values that two heads share.")
+            check_gathered_rows("it does not support values that two heads share")
             cache = write_pages(cache, {"k": k_BTKC, "v": v_BTKC}, info)
             k_BSKC, v_BSKC = (
                 read_pages(cache, name, info, spec.num_kv_heads, q_BTHC.dtype) for name in ("k", "v")

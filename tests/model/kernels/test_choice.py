@@ -1,22 +1,30 @@
 """Which implementation is chosen, errors that say which can serve, and numbers of libraries' kernels beside ours."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import apply, init, init_cache, param_shapes
+from model import Inputs, apply, init, init_cache, param_shapes
+from model.blocks.differential_attention import DifferentialAttention
+from model.blocks.positions import Alibi
 from model.kernels import backend, choice
 from model.kernels.attention import ATTENTION, Mask, Scores, self_attention
 from model.kernels.attention.blocks import in_query_blocks
 from model.kernels.backend import Kernels
 from model.kernels.grouped_matmul import grouped_matmul
 from model.kernels.grouped_matmul.reference import every_product
+from model.kernels.grouped_matmul.sharded import Split
 from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout
 from model.kernels.paged_attention import Request as PagedRequest
 from model.kernels.recurrence import chunks
 from model.kernels.ssd import SSD
-from train.config import Execution, ModelSpec
+from model.weights import Quantized, grouped_product, matmul
+from train.config import Execution
+from train.presets import Llama
 
 from ..conftest import tiny
 from ..tpu import compile_for
@@ -136,7 +144,7 @@ def test_other_peoples_kernels_compile_for_the_chip_behind_our_arguments(form):
 
 def test_a_config_names_the_forms_of_a_run():
     run = Execution(kernels=Kernels(attention="splash"), remat="products")
-    cfg = ModelSpec().build(64, run)
+    cfg = run.apply_to(Llama().build(64))
     assert cfg.kernels.attention == "splash" and cfg.remat == "products"
     with pytest.raises(ValueError, match="attention='splash' can't serve this: it runs on tpu"):
         jax.eval_shape(lambda: apply(cfg, init(cfg, jax.random.key(0)), jnp.zeros((1, 8), jnp.int32)))
@@ -170,8 +178,53 @@ def test_a_kernel_for_pages_that_was_named_where_none_runs_is_an_error():
     step = lambda params, tokens, cache: apply(cfg, params, tokens, cache).logits
     arguments = param_shapes(cfg), jax.ShapeDtypeStruct((1, 1), jnp.int32), cache
     with pytest.raises(
-        ValueError, match="kernels.paged='kernel' runs on TPUs, and kernels here are for plain"
+        ValueError,
+        match="kernels.paged='kernel' can't serve this: it runs on tpu, and kernels here are for plain",
     ):
         jax.eval_shape(step, *arguments)
     with backend.use("gpu"), pytest.raises(ValueError, match="here are for gpu"):
         jax.eval_shape(step, *arguments)
+
+
+@pytest.mark.parametrize("named", ["kernel", "ragged"])
+def test_a_kernel_for_pages_that_was_named_where_a_tpu_gathers_rows_is_an_error(named):
+    cfg = tiny(layers=1, kernels=backend.Kernels(paged=named))
+    block = cfg.blocks[0]
+    biased = dataclasses.replace(block.mixer, rope=None, alibi=Alibi())
+    cases = {
+        "no score biases": (biased, {}),
+        "no prefix": (block.mixer, {"prefix": jnp.array([1])}),
+        "directly follow": (block.mixer, {"positions": jnp.array([[0, 1]])}),
+        "values that two heads share": (DifferentialAttention(4, 2, 6, 0.2), {}),
+    }
+    for reason, (mixer, parts) in cases.items():
+        of_mixer = cfg.replace(blocks=(dataclasses.replace(block, mixer=mixer),))
+        inputs = Inputs(jnp.zeros((1, 2), int), **parts)
+        step = functools.partial(apply, of_mixer, inputs=inputs)
+        with backend.use("tpu", interpret=True):
+            cache = jax.eval_shape(functools.partial(init_cache, of_mixer, 1, 8))
+            said = f"kernels.paged='{named}' can't serve this: .*{reason}.*: plain"
+            with pytest.raises(ValueError, match=said):
+                jax.eval_shape(step, param_shapes(of_mixer), cache=cache)
+
+
+def test_a_kernel_for_quantized_weights_that_was_named_where_they_are_dequantized_is_an_error():
+    of_kind = lambda kind, *shape: Quantized(
+        jnp.zeros(shape, jnp.int8), jnp.ones((*shape[:-2], 1, shape[-1])), kind, (-2,)
+    )
+    sizes = jnp.array([2, 1])
+    with (
+        backend.use("tpu", interpret=True),
+        backend.prefer(Kernels(quantized="kernel", quantized_grouped="kernel")),
+    ):
+        with pytest.raises(
+            ValueError, match="kernels.quantized='kernel' can't serve this: .*product MO,IO->MI"
+        ):
+            matmul(jnp.ones((3, 8)), of_kind("int8", 8, 8), "MO,IO->MI")
+        with pytest.raises(
+            ValueError, match="kernels.quantized_grouped='kernel' can't serve this: it takes 8-bit"
+        ):
+            grouped_product(Split(), jnp.ones((3, 8)), of_kind("int4", 2, 8, 8), sizes, (None, None))
+        two_devices = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        with jax.set_mesh(two_devices), pytest.raises(ValueError, match="it runs on one device"):
+            matmul(jnp.ones((3, 8)), of_kind("int8", 8, 8), "MI,IO->MO")
