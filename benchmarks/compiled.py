@@ -34,10 +34,10 @@ from model.families import FAMILIES
 from model.function import param_shapes
 from model.inspect.flops import train_flops_per_token
 from model.kernels import backend
-from train.config import OptimizerSpec
+from train.algorithms import LanguageModelling
 from train.mesh import make_mesh, param_shardings, state_shardings
-from train.objectives import language_modelling
-from train.optimizer import adamw
+from train.optimizers import AdamW, make_optimizer
+from train.schedules import Cosine
 from train.step import make_train_step, new_state
 
 HBM = {
@@ -89,11 +89,11 @@ def compile_step(
     """The train step of `python -m train` on the case's slice; `tried` are options of XLA beside those it has."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.topology).devices
     mesh = make_mesh(case.mesh, list(devices))
-    optimizer = adamw(OptimizerSpec(), 1000, cfg)
-    state = jax.eval_shape(lambda p: new_state(p, optimizer), param_shapes(cfg))
-    shardings = state_shardings(state, param_shardings(cfg, mesh, rules), mesh)
+    optimizers = {"policy": make_optimizer(AdamW(), Cosine(), 1000, cfg)}
+    state = jax.eval_shape(lambda p: new_state({"policy": p}, optimizers), param_shapes(cfg))
+    shardings = state_shardings(state, {"policy": param_shardings(cfg, mesh, rules)}, mesh)
     with jax.set_mesh(mesh), backend.use("tpu", chip=case.chip):
-        step = make_train_step(language_modelling(cfg, rules), optimizer, rules=rules)
+        step = make_train_step(LanguageModelling(), {"policy": cfg}, optimizers, rules=rules)
         placed = jax.tree.map(
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), state, shardings
         )
@@ -101,7 +101,7 @@ def compile_step(
         of = lambda dtype: jax.ShapeDtypeStruct((case.rows, case.length), dtype, sharding=rows)
         ints = {key: of(jnp.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        return jitted.lower(placed, ints | {"loss_weights": of(jnp.float32)}).compile(
+        return jitted.lower(placed, {}, ints | {"loss_weights": of(jnp.float32)}).compile(
             training_options("tpu", case.chip) | (tried or {})
         )
 

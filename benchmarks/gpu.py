@@ -51,7 +51,7 @@ def models() -> dict[str, Any]:
     from model import Block, ModelConfig, RMSNorm, SwiGLU, decoder
     from model.blocks.deltanet import GatedDeltaNet
     from model.blocks.mamba2 import Mamba2
-    from train.config import MoESpec
+    from train.presets import Mixture
 
     llama = decoder(512, 128, 4, 4, 2, 32, 256)
     blocks = {
@@ -59,7 +59,7 @@ def models() -> dict[str, Any]:
         "delta rule": (Block(GatedDeltaNet(4, 2, 64, 64), SwiGLU(256)),),
     }
     others = {name: ModelConfig(512, 128, block * 3, final_norm=RMSNorm()) for name, block in blocks.items()}
-    return {"llama": llama, "moe": MoESpec(8, 2).put_into(llama, 128)} | others
+    return {"llama": llama, "moe": Mixture(ffn_width=128).put_into(llama)} | others
 
 
 def difference(cfg: Any, dtype: str) -> dict[str, float]:
@@ -69,13 +69,13 @@ def difference(cfg: Any, dtype: str) -> dict[str, float]:
 
     from model import init
     from model.kernels import backend
-    from train.objectives import language_modelling
+    from train.algorithms import LanguageModelling, objective_of
 
     batch = packed_rows()
     params = init(cfg, jax.random.key(0))
 
     def gradient(cfg):
-        objective = language_modelling(cfg)
+        objective = objective_of(LanguageModelling(), cfg)
         return jax.jit(jax.value_and_grad(lambda params, batch: objective(params, batch)[0].mean()))
 
     with jax.default_matmul_precision("highest"):
@@ -124,16 +124,16 @@ def step(options: argparse.Namespace) -> None:
     from model.compilation import training_options
     from model.inspect.flops import mfu, train_flops_per_token
     from model.kernels.backend import Kernels
-    from train.config import OptimizerSpec
-    from train.objectives import language_modelling
-    from train.optimizer import adamw
+    from train.algorithms import LanguageModelling
+    from train.optimizers import AdamW, make_optimizer
+    from train.schedules import Cosine
     from train.step import make_train_step, new_state
 
     L, shape = sizes(options), (options.rows, options.length)
     how = {"scan": not options.unrolled, "remat": options.remat, "kernels": Kernels(attention=options.form)}
     cfg = llama(options).replace(**how)
-    optimizer = adamw(OptimizerSpec(), 1000, cfg)
-    state = jax.jit(lambda key: new_state(init(cfg, key), optimizer))(jax.random.key(0))
+    optimizers = {"policy": make_optimizer(AdamW(), Cosine(), 1000, cfg)}
+    state = jax.jit(lambda key: new_state({"policy": init(cfg, key)}, optimizers))(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), shape, 0, L["vocab"])
     batch = {
         "tokens": tokens,
@@ -142,7 +142,8 @@ def step(options: argparse.Namespace) -> None:
         "segment_ids": jnp.ones(shape, jnp.int32),
         "positions": jnp.broadcast_to(jnp.arange(options.length), shape),
     }
-    train_step = make_train_step(language_modelling(cfg), optimizer)
+    take_step = make_train_step(LanguageModelling(), {"policy": cfg}, optimizers)
+    train_step = lambda state, batch: take_step(state, {}, batch)
     began = time.perf_counter()
     program = (
         jax.jit(train_step, donate_argnums=0, compiler_options=training_options())

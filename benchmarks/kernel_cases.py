@@ -28,8 +28,8 @@ from model.kernels.paged_attention import KVLayout, attend_in_rows, paged_attent
 from model.kernels.quantized_matmul import quantized_matmul
 from model.kernels.quantized_matmul.formats import quantize
 from model.kernels.quantized_matmul.reference import widened_whole
-from train.config import OptimizerSpec
-from train.optimizer import adamw
+from train.optimizers import AdamW, make_optimizer
+from train.schedules import Cosine
 
 T = 8192  # tokens of a row where a model is trained
 
@@ -268,7 +268,7 @@ ADAM_FLOPS = 19  # a parameter: norm 2, clip 1, moments 3 + 4, their corrections
 def adam_case(clip: float) -> Case:
     """Of a decoder's tree of 1e8 numbers; gradients, moments and parameters are float32."""
     cfg = model.decoder(32000, 768, 12, 12, 4, 64, 2048, scan=True, param_dtype="float32")
-    params, optimizer = param_shapes(cfg), adamw(OptimizerSpec(clip_norm=clip), 1000, cfg)
+    params, optimizer = param_shapes(cfg), make_optimizer(AdamW(clip_norm=clip), Cosine(), 1000, cfg)
     state = jax.eval_shape(optimizer.init, params)
 
     def update(floats, rest):

@@ -184,16 +184,17 @@ def make_step(options: argparse.Namespace):
     """(the jitted step, its state, a batch, flops of a step)."""
     from model import init
     from model.inspect.flops import train_flops_per_token
-    from train.config import OptimizerSpec
-    from train.objectives import language_modelling
-    from train.optimizer import adamw
+    from train.algorithms import LanguageModelling
+    from train.optimizers import AdamW, make_optimizer
+    from train.schedules import Cosine
     from train.step import make_train_step, new_state
 
     cfg = make_config(options)
     params = init(cfg, jax.random.key(0))
-    optimizer = adamw(OptimizerSpec(), 1000, cfg)
+    optimizers = {"policy": make_optimizer(AdamW(), Cosine(), 1000, cfg)}
+    train_step = make_train_step(LanguageModelling(), {"policy": cfg}, optimizers)
     step = jax.jit(
-        make_train_step(language_modelling(cfg), optimizer),
+        lambda state, batch: train_step(state, {}, batch),
         donate_argnums=0,
         compiler_options=training_options(),
     )
@@ -205,20 +206,21 @@ def make_step(options: argparse.Namespace):
         "segment_ids": jnp.ones(tokens.shape, jnp.int32),
         "positions": jnp.broadcast_to(jnp.arange(options.length), tokens.shape),
     }
-    return step, new_state(params, optimizer), batch, tokens.size * train_flops_per_token(cfg, options.length)
+    state = new_state({"policy": params}, optimizers)
+    return step, state, batch, tokens.size * train_flops_per_token(cfg, options.length)
 
 
 def make_config(options: argparse.Namespace):
     from model import ModelConfig, RMSNorm, decoder
     from model.blocks.block import Block
     from model.blocks.mamba2 import Mamba2
-    from train.config import MoESpec
+    from train.presets import Mixture
 
     if options.model == "mamba2":
         return ModelConfig(VOCAB, 512, (Block(Mamba2(16, 64, 64), None),) * 14, final_norm=RMSNorm())
     width = 704 if options.model == "moe" else 1408
     cfg = decoder(VOCAB, 512, 8, 8, 4, 64, width, tied_head=True)
-    return MoESpec(8, 2).put_into(cfg, width) if options.model == "moe" else cfg
+    return Mixture(ffn_width=width).put_into(cfg) if options.model == "moe" else cfg
 
 
 def run(compiled, state, batch):

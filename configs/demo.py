@@ -102,7 +102,7 @@ def sft():
 
 
 def dpo():
-    return training(40, 2e-5, objective="dpo", log_every=5, samples=chat_samples())
+    return training(40, 2e-5, algorithm={"kind": "DPO"}, log_every=5, samples=chat_samples())
 
 
 def chat_samples():
@@ -115,7 +115,8 @@ def training(steps, peak_lr, **more):
         "steps": steps,
         "log_every": 20,
         "data": {"seq_len": 128, "batch_size": 8, "validation_batches": 4},
-        "optimizer": {"peak_lr": peak_lr, "warmup_steps": 30, "b2": 0.98, "weight_decay": 0.01},
+        "optimizer": {"peak_lr": peak_lr, "b2": 0.98, "weight_decay": 0.01},
+        "schedule": {"warmup_steps": 30},
         "checkpoint": {"every": 100, "keep": 1},
         **more,
     }
@@ -130,8 +131,9 @@ def rl():
         "evaluate_every": 20,
         "evaluate_problems": 100,
         "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 10, "seq_len": 48},
-        "grpo": {"minibatches": 4},
-        "optimizer": {"peak_lr": 2.5e-4, "warmup_steps": 10, "schedule": "cosine", "weight_decay": 0.0},
+        "algorithm": {"minibatches": 4},
+        "optimizer": {"peak_lr": 2.5e-4, "weight_decay": 0.0},
+        "schedule": {"kind": "Cosine", "warmup_steps": 10},
         "mesh": {"data": -1},
         "checkpoint": {"every": 25, "keep": 1},
     }

@@ -68,7 +68,7 @@ def parse(
     source, argv = _take_config(argv)
     source = source or default_config
     if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in argv):
-        mapping = _read(cls, source) if source else overlay(cls, {})
+        mapping = _chosen_kinds(cls, _read(cls, source) if source else overlay(cls, {}), argv)
         print(help_text(cls, mapping, description, program, flags or {}, default_config, workdir_required))
         raise SystemExit(0)
     if source is None:
@@ -134,6 +134,15 @@ def run(
             "\nInterrupted. The same command, given again, goes on from where this stopped.", file=sys.stderr
         )
         return 130
+
+
+def _chosen_kinds(cls: type, mapping: dict[str, Any], argv: list[str]) -> dict[str, Any]:
+    """The config whose keys `--help` shows: with the variants that the command line chooses."""
+    kinds = [arg for arg in argv if re.match(r"--?config\.[^=]*\bkind=", arg)]
+    wanted = overrides.find(cls, mapping, kinds)
+    return overrides.apply(
+        cls, mapping, wanted, {item.path: kinds[i].split("=", 1)[1] for i, item in enumerate(wanted)}
+    )
 
 
 def _program() -> str:

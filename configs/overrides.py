@@ -241,6 +241,8 @@ def _hint(path: str, known: Sequence[str]) -> str:
 def _chosen(tp: Any, value: Any) -> type | None:
     """The dataclass that a value of type `tp` has or, where it is None, would have."""
     names = tagged(tp)
+    if names and value is None and type(None) in typing.get_args(tp):
+        return next(iter(names.values()))
     if names:
         return names.get(str(value.get(KIND))) if isinstance(value, Mapping) else None
     return next((member for member in choices(tp) if is_config(member)), None)

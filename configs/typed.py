@@ -2,7 +2,8 @@
 
 What a field may be: `int`, `float`, `bool`, `str`, `Any`, `Literal`, `tuple[T, ...]`, `tuple[A, B]`,
 `dict[str, T]`, `T | None`, a dataclass, or a union of dataclasses. A value of such a union is written as a
-mapping whose key `kind` is the name of the class. Ints are taken for floats; bools are never ints; "1" is
+mapping whose key `kind` is the name of the class; without it, the class is that of the field's default, or the
+first of the union where the default is None. Ints are taken for floats; bools are never ints; "1" is
 never 1.
 """
 
@@ -22,6 +23,13 @@ KIND = "kind"  # the key that names the class where a field is a union of datacl
 
 class ConfigError(ValueError):
     """A config, an override or a path that the user has to mend; its message needs no trace."""
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Raises ValueError that names the first key below `least`."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name}={value}; wanted at least {least}.")
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str = "config") -> T:
@@ -51,9 +59,8 @@ def overlay(cls: type, mapping: Mapping[str, Any], where: str = "config") -> dic
     hints, merged = type_hints(cls), {}
     for field in init_fields(cls):
         if field.name in mapping:
-            merged[field.name] = _overlay_value(
-                hints[field.name], mapping[field.name], f"{where}.{field.name}"
-            )
+            value = with_kind(hints[field.name], mapping[field.name], default_of(field))
+            merged[field.name] = _overlay_value(hints[field.name], value, f"{where}.{field.name}")
         elif (default := default_of(field)) is not dataclasses.MISSING:
             merged[field.name] = _to_plain(hints[field.name], default)
     return merged
@@ -143,6 +150,16 @@ def tagged(tp: Any) -> dict[str, type]:
     return {cls.__name__: cls for cls in classes}
 
 
+def with_kind(tp: Any, value: Any, default: Any) -> Any:
+    """`value` of a field of type `tp`; where it names no class of a union, with that of the field's default."""
+    names = tagged(tp)
+    if not names or not isinstance(value, Mapping) or KIND in value or default is dataclasses.MISSING:
+        return value
+    if default is None:
+        return {KIND: next(iter(names)), **value}
+    return {KIND: type(default).__name__, **value} if type(default).__name__ in names else value
+
+
 def class_of(tp: Any, value: Any, where: str) -> tuple[type | None, Any]:
     """The dataclass that `value` is written for, and the value without its tag; (None, value) for other
     types.
@@ -223,7 +240,8 @@ def _construct(cls: type, mapping: Mapping[str, Any], where: str) -> Any:
     hints, values = type_hints(cls), {}
     for field in init_fields(cls):
         if field.name in mapping:
-            values[field.name] = _convert(hints[field.name], mapping[field.name], f"{where}.{field.name}")
+            value = with_kind(hints[field.name], mapping[field.name], default_of(field))
+            values[field.name] = _convert(hints[field.name], value, f"{where}.{field.name}")
         elif default_of(field) is dataclasses.MISSING:
             raise ConfigError(
                 f"{where}.{field.name} is required and has no default; wanted {type_name(hints[field.name])}."

@@ -2,7 +2,6 @@
 
 from rl.advantages import group_advantages
 from rl.config import RLConfig
-from rl.objectives import grpo
 from rl.trajectory import Trajectory, batch_of
 
-__all__ = ["RLConfig", "Trajectory", "batch_of", "group_advantages", "grpo"]
+__all__ = ["RLConfig", "Trajectory", "batch_of", "group_advantages"]

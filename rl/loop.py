@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,20 +19,19 @@ import model
 from configs.exits import Stopped
 from data.packing import shuffled
 from data.tasks import generate
-from model.compilation import prepare_compiler, training_options
+from model.compilation import prepare_compiler
 from model.inspect.flops import forward_flops_per_token, mfu, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
-from rl.objectives import grpo
 from rl.rollout import Rollout, Sampler, problems_of_step
 from rl.trajectory import batch_of
 from rl.verifiers import Verifiers
 from serve import Engine
-from train.checkpoints import TrainCheckpoints, has_checkpoint
-from train.mesh import check_mesh, make_mesh, param_shardings, place_batch
+from train.checkpoints import has_checkpoint
+from train.learner import Learner, make_plan
+from train.mesh import check_mesh, make_mesh, place_batch
 from train.metrics import MetricsLog, Progress, Window
-from train.optimizer import adamw
-from train.step import make_train_step
+from train.start import policy_start
 from train.trainer import Preemption, TrainingDiverged, save_config
 
 
@@ -70,39 +70,23 @@ class _Run:
     def __init__(self, config: RLConfig, workdir: Path, mesh, verifiers: Verifiers):
         self.config, self.mesh, self.stopping = config, mesh, False
         # A run that has begun says all about itself; the model that it began from may be gone.
-        source = workdir if has_checkpoint(workdir) else config.init_from
-        self.tokenizer = data.load_tokenizer(source)
-        self.cfg = config.run.apply_to(model.load_config(source))
-        check_mesh(self.cfg, mesh, config.sharding)
+        begun = workdir if has_checkpoint(workdir) else None
+        self.tokenizer = data.load_tokenizer(begun or cast(str, config.init_from))
+        spec = config.rollout
+        algorithm = dataclasses.replace(config.algorithm, temperature=spec.temperature)
+        self.updates = algorithm.minibatches
+        policy = policy_start(config, algorithm.roles()["policy"], self.tokenizer, begun)
+        check_mesh(policy.cfg, mesh, config.sharding)
+        plan = make_plan(config, algorithm, policy, mesh, self.updates)
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(config, workdir)
-        shardings = param_shardings(self.cfg, mesh, config.sharding)
-        spec, updates = config.rollout, config.grpo.minibatches
-        optimizer = adamw(config.optimizer, config.steps * updates, self.cfg)
-        self.checkpoints = TrainCheckpoints(
-            workdir, config.checkpoint, self.cfg, self.tokenizer, mesh, config.sharding
-        )
-        self.state, progress = self.checkpoints.restore_or_init(
-            lambda: model.load(config.init_from, cfg=self.cfg, shardings=shardings)[1], optimizer, config.seed
-        )
-        self.start = progress.get("step", 0)
-        objective = grpo(
-            self.cfg,
-            temperature=spec.temperature,
-            clip_low=config.grpo.clip_low,
-            clip_high=config.grpo.clip_high,
-            rules=config.sharding,
-        )
-        step = make_train_step(objective, optimizer, config.microbatches, config.sharding)
-        layout = jax.tree.map(lambda x: x.sharding, self.state)
-        self.train_step = jax.jit(
-            step, donate_argnums=0, out_shardings=(layout, None), compiler_options=training_options()
-        )
-        self.measure = jax.jit(lambda params, batch: objective(params, batch)[1])
+        self.learner = Learner(config, plan, self.tokenizer, workdir)
+        self.cfg = self.learner.cfg
+        self.start = self.learner.progress.get("step", 0)
         self.rows = _rows(config, mesh)
         self.engine = Engine(
             self.cfg,
-            self.state.params,
+            self.learner.params,
             self.tokenizer,
             max_rows=min(spec.prompts * spec.group, 256),
             max_length=spec.seq_len,
@@ -119,7 +103,7 @@ class _Run:
 
     def loop(self, stop_at: int) -> dict[str, float]:
         config, last, bad_in_a_row = self.config, {}, 0
-        count = sum(x.size for x in jax.tree.leaves(self.state.params))
+        count = sum(x.size for x in jax.tree.leaves(self.learner.params))
         print(
             f"policy {count / 1e6:.2f}M parameters, {config.rollout.prompts} x {config.rollout.group} answers a step"
         )
@@ -128,7 +112,7 @@ class _Run:
         else:
             self._evaluate(0)
         progress = Progress(config.steps, self.start)
-        with contextlib.closing(self.checkpoints), Preemption(self):
+        with contextlib.closing(self.learner), Preemption(self):
             for step in range(self.start + 1, stop_at + 1):
                 last = self._step(step)
                 bad_in_a_row = bad_in_a_row + 1 if last["skipped"] else 0
@@ -146,7 +130,7 @@ class _Run:
                 end = step == config.steps
                 # Saved first: nothing that fails below may lose the steps.
                 if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-                    self.checkpoints.save(step, self.state, {"seed": config.seed})
+                    self.learner.save(step, {"seed": config.seed})
                 if end or (config.evaluate_every and step % config.evaluate_every == 0):
                     self._evaluate(step)
                 if self.stopping:
@@ -159,7 +143,7 @@ class _Run:
         return (
             last
             | self.validation
-            | {"step": int(self.state.step) // config.grpo.minibatches}
+            | {"step": int(self.learner.state.step) // self.updates}
             | self.rate.overall()
         )
 
@@ -169,7 +153,7 @@ class _Run:
         groups = self.sampler.sample(problems, config.rollout, seed=_step_seed(config.seed, step))
         sampled = time.monotonic()
         rewards_PG = np.array([[r.trajectory.rewards["total"] for r in group] for group in groups])
-        advantages_PG = group_advantages(rewards_PG, normalise_std=config.grpo.normalise_std)
+        advantages_PG = group_advantages(rewards_PG, normalise_std=config.algorithm.normalise_std)
         signal_P = has_signal(rewards_PG)
         metrics = self._update(
             [r for group in groups for r in group],
@@ -177,9 +161,9 @@ class _Run:
             np.repeat(signal_P, config.rollout.group),
             step,
         )
-        jax.block_until_ready(self.state.params)
+        jax.block_until_ready(self.learner.params)
         done = time.monotonic()
-        self.engine.update_params(self.state.params, version=step)
+        self.engine.update_params(self.learner.params, version=step)
         self._log_samples(step, groups, rewards_PG)
         tokens_P = np.array([sum(len(r.trajectory.tokens) for r in group) for group in groups])
         self.rate.add(done - began, int(tokens_P.sum()), int(tokens_P[signal_P].sum()))
@@ -196,13 +180,12 @@ class _Run:
         kept = np.flatnonzero(signal)
         order = kept[shuffled(len(kept), self.config.seed, step)] if len(kept) else kept
         window, first = Window(), {}
-        for part in np.array_split(order, self.config.grpo.minibatches):
-            self.state, metrics = self.train_step(self.state, self._batch(rollouts, part, advantages))
-            means = window.add(metrics)
+        for part in np.array_split(order, self.updates):
+            means = window.add(self.learner.step(self._batch(rollouts, part, advantages)))
             first = first or (means if len(part) else {})
         if not first:  # nothing was learned; whether sampler and trainer agree is asked of as many answers
             some = np.arange(min(len(rollouts), self.rows))
-            first = Window().add(self.measure(self.state.params, self._batch(rollouts, some, advantages)))
+            first = Window().add(self.learner.measure(self._batch(rollouts, some, advantages)))
         # Only the first minibatch is seen by the parameters that sampled it.
         return window.means() | {"mismatch_kl": first["mismatch_kl"]}
 
@@ -306,7 +289,7 @@ def _summary(groups: list[list[Rollout]], signal_P: np.ndarray) -> dict[str, flo
 
 def _rows(config: RLConfig, mesh) -> int:
     """Rows of one minibatch: the most answers that can fall into it, up to a multiple of what the batch is split by."""
-    answers = -(-config.rollout.prompts * config.rollout.group // config.grpo.minibatches)
+    answers = -(-config.rollout.prompts * config.rollout.group // config.algorithm.minibatches)
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
     return -(-answers // unit) * unit
 

@@ -1,20 +1,42 @@
-"""Training: any objective on any mesh."""
+"""Training: any algorithm over any models, on any mesh."""
 
-from train.config import TrainConfig
-from train.objectives import dpo, language_modelling
-from train.optimizer import adamw, learning_rate
-from train.step import TrainState, accumulate, make_train_step, new_state
+from train.algorithms import (
+    DPO,
+    KTO,
+    ORPO,
+    LanguageModelling,
+    ProcessRewardModel,
+    RewardModel,
+    SimPO,
+    objective_of,
+)
+from train.config import LearnerConfig, TrainConfig
+from train.learner import Learner, make_plan
+from train.models import Model, Role
+from train.optimizers import AdamW, make_optimizer
+from train.step import State, accumulate, make_train_step, new_state
 
 __all__ = [
+    "DPO",
+    "KTO",
+    "ORPO",
+    "AdamW",
+    "LanguageModelling",
+    "Learner",
+    "LearnerConfig",
+    "Model",
+    "ProcessRewardModel",
+    "RewardModel",
+    "Role",
+    "SimPO",
+    "State",
     "TrainConfig",
-    "TrainState",
     "accumulate",
-    "adamw",
-    "dpo",
-    "language_modelling",
-    "learning_rate",
+    "make_optimizer",
+    "make_plan",
     "make_train_step",
     "new_state",
+    "objective_of",
     "train",
 ]
 

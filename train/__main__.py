@@ -8,7 +8,7 @@ import data
 from configs import exits
 from train.config import TrainConfig
 
-DESCRIPTION = """Train a model: pretraining, fine-tuning or preferences, by config.objective and the dataset.
+DESCRIPTION = """Train a model: pretraining, fine-tuning, preferences or rewards, by config.algorithm and the dataset.
 
 The run folder keeps config.json, metrics.jsonl, tensorboard/, samples.jsonl and checkpoints/. The same command,
 given again, resumes from the newest checkpoint."""

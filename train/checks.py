@@ -14,7 +14,8 @@ from data.shards import read_manifest
 from data.tokenize import fingerprint
 from data.tokenizer import Tokenizer
 from model import ModelConfig
-from train.config import DataSpec, ModelSpec
+from train.config import DataSpec
+from train.presets import Preset
 
 
 def check_datasets(spec: DataSpec, tokenizer: Tokenizer, source: object, rows: int) -> None:
@@ -58,7 +59,7 @@ def check_validation(spec: DataSpec, kind: BatchKind) -> None:
         open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, Reading(kind))
 
 
-def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, spec: ModelSpec) -> None:
+def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, spec: Preset) -> None:
     """A resumed run has the model of its checkpoint.
 
     Raises:
@@ -68,7 +69,7 @@ def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, sp
         return
     before = workdir / "config.json"
     old = json.loads(before.read_text(encoding="utf-8")).get("model", {}) if before.is_file() else {}
-    changed = _changes("config.model", old, to_dict(spec)) if old else []
+    changed = _changes("config.model", old, {"kind": type(spec).__name__} | to_dict(spec)) if old else []
     changed = changed or _changes("model", stored.to_dict(), wanted.to_dict())
     raise ConfigError(
         f"{workdir} holds a checkpoint of another model than the config builds: {', '.join(changed[:8])}. Give the "

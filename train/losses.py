@@ -369,8 +369,8 @@ def jsd(
 ) -> jax.Array:
     """Generalized Jensen-Shannon divergence: beta KL(teacher || M) + (1 - beta) KL(student || M) in nats.
 
-    M = beta teacher + (1 - beta) student. At the ends it is the limit that trains: beta = 0 is the forward KL(teacher ||
-    student), beta = 1 the reverse KL(student || teacher). GKD, Agarwal et al. 2023, arXiv:2306.13649.
+    M = beta teacher + (1 - beta) student. At the ends it is the limit that trains: beta = 0 is the forward
+    KL(teacher || student), beta = 1 the reverse KL(student || teacher). GKD, Agarwal et al. 2023, arXiv:2306.13649.
 
     Args:
       student_logits, teacher_logits: [..., V] logits or log-probabilities.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from model.function import Params
 from model.kernels import backend
 from model.readouts.mtp import mtp_blocks
 from model.sharding import check_divisible, named_sharding
+from model.weights import is_quantized, shardings_like
 from train.config import MeshSpec
 
 _log = logging.getLogger(__name__)
@@ -119,16 +121,33 @@ def rows_here(mesh: Mesh, rules: ShardingRules, rows: int, process: int | None =
     return first // size, rows // size
 
 
-def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
-    """Shardings of a whole train state: optimizer state is split like its parameter.
+def state_shardings(state: Any, layouts: Mapping[str, Params], mesh: Mesh) -> Any:
+    """Shardings of a whole `train.step.State`, given with shapes: all that belongs to a parameter is split like it.
+
+    Args:
+      layouts: the shardings of each role's parameters.
+    """
+    like = lambda tree, role: shardings_beside(tree, state.params[role], layouts[role], mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return dataclasses.replace(
+        state,
+        step=whole,
+        rng=whole,
+        params={role: shardings_like(params, layouts[role]) for role, params in state.params.items()},
+        opt_state={role: like(tree, role) for role, tree in state.opt_state.items()},
+        extra={name: like(tree, "policy") for name, tree in state.extra.items()},
+    )
+
+
+def shardings_beside(tree: Any, params: Params, shardings: Params, mesh: Mesh) -> Any:
+    """Shardings of a tree of arrays beside a model's parameters, such as an optimizer's state.
 
     An array belongs to the parameter with the longest path that ends the array's path. An array with fewer axes, such
     as a factored second moment, is split along the axes that it has.
     """
     known = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)}
-    shapes = {
-        _keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state.params)
-    }
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    shapes = {_keys(path): leaf.shape for path, leaf in flat}
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(path, leaf):
@@ -138,7 +157,7 @@ def state_shardings(abstract_state: Any, shardings: Params, mesh: Mesh) -> Any:
                 return _like(known[name], shapes[name], leaf.shape, mesh)
         return whole
 
-    return jax.tree_util.tree_map_with_path(place, abstract_state)
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def _keys(path: tuple) -> tuple[str, ...]:

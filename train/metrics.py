@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -30,13 +31,15 @@ class MetricsLog:
         self._samples = open(workdir / "samples.jsonl", "a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
 
-    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        """Write a row; a figure that is not known, or not finite, is null."""
         if not self._write:
             return
         self._file.write(json.dumps({"step": step, "split": split} | _finite(values)) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{split}/{name}", value, step)
+            if value is not None:
+                self._board.add_scalar(f"{split}/{name}", value, step)
 
     def forget(self, step: int, split: str) -> None:
         """Drop the rows of a step that will be measured again."""
@@ -116,8 +119,10 @@ def clock(seconds: float) -> str:
     return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
 
 
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {
+        name: None if value is None or not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

@@ -1,62 +1,36 @@
-"""One trainer for every objective: build, restore, step, log, validate, sample, checkpoint."""
+"""One trainer for every algorithm: build, restore, step, log, validate, sample, checkpoint."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
-import optax
-from flax.traverse_util import flatten_dict
-from jax.sharding import Mesh
 
 import configs
 import data
 import model
 from configs.exits import Stopped
-from data import Tokenizer
-from model import ModelConfig
-from model.adapters import add_adapters, is_adapter
-from model.blocks.linear import within_block
-from model.blocks.lora import LoRA
-from model.blocks.moe import MoE
-from model.compilation import prepare_compiler, training_options
+from model.compilation import prepare_compiler
+from model.function import Params
 from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
-from train import objectives
-from train.checkpoints import TrainCheckpoints, check_reference, has_checkpoint
-from train.checks import check_datasets, check_same_model, check_validation
 from train.config import TrainConfig
-from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here
+from train.learner import Learner
+from train.mesh import place_batch, rows_here
 from train.metrics import MetricsLog, Progress, Window
-from train.optimizer import adamw, learning_rate
 from train.sampling import draw_samples
-from train.step import make_train_step
+from train.schedules import learning_rate
+from train.setup import Setup, prepare_run
 
 
 class TrainingDiverged(RuntimeError):
     """Too many steps in a row without a finite loss and gradient."""
-
-
-@dataclasses.dataclass
-class Setup:
-    """The parts of a run, built from its config."""
-
-    config: TrainConfig
-    cfg: ModelConfig
-    tokenizer: Tokenizer
-    mesh: Mesh
-    optimizer: optax.GradientTransformation
-    objective: objectives.Objective
-    prepare: Callable[[dict], dict]  # maps a placed batch to the objective's batch
-    initial_params: Callable[[], Any]
 
 
 def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dict[str, Any]:
@@ -79,153 +53,31 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
         return _Run(setup, Path(workdir)).loop(stop_at or config.steps)
 
 
-def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
-    """Build a run; one that has begun in `workdir` takes its model and tokenizer from there."""
-    mesh = make_mesh(config.mesh)
-    begun = workdir if workdir is not None and has_checkpoint(workdir) else None
-    source = begun or config.tokenizer or config.init_from
-    if source is None:
-        raise configs.ConfigError("give config.tokenizer (a tokenizer or run folder) or config.init_from.")
-    tokenizer = data.load_tokenizer(source)
-    _check_batch(config, mesh)
-    if config.objective == "dpo" and config.init_from is None:
-        raise configs.ConfigError("objective dpo compares with a frozen reference: give config.init_from.")
-    adapters = config.adapters.build()
-    if config.init_from is None:
-        if adapters is not None:
-            raise configs.ConfigError("config.adapters adapt a model: give config.init_from.")
-        cfg = config.model.build(tokenizer.vocab_size, config.run)
-        if begun is not None:
-            check_same_model(config.run.apply_to(model.load_config(begun)), cfg, begun, config.model)
-    else:
-        cfg = config.run.apply_to(model.load_config(begun or config.init_from))
-        if begun is not None and adapters is not None:
-            if cfg.adapters != adapters:
-                raise configs.ConfigError(
-                    f"{begun} trains {cfg.adapters or 'no adapters'}, and config.adapters asks for {adapters}. Give "
-                    "the old values, or start a new run in another --workdir."
-                )
-            cfg = cfg.replace(adapters=None)
-    base_cfg, cfg = cfg, cfg if adapters is None else _with_adapters(config, cfg, adapters)
-    _check_balance(config, cfg)
-    check_mesh(cfg, mesh, config.sharding)
-    if cfg.vocab_size < tokenizer.vocab_size:
-        raise configs.ConfigError(
-            f"the tokenizer {source} has {tokenizer.vocab_size} tokens and the model {cfg.vocab_size} rows for them. "
-            "Use the tokenizer that the model was trained with."
-        )
-    check_datasets(config.data, tokenizer, source, cfg.vocab_size)
-    check_validation(config.data, config.batch_kind)
-    shardings = param_shardings(cfg, mesh, config.sharding)
-
-    def load_initial():
-        if config.init_from is None:
-            make = jax.jit(lambda key: model.init(cfg, key), out_shardings=shardings)
-            return make(jax.random.key(config.seed))
-        base = param_shardings(base_cfg, mesh, config.sharding)
-        _, params = model.load(config.init_from, cfg=base_cfg, shardings=base)
-        if adapters is not None:
-            _, params = add_adapters(base_cfg, params, adapters, jax.random.key(config.seed))
-        return jax.device_put(params, shardings)
-
-    optimizer = adamw(config.optimizer, config.steps, cfg)
-    objective, prepare = _objective(config, cfg, load_initial, workdir)
-    return Setup(config, cfg, tokenizer, mesh, optimizer, objective, prepare, load_initial)
-
-
-def _objective(config: TrainConfig, cfg: ModelConfig, load_initial, workdir: Path | None):
-    rules = config.sharding
-    if config.objective == "lm":
-        objective = objectives.language_modelling(cfg, rules, config.z_loss, config.mtp_weight)
-        return objective, lambda batch: batch
-    assert config.init_from is not None
-    reference = load_initial()
-    if workdir is not None:
-        check_reference(workdir, config.init_from, reference)
-    with_reference = jax.jit(functools.partial(objectives.with_reference, cfg, rules=rules))
-    objective = objectives.dpo(cfg, rules, config.dpo_beta, config.dpo_label_smoothing)
-    return objective, lambda batch: with_reference(reference, batch)
-
-
-def _with_adapters(config: TrainConfig, cfg: ModelConfig, adapters: LoRA) -> ModelConfig:
-    if cfg.adapters is not None:
-        raise configs.ConfigError(
-            f"config.adapters: {config.init_from} has adapters already ({cfg.adapters}). Leave out config.adapters to "
-            "train them further, or give config.init_from the model with its adapters merged."
-        )
-    with_them = cfg.replace(adapters=adapters)
-    paths = list(flatten_dict(model.param_shapes(with_them)))
-    if not any(map(is_adapter, paths)):
-        names = sorted({"/".join(within_block(path)) for path in paths if len(path) > 1})
-        raise configs.ConfigError(
-            f"config.adapters.targets={adapters.targets}: no linear map of the model matches. Its parameters are "
-            f"{', '.join(names)}."
-        )
-    return with_them
-
-
-def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:
-    networks = [network for block in cfg.blocks for network in block.networks]
-    over_batch = any(isinstance(n, MoE) and n.balance_over == "batch" and n.balance_loss for n in networks)
-    if over_batch and config.microbatches > 1:
-        raise configs.ConfigError(
-            f"balance_over='batch' balances the load of a whole batch, and config.microbatches={config.microbatches} "
-            "cuts it. Set config.microbatches=1, or balance_over='document'."
-        )
-
-
-def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = 2 if config.objective == "dpo" else 1
-    unit = ways * rows * config.microbatches
-    if config.data.batch_size % unit:
-        raise configs.ConfigError(
-            f"config.data.batch_size={config.data.batch_size} is not a multiple of {unit} = data*fsdp devices ({ways}) "
-            f"* microbatches ({config.microbatches}) * rows an example ({rows}). Use "
-            f"{max(unit, config.data.batch_size // unit * unit)}."
-        )
-    if not config.data.mixture:
-        raise configs.ConfigError(
-            "config.data.mixture is empty: name at least one token dataset and its weight."
-        )
-
-
 class _Run:
     def __init__(self, setup: Setup, workdir: Path):
         self.setup, self.config, self.workdir = setup, setup.config, workdir
         workdir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, workdir)
-        rules = self.config.sharding
-        self.checkpoints = TrainCheckpoints(
-            workdir, self.config.checkpoint, setup.cfg, setup.tokenizer, setup.mesh, rules
-        )
-        self.state, progress = self.checkpoints.restore_or_init(
-            setup.initial_params, setup.optimizer, self.config.seed
-        )
-        self.examples = progress.get("examples", 0)
-        step = make_train_step(setup.objective, setup.optimizer, self.config.microbatches, rules)
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        options = training_options()
-        self.train_step = jax.jit(
-            step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
-        )
-        self.eval_step = jax.jit(
-            lambda params, batch: setup.objective(params, batch), compiler_options=options
-        )
-        self.schedule = learning_rate(self.config.optimizer, self.config.steps)
-        self.log = MetricsLog(workdir, int(self.state.step), write=jax.process_index() == 0)
+        self.learner = Learner(self.config, setup.plan, setup.tokenizer, workdir)
+        self.examples = self.learner.progress.get("examples", 0)
+        self.schedule = learning_rate(self.config.schedule, self.config.optimizer.peak_lr, self.config.steps)
+        self.log = MetricsLog(workdir, self.steps_done, write=jax.process_index() == 0)
         self.stopping = False
 
+    @property
+    def steps_done(self) -> int:
+        return int(self.learner.state.step)
+
     def loop(self, stop_at: int) -> dict[str, float]:
-        config, start = self.config, int(self.state.step)
+        config, start = self.config, self.steps_done
         self._announce(start)
         progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
         pending, bad_in_a_row, last = None, 0, {}
-        with contextlib.closing(self.checkpoints), Preemption(self):
+        with contextlib.closing(self.learner), Preemption(self):
             batches = self._training_batches() if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
-                batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
-                self.state, metrics = self.train_step(self.state, batch)
+                batch = self.learner.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
+                metrics = self.learner.step(batch)
                 self.examples += config.data.batch_size
                 if (
                     pending is not None
@@ -248,19 +100,21 @@ class _Run:
             self._validate(start)
         final = last | self._last_validation()
         self.log.close()
-        if self.stopping and int(self.state.step) < stop_at:
-            raise Stopped(f"stopped after step {int(self.state.step)}; the same command goes on from here.")
-        return final | {"step": int(self.state.step)} | clock.overall()
+        if self.stopping and self.steps_done < stop_at:
+            raise Stopped(f"stopped after step {self.steps_done}; the same command goes on from here.")
+        return final | {"step": self.steps_done} | clock.overall()
 
     def _periodic(self, step: int, stop_at: int) -> None:
         config, end = self.config, step == self.config.steps
         # Save first, so that a failure below loses no steps.
         if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-            self.checkpoints.save(step, self.state, {"examples": self.examples, "seed": config.seed})
+            self.learner.save(step, {"examples": self.examples, "seed": config.seed})
         if end or (config.validate_every and step % config.validate_every == 0):
             self._validate(step)
         if config.samples.prompts and (end or (config.samples.every and step % config.samples.every == 0)):
-            for row in draw_samples(self.setup.cfg, self.state.params, self.setup.tokenizer, config.samples):
+            for row in draw_samples(
+                self.setup.cfg, self.learner.params, self.setup.tokenizer, config.samples
+            ):
                 self.log.write_sample({"step": step} | row)
 
     def _rows_here(self) -> dict[str, int]:
@@ -282,18 +136,22 @@ class _Run:
         )
 
     def _validate(self, step: int) -> None:
-        spec, window = self.config.data, Window()
-        if not spec.validation:
+        if not self.config.data.validation:
             return
-        batches = self._validation_batches()
-        for _ in range(spec.validation_batches):
-            batch = self.setup.prepare(place_batch(next(batches), self.setup.mesh, self.config.sharding))
-            loss, metrics = self.eval_step(self.state.params, batch)
-            window.add(metrics | {"loss": loss})
-        means = window.means()
+        means = self._validation_means(None)
+        if (average := self.learner.averaged_params()) is not None:
+            means |= {f"average_{name}": value for name, value in self._validation_means(average).items()}
         self.log.write(step, "validation", means)
         self.validation = {f"validation_{name}": value for name, value in means.items()}
         print(f"\nvalidation at step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+
+    def _validation_means(self, policy: Params | None) -> dict[str, float]:
+        """Loss and metrics on the validation data, with `policy` in place of the current parameters if it is given."""
+        batches, window = self._validation_batches(), Window()
+        for _ in range(self.config.data.validation_batches):
+            batch = place_batch(next(batches), self.setup.mesh, self.config.sharding)
+            window.add(self.learner.measure(batch, policy))
+        return window.means()
 
     def _last_validation(self) -> dict[str, float]:
         return getattr(self, "validation", {})
@@ -306,7 +164,7 @@ class _Run:
             raise TrainingDiverged(
                 f"{in_a_row} steps in a row had no finite loss or gradient (last loss {means['loss']}); their updates "
                 f"were skipped. Lower config.optimizer.peak_lr (now {self.config.optimizer.peak_lr:g}), lengthen the "
-                "warmup, set config.z_loss=1e-4, or look at the batch; the newest checkpoint is from before."
+                "warmup, set config.algorithm.z_loss=1e-4, or look at the batch; the newest checkpoint is from before."
             )
         return in_a_row
 
@@ -329,7 +187,7 @@ class _Run:
             shown["accuracy"] = f"{last['accuracy']:.3f}"
         rate = {"tokens/s": f"{last['tokens_per_second']:,.0f}"}
         rate |= {} if last["mfu"] is None else {"MFU": f"{last['mfu']:.1%}"}
-        skipped = {"skipped": str(int(self.state.skipped))} if last["skipped"] else {}
+        skipped = {"skipped": str(int(self.learner.state.extra["skipped"]))} if last["skipped"] else {}
         progress.show(step, **shown, **rate, **skipped)
 
 
@@ -339,7 +197,7 @@ class _Rate:
     def __init__(self, setup: Setup):
         spec = setup.config.data
         self._tokens = spec.batch_size * spec.seq_len
-        trains_mtp = setup.config.objective == "lm" and setup.config.mtp_weight
+        trains_mtp = setup.config.algorithm.trains_mtp(setup.cfg)
         computed = setup.cfg if trains_mtp else setup.cfg.replace(mtp=None)
         self._flops, self._devices = train_flops_per_token(computed, spec.seq_len), setup.mesh.size
         self._mark, self._steps = time.monotonic(), 0

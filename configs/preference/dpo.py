@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 def get_config():
     return ConfigDict(
         {
-            "objective": "dpo",
+            "algorithm": {"kind": "DPO"},
             "init_from": "runs/chat",
             "steps": 100,
             "data": {
@@ -15,6 +15,7 @@ def get_config():
                 "seq_len": 128,
                 "batch_size": 32,
             },
-            "optimizer": {"peak_lr": 5e-5, "warmup_steps": 10},
+            "optimizer": {"peak_lr": 5e-5},
+            "schedule": {"warmup_steps": 10},
         }
     )

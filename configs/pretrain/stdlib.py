@@ -24,7 +24,8 @@ def get_config():
                 "seq_len": 512,
                 "batch_size": 8,
             },
-            "optimizer": {"peak_lr": 3e-3, "warmup_steps": 100},
+            "optimizer": {"peak_lr": 3e-3},
+            "schedule": {"warmup_steps": 100},
             "samples": {"every": 500, "prompts": ("Return a list of", "def ")},
         }
     )

@@ -11,6 +11,7 @@ def get_config():
             "tasks": (task,),
             "steps": 200,
             "rollout": {"prompts": 32, "group": 8, "max_new_tokens": 16, "seq_len": 128},
-            "optimizer": {"peak_lr": 2e-4, "warmup_steps": 10, "weight_decay": 0.0},
+            "optimizer": {"peak_lr": 2e-4, "weight_decay": 0.0},
+            "schedule": {"warmup_steps": 10},
         }
     )

@@ -14,6 +14,7 @@ def get_config():
                 "seq_len": 256,
                 "batch_size": 8,
             },
-            "optimizer": {"peak_lr": 1e-3, "warmup_steps": 30},
+            "optimizer": {"peak_lr": 1e-3},
+            "schedule": {"warmup_steps": 30},
         }
     )

@@ -136,7 +136,7 @@ def test_an_ill_typed_value_is_an_error_with_path_value_and_wanted_type(mapping,
         ({"optimizer": {"kind": "Adam", "beta": 1}}, "config.optimizer.beta", "betas"),
         ({"layers": [{"width": 1, "gates": True}]}, "config.layers[0].gates", "gate"),
         ({"optimizer": {"kind": "Adm"}}, "config.optimizer.kind='Adm'", "Adam"),
-        ({"optimizer": {"lr": 1.0}}, "config.optimizer has no 'kind'", "Adam"),
+        ({"mixed": [{"lr": 1.0}]}, "config.mixed[0] has no 'kind'", "Adam"),
     ],
 )
 def test_an_unknown_key_is_an_error_that_names_the_nearest(mapping, path, hint):
@@ -206,3 +206,11 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, mon
 def test_bytes_and_text_are_written_as_given(tmp_path):
     assert configs.atomic_write(tmp_path / "a", b"\x00\xff").read_bytes() == b"\x00\xff"
     assert configs.atomic_write(tmp_path / "a", "é\n").read_bytes() == b"\xc3\xa9\n"
+
+
+def test_without_a_kind_a_part_is_of_its_defaults_class_or_the_first_of_the_union():
+    assert configs.build(Run, {"optimizer": {"lr": 1.0}}).optimizer == Adam(1.0)
+    assert configs.build(Run, {"extra": {"lr": 1.0}}).extra == Adam(1.0)
+    assert configs.overlay(Run, {"extra": {"lr": 1.0}})["extra"]["kind"] == "Adam"
+    with pytest.raises(configs.ConfigError, match="optimizer.steps is not a key of Adam"):
+        configs.build(Run, {"optimizer": {"steps": 3}})

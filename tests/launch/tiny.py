@@ -23,7 +23,7 @@ def get_config():
         stage.checkpoint.every = 2
     c.rl.update(problems=50, steps=4, evaluate_every=2, evaluate_problems=8)
     c.rl.rollout.update(prompts=4, group=4, seq_len=64)
-    c.rl.grpo.minibatches = 2
+    c.rl.algorithm.minibatches = 2
     c.rl.checkpoint.every = 1
     c.evals.tasks = ({**c.evals.tasks[0], "problems": 16},)
     return c

@@ -37,8 +37,7 @@ from model.blocks.router import Router
 from model.cache import Cache
 from model.inspect.anatomy import anatomy
 from model.inspect.flops import forward_flops_per_token
-from train.config import OptimizerSpec
-from train.optimizer import adamw
+from tests.policy import adamw
 
 from .conftest import applied, check_decoding, compiled_fast, paged_cache, random_params, random_tokens
 
@@ -328,14 +327,14 @@ def test_nested_moe_layers_are_balanced_without_a_loss():
     nested = wrapped(MixtureOfDepths(Block(ATTENTION, experts[0], NORM), None))
     cfg = model_of(nested)
     params = random_params(cfg)
-    optimizer = adamw(OptimizerSpec(peak_lr=1.0, warmup_steps=0, weight_decay=0.0), 10, cfg)
+    optimizer = adamw(cfg, peak_lr=1.0, weight_decay=0.0)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     biases = [u for path, u in jax.tree_util.tree_leaves_with_path(updates) if "choice_bias" in str(path)]
     assert len(biases) == 1 and (biases[0] == -0.5).all()
     both = MixtureOfRecursions(tuple(Block(ATTENTION, moe, NORM) for moe in experts), 2)
     with pytest.raises(ValueError, match="different balance_rate"):
-        adamw(OptimizerSpec(), 10, model_of(wrapped(both)))
+        adamw(model_of(wrapped(both)))
 
 
 def test_what_makes_no_sense_is_said():

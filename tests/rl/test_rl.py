@@ -19,10 +19,10 @@ from rl import loop
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
 from rl.loop import run
-from rl.objectives import grpo
 from rl.rollout import problems_of_step
 from rl.trajectory import Trajectory, batch_of
 from rl.verifiers import Verdict, Verifiers, score_math
+from train.algorithms import GRPO, objective_of
 from train.checkpoints import tokenizer_files
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
@@ -58,9 +58,8 @@ def trajectories(count=4, seed=0):
 def test_grpo_is_its_formula_token_by_token():
     params, made = init(CFG, jax.random.key(0)), trajectories()
     advantages = np.array([1.0, -2.0, 0.5, -1.0], np.float32)
-    loss, metrics = grpo(CFG, temperature=0.7, clip_low=0.1, clip_high=0.3)(
-        params, batch_of(made, advantages, 12, 5)
-    )
+    objective = objective_of(GRPO(temperature=0.7, clip_low=0.1, clip_high=0.3), CFG)
+    loss, metrics = objective(params, batch_of(made, advantages, 12, 5))
     total = weight = kl = 0.0
     for t, a in zip(made, advantages):
         logits = np.asarray(model.apply(CFG, params, t.tokens[None]).logits[0], np.float64) / 0.7
@@ -146,7 +145,8 @@ def policy(tmp_path_factory):
             "ffn_width": 64,
         },
         "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 120, "batch_size": 16},
-        "optimizer": {"peak_lr": 1e-2, "warmup_steps": 5},
+        "optimizer": {"peak_lr": 1e-2},
+        "schedule": {"warmup_steps": 5},
         "mesh": {"data": 8},
     }
     train(configs.build(TrainConfig, configs.overlay(TrainConfig, config)), root / "sft")
@@ -167,7 +167,8 @@ def make_config(policy, **changes):
         "evaluate_problems": 10,
         "steps": 24,
         "rollout": {"prompts": 8, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "optimizer": {"peak_lr": 3e-3, "warmup_steps": 2},
+        "optimizer": {"peak_lr": 3e-3},
+        "schedule": {"warmup_steps": 2},
         "checkpoint": {"every": 5, "keep": 2},
     } | changes
     return configs.build(RLConfig, configs.overlay(RLConfig, config))
@@ -235,7 +236,7 @@ def test_a_step_without_signal_changes_nothing_and_still_says_how_far_sampler_an
 ):
     """The run goes on from steps that have left momentum in the optimizer."""
     shutil.copytree(whole[0], tmp_path / "run")
-    config = make_config(policy, steps=26, reward={"format_weight": 0.0}, grpo={"minibatches": 2})
+    config = make_config(policy, steps=26, reward={"format_weight": 0.0}, algorithm={"minibatches": 2})
     monkeypatch.setattr(loop, "Verifiers", NoSignal)
     run(config, tmp_path / "run")
     before, after = (jax.tree.leaves(model.load(path)[1]) for path in (whole[0], tmp_path / "run"))

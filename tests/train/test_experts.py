@@ -17,11 +17,12 @@ from model.blocks.router import Router
 from model.inspect.flops import forward_flops_per_token
 from tests.meshes import assert_divided, compiled
 from tests.model.conftest import applied
-from train.config import Execution, MeshSpec, ModelSpec, MoESpec, OptimizerSpec
+from tests.policy import adamw, language_modelling, objective_of, policy_state, policy_step, prepared
+from train.algorithms import DPO
+from train.config import MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
-from train.objectives import dpo, language_modelling, with_reference
-from train.optimizer import adamw
-from train.step import accumulate, make_train_step, new_state
+from train.presets import Mixture
+from train.step import accumulate
 
 from .test_step import packed_batch
 
@@ -67,22 +68,22 @@ def test_preferences_add_it_too():
     params, batch = fresh(cfg), packed_batch()
     batch["loss_weights"][:, 0] = 1.0  # every pair counts, and so much in the routers' losses as its tokens
     batch["segment_ids"] = np.maximum(batch["segment_ids"], 1)
-    loss, metrics = jit(lambda p, b: dpo(cfg)(p, with_reference(cfg, p, b)))(params, batch)
+    with_reference = lambda p, b: prepared(DPO(), cfg, {"policy": p, "reference": p}, b)
+    loss, metrics = jit(lambda p, b: objective_of(DPO(), cfg)(p, with_reference(p, b)))(params, batch)
     added = 0.1 * metrics["moe_load_balance"].mean() + 0.01 * metrics["moe_z_loss"].mean()
     assert float(loss.mean()) == pytest.approx(np.log(2) + float(added), rel=1e-5)
 
 
-DEFAULT = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, moe=MoESpec(8)).build(64, Execution(scan=False))
-CHOICE_BIAS = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, moe=MoESpec(8, balance_rate=1e-3)).build(
-    64, Execution(scan=False)
-)
+DEFAULT = Mixture(16, 2, 2, 1, 8, ffn_width=12).build(64)
+CHOICE_BIAS = Mixture(16, 2, 2, 1, 8, ffn_width=12, balance_rate=1e-3).build(64)
 DEPTHS = DEFAULT.replace(
     blocks=(*DEFAULT.blocks, Block(MixtureOfDepths(DEFAULT.blocks[0], 0.5), None, None)),
 )
 
 
 def preferences(cfg):
-    return lambda p, b: dpo(cfg)(p, b | {"reference_logprobs": jnp.zeros(b["tokens"].shape)})
+    objective = objective_of(DPO(), cfg)
+    return lambda p, b: objective(p, b | {"reference_logprobs": jnp.zeros(b["tokens"].shape)})
 
 
 def of_microbatches(objective, params, batch, count):
@@ -138,9 +139,8 @@ def test_eight_devices_give_the_gradient_of_one(scan):
 
 
 def test_the_choice_bias_moves_by_its_rate_and_is_seen_by_nothing_else():
-    spec = OptimizerSpec(peak_lr=0.1, warmup_steps=0, schedule="constant", clip_norm=1.0)
     cfg = model(NO_LOSS)
-    params, optimizer = fresh(cfg), adamw(spec, 10, cfg)
+    params, optimizer = fresh(cfg), adamw(cfg, peak_lr=0.1, clip_norm=1.0)
     params["block_0"]["ffn"]["choice_bias"] = jnp.ones(8)
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
@@ -175,27 +175,24 @@ def test_a_skewed_router_becomes_even(moe, lr, before, after):
     params["block_0"]["ffn"]["router"] *= 0.3
     batch = packed_batch()
     assert max_load(cfg, params, batch) > before
-    spec = OptimizerSpec(peak_lr=lr, warmup_steps=0, schedule="constant", weight_decay=0.0)
-    optimizer = adamw(spec, 60, cfg)
-    step = jit(make_train_step(language_modelling(cfg), optimizer))
-    state = new_state(params, optimizer)
+    optimizer = adamw(cfg, peak_lr=lr, weight_decay=0.0)
+    step = jit(policy_step(cfg, optimizer))
+    state = policy_state(params, optimizer)
     for _ in range(60):
         state, _ = step(state, batch)
-    assert max_load(cfg, state.params, batch) < after
+    assert max_load(cfg, state.params["policy"], batch) < after
 
 
 def test_a_config_makes_an_moe_with_the_flops_of_its_dense_blocks():
-    moe = MoESpec(8, 2, shared_width=8, dense_layers=1, balance_rate=1e-3)
-    spec = ModelSpec(16, 3, 2, 1, 8, ffn_width=12, moe=moe)
-    cfg = spec.build(64, Execution(scan=False))
+    cfg = Mixture(16, 3, 2, 1, 8, ffn_width=12, shared_width=8, dense_layers=1, balance_rate=1e-3).build(64)
     kinds = [type(block.ffn) for block in cfg.blocks]
     assert kinds == [GatedMLP, MoE, MoE] and cfg.blocks[1].ffn.router.choice_bias
     dense = cfg.replace(blocks=cfg.blocks[:1] * 3)
     extra = forward_flops_per_token(cfg, 16) - forward_flops_per_token(dense, 16)
     assert extra == 2 * 2 * 16 * 8  # two routers
-    optimizer = adamw(OptimizerSpec(), 10, cfg)
-    state = new_state(fresh(cfg), optimizer)
-    state, metrics = jit(make_train_step(language_modelling(cfg), optimizer))(state, packed_batch())
-    moved = state.params["block_1"]["ffn"]["choice_bias"]
+    optimizer = adamw(cfg)
+    state = policy_state(fresh(cfg), optimizer)
+    state, metrics = jit(policy_step(cfg, optimizer))(state, packed_batch())
+    moved = state.params["policy"]["block_1"]["ffn"]["choice_bias"]
     assert np.max(np.abs(moved)) == pytest.approx(1e-3) and float(metrics["skipped"].total) == 0
     assert float(metrics["loss"].mean()) > float(metrics["nll"].mean())

@@ -6,11 +6,11 @@ import pytest
 
 from model import ShardingRules
 from model.kernels import cross_entropy
-from rl.objectives import grpo
 from tests.meshes import assert_divided, compiled
+from tests.policy import language_modelling, objective_of
+from train.algorithms import GRPO
 from train.config import MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
-from train.objectives import language_modelling
 from train.step import accumulate
 
 from .test_experts import fresh, jit
@@ -28,7 +28,7 @@ def rl_batch():
 
 OBJECTIVES = {
     "pretraining": lambda rules: language_modelling(model(1), rules, z_loss=1e-2),
-    "rl": lambda rules: grpo(model(1), temperature=0.7, rules=rules),
+    "rl": lambda rules: objective_of(GRPO(temperature=0.7), model(1), rules),
 }
 
 

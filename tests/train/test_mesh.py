@@ -11,7 +11,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
@@ -21,16 +20,20 @@ from model import MESH_AXES, ShardingRules, decoder, init, param_shapes
 from model.kernels import backend
 from tests.conftest import ROOT
 from tests.model.tpu import needs_libtpu
-from train.config import MeshSpec, MoESpec
+from tests.policy import language_modelling
+from train.algorithms import LanguageModelling
+from train.config import MeshSpec
 from train.mesh import check_mesh, make_mesh, param_shardings, place_batch, rows_here, state_shardings
-from train.objectives import language_modelling
+from train.optimizers import Adafactor, Lion, Muon, make_optimizer
+from train.presets import Mixture
+from train.schedules import Constant
 from train.step import accumulate, make_train_step, new_state
 
 from .test_step import packed_batch
 
 RULES = ShardingRules()
 DENSE = decoder(64, 64, 2, 8, 8, 8, 128)
-MOE = MoESpec(8, 2).put_into(DENSE, 64)
+MOE = Mixture(ffn_width=64).put_into(DENSE)
 
 
 def mesh_of(**axes):
@@ -101,30 +104,27 @@ def test_axes_that_split_something_are_not_refused():
         check_mesh(DENSE, mesh_of(context=2), RULES)
 
 
-OPTIMIZERS = {
-    "muon": optax.contrib.muon(1e-3),
-    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=8),
-    "lion": optax.lion(1e-3),
-}
+OPTIMIZERS = {"muon": Muon(), "adafactor": Adafactor(b1=0.9, min_factored=8), "lion": Lion()}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_an_optimizer_keeps_of_a_parameter_is_split_as_that_is(name):
-    optimizer, mesh = OPTIMIZERS[name], mesh_of(fsdp=4, tensor=2)
+    mesh = mesh_of(fsdp=4, tensor=2)
+    optimizers = {"policy": make_optimizer(OPTIMIZERS[name], Constant(0), 10, DENSE)}
+    make = lambda p: new_state({"policy": p}, optimizers)
     with jax.set_mesh(mesh):
         places = param_shardings(DENSE, mesh, RULES)
         params = jax.tree.map(jax.device_put, init(DENSE, jax.random.key(0)), places)
-        abstract = jax.eval_shape(lambda p: new_state(p, optimizer), params)
-        layout = state_shardings(abstract, places, mesh)
-        state = jax.jit(lambda p: new_state(p, optimizer), out_shardings=layout)(params)
-        train_step = make_train_step(language_modelling(DENSE, RULES), optimizer, 1, RULES)
+        layout = state_shardings(jax.eval_shape(make, params), {"policy": places}, mesh)
+        state = jax.jit(make, out_shardings=layout)(params)
+        train_step = make_train_step(LanguageModelling(), {"policy": DENSE}, optimizers, 1, RULES)
         step = jax.jit(train_step, out_shardings=(layout, None))
-        state, metrics = step(state, place_batch(packed_batch(), mesh, RULES))
+        state, metrics = step(state, {}, place_batch(packed_batch(), mesh, RULES))
     assert np.isfinite(float(metrics["loss"].mean()))
     for x in sorted(jax.tree.leaves(state.opt_state), key=lambda x: x.size)[-8:]:
         assert x.addressable_shards[0].data.size * 4 <= x.size, x.shape  # over fsdp at least
-    step = jax.jit(make_train_step(language_modelling(DENSE), optimizer))
-    alone = step(new_state(jax.device_get(params), optimizer), packed_batch())[0].params
+    step = jax.jit(make_train_step(LanguageModelling(), {"policy": DENSE}, optimizers))
+    alone = step(make(jax.device_get(params)), {}, packed_batch())[0].params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), state.params, alone)
 
 

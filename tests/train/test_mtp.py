@@ -10,24 +10,25 @@ from model import RMSNorm, ShardingRules, decoder
 from model.readouts.mtp import ParallelMTP, SequentialMTP
 from tests.meshes import assert_divided, compiled
 from tests.model.conftest import applied
-from train.config import Execution, MeshSpec, ModelSpec, MoESpec, MTPSpec, OptimizerSpec
+from tests.policy import adamw, language_modelling, policy_state, policy_step
+from train.config import MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
-from train.objectives import language_modelling
-from train.optimizer import adamw
-from train.step import accumulate, make_train_step, new_state
+from train.presets import MTP, Llama, Mixture
+from train.schedules import Cosine
+from train.step import accumulate
 from train.trainer import train
 
 from .test_experts import fresh, jit
 from .test_step import packed_batch
 from .test_trainer import corpus, make_config  # noqa: F401  (corpus is a fixture)
 
-SPEC = ModelSpec(16, 1, 2, 1, 8, ffn_width=24)
+SPEC = Llama(16, 1, 2, 1, 8, ffn_width=24)
 RULES = ShardingRules(kv_heads=(), act_kv_heads=())  # there is one
 
 
-def model(tokens=2, kind="sequential"):
+def model(tokens=2, layout="sequential"):
     cfg = decoder(64, 16, 1, 2, 1, 8, 24)
-    return MTPSpec(tokens, kind).put_into(cfg)
+    return MTP(tokens, layout).put_into(cfg)
 
 
 def test_the_loss_is_the_formula_written_as_loops():
@@ -129,12 +130,11 @@ def triples(rows=32, seed=0):
 
 def trained(kind, steps=250):
     cfg = model(1, kind).replace(vocab_size=15)
-    spec = OptimizerSpec(peak_lr=1e-2, warmup_steps=10, weight_decay=0.0)
-    optimizer = adamw(spec, steps, cfg)
-    step, state = jit(make_train_step(language_modelling(cfg), optimizer)), new_state(fresh(cfg), optimizer)
+    optimizer = adamw(cfg, steps, Cosine(10), peak_lr=1e-2, weight_decay=0.0)
+    step, state = jit(policy_step(cfg, optimizer)), policy_state(fresh(cfg), optimizer)
     for i in range(steps):
         state, _ = step(state, triples(seed=i))
-    _, metrics = jit(language_modelling(cfg))(state.params, triples(rows=64, seed=10_000))
+    _, metrics = jit(language_modelling(cfg))(state.params["policy"], triples(rows=64, seed=10_000))
     return {name: float(value.mean()) for name, value in metrics.items()}
 
 
@@ -148,25 +148,23 @@ def test_a_module_that_reads_the_next_token_learns_to_say_the_one_after_it():
 
 
 def test_a_config_makes_mtp_of_blocks_like_the_last():
-    moe = MoESpec(4, 2, dense_layers=1, balance_rate=1e-3)
-    spec = ModelSpec(16, 2, 2, 1, 8, ffn_width=12, norm_eps=1e-4, moe=moe, mtp=MTPSpec(2))
-    cfg = spec.build(64, Execution(scan=False))
+    moe = {"num_experts": 4, "dense_layers": 1, "balance_rate": 1e-3}
+    cfg = Mixture(16, 2, 2, 1, 8, ffn_width=12, norm_eps=1e-4, **moe, mtp=MTP(2)).build(64)
     assert cfg.mtp == SequentialMTP(cfg.blocks[-1:] * 2, RMSNorm(1e-4))
-    assert ModelSpec().build(64, Execution()).mtp is None
-    parallel = ModelSpec(mtp=MTPSpec(1, "parallel")).build(64, Execution())
+    assert Llama().build(64).mtp is None
+    parallel = Llama(mtp=MTP(1, "parallel")).build(64)
     assert parallel.mtp == ParallelMTP(parallel.blocks[-1:])
     with pytest.raises(ValueError, match="tokens=-1; wanted at least 0"):
-        MTPSpec(-1).put_into(cfg)
+        MTP(-1)
 
 
 @pytest.mark.slow
 def test_experts_of_a_module_are_balanced_with_the_others():
-    moe = MoESpec(4, 2, balance_rate=1e-3)
-    cfg = ModelSpec(16, 1, 2, 1, 8, ffn_width=12, moe=moe, mtp=MTPSpec(1)).build(64, Execution(scan=False))
-    optimizer = adamw(OptimizerSpec(), 10, cfg)
-    state = new_state(fresh(cfg), optimizer)
-    state, metrics = jit(make_train_step(language_modelling(cfg), optimizer))(state, packed_batch(rows=2))
-    moved = state.params["mtp_1"]["block_0"]["ffn"]["choice_bias"]
+    cfg = Mixture(16, 1, 2, 1, 8, ffn_width=12, num_experts=4, balance_rate=1e-3, mtp=MTP(1)).build(64)
+    optimizer = adamw(cfg)
+    state = policy_state(fresh(cfg), optimizer)
+    state, metrics = jit(policy_step(cfg, optimizer))(state, packed_batch(rows=2))
+    moved = state.params["policy"]["mtp_1"]["block_0"]["ffn"]["choice_bias"]
     assert np.max(np.abs(moved)) == pytest.approx(1e-3)
     assert float(metrics["moe_entropy"].weight) == 2 * (packed_batch(rows=2)["segment_ids"] > 0).sum()
 

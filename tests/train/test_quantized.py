@@ -9,10 +9,8 @@ from model import decoder, init, quantize
 from model.adapters import add_adapters, is_adapter
 from model.blocks.lora import LoRA
 from model.weights import is_quantized
-from train.config import OptimizerSpec
-from train.objectives import language_modelling
-from train.optimizer import adamw
-from train.step import make_train_step, new_state
+from tests.policy import adamw, policy_state, policy_step
+from train.schedules import Cosine
 
 STEPS = 60
 
@@ -28,14 +26,14 @@ def test_adapters_learn_a_text_and_the_quantized_weights_stay(kind):
         "segment_ids": np.ones((4, 24), np.int32),
         "positions": np.tile(np.arange(24, dtype=np.int32), (4, 1)),
     }
-    optimizer = adamw(OptimizerSpec(peak_lr=3e-2, warmup_steps=5, weight_decay=0.0), STEPS, cfg)
-    step = jax.jit(make_train_step(language_modelling(cfg), optimizer))
-    state, losses = new_state(params, optimizer), []
+    optimizer = adamw(cfg, STEPS, Cosine(5), peak_lr=3e-2, weight_decay=0.0)
+    step = jax.jit(policy_step(cfg, optimizer))
+    state, losses = policy_state(params, optimizer), []
     for _ in range(STEPS):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"].mean()))
     assert losses[0] > 3 and losses[-1] < 0.2, losses
-    flat = dict(jax.tree.leaves_with_path(state.params, is_leaf=is_quantized))
+    flat = dict(jax.tree.leaves_with_path(state.params["policy"], is_leaf=is_quantized))
     for path, leaf in jax.tree.leaves_with_path(base, is_leaf=is_quantized):
         jax.tree.map(np.testing.assert_array_equal, flat[path], leaf)
     changed = [path for path in flat if is_adapter(tuple(key.key for key in path))]

@@ -14,11 +14,13 @@ from model import MESH_AXES, ShardingRules, decoder, init, load_config
 from tests.meshes import assert_divided, compiled
 from tests.model.conftest import GOLDENS
 from tests.model.tpu import needs_libtpu
-from train.config import MeshSpec, OptimizerSpec
+from tests.policy import adamw, language_modelling, objective_of, policy_state, policy_step, prepared
+from train.algorithms import DPO, LanguageModelling
+from train.config import MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
-from train.objectives import dpo, language_modelling, with_reference
-from train.optimizer import adamw, clip_by_global_norm, decay_mask, learning_rate
-from train.step import accumulate, make_train_step, new_state
+from train.optimizers import clip_by_global_norm, decay_mask
+from train.schedules import WSD, Cosine, learning_rate
+from train.step import accumulate
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48, qk_norm=True)
 RULES = ShardingRules()
@@ -111,33 +113,34 @@ def test_scanned_blocks_give_the_loss_of_unrolled_ones(params, reference):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(params):
-    optimizer = adamw(OptimizerSpec(), 10, CFG)
+    optimizer = adamw(CFG)
 
-    def exploding(p, batch):
-        loss, metrics = language_modelling(CFG)(p, batch)
-        return dataclasses.replace(loss, total=loss.total * batch["explode"][0]), metrics
+    class Exploding(LanguageModelling):
+        def loss(self, models, batch, rng):
+            loss, metrics = super().loss(models, batch, rng)
+            return dataclasses.replace(loss, total=loss.total * batch["explode"][0]), metrics
 
-    step = jax.jit(make_train_step(exploding, optimizer))
+    step = jax.jit(policy_step(CFG, optimizer, Exploding()))
     good = packed_batch() | {"explode": np.ones((8,), np.float32)}
     bad = packed_batch() | {"explode": np.full((8,), np.inf, np.float32)}
-    state, _ = step(new_state(params, optimizer), good)
+    state, _ = step(policy_state(params, optimizer), good)
     after, metrics = step(state, bad)
-    assert int(after.skipped) == 1 and float(metrics["skipped"].total) == 1
+    assert int(after.extra["skipped"]) == 1 and float(metrics["skipped"].total) == 1
     assert int(after.step) == 2
     jax.tree.map(
         np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state)
     )
     again, metrics = step(after, good)
-    assert int(again.skipped) == 1 and float(metrics["skipped"].total) == 0
+    assert int(again.extra["skipped"]) == 1 and float(metrics["skipped"].total) == 0
 
 
 def test_a_step_in_which_nothing_counts_changes_nothing(params):
-    optimizer = adamw(OptimizerSpec(warmup_steps=0), 10, CFG)
-    step = jax.jit(make_train_step(language_modelling(CFG), optimizer))
-    state, _ = step(new_state(params, optimizer), packed_batch())  # there is momentum now
+    optimizer = adamw(CFG)
+    step = jax.jit(policy_step(CFG, optimizer))
+    state, _ = step(policy_state(params, optimizer), packed_batch())  # there is momentum now
     empty = packed_batch() | {"loss_weights": np.zeros((8, 16), np.float32)}
     after, metrics = step(state, empty)
-    assert int(after.skipped) == 0 and int(after.step) == 2 and float(metrics["skipped"].total) == 0
+    assert int(after.extra["skipped"]) == 0 and int(after.step) == 2 and float(metrics["skipped"].total) == 0
     jax.tree.map(
         np.testing.assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state)
     )
@@ -182,13 +185,12 @@ def test_decay_spares_norms_and_biases():
 
 
 def test_schedules_rise_hold_and_fall_where_they_say():
-    spec = OptimizerSpec(peak_lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
-    cosine = learning_rate(spec, 110)
+    cosine = learning_rate(Cosine(warmup_steps=10, final_fraction=0.1), 1.0, 110)
     assert float(cosine(0)) == pytest.approx(0.1)
     assert float(cosine(10)) == pytest.approx(1.0)
     assert float(cosine(60)) == pytest.approx(0.55, abs=1e-6)
     assert float(cosine(110)) == pytest.approx(0.1, abs=1e-6)
-    wsd = learning_rate(dataclasses.replace(spec, schedule="wsd", decay_steps=20), 110)
+    wsd = learning_rate(WSD(warmup_steps=10, decay_steps=20, final_fraction=0.1), 1.0, 110)
     assert float(wsd(89)) == pytest.approx(1.0)
     assert float(wsd(100)) == pytest.approx(0.55, abs=1e-6)
     assert float(wsd(110)) == pytest.approx(0.1, abs=1e-6)
@@ -196,8 +198,7 @@ def test_schedules_rise_hold_and_fall_where_they_say():
 
 def test_adamw_is_that_of_the_paper(params):
     """One step by hand: with g the clipped gradient, m/sqrt(v) after bias correction is sign(g) (nearly)."""
-    spec = OptimizerSpec(peak_lr=0.5, warmup_steps=0, schedule="constant", weight_decay=0.1, clip_norm=0.0)
-    optimizer = adamw(spec, 10, CFG)
+    optimizer = adamw(CFG, peak_lr=0.5, weight_decay=0.1, clip_norm=0.0)
     grads = jax.tree.map(lambda p: jnp.full_like(p, 3.0), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     new = optax.apply_updates(params, updates)
@@ -209,15 +210,18 @@ def test_adamw_is_that_of_the_paper(params):
 def test_dpo_is_its_formula_and_starts_at_log_two(params):
     batch = packed_batch()
     batch["loss_weights"][:2] = 1.0
-    objective = dpo(CFG, beta=0.3, label_smoothing=0.1)
-    loss, metrics = objective(params, with_reference(CFG, params, batch))
+    algorithm = DPO(beta=0.3, label_smoothing=0.1)
+    objective = objective_of(algorithm, CFG)
+    with_reference = lambda reference: prepared(
+        algorithm, CFG, {"policy": params, "reference": reference}, batch
+    )
+    loss, metrics = objective(params, with_reference(params))
     assert float(loss.mean()) == pytest.approx(np.log(2), abs=1e-5)
     other = init(CFG, jax.random.key(1))
-    placed = with_reference(CFG, other, batch)
+    placed = with_reference(other)
     loss, metrics = objective(params, placed)
-    ratios = (
-        with_reference(CFG, params, batch)["reference_logprobs"] - placed["reference_logprobs"]
-    ) * batch["loss_weights"]
+    ratios = with_reference(params)["reference_logprobs"] - placed["reference_logprobs"]
+    ratios = ratios * batch["loss_weights"]
     delta = 0.3 * (ratios.sum(1)[0::2] - ratios.sum(1)[1::2])
     expected = np.mean(0.9 * np.log1p(np.exp(-delta)) + 0.1 * np.log1p(np.exp(delta)))
     assert float(loss.mean()) == pytest.approx(float(expected), rel=1e-4)
@@ -264,11 +268,11 @@ def test_gradients_of_bfloat16_parameters_are_divided_in_float32(params):
     )
     params, batch = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), packed_batch()
     grads, (loss, _) = jax.jit(lambda p: accumulate(language_modelling(CFG), p, batch, 1))(params)
-    state, _ = jax.jit(make_train_step(language_modelling(CFG), seen))(new_state(params, seen), batch)
+    state, _ = jax.jit(policy_step(CFG, seen))(policy_state(params, seen), batch)
     assert float(jnp.bfloat16(1 / loss.weight)) != pytest.approx(1 / float(loss.weight), rel=1e-3)
     jax.tree.map(
         lambda mean, g: np.testing.assert_allclose(mean, g.astype(jnp.float32) / loss.weight, rtol=1e-6),
-        state.opt_state,
+        state.opt_state["policy"],
         grads,
     )
 

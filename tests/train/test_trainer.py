@@ -25,13 +25,15 @@ from model.adapters import drop_adapters, merge_adapter, split_trained
 from model.generate import generate
 from model.logprobs import token_logprobs
 from rl.config import RLConfig
+from tests.policy import adamw, policy_state
 from train import checkpoints, trainer
-from train.checkpoints import TrainCheckpoints, fingerprint
-from train.config import OptimizerSpec, SampleSpec, TrainConfig
-from train.optimizer import adamw
+from train.config import SampleSpec, TrainConfig
+from train.learner import Learner
+from train.metrics import MetricsLog
+from train.references import fingerprint
 from train.sampling import draw_samples
-from train.step import new_state
-from train.trainer import TrainingDiverged, prepare_run, train
+from train.setup import prepare_run
+from train.trainer import TrainingDiverged, train
 
 TEXTS = ["the cat sat on the mat and the dog sat on the log", "a dog and a cat sat on a mat"] * 20
 
@@ -80,7 +82,8 @@ def make_config(corpus, **changes):
             "batch_size": 8,
             "validation_batches": 2,
         },
-        "optimizer": {"peak_lr": 2e-2, "warmup_steps": 5},
+        "optimizer": {"peak_lr": 2e-2},
+        "schedule": {"warmup_steps": 5},
         "checkpoint": {"every": 10, "keep": 2},
         "mesh": {"data": 1, "fsdp": 8},
         "sharding": {"embed": [], "vocab": ["fsdp"]},
@@ -171,7 +174,7 @@ def test_a_checkpoint_says_all_about_itself(corpus, uninterrupted):
 def test_dpo_learns_to_prefer_the_chosen_answers(corpus, uninterrupted, tmp_path):
     config = make_config(
         corpus,
-        objective="dpo",
+        algorithm={"kind": "DPO"},
         init_from=str(uninterrupted[0]),
         steps=15,
         data={
@@ -192,7 +195,7 @@ def test_a_reference_that_has_become_another_is_refused_on_resume(corpus, uninte
     begun = shutil.copytree(uninterrupted[0], tmp_path / "model")
     data = {"mixture": {str(corpus / "pairs"): 1.0}, "validation": {}, "batch_size": 16}
     mesh = {"mesh": {"data": 8, "fsdp": 1}, "sharding": {"vocab": []}}
-    config = make_config(corpus, objective="dpo", init_from=str(begun), steps=4, data=data, **mesh)
+    config = make_config(corpus, algorithm={"kind": "DPO"}, init_from=str(begun), steps=4, data=data, **mesh)
     train(config, tmp_path / "dpo", stop_at=2)
     shutil.rmtree(begun / "checkpoints" / "30")  # the newest is now that of step 20
     with pytest.raises(configs.ConfigError, match="is not the reference that this run began with"):
@@ -228,24 +231,22 @@ def test_the_state_holds_the_key_of_its_random_numbers(corpus, uninterrupted, tm
     for stop in (2, 4):
         train(make_config(corpus, steps=4, seed=7), tmp_path, stop_at=stop)
         setup = prepare_run(make_config(corpus, steps=4, seed=7), tmp_path)
-        spec = make_config(corpus).checkpoint
-        kept = TrainCheckpoints(tmp_path, spec, setup.cfg, setup.tokenizer, setup.mesh, setup.config.sharding)
-        keys.append(np.asarray(kept.restore_or_init(setup.initial_params, setup.optimizer)[0].rng))
-        kept.close()
+        learner = Learner(setup.config, setup.plan, setup.tokenizer, tmp_path)
+        keys.append(np.asarray(learner.state.rng))
+        learner.close()
     np.testing.assert_array_equal(keys[0], jax.random.key_data(jax.random.key(7)))
     np.testing.assert_array_equal(keys[0], keys[1])
 
 
-def test_a_checkpoint_without_a_key_goes_on_with_the_seeds(corpus, tmp_path, monkeypatch):
-    """As earlier versions wrote them."""
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(corpus, tmp_path, monkeypatch):
     config = make_config(corpus, steps=4, seed=7)
-    whole = checkpoints._all_but_params
-    monkeypatch.setattr(
-        checkpoints, "_all_but_params", lambda state: {k: v for k, v in whole(state).items() if k != "rng"}
-    )
-    train(config, tmp_path, stop_at=2)
-    monkeypatch.setattr(checkpoints, "_all_but_params", whole)
-    assert train(config, tmp_path)["step"] == 4
+    whole = checkpoints._beside_policy
+    earlier = lambda state: {name: part for name, part in whole(state).items() if name != "extra"}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_beside_policy", earlier)
+        train(config, tmp_path, stop_at=2)
+    with pytest.raises(configs.ConfigError, match=rf"earlier version.*config.init_from={tmp_path}"):
+        train(config, tmp_path)
 
 
 def test_samples_draw_no_token_that_pads_the_vocabulary(corpus, uninterrupted):
@@ -282,14 +283,17 @@ def test_adapters_learn_another_task_while_all_else_stays_as_it_was(corpus, unin
     before, after = (float(loss(*of)[0, 2:].mean()) for of in ((base_cfg, base), (cfg, params)))
     assert after < before - 2
     assert float(loss(*merge_adapter(cfg, params))[0, 2:].mean()) == pytest.approx(after, abs=1e-3)
-    moments = new_state(params, adamw(OptimizerSpec(), 1, cfg)).opt_state
+    moments = policy_state(params, adamw(cfg)).opt_state
     sizes = [sum(x.size for x in jax.tree.leaves(of)) for of in (moments, split_trained(params)[0])]
     assert sizes[0] == 2 * sizes[1] + 2  # two moments of each, and two counts
 
 
 def test_a_run_that_stays_not_finite_stops_with_advice(corpus, tmp_path):
     config = make_config(
-        corpus, optimizer={"peak_lr": 1e30, "warmup_steps": 0, "clip_norm": 0.0}, max_bad_steps=3
+        corpus,
+        optimizer={"peak_lr": 1e30, "clip_norm": 0.0},
+        schedule={"warmup_steps": 0},
+        max_bad_steps=3,
     )
     with pytest.raises(TrainingDiverged, match=r"3 steps in a row .* Lower config.optimizer.peak_lr"):
         train(config, tmp_path)
@@ -301,7 +305,7 @@ def test_a_run_that_stays_not_finite_stops_with_advice(corpus, tmp_path):
         ({"data": {"batch_size": 12}}, r"batch_size=12 is not a multiple of 8 .* Use 8"),
         ({"data": {"mixture": {}}}, "mixture is empty"),
         ({"tokenizer": None}, "give config.tokenizer"),
-        ({"objective": "dpo", "data": {"batch_size": 16}}, "give config.init_from"),
+        ({"algorithm": {"kind": "DPO"}, "data": {"batch_size": 16}}, "give config.init_from"),
     ],
 )
 def test_what_does_not_fit_is_met_at_the_door(corpus, tmp_path, changes, said):
@@ -389,7 +393,7 @@ def test_a_run_goes_on_with_its_own_model_alone(corpus, uninterrupted, tmp_path)
         ),
         ({"model": {"layers": 0}}, r"config\.model: layers=0"),
         ({"model": {"head_dim": 15}}, r"config\.model: head_dim=15; wanted an even"),
-        ({"adapters": {"rank": -1}}, r"config\.adapters: rank=-1"),
+        ({"adapters": {"rank": 0}}, r"config\.adapters: rank=0; wanted at least 1"),
         ({"adapters": {"rank": 2, "targets": []}}, r"config\.adapters: .*targets=\(\)"),
         ({"microbatches": 0}, "config: microbatches=0"),
         ({"log_every": 0}, "config: log_every=0"),
@@ -398,7 +402,7 @@ def test_a_run_goes_on_with_its_own_model_alone(corpus, uninterrupted, tmp_path)
         ({"data": {"batch_size": 0}}, r"config\.data: batch_size=0"),
         ({"data": {"seq_len": 1}}, r"config\.data: seq_len=1"),
         (
-            {"model": {"moe": {"num_experts": 2, "experts_per_token": 3}}},
+            {"model": {"kind": "Mixture", "num_experts": 2, "experts_per_token": 3}},
             "experts_per_token=3; wanted at most",
         ),
     ],
@@ -412,7 +416,7 @@ def test_a_run_without_prompts_or_updates_is_refused_with_its_key():
     for part, key in (
         ("rollout", "prompts"),
         ("rollout", "group"),
-        ("grpo", "minibatches"),
+        ("algorithm", "minibatches"),
         ("reward", "workers"),
     ):
         with pytest.raises(configs.ConfigError, match=rf"config\.{part}: {key}=0; wanted at least 1"):
@@ -457,3 +461,11 @@ def test_a_killed_command_given_again_ends_like_one_that_was_not(corpus, uninter
     assert out.returncode == 0, out.stderr
     assert "going on from step" in out.stdout
     assert json.loads((workdir / "result.json").read_text())["step"] == 400
+
+
+def test_a_figure_that_is_not_known_is_null_in_the_log(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, "train", {"loss": 2.0, "mfu": None, "grad_norm": float("inf")})
+    log.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 1, "split": "train", "loss": 2.0, "mfu": None, "grad_norm": None}

@@ -19,7 +19,7 @@ from model.kernels.grouped_matmul.blocks import in_blocks
 from model.kernels.grouped_matmul.dispatch import from_rows, sorted_by, to_rows
 from model.kernels.grouped_matmul.reference import every_product
 from model.logprobs import ScoreOptions, token_logprobs
-from train.objectives import language_modelling
+from tests.policy import language_modelling
 
 from ..conftest import compiled_fast as jit
 from ..conftest import random_params, tiny

@@ -17,7 +17,7 @@ from model.kernels.attention import Mask, Scores, self_attention
 from model.kernels.backend import Kernels
 from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout, request_for
 from tests.model.conftest import applied
-from train.objectives import language_modelling
+from tests.policy import language_modelling
 
 from ..conftest import GOLDENS
 from ..test_families import CHECKPOINTS
