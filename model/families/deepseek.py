@@ -171,8 +171,12 @@ def _write(cfg: Any) -> dict[str, Any]:
     } | write_rope(mixer.rope)
     if mixer.scale is not None:
         growth = math.sqrt(mixer.scale * (mixer.nope_dim + mixer.rope_dim) ** 0.5)
-        amount = (growth - 1) / (0.1 * math.log(mixer.rope.scaling.factor))
-        saved["rope_scaling"]["mscale_all_dim"] = round(amount, 9)
+        amount = lambda magnitude: round((magnitude - 1) / (0.1 * math.log(mixer.rope.scaling.factor)), 9)
+        saved["rope_scaling"]["mscale_all_dim"] = amount(growth)
+        # DeepSeek's own code and vLLM have no attention_factor: they divide the magnitudes of mscale (default 1) and
+        # mscale_all_dim.
+        if (mscale := amount(growth * mixer.rope.scaling.magnitude)) > 0 and mscale != 1:
+            saved["rope_scaling"]["mscale"] = mscale
     return saved
 
 

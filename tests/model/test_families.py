@@ -80,6 +80,20 @@ def test_kimi_k2_is_a_deepseek_v3_with_code_of_its_own(tmp_path, caplog):
     assert config_of(tmp_path / "again")["model_type"] == "kimi_k2"
 
 
+@pytest.mark.parametrize("name", ["deepseek_v2_yarn", "deepseek_v3"])
+@pytest.mark.parametrize("mscale, all_dim", [(0.7, 0.9), (0.707, 0.707), (1.0, 0.5), (1.0, 1.0)])
+def test_a_saved_deepseek_has_the_magnitudes_of_yarn_for_readers_without_attention_factor(
+    name, mscale, all_dim
+):
+    saved = config_of(GOLDENS / name)
+    family = FAMILIES[saved["model_type"]]
+    saved["rope_parameters"] |= {"mscale": mscale, "mscale_all_dim": all_dim}
+    written = family.write_config(family.read_config(saved))["rope_scaling"]
+    assert written["mscale_all_dim"] == pytest.approx(all_dim, rel=1e-6)
+    assert written.get("mscale", 1.0) == pytest.approx(mscale, rel=1e-6)  # DeepSeek's and vLLM's default
+    assert ("mscale" in written) == (mscale != 1)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_equal_those_of_transformers(name):
     golden = np.load(GOLDENS / name / "logits.npz")
