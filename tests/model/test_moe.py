@@ -295,6 +295,16 @@ def test_an_even_router_has_the_least_balance_loss():
     assert float(aux["moe_z_loss"].mean()) == pytest.approx(np.log(E) ** 2, rel=1e-6)
 
 
+def test_a_bias_that_makes_all_scores_negative_chooses_no_expert_of_another_group():
+    """A number that is added to all scores changes no choice."""
+    router = Router("sigmoid", choice_bias=True, **GROUPS)
+    logits = np.random.default_rng(0).normal(size=(B, T, E)).astype(np.float32)
+    wanted = router.choose(logits, np.zeros(E, np.float32), 3)
+    for bias in (-3.0, 12.0):
+        found = router.choose(logits, np.full(E, bias, np.float32), 3)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 @pytest.mark.parametrize("logits", [np.zeros(E), -np.arange(E) / 8], ids=["all 0", "the best is 0"])
 def test_a_sparse_mixer_chooses_among_logits_of_zero(logits):
     router = SparseMixer(0.3)
