@@ -99,6 +99,7 @@ def apply(
     """
     inputs = Inputs.of(inputs)
     _check(cfg, inputs, cache)
+    _check_requested(inputs, targets, logits_at)
     if targets is not None and logits_at is not None and cfg.mtp is not None and cache is None:
         raise ValueError(
             "targets at the tokens of logits_at lack the later targets that multi-token prediction scores. "
@@ -159,6 +160,19 @@ def _check(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> None:
             raise ValueError(f"inputs.prefix and inputs.spans are only for attention, not for {what}.")
     if inputs.adapter_ids is not None and cfg.adapters is None:
         raise ValueError("adapter_ids were given to a model without adapters.")
+
+
+def _check_requested(inputs: Inputs, targets: jax.Array | None, logits_at: jax.Array | None) -> None:
+    rows, tokens = inputs.tokens.shape
+    if logits_at is not None and (jnp.ndim(logits_at) != 2 or len(logits_at) != rows):
+        raise ValueError(
+            f"logits_at has shape {jnp.shape(logits_at)}. Give [{rows}, N], indices of tokens for each row."
+        )
+    wanted = (rows, tokens) if logits_at is None else jnp.shape(logits_at)
+    if targets is not None and jnp.shape(targets) != wanted:
+        raise ValueError(
+            f"targets have shape {jnp.shape(targets)}. Give one for each scored token, {wanted}."
+        )
 
 
 class Transformer(nn.Module):

@@ -61,7 +61,7 @@ def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> tuple[jax.Arr
     if not backend.for_cpu():
         return _by_hand(logits_BTV, tokens_BT)
     # the shape of the head's product, so that XLA reuses its memory
-    both_N = _by_hand(logits_BTV.reshape(-1, logits_BTV.shape[-1]), tokens_BT.reshape(-1))
+    both_N = _by_hand(logits_BTV.reshape(tokens_BT.size, logits_BTV.shape[-1]), tokens_BT.reshape(-1))
     logprobs_BT, log_z_BT = (x_N.reshape(tokens_BT.shape) for x_N in both_N)
     return logprobs_BT, log_z_BT
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from model.inputs.media import Media
 
@@ -48,17 +47,24 @@ class Inputs:
     def of(cls, inputs: Inputs | jax.Array) -> Inputs:
         """`inputs` itself, or bare token ids [B, T] as Inputs. Raises TypeError or ValueError for anything else."""
         if isinstance(inputs, Inputs):
+            _check_shape(inputs.tokens)
             return inputs
         if isinstance(inputs, dict):
             raise TypeError(
                 f"inputs is a dict with {', '.join(map(str, inputs))}. Use Inputs.from_batch(batch), or "
                 "Inputs(tokens=...)."
             )
-        if jnp.ndim(inputs) != 2:
-            raise ValueError(f"token ids have shape {jnp.shape(inputs)}. Give [batch, tokens].")
+        _check_shape(inputs)
         return cls(inputs)
 
     @classmethod
     def from_batch(cls, batch: dict[str, jax.Array], **more: Any) -> Inputs:
         """The tokens, positions and segments of a packed batch; `more` sets further fields."""
         return cls(batch["tokens"], batch.get("positions"), batch.get("segment_ids"), **more)
+
+
+def _check_shape(tokens: jax.Array) -> None:
+    if not hasattr(tokens, "shape"):
+        raise TypeError(f"token ids are a {type(tokens).__name__}. Give an array: jnp.asarray(...).")
+    if len(tokens.shape) != 2:
+        raise ValueError(f"token ids have shape {tokens.shape}. Give [batch, tokens].")

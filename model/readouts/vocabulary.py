@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -55,9 +56,9 @@ class VocabularyHead:
     def _logits(self, hidden_BTD: jax.Array) -> jax.Array:
         if backend.for_cpu():
             # matrices, so that XLA computes the logits' gradient once for both of its products
-            hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+            hidden_ND = hidden_BTD.reshape(math.prod(hidden_BTD.shape[:2]), hidden_BTD.shape[-1])
             logits_NV = matmul(hidden_ND, self.head_VD, "ND,VD->NV", jnp.float32)
-            logits_BTV = logits_NV.reshape(*hidden_BTD.shape[:2], -1)
+            logits_BTV = logits_NV.reshape(*hidden_BTD.shape[:2], logits_NV.shape[-1])
         else:
             logits_BTV = matmul(hidden_BTD, self.head_VD, "BTD,VD->BTV", jnp.float32)
         if self.bias_V is not None:

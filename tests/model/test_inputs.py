@@ -13,6 +13,7 @@ from model import Block, Inputs, Media, apply, init, init_cache, logical_axes, p
 from model.blocks.common import fan_in_normal, param
 from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba import Mamba
+from model.kernels.backend import Kernels
 
 from .conftest import compiled_fast, random_params, random_tokens, tiny
 
@@ -135,6 +136,16 @@ def test_bare_token_ids_are_inputs_and_what_is_none_says_so():
         apply(cfg, params, {"tokens": tokens})
     with pytest.raises(ValueError, match=r"shape \(5,\). Give \[batch, tokens\]"):
         apply(cfg, params, tokens[0])
+    with pytest.raises(ValueError, match=r"shape \(5,\). Give \[batch, tokens\]"):
+        apply(cfg, params, Inputs(tokens[0]))
+    with pytest.raises(TypeError, match="token ids are a list. Give an array"):
+        apply(cfg, params, [[1, 2]])
+    with pytest.raises(
+        ValueError, match=r"targets have shape \(2, 4\). Give one for each scored token, \(2, 5\)"
+    ):
+        apply(cfg, params, tokens, targets=tokens[:, 1:])
+    with pytest.raises(ValueError, match=r"logits_at has shape \(2,\). Give \[2, N\]"):
+        apply(cfg, params, tokens, logits_at=jnp.array([1, 2]))
     with pytest.raises(TypeError, match="cache is a .*Array.*positions and segment ids go into Inputs"):
         apply(cfg, params, tokens, jnp.zeros_like(tokens))
     with pytest.raises(
@@ -143,6 +154,20 @@ def test_bare_token_ids_are_inputs_and_what_is_none_says_so():
         apply(cfg, params, Inputs(tokens, media={"sound": Media(jnp.zeros((2, 1, 3)), jnp.zeros((2, 1)))}))
     with pytest.raises(ValueError, match="It reads image"):
         apply(with_images(), params, Inputs(tokens, media={"sound": Media(jnp.zeros((2, 1, 3)), tokens)}))
+
+
+@pytest.mark.parametrize("implementation", ["logits", "stripes"])
+def test_no_chosen_token_gives_no_logits_no_scores_and_no_gradient(implementation):
+    cfg = tiny(layers=1, kernels=Kernels(cross_entropy=implementation))
+    params, tokens = random_params(cfg), random_tokens(cfg, (2, 5))
+    none = jnp.zeros((2, 0), jnp.int32)
+    assert apply(cfg, params, tokens, logits_at=none).logits.shape == (2, 0, cfg.vocab_size)
+
+    def loss(params):
+        return apply(cfg, params, tokens, targets=none, logits_at=none).scores.logprobs.sum()
+
+    value, grads = jax.value_and_grad(loss)(params)
+    assert value == 0 and all((grad == 0).all() for grad in jax.tree.leaves(grads))
 
 
 def test_a_batch_of_the_data_is_inputs():

@@ -49,7 +49,7 @@ class CrossEntropyCall:
 
     def stripe(self, N: int, V: int, itemsize: int) -> int:
         """Entries of the vocabulary in a stripe."""
-        fitting, tile = self.stripe_bytes // (N * itemsize), self.tiles.entries if self.tiles else 128
+        fitting, tile = self.stripe_bytes // max(N * itemsize, 1), self.tiles.entries if self.tiles else 128
         return min(V, max(tile, fitting // tile * tile))
 
 
