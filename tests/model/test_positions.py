@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.traffic import traffic
 from model import Alibi, NTKScaling, Rope
+from model.blocks.positions import LongRopeScaling
 from model.families.common import Reader
 from model.families.rope import read_rope
 from model.kernels import backend
@@ -37,6 +38,31 @@ def test_ntk_frequencies_equal_those_of_transformers_at_the_length_that_needs_th
     np.testing.assert_allclose(rope.frequencies(32), golden["frequencies"][0], rtol=1e-6)
     plain = Rope(10_000.0).frequencies(32)
     np.testing.assert_allclose(rope.frequencies(32)[[0, -1]], plain[[0, -1]] / [1, needed], rtol=1e-6)
+
+
+def test_a_document_of_just_the_original_length_is_a_short_one_for_longrope():
+    """As in Phi-3: the long divisors are for more tokens than the original length."""
+    rope = Rope(100.0, LongRopeScaling((1.0, 2.0), (3.0, 5.0), original_max_length=4))
+    x = np.random.default_rng(0).normal(size=(1, 5, 1, 4)).astype(np.float32)
+    for length, divisors in ((4, [1.0, 2.0]), (5, [3.0, 5.0])):
+        angles_TF = np.arange(length)[:, None] * np.array([1.0, 0.1]) / divisors
+        a, b = x[0, :length, 0, :2], x[0, :length, 0, 2:]
+        cos, sin = np.cos(angles_TF), np.sin(angles_TF)
+        wanted = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        found = rope(jnp.asarray(x[:, :length]), jnp.arange(length)[None])
+        np.testing.assert_allclose(found[0, :, 0], wanted, atol=1e-5)
+
+
+def test_bfloat16_does_not_round_the_angles_of_far_positions():
+    """Rounded angles would be wrong by whole turns."""
+    positions = np.array([[131_071, 70_001, 3]])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 64)), jnp.bfloat16)
+    angles = positions[..., None, None] * 10_000.0 ** (-np.arange(0, 64, 2) / 64)
+    a, b = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    wanted = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    found = np.asarray(Rope()(x, jnp.asarray(positions)), np.float64)
+    np.testing.assert_allclose(found, wanted, atol=0.02)  # rounding of the result, and of float32 angles
 
 
 def test_a_part_of_a_head_stands_still():
