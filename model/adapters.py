@@ -63,11 +63,22 @@ def is_adapter(path: Path) -> bool:
     return path[-1].endswith(ENDS)
 
 
+def is_readout(path: Path) -> bool:
+    """Whether a parameter, by its path, belongs to one of `cfg.heads`, such as a value."""
+    return len(path) == 1 and path[0].endswith(("_head", "_head_bias"))
+
+
 def split_trained(params: Params) -> tuple[Params, Params]:
-    """(trained parameters, the rest): adapters if there are any, else all but a byte-latent model's patcher."""
+    """(trained parameters, the rest).
+
+    Trained are adapters and readouts if there are any adapters, else all but a byte-latent model's patcher.
+    """
     flat = _flat(params)
-    adapters = {path: x for path, x in flat.items() if is_adapter(path)}
-    trained = adapters or {path: x for path, x in flat.items() if path[0] != PATCHER}
+    adapted = any(map(is_adapter, flat))
+    is_trained = (
+        (lambda path: is_adapter(path) or is_readout(path)) if adapted else lambda path: path[0] != PATCHER
+    )
+    trained = {path: x for path, x in flat.items() if is_trained(path)}
     if len(trained) == len(flat):
         return params, {}
     return unflatten_dict(trained), unflatten_dict({p: x for p, x in flat.items() if p not in trained})

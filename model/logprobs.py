@@ -26,6 +26,12 @@ class ScoreOptions:
     likeliest: bool = False  # the token with the highest logit, the first one if several are equal
     choices: int | None = None  # larger tokens are never the likeliest; None: all may be
 
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: logits are divided by it. Wanted more than 0.")
+        if self.choices is not None and self.choices < 1:
+            raise ValueError(f"choices={self.choices}; wanted at least 1, or None.")
+
     def choices_of(self, vocab_size: int) -> int:
         return vocab_size if self.choices is None else self.choices
 

@@ -28,6 +28,8 @@ def quantize(
     kind: Kind,
     block: int | Literal["all"] | None = None,
     targets: tuple[str, ...] = ("*",),
+    *,
+    double: bool = False,
 ) -> Params:
     """Rounds linear maps to few bits, with a scale for each block of inputs of an output; `apply` takes the result.
 
@@ -36,6 +38,7 @@ def quantize(
       block: inputs that share a scale; None: the format's; "all": one scale an output, as the experts' kernel needs.
       targets: a map's name ("q") or its path within the block ("mixer/q"), with the wildcards `*` and `?`. Routers and
         embeddings, including a tied head, are not quantized.
+      double: the scales are kept in 8 bits.
 
     Raises:
       ValueError: an unknown kind, a target that is no linear map or is already quantized, or a block that does not fit.
@@ -45,7 +48,8 @@ def quantize(
     flat = cast(dict[Path, Any], flatten_dict(params))
     infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))
     for path in dict.fromkeys(path for target in targets for path in _matches(infos, target)):
-        flat[path] = _quantized(path, flat[path], infos[path], kind, block)
+        quantized = _quantized(path, flat[path], infos[path], kind, block)
+        flat[path] = quantized.double_quantized() if double else quantized
     return cast(Params, unflatten_dict(flat))
 
 

@@ -18,7 +18,8 @@ class WeightedSum:
     def of(cls, values: jax.Array, weights: jax.Array) -> WeightedSum:
         """Weighted sum of `values` with `weights` of the same (or broadcastable) shape, in float32."""
         values, weights = jnp.broadcast_arrays(values.astype(jnp.float32), jnp.asarray(weights, jnp.float32))
-        return cls(jnp.sum(values * weights), jnp.sum(weights))
+        # what has no weight may be anything, infinite too
+        return cls(jnp.sum(jnp.where(weights == 0, 0.0, values) * weights), jnp.sum(weights))
 
     @classmethod
     def one(cls, value: jax.Array) -> WeightedSum:

@@ -38,10 +38,12 @@ class Quantized:
     """
 
     values: jax.Array  # the parameter's shape, the format's dtype
-    scales: jax.Array  # float32
+    scales: jax.Array  # float32, or uint8 with `scale_steps`
     kind: Kind = flax.struct.field(pytree_node=False)
     # input axes, counted from the last axis (negative)
     inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    # float32, what one unit of 8-bit scales stands for: one for all scales of an output (double quantization)
+    scale_steps: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,6 +58,12 @@ class Quantized:
         return self.values.size
 
     @property
+    def float_scales(self) -> jax.Array:
+        """The scales, float32; no gradient."""
+        scales = self.scales.astype(jnp.float32)
+        return jax.lax.stop_gradient(scales if self.scale_steps is None else scales * self.scale_steps)
+
+    @property
     def block(self) -> int:
         """The number of inputs that share a scale."""
         return math.prod(self.shape[i] // self.scales.shape[i] for i in self.inputs)
@@ -63,13 +71,14 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed values and the scales."""
-        return self.values.size * BITS[self.kind] // 8 + self.scales.size * 4
+        steps = 0 if self.scale_steps is None else self.scale_steps.size * 4
+        return self.values.size * BITS[self.kind] // 8 + self.scales.size * self.scales.dtype.itemsize + steps
 
     def dense(self, dtype: Any) -> jax.Array:
         """The dequantized array."""
         grid = [(n, size // n) for n, size in zip(self.scales.shape, self.shape, strict=True)]
         values = widen(self.values, self.kind).reshape([part for pair in grid for part in pair])
-        scales = jax.lax.stop_gradient(self.scales).reshape([part for n, _ in grid for part in (n, 1)])
+        scales = self.float_scales.reshape([part for n, _ in grid for part in (n, 1)])
         return (values * scales).reshape(self.shape).astype(dtype)
 
     def matrix(self) -> QuantizedMatrix:
@@ -79,12 +88,20 @@ class Quantized:
         inputs = math.prod(self.shape[i] for i in places)
         blocks = math.prod(self.scales.shape[i] for i in places)
         values_IO = self.values.transpose(order).reshape(inputs, -1)
-        scales = jax.lax.stop_gradient(self.scales)
-        return QuantizedMatrix(values_IO, scales.transpose(order).reshape(blocks, -1), self.kind)
+        return QuantizedMatrix(values_IO, self.float_scales.transpose(order).reshape(blocks, -1), self.kind)
 
     def of_outputs(self, last: slice) -> Quantized:
         """A slice of the last axis, which is not an input."""
-        return dataclasses.replace(self, values=self.values[..., last], scales=self.scales[..., last])
+        return jax.tree.map(lambda part: part[..., last], self)
+
+    def double_quantized(self) -> Quantized:
+        """With scales of 8 bits, as in QLoRA (there a step is for 256 scales, here for those of an output).
+
+        A scale is off by half a step at most, 1/510 of the output's largest.
+        """
+        steps = jnp.max(self.scales, axis=self.inputs, keepdims=True) / 255
+        units = jnp.round(self.scales / jnp.where(steps > 0, steps, 1))
+        return dataclasses.replace(self, scales=units.astype(jnp.uint8), scale_steps=steps)
 
 
 Weight = jax.Array | Quantized
@@ -133,7 +150,7 @@ def grouped_product(
     if not isinstance(weight, Quantized):
         return grouped_on_mesh(split, x_MI, weight, sizes_E, names)
     if not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
-        return _grouped(x_MI, weight.values, jax.lax.stop_gradient(weight.scales[:, 0]), sizes_E)
+        return _grouped(x_MI, weight.values, weight.float_scales[:, 0], sizes_E)
     QUANTIZED_GROUPED_MATMUL.require_plain("it takes 8-bit weights with one scale an output, on one device")
     return grouped_on_mesh(split, x_MI, weight.dense(x_MI.dtype), sizes_E, names)
 
@@ -155,9 +172,9 @@ def _grouped_backward(saved: tuple, d_MO: jax.Array) -> tuple:
 _grouped = differentiable(_grouped_forward, _grouped_tangent, _grouped_backward)
 
 
-def scale_axes(names: tuple[Any, ...], weight: Quantized) -> tuple[Any, ...]:
-    """The scales' axes, logical or of a mesh: those of the weight, or None if one scale is for a whole axis."""
-    return tuple(None if n == 1 else name for name, n in zip(names, weight.scales.shape, strict=True))
+def scale_axes(names: tuple[Any, ...], scales: Any) -> tuple[Any, ...]:
+    """The axes of a weight's scales, logical or of a mesh: the weight's, or None if one scale is for a whole axis."""
+    return tuple(None if n == 1 else name for name, n in zip(names, scales.shape, strict=True))
 
 
 def shardings_like(params: Any, shardings: Any) -> Any:
@@ -166,11 +183,15 @@ def shardings_like(params: Any, shardings: Any) -> Any:
     def of_leaf(leaf: Any, sharding: Any) -> Any:
         if not is_quantized(leaf) or is_quantized(sharding):
             return sharding
-        scales = sharding
-        if isinstance(sharding, NamedSharding):
+
+        def of_scales(scales: Any) -> Any:
+            if scales is None or not isinstance(sharding, NamedSharding):
+                return None if scales is None else sharding
             spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
-            scales = NamedSharding(sharding.mesh, PartitionSpec(*scale_axes(spec, leaf)))
-        return dataclasses.replace(leaf, values=sharding, scales=scales)
+            return NamedSharding(sharding.mesh, PartitionSpec(*scale_axes(spec, scales)))
+
+        steps = of_scales(leaf.scale_steps)
+        return dataclasses.replace(leaf, values=sharding, scales=of_scales(leaf.scales), scale_steps=steps)
 
     return jax.tree.map(of_leaf, params, shardings, is_leaf=is_quantized)
 

@@ -31,8 +31,9 @@ class LoRA:
 class QLoRA(LoRA):
     """LoRA over linear maps that are kept in few bits. Dettmers et al. 2023, arXiv:2305.14314."""
 
-    base: Literal["nf4", "int8"] = "nf4"
-    double_quantized: bool = True  # NF4's scales are kept in 8 bits
+    base: Literal["nf4", "int8"] = "nf4"  # the weights that adapters leave as they are; the rest is bfloat16
+    block: int | None = None  # inputs that share a scale; None: 64 for nf4, 128 for int8
+    double_quantized: bool = True  # scales are kept in 8 bits
 
 
 Adapters = LoRA | QLoRA

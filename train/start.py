@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 import data
@@ -140,34 +140,39 @@ def kept(config: LearnerConfig, role: Role, cfg: ModelConfig, params: Params) ->
     trained, rest = split_trained(params)
     if not role.trained:
         trained, rest = {}, params
-    dtype = config.precision.params
-    trained = jax.tree.map(lambda x: x.astype(dtype), trained)
     if any(is_quantized(leaf) for leaf in jax.tree.leaves(trained, is_leaf=is_quantized)):
         raise ConfigError(
             "the weights of config.init_from are quantized, and quantized weights are not trained: give "
             "config.adapters, or a model with dense weights."
         )
-    frozen = role.dtype or config.precision.frozen
-    if role.trained and isinstance(config.adapters, QLoRA):
-        frozen = config.adapters.base
-    if rest and frozen is not None:
-        rest = _frozen_as(cfg, rest, frozen)
+    trained = _in_dtype(cfg, trained, config.precision.params)
+    if rest and role.trained and isinstance(config.adapters, QLoRA):
+        rest = _frozen_as(cfg, rest, config.adapters.base, config.adapters)
+    elif rest and (frozen := role.dtype or config.precision.frozen) is not None:
+        rest = _frozen_as(cfg, rest, frozen, QLoRA())
     return join(trained, rest) if trained else rest
 
 
-def _frozen_as(cfg: ModelConfig, params: Params, dtype: str) -> Params:
-    if dtype not in ("int8", "nf4"):
-        narrow = lambda x: x if is_quantized(x) else x.astype(dtype)
-        return jax.tree.map(narrow, params, is_leaf=is_quantized)
+def _frozen_as(cfg: ModelConfig, params: Params, dtype: str, how: QLoRA) -> Params:
+    """In a dtype, or quantized as `how` says, with what is not quantized in bfloat16."""
+    few_bits = dtype in ("int8", "nf4")
+    halved = _in_dtype(cfg, params, "bfloat16" if few_bits else dtype)
+    if not few_bits:
+        return halved
     plain = cfg.replace(adapters=None)
-    halved = jax.tree.map(
-        lambda x: x if is_quantized(x) else x.astype(jnp.bfloat16), params, is_leaf=is_quantized
-    )
     if any(is_quantized(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
         return halved  # the source is quantized already
-    quantized = model.quantize(plain, params, cast(Any, dtype))
+    quantized = model.quantize(plain, params, cast(Any, dtype), how.block, double=how.double_quantized)
     pick = lambda new, half: new if is_quantized(new) else half
     return jax.tree.map(pick, quantized, halved, is_leaf=is_quantized)
+
+
+def _in_dtype(cfg: ModelConfig, params: Params, dtype: str) -> Params:
+    """Dense parameters in a dtype, but for those that a model has in float32 whatever its dtype is."""
+    wanted = cast(dict[Any, Any], flatten_dict(model.param_shapes(cfg.replace(param_dtype=dtype))))
+    flat = cast(dict[Any, Any], flatten_dict(params))
+    cast_to = lambda path, x: x if is_quantized(x) else x.astype(wanted[path].dtype)
+    return cast(Params, unflatten_dict({path: cast_to(path, x) for path, x in flat.items()}))
 
 
 def _policy_params(

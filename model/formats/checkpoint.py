@@ -145,8 +145,12 @@ def stored_shapes(path: str | Path) -> Params:
         flat[name] = jax.ShapeDtypeStruct(flat[name].shape, arrays[name].dtype)
     for name, saved in _meta(path).get("quantized", {}).items():
         values: Any = jax.ShapeDtypeStruct(flat[name].shape, FORMATS[saved["kind"]].dtype)
-        scales: Any = jax.ShapeDtypeStruct(tuple(saved["scales"]), jnp.float32)
-        flat[name] = Quantized(values, scales, saved["kind"], tuple(saved["inputs"]))
+        steps: Any = saved.get("scale_steps")
+        scales: Any = jax.ShapeDtypeStruct(
+            tuple(saved["scales"]), jnp.float32 if steps is None else jnp.uint8
+        )
+        steps = None if steps is None else jax.ShapeDtypeStruct(tuple(steps), jnp.float32)
+        flat[name] = Quantized(values, scales, saved["kind"], tuple(saved["inputs"]), steps)
     return unflatten_dict(flat, sep="/")
 
 
@@ -228,6 +232,7 @@ def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str
     meta = {"format": "crucible", "version": FORMAT_VERSION, "model": cfg.to_dict()}
     quantized = {
         name: {"kind": leaf.kind, "inputs": leaf.inputs, "scales": leaf.scales.shape}
+        | ({} if leaf.scale_steps is None else {"scale_steps": leaf.scale_steps.shape})
         for name, leaf in flatten_dict(params, sep="/").items()
         if isinstance(leaf, Quantized)
     }
@@ -242,7 +247,9 @@ def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str
 
 def _to_plain(params: Params) -> Params:
     """The tree as dicts and arrays, which Orbax stores by name."""
-    split = lambda leaf: {"values": leaf.values, "scales": leaf.scales} if is_quantized(leaf) else leaf
+    parts = ("values", "scales", "scale_steps")
+    of = lambda leaf: {name: getattr(leaf, name) for name in parts if getattr(leaf, name) is not None}
+    split = lambda leaf: of(leaf) if is_quantized(leaf) else leaf
     return jax.tree.map(split, params, is_leaf=is_quantized)
 
 

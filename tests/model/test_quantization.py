@@ -38,6 +38,7 @@ from model.formats.peft import load_adapters
 from model.formats.storage import load_lazily
 from model.kernels import backend
 from model.kernels.grouped_matmul.sharded import Split
+from model.kernels.quantized_matmul import formats
 from model.kernels.quantized_matmul.formats import NF4
 from model.layout import relayout
 from model.parameters import param_info
@@ -145,14 +146,14 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(name):
     check_decoding(forward, cfg, quantized, random_tokens(cfg, (2, 9)), init_cache(cfg, 2, 16), (6, 1, 2))
 
 
-@pytest.mark.parametrize("name", ["llama, untied head", "moe"])
-def test_scanned_and_unrolled_are_one_model(name):
+@pytest.mark.parametrize("name, double", [("llama, untied head", True), ("moe", False)])
+def test_scanned_and_unrolled_are_one_model(name, double):
     cfg, params = built(name)
-    quantized, tokens = quantize(cfg, params, "nf4", 16), random_tokens(cfg, (2, 9))
+    quantized, tokens = quantize(cfg, params, "nf4", 16, double=double), random_tokens(cfg, (2, 9))
     scanned_cfg, scanned = relayout(cfg, quantized, scan=True)
     wanted = forward(cfg, quantized, tokens).logits
     close(forward(scanned_cfg, scanned, tokens).logits, wanted)
-    again = quantize(scanned_cfg, relayout(cfg, params, scan=True)[1], "nf4", 16)
+    again = quantize(scanned_cfg, relayout(cfg, params, scan=True)[1], "nf4", 16, double=double)
     jax.tree.map(np.testing.assert_array_equal, again, scanned)
     jax.tree.map(np.testing.assert_array_equal, relayout(scanned_cfg, scanned, scan=False)[1], quantized)
 
@@ -282,9 +283,10 @@ def test_only_the_targets_are_quantized_and_only_once():
         quantize(cfg, quantized, "int8", 16)
 
 
-def test_a_mesh_splits_values_and_scales_alike():
+@pytest.mark.parametrize("double", [False, True], ids=["float32 scales", "8-bit scales"])
+def test_a_mesh_splits_values_and_scales_alike(double):
     cfg, params = built("moe")
-    quantized, rules = quantize(cfg, params, "int8", 4), ShardingRules()
+    quantized, rules = quantize(cfg, params, "int8", 4, double=double), ShardingRules()
     mesh = jax.make_mesh((1, 2, 1, 1, 2, 2), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 6)
     is_axes = lambda leaf: isinstance(leaf, tuple)
     dense = jax.tree.map(lambda names: named_sharding(mesh, rules, names), logical_axes(cfg), is_leaf=is_axes)
@@ -299,10 +301,10 @@ def test_a_mesh_splits_values_and_scales_alike():
     close(np.asarray(found), forward(cfg, dequantize(quantized), tokens).logits)
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "fp8"])
-def test_a_checkpoint_holds_them_as_they_are(tmp_path, kind):
+@pytest.mark.parametrize("kind, double", [("int8", False), ("nf4", True), ("fp8", False)])
+def test_a_checkpoint_holds_them_as_they_are(tmp_path, kind, double):
     cfg, params = built("moe")
-    quantized = quantize(cfg, params, kind, 16)
+    quantized = quantize(cfg, params, kind, 16, double=double)
     save(tmp_path / "model", cfg, quantized)
     same = functools.partial(jax.tree.map, np.testing.assert_array_equal, quantized)
     same(load_model(tmp_path / "model")[1])
@@ -371,3 +373,25 @@ def test_adapters_of_peft_go_beside_quantized_weights(name):
     found, wanted = (forward(*tree, random_tokens(cfg, (2, 9))).logits for tree in trees)
     close(found, wanted)
     assert np.abs(found - forward(cfg, quantized, random_tokens(cfg, (2, 9))).logits).max() > 1e-3
+
+
+def test_nf4_is_that_of_bitsandbytes_code_by_code():
+    """tests/goldens/make_nf4.py. A weight is [outputs, inputs] there."""
+    golden = np.load(GOLDENS / "nf4.npz")
+    weight = jnp.asarray(golden["weight"]).T  # [inputs, outputs]
+    rounded = formats.quantize(weight, "nf4", 64)
+    codes, scales = rounded.values_IO, rounded.scales_NO
+    plain = Quantized(codes, scales, "nf4", (-2,))
+    np.testing.assert_array_equal(np.asarray(codes).astype(int).T + 8, golden["plain_codes"])
+    np.testing.assert_allclose(np.asarray(scales).T, golden["scales"], rtol=1e-6)
+    np.testing.assert_allclose(plain.dense(jnp.float32).T, golden["plain_dense"], rtol=1e-6, atol=1e-7)
+    double = plain.double_quantized()
+    assert double.scales.dtype == jnp.uint8 and double.nbytes < plain.nbytes
+    np.testing.assert_array_equal(double.values, plain.values)
+    step = np.abs(golden["scales"]).max(axis=1, keepdims=True) / 510
+    off = (
+        np.abs(np.asarray(double.dense(jnp.float32)).T - golden["plain_dense"]).reshape(24, 4, 64).max(axis=2)
+    )
+    assert (off <= step * 1.001).all()
+    theirs = np.linalg.norm(golden["double_dense"] - golden["weight"])
+    assert np.linalg.norm(np.asarray(double.dense(jnp.float32)).T - golden["weight"]) < 1.02 * theirs
