@@ -1,22 +1,23 @@
 """Near duplicates by MinHash with banding (Broder 1997; Leskovec et al., Mining of Massive Datasets, 3.4).
 
-Documents that share a band are candidates; candidates are verified by the true Jaccard similarity of their shingles;
-connected components of what holds keep one document each. Signatures are daft's: (a x + b) mod a Mersenne prime.
+Documents that share a band are candidates; candidates are verified by the true Jaccard similarity of their shingles, as
+many of them as data/dedup/candidates.py says; connected components of what holds keep one document each. Signatures
+are daft's: (a x + b) mod a Mersenne prime.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from data.dedup import index
+from data.dedup.candidates import Buckets, Store, similar_pairs, verify_some
 from data.dedup.corpus import (
     Keep,
     Rows,
@@ -26,7 +27,6 @@ from data.dedup.corpus import (
     feature_table,
     fixed,
     gather,
-    groups,
 )
 from data.dedup.lines import hash64
 from data.documents import Document, DocumentType, read_documents
@@ -61,7 +61,7 @@ class MinHashDedup(Global):
     ] = ()  # folders written by `save_index` before: their documents stay, twins of them go
     save_index: str | None = None  # a folder to write, for later crawls: what stays, with its shingles
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def files(self) -> tuple[str, ...]:
         return tuple(os.path.join(folder, index.KEYS) for folder in self.index)
@@ -110,109 +110,27 @@ class MinHashDedup(Global):
         rows, keys = gather(corpus)
         own = len(keys)
         rows, keys = index.with_indices(rows, keys, self.index, self.bands)
-        buckets = _Buckets.of(keys)
-        wanted = buckets.candidates(len(keys))
+        buckets = Buckets.of(keys, rows.order)
+        wanted = buckets.documents(len(keys))
         corpus.log(f"minhash: {len(wanted):,} of {len(keys):,} documents share a band with another")
         store = _store_shingles(self, corpus, rows, wanted, own)
-        found = components(len(keys), _similar_pairs(self, corpus, buckets, rows, store))
+        verify = functools.partial(_verify, self, corpus, store)
+        pairs = similar_pairs(buckets, keys, rows.order, store, verify)
+        found = components(len(keys), pairs)
         stays = best_of_components(found, rows.order)
         if self.save_index:
             _save_index(self, corpus, rows, keys, np.flatnonzero(stays[:own] == np.arange(own)))
         yield from decisions(corpus, rows, stays, "minhash", own)
 
 
-class _Buckets(NamedTuple):
-    """Groups of documents that share a band, each group once."""
-
-    members: np.ndarray  # int64, ascending in each group
-    ends: np.ndarray
-
-    @classmethod
-    def of(cls, keys: np.ndarray) -> _Buckets:
-        spoken = np.flatnonzero(keys[:, -1] > 0)
-        seen: dict[bytes, None] = {}
-        parts: list[np.ndarray] = []
-        for band in range(keys.shape[1] - 1):
-            members, ends = groups(keys[spoken, band])
-            for group in np.split(spoken[members], ends[:-1]) if len(ends) else []:
-                raw = group.tobytes()
-                name = raw if len(raw) <= 64 else hashlib.blake2b(raw, digest_size=16).digest()
-                if name not in seen:
-                    seen[name] = None
-                    parts.append(group)
-        if not parts:
-            return cls(np.zeros(0, np.int64), np.zeros(0, np.int64))
-        return cls(np.concatenate(parts), np.cumsum([len(part) for part in parts]))
-
-    def candidates(self, count: int) -> np.ndarray:
-        """The documents in any group, ascending."""
-        inside = np.zeros(count, bool)
-        inside[self.members] = True
-        return np.flatnonzero(inside)
-
-    def stars(self) -> np.ndarray:
-        """(first of its group, each other): distinct pairs, int64 [n, 2]."""
-        starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
-        firsts = np.repeat(self.members[starts], np.diff(np.concatenate([[0], self.ends])))
-        pairs = np.stack([firsts, self.members], axis=1)
-        return np.unique(pairs[firsts != self.members], axis=0)
-
-    def across(self, component: np.ndarray) -> np.ndarray:
-        """All pairs of one group and of two components, distinct, int64 [n, 2]."""
-        start, parts = 0, []
-        for end in self.ends.tolist():
-            group = self.members[start:end]
-            start = end
-            kinds = component[group]
-            if (kinds == kinds[0]).all():
-                continue
-            i, j = np.triu_indices(len(group), 1)
-            other = kinds[i] != kinds[j]
-            parts.append(np.stack([group[i[other]], group[j[other]]], axis=1))
-        return np.unique(np.concatenate(parts), axis=0) if parts else np.zeros((0, 2), np.int64)
-
-
-def _similar_pairs(
-    stage: MinHashDedup, corpus: Corpus, buckets: _Buckets, rows: Rows, store: tuple[Path, ...]
-) -> np.ndarray:
-    """Pairs that hold, enough of them that their components are those of all candidates that hold.
-
-    First each group's first with the others; then whatever of a group is not connected by that.
-    """
-    count = len(rows.row)
-    if not len(buckets.ends):
-        return np.zeros((0, 2), np.int64)
-    tested = buckets.stars()
-    held = _verify(stage, corpus, tested, store)
-    more = buckets.across(components(count, held))
-    tested_keys = tested[:, 0] * count + tested[:, 1]
-    more = more[~np.isin(more[:, 0] * count + more[:, 1], tested_keys)]
-    return np.concatenate([held, _verify(stage, corpus, more, store)])
-
-
-def _verify(stage: MinHashDedup, corpus: Corpus, pairs: np.ndarray, store: tuple[Path, ...]) -> np.ndarray:
+def _verify(stage: MinHashDedup, corpus: Corpus, store: Store, pairs: np.ndarray) -> np.ndarray:
     """Those pairs whose true similarity is high enough."""
     items = [(store, stage.min_jaccard, pairs[i : i + _PAIRS]) for i in range(0, len(pairs), _PAIRS)]
-    verdicts = list(corpus.map(_verify_some, items, len(pairs) / _PAIRS))
+    verdicts = list(corpus.map(verify_some, items, len(pairs) / _PAIRS))
     return pairs[np.concatenate(verdicts)] if verdicts else pairs
 
 
-def _verify_some(item: tuple[tuple[Path, ...], float, np.ndarray]) -> np.ndarray:
-    store, wanted, pairs = item
-    index, values, ends = (np.load(path, mmap_mode="r") for path in store)
-    at = np.searchsorted(index, pairs)
-    starts, stops = ends[at], ends[at + 1]
-    held = np.zeros(len(pairs), bool)
-    for n, ((a, b), (c, d)) in enumerate(zip(starts.tolist(), stops.tolist())):
-        small, large = sorted((c - a, d - b))
-        held[n] = small >= wanted * large and jaccard(values[a:c], values[b:d]) >= wanted
-    return held
-
-
-def _store_shingles(
-    stage: MinHashDedup, corpus: Corpus, rows: Rows, wanted: np.ndarray, own: int
-) -> tuple[Path, ...]:
-    """Files with the numbers of documents (ascending), their shingles one after the other, and where each ends."""
+def _store_shingles(stage: MinHashDedup, corpus: Corpus, rows: Rows, wanted: np.ndarray, own: int) -> Store:
     items = _shard_items(stage, corpus, rows, wanted[wanted < own])
     sizes, parts = [], []
     for item, lengths in zip(items, corpus.map(_shingles_of_shard, items, _megabytes(items)), strict=True):
@@ -220,10 +138,10 @@ def _store_shingles(
         parts.append(item[3])
     old_values, old_sizes = index.indexed_shingles(stage.index, wanted[wanted >= own] - own)
     ends = np.concatenate([[0], np.cumsum(np.concatenate([*sizes, old_sizes]))]).astype(np.int64)
-    paths = tuple(corpus.scratch / f"{name}.npy" for name in ("documents", "shingles", "ends"))
-    np.save(paths[0], wanted)
-    np.save(paths[2], ends)
-    values = np.lib.format.open_memmap(paths[1], "w+", np.uint64, (max(int(ends[-1]), 1),))
+    store = Store(*(corpus.scratch / f"{name}.npy" for name in Store._fields))
+    np.save(store.documents, wanted)
+    np.save(store.ends, ends)
+    values = np.lib.format.open_memmap(store.shingles, "w+", np.uint64, (max(int(ends[-1]), 1),))
     at = 0
     for part in parts:
         piece = np.load(part)
@@ -232,7 +150,7 @@ def _store_shingles(
         part.unlink()
     values[at : at + len(old_values)] = old_values
     values.flush()
-    return paths
+    return store
 
 
 def _megabytes(items: Sequence[Any]) -> float:

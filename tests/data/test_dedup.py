@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.dedup import BloomDedup, ExactDedup, LineDedup, MinHashDedup, SemanticDedup, SubstringDedup, jaccard
+from data.dedup import (
+    BloomDedup,
+    ExactDedup,
+    LineDedup,
+    MinHashDedup,
+    SemanticDedup,
+    SubstringDedup,
+    jaccard,
+    minhash,
+)
 from data.dedup.lines import Bloom
 from data.dedup.semantic import clusters
 from data.dedup.substring import window_hashes
@@ -109,6 +118,80 @@ def test_a_later_crawl_loses_what_an_earlier_one_has(tmp_path):
     both = run(MinHashDedup(), first | second)
     assert gone == {name: kept for name, kept in both.items() if name in first}
     assert dropped == {name: kept for name, kept in both.items() if name in second} and len(dropped) > 12
+
+
+def templated(pages, copies, seed=0, pool=None):
+    """{name: text} of pages of one template, two of them at 0.78 by their own words; of every tenth one or more copies
+    with a few words changed. `pool`: own parts are drawn from so many blocks, so that no shingle is rare."""
+    rng = np.random.default_rng(seed)
+    template, own = [f"t{i}" for i in range(300)], 33
+    blocks = [[f"b{b}-{i}" for i in range(own // 3)] for b in range(pool or 0)]
+    texts = {}
+    for page in range(pages):
+        words = list(template)
+        chosen = [w for b in rng.choice(pool, 3, replace=False) for w in blocks[b]] if pool else []
+        words[100 : 100 + own] = chosen or [f"w{i}" for i in rng.integers(0, 50_000, own)]
+        texts[f"{page:05d}"] = words
+        for copy in range(copies if page % 10 == 0 else 0):
+            changed = list(words)
+            for at in rng.choice(300, rng.integers(0, 7), replace=False):
+                changed[at] = f"x{rng.integers(50_000)}"
+            texts[f"{page:05d}-{copy}"] = changed
+    return {name: " ".join(words) for name, words in texts.items()}
+
+
+def similar_to_any(stage, texts):
+    """Names of texts that are similar to another one, by all pairs."""
+    sets = {name: set(stage.shingles(text).tolist()) for name, text in texts.items()}
+    names, found = sorted(sets), set()
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            shared = len(sets[a] & sets[b])
+            if shared >= stage.min_jaccard * (len(sets[a]) + len(sets[b]) - shared):
+                found |= {a, b}
+    return found
+
+
+def count_verified(monkeypatch):
+    """A list of how many pairs each call of the verification gets."""
+    counts, real = [], minhash.verify_some
+
+    def counted(item):
+        counts.append(len(item[2]))
+        return real(item)
+
+    monkeypatch.setattr(minhash, "verify_some", counted)
+    return counts
+
+
+@pytest.mark.parametrize("copies, pool", [(1, None), (40, None), (1, 60)])
+def test_pages_of_one_template_take_linear_work_and_keep_their_recall(monkeypatch, copies, pool):
+    """All pages share bands with all others, and are just below the threshold."""
+    counts, work = count_verified(monkeypatch), {}
+    for pages in (300, 600):
+        texts = templated(pages if copies == 1 else pages // 5, copies, pool=pool)
+        del counts[:]
+        gone = run(MinHashDedup(), texts)
+        work[pages] = sum(counts) / len(texts)
+        wanted, found = similar_to_any(MinHashDedup(), texts), {*gone, *gone.values()}
+        assert found <= wanted and len(found) >= 0.99 * len(wanted) > 25
+    assert max(work.values()) < 60 and work[600] < 1.3 * work[300]
+
+
+def test_a_bucket_of_thousands_of_unlike_pages_takes_linear_work(monkeypatch):
+    """Also with one large cluster, several small ones and pairs inside."""
+    rng = np.random.default_rng(0)
+    texts = {f"{i:04d}": base_text(rng, 60) for i in range(3000)}
+    wanted = {}
+    for page, copies in ((0, 1), (7, 1), (2999, 3), (50, 400), (60, 30), (61, 1)):
+        for copy in range(copies):
+            texts[f"{page:04d}-{copy}"] = [*texts[f"{page:04d}"], f"end{copy}"]
+            wanted[f"{page:04d}-{copy}"] = f"{page:04d}"
+    texts = {name: " ".join(words) for name, words in texts.items()}
+    monkeypatch.setattr(MinHashDedup, "bands_of", lambda self, texts: np.ones((len(texts), 2), np.uint64))
+    counts = count_verified(monkeypatch)
+    assert run(MinHashDedup(bands=1), texts) == wanted
+    assert sum(counts) < 12 * len(texts)
 
 
 def test_addresses_are_the_same_but_for_scheme_www_and_a_closing_slash():
