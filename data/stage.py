@@ -92,6 +92,10 @@ class Global(Stage):
         """An Arrow table of what is compared, from (row, document) pairs of one shard."""
         raise NotImplementedError
 
+    def outputs(self) -> tuple[str, ...]:
+        """Files outside of the workdir that `resolve` writes: it runs again where one of them is gone."""
+        return ()
+
     def resolve(self, corpus: Corpus) -> Iterator[tuple[str, list[Decision]]]:
         """(shard, its decisions) for each shard with any; the same whatever the number of workers."""
         raise NotImplementedError

@@ -180,12 +180,17 @@ class _Run:
     def _resolve(self, number: int) -> None:
         """A Global stage's decision, and new keys for what each shard becomes by it."""
         step, shards = self.steps[number], tuple(sorted(self.keys))
+        stage = cast(Global, step.stage)
         key = hash_of([(shard, self.keys[shard][number]) for shard in shards])
         for shard in shards:
             self.keys[shard][number] = hash_of(self.keys[shard][number], key)
         mark = self.layout.done(step.name, _ALL, "decisions")
-        if facts_of(mark, key) is not None:
-            return
+        facts, present = facts_of(mark, key), _sizes(stage.outputs())
+        if facts is not None:
+            gone = [path for path, size in facts.get("outputs", {}).items() if present.get(path) != size]
+            if not gone:
+                return
+            self.log(f"{step.name}: {', '.join(gone)} is gone or not as it was written: written again")
         began = time.monotonic()
         folder = self.layout.decisions(step.name, _ALL).parent
         scratch = folder.with_name("scratch")
@@ -202,11 +207,11 @@ class _Run:
             self.log,
         )
         total = 0
-        for shard, decisions in cast(Global, step.stage).resolve(corpus):
+        for shard, decisions in stage.resolve(corpus):
             total += len(decisions)
             _write_decisions(self.layout.decisions(step.name, shard), decisions)
         shutil.rmtree(scratch, ignore_errors=True)
-        mark_done(mark, key)
+        mark_done(mark, key, outputs=_sizes(stage.outputs()))
         self.log(f"{step.name}: {total:,} decisions, {time.monotonic() - began:.1f} s")
 
 
@@ -253,6 +258,11 @@ def _steps(config: CurationConfig) -> list[Step]:
 
 def _new_base(stage: Stage) -> bool:
     return stage.cuts if isinstance(stage, Global) else not isinstance(stage, Filter)
+
+
+def _sizes(paths: Sequence[str]) -> dict[str, int]:
+    """Bytes of those files that are there."""
+    return {path: os.path.getsize(path) for path in paths if os.path.exists(path)}
 
 
 def _write_decisions(path: Path, decisions: Sequence[Decision]) -> None:

@@ -27,13 +27,13 @@ _UNITS = {"line": re.compile(r"[^\n]+\n?"), "paragraph": re.compile(r"(?:[^\n]+\
 
 @dataclasses.dataclass(frozen=True)
 class LineDedup(Global):
-    """Cuts lines or paragraphs, equal but for letter case and white space, that stand more than `max_copies` times
-    before. A document goes whole where more than `max_cut` of its characters would be cut."""
+    """Keeps the first `max_copies` of lines or paragraphs that are equal but for letter case and white space, and cuts
+    those after them. A document goes whole where more than `max_cut` of its characters would be cut."""
 
     applies_to: DocumentType = "prose"
     unit: Unit = "paragraph"
     min_characters: int = 20  # shorter ones may repeat
-    max_copies: int = 1
+    max_copies: int = 1  # that stay
     max_cut: float = 1.0
 
     cuts: ClassVar[bool] = True
@@ -57,8 +57,9 @@ class LineDedup(Global):
 
 @dataclasses.dataclass(frozen=True)
 class BloomDedup(Global):
-    """Cuts lines or paragraphs of which `min_overlap` of the runs of `ngram_words` words stood before, and drops
-    documents of which as much did. A unit shorter than a run is one run of all its words."""
+    """Cuts lines or paragraphs of which `min_overlap` of the runs of `ngram_words` words stood before, in an earlier
+    document or in this one, and drops documents of which as much stood in earlier ones. A unit shorter than a run is
+    one run of all its words."""
 
     applies_to: DocumentType = "prose"
     unit: Unit = "paragraph"
@@ -69,7 +70,7 @@ class BloomDedup(Global):
     drop_documents: bool = True
 
     cuts: ClassVar[bool] = True
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def features(self, documents: Sequence[tuple[int, Document]]) -> Any:
         found, grams = [], [np.zeros(0, np.uint64)]
@@ -106,16 +107,15 @@ class BloomDedup(Global):
         )
         for members in units_of if len(table) else []:
             first, last = starts[members[0]], ends[members[-1]]
-            known = seen.has(values[first:last])
-            shares = np.add.reduceat(known, starts[members] - first) / (ends - starts)[members]
-            late = shares >= self.min_overlap
-            whole = self.drop_documents and known.mean() >= self.min_overlap
-            fresh = ~np.repeat(late | whole, (ends - starts)[members])
-            seen.add(values[first:last][fresh])
-            if whole:
+            grams, sizes = values[first:last], (ends - starts)[members]
+            known = seen.has(grams)
+            if self.drop_documents and known.mean() >= self.min_overlap:
                 row = table.column("row")[int(members[0])].as_py()
                 made.append(Decision(row, "bloom: document repeated"))
-            elif late.any():
+                continue
+            late = late_units(grams, known, sizes, self.min_overlap)
+            seen.add(grams[~np.repeat(late, sizes)])
+            if late.any():
                 made += _decisions(table.take(members[late]), np.ones(int(late.sum()), bool), 1.0, "")
         return made
 
@@ -125,6 +125,23 @@ class BloomDedup(Global):
             return np.zeros(0, np.uint64)
         n = min(self.ngram_words, len(found))
         return np.array([hash64(" ".join(found[i : i + n])) for i in range(len(found) - n + 1)], np.uint64)
+
+
+def late_units(grams: np.ndarray, known: np.ndarray, sizes: np.ndarray, min_overlap: float) -> np.ndarray:
+    """Which units of a document repeat, bool [units]: `min_overlap` of their n-grams are `known`, or stand in a unit
+    before that stays. `sizes`: n-grams of each unit, one after the other."""
+    firsts = np.cumsum(sizes) - sizes
+    late = np.add.reduceat(known, firsts, dtype=np.int64) / sizes >= min_overlap
+    if len(np.unique(grams)) == len(grams):
+        return late
+    own: set[int] = set()
+    for unit, (first, size) in enumerate(zip(firsts.tolist(), sizes.tolist())):
+        mine = grams[first : first + size].tolist()
+        seen = sum(before or gram in own for gram, before in zip(mine, known[first : first + size].tolist()))
+        late[unit] = seen / size >= min_overlap
+        if not late[unit]:
+            own.update(mine)
+    return late
 
 
 class Bloom:

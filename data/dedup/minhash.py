@@ -66,6 +66,10 @@ class MinHashDedup(Global):
     def files(self) -> tuple[str, ...]:
         return tuple(os.path.join(folder, index.KEYS) for folder in self.index)
 
+    def outputs(self) -> tuple[str, ...]:
+        names = (index.KEYS, index.SHINGLES)
+        return tuple(os.path.join(self.save_index, name) for name in names) if self.save_index else ()
+
     def features(self, documents: Sequence[tuple[int, Document]]) -> Any:
         keys = self.bands_of([document["text"] for _, document in documents])
         return feature_table(documents, self.keep, self.score, fixed(keys))

@@ -1,4 +1,4 @@
-"""Where a value stands for the first time among all shards, found in pieces that fit in memory."""
+"""Which values stand before, among all shards, found in pieces that fit in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _PIECE = 1 << 25  # values sorted at once: half a gigabyte with their places
 def later_copies(
     shards: list[str], values_of: Callable[[str], np.ndarray], copies: int = 1
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(shard, bool mask of its values) of values that stand more than `copies` times before: in the order of shards,
-    and in the order of each shard's values (uint64).
+    """(shard, bool mask of its values) of values that stand `copies` times before, or more often: in the order of
+    shards, and in the order of each shard's values (uint64).
 
     Memory: one piece of the values, chosen by their hash, and a byte for each value.
     """

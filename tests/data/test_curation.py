@@ -144,6 +144,23 @@ def test_a_second_run_redoes_nothing_and_a_changed_stage_only_what_follows(folde
     assert article(99) in [d["text"] for d in all_documents(work)]
 
 
+def test_an_index_that_was_deleted_or_cut_is_written_again(folder, tmp_path):
+    index, lines = tmp_path / "index", []
+    made = config(folder, stages=(MinHashDedup(save_index=str(index)),))
+    curate(made, tmp_path / "w", log=lines.append)
+    wanted = {path.name: path.read_bytes() for path in index.iterdir()}
+    for spoil in (lambda path: path.unlink(), lambda path: path.write_bytes(b"cut")):
+        for name in wanted:
+            spoil(index / name)
+            del lines[:]
+            curate(made, tmp_path / "w", log=lines.append)
+            assert {path.name: path.read_bytes() for path in index.iterdir()} == wanted
+            assert any(name in line and "written again" in line for line in lines)
+    moment = time.time_ns()
+    curate(made, tmp_path / "w", log=lines.append)
+    assert all(path.stat().st_mtime_ns < moment for path in index.iterdir())
+
+
 def test_a_changed_threshold_measures_nothing_anew(folder, tmp_path, monkeypatch):
     work, quiet = tmp_path / "w", {"log": lambda line: None}
     stages = (Normalise(), GopherQuality(), GopherRepetition(), MinHashDedup())

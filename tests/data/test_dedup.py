@@ -290,6 +290,46 @@ def test_pages_mostly_seen_before_go_and_others_lose_their_repeated_paragraphs()
     assert after == {"a": texts["a"], "b": "\n\n".join(own["b"])}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_repeated_paragraphs_are_those_that_a_plain_loop_with_a_set_finds(seed):
+    """The steps of BFF (process_line in DCLM's dedup/bff), paragraph by paragraph, also within one document."""
+    rng, n = np.random.default_rng(seed), 3
+    texts = {}
+    for i in range(30):
+        paragraphs = [" ".join(rng.choice(list("abcd"), rng.integers(1, 7))) for _ in range(6)]
+        texts[f"{i:02d}"] = "\n".join([*paragraphs, *paragraphs[:2]])
+    seen, wanted = set(), {}
+    for name, text in texts.items():
+        grams_of, stays = [], []
+        for line in text.split("\n"):
+            words = line.split()
+            size = min(n, len(words))
+            short = len(words) < 2
+            grams_of.append(
+                [] if short else [tuple(words[k : k + size]) for k in range(len(words) - size + 1)]
+            )
+        before = [gram in seen for grams in grams_of for gram in grams]
+        if before and sum(before) / len(before) >= 0.8:
+            continue
+        for line, grams in zip(text.split("\n"), grams_of):
+            if grams and sum(gram in seen for gram in grams) / len(grams) >= 0.8:
+                continue
+            seen.update(grams)
+            stays.append(line)
+        wanted[name] = stays
+    stage = BloomDedup(unit="line", ngram_words=n, min_words=2, false_positives=1e-9)
+    after = left(stage, texts)
+    assert {name: text.split("\n") for name, text in after.items()} == {
+        name: lines + [""] * (len(after[name].split("\n")) - len(lines)) for name, lines in wanted.items()
+    }
+    assert len(wanted) < 30 and any(len(lines) < 8 for lines in wanted.values())
+
+
+def test_a_paragraph_that_fills_a_document_stays_once():
+    paragraph = "one two three four five six seven eight nine ten"
+    assert left(BloomDedup(), {"a": "\n\n".join([paragraph] * 20)}) == {"a": paragraph + "\n\n"}
+
+
 def rotated(rng, vector, cosine):
     other = rng.normal(size=len(vector))
     other -= other @ vector * vector
