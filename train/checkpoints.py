@@ -72,6 +72,11 @@ class TrainCheckpoints:
         params = {"policy": policy} | rest.pop("roles", {})
         return State(params=params, **rest), progress
 
+    def progress(self) -> dict[str, Any]:
+        """What the newest checkpoint says beside the state; {} without one."""
+        step = self._checkpoints.latest_step()
+        return {} if step is None else self._checkpoints.progress(step)
+
     def save(self, step: int, state: State, progress: dict[str, Any]) -> None:
         """Start writing; `progress` (JSON) is what else a resumed run needs."""
         self._checkpoints.save(

@@ -163,7 +163,8 @@ class Learner:
     def save(self, step: int, progress: dict[str, Any]) -> None:
         """Start writing; `progress` (JSON) is what else a resumed run needs."""
         assert self.checkpoints is not None
-        self.checkpoints.save(step, self.state, progress | {"precision": to_dict(self.config.precision)})
+        how = {"precision": to_dict(self.config.precision), "average": self.config.average_decay > 0}
+        self.checkpoints.save(step, self.state, progress | how)
 
     def close(self) -> None:
         """Wait for the last save."""
@@ -200,14 +201,23 @@ def _restore_or_init(
         for name, start in trained.items()
         if name != "policy"
     }
-    state, progress = checkpoints.restore_or_init(initial, make, layouts, others)
+    _check_precision(config, checkpoints.progress())
+    return checkpoints.restore_or_init(initial, make, layouts, others)
+
+
+def _check_precision(config: LearnerConfig, progress: dict[str, Any]) -> None:
     precision = to_dict(config.precision)
     if progress.get("precision", precision) != precision:
         raise ConfigError(
             f"this run keeps its parameters by config.precision={progress['precision']}, and the config says "
             f"{precision}. Give the old values, or start a new run in another --workdir."
         )
-    return state, progress
+    if (progress.get("average", False) != (config.average_decay > 0)) and progress:
+        raise ConfigError(
+            f"config.average_decay={config.average_decay:g}, and this run began "
+            f"{'with' if progress.get('average') else 'without'} a moving average of its weights. Give the old value, "
+            "or start a new run in another --workdir."
+        )
 
 
 def _frozen_params(start: RoleStart, role: Role) -> Params:

@@ -40,7 +40,9 @@ def new_state(
 ) -> State:
     """The state before the first step; `average`: with a moving average of the policy's trained parameters."""
     trained = {role: split_trained(params[role])[0] for role in optimizers}
-    opt_state = {role: optimizer.init(trained[role]) for role, optimizer in optimizers.items()}
+    # moments are float32, whatever the parameters are
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    opt_state = {role: optimizer.init(wide(trained[role])) for role, optimizer in optimizers.items()}
     zero = lambda: jnp.zeros(
         (), jnp.int32
     )  # one for each use: two arrays of a donated state cannot share a buffer

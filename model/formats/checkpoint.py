@@ -82,6 +82,10 @@ class Checkpoints:
         found = _from_plain(items["params"], params)
         return found, items["optimizer"], json.loads(train.files["state.json"])
 
+    def progress(self, step: int) -> dict:
+        """`train` of `step`, without its arrays."""
+        return json.loads((self._folder / str(step) / "train" / "state.json").read_text())
+
     def names_beside_params(self, step: int) -> set[str]:
         """The names of what `step` holds beside the parameters."""
         return set(ocp.metadata(str(self._folder / str(step)), "optimizer").metadata)

@@ -18,9 +18,9 @@ from train.schedules import Cosine
 from train.step import accumulate
 from train.trainer import train
 
+from .conftest import make_config
 from .test_experts import fresh, jit
 from .test_step import packed_batch
-from .test_trainer import corpus, make_config  # noqa: F401  (corpus is a fixture)
 
 SPEC = Llama(16, 1, 2, 1, 8, ffn_width=24)
 RULES = ShardingRules(kv_heads=(), act_kv_heads=())  # there is one
@@ -170,7 +170,7 @@ def test_experts_of_a_module_are_balanced_with_the_others():
 
 
 @pytest.mark.slow
-def test_a_run_trains_it_from_scratch_and_logs_it(corpus, tmp_path):  # noqa: F811
+def test_a_run_trains_it_from_scratch_and_logs_it(corpus, tmp_path):
     """Counting: the token after the next is two more."""
     final = train(make_config(corpus, model={"mtp": {"tokens": 1}}), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -40,16 +40,16 @@ class RewardModel(Algorithm):
         margin_N = pairs(batch["margin"])[0] if "margin" in batch else 0.0
         loss_N = losses.reward_model(chosen_N, rejected_N, margin_N, self.centring)
         chosen_length, rejected_length = pairs(jnp.sum(batch["loss_weights"], axis=1))
-        longer_N = (chosen_length > rejected_length).astype(jnp.float32)
+        longer_N, shorter_N = chosen_length > rejected_length, chosen_length < rejected_length
         right_N = chosen_N > rejected_N
         metrics = {
             "accuracy": WeightedSum.of(right_N, real_N),
             # rewards that follow the length are right on the first of these and wrong on the second
             "accuracy_chosen_longer": WeightedSum.of(right_N, real_N * longer_N),
-            "accuracy_chosen_shorter": WeightedSum.of(right_N, real_N * (1 - longer_N)),
+            "accuracy_chosen_shorter": WeightedSum.of(right_N, real_N * shorter_N),
             "margin": WeightedSum.of(chosen_N - rejected_N, real_N),
             "margin_chosen_longer": WeightedSum.of(chosen_N - rejected_N, real_N * longer_N),
-            "margin_chosen_shorter": WeightedSum.of(chosen_N - rejected_N, real_N * (1 - longer_N)),
+            "margin_chosen_shorter": WeightedSum.of(chosen_N - rejected_N, real_N * shorter_N),
             "reward": WeightedSum.of((chosen_N + rejected_N) / 2, real_N),
             # the squared error of the probability that the chosen one is better; 0.25 is a coin
             "brier": WeightedSum.of(jax.nn.sigmoid(rejected_N - chosen_N) ** 2, real_N),

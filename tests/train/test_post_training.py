@@ -1,0 +1,310 @@
+"""Post-training through the trainer: preferences and rewards are learned, from any start and in any precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import configs
+import data
+import model
+from data.shards import TokenRecord, write_dataset
+from model.adapters import is_adapter
+from model.weights import is_quantized
+from train.learner import Learner
+from train.setup import prepare_run
+from train.trainer import train
+
+from .conftest import leaves, make_config
+
+MESH = {"mesh": {"data": 8, "fsdp": 1}, "sharding": {"vocab": []}}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """After four rising numbers the better answer falls again, and the worse one goes on rising.
+
+    The model of `uninterrupted` goes on rising. Held-out prompts start where no training prompt does.
+    """
+    root = tmp_path_factory.mktemp("answers")
+    rng, record = np.random.default_rng(0), lambda tokens: TokenRecord(tokens, np.arange(7) >= 4)
+    held_out = np.arange(12, 60, 6)
+    starts = {"train": np.setdiff1d(np.arange(10, 60), held_out), "validation": held_out}
+    for split, numbers in starts.items():
+        numbers = rng.choice(numbers, 160)
+        up = [np.arange(s, s + 7, dtype=np.int32) for s in numbers]
+        back = [np.array([s, s + 1, s + 2, s + 3, s + 2, s + 1, s], np.int32) for s in numbers]
+        pairs = [(record(better), record(worse)) for better, worse in zip(back, up, strict=True)]
+        write_dataset(root / "pairs" / split, pairs, "preference")
+        labelled = [(r, good) for pair in pairs for r, good in zip(pair, (1, 0), strict=True)]
+        write_dataset(root / "labelled" / split, labelled, "labelled")
+    # the planted preference of a reward model: of answers of random numbers the better one has the number 5
+    for split, count in (("train", 800), ("validation", 160)):
+        numbers = rng.integers(10, 60, (count, 2, 7)).astype(np.int32)
+        numbers[:, 1, :4] = numbers[:, 0, :4]
+        numbers[np.arange(count), 0, rng.integers(4, 7, count)] = 5
+        write_dataset(root / "planted" / split, [tuple(map(record, pair)) for pair in numbers], "preference")
+    return root
+
+
+def tuned(corpus, answers, start, algorithm, kind="pairs", **changes):
+    folder = lambda split: {str(answers / kind / split): 1.0}
+    base = {
+        "init_from": str(start),
+        "tokenizer": None,
+        "steps": 40,
+        "algorithm": algorithm,
+        "data": {
+            "mixture": folder("train"),
+            "validation": folder("validation"),
+            "batch_size": 32,
+            "seq_len": 8,
+        },
+        "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
+        "checkpoint": {"every": 40},
+    }
+    for key, value in changes.items():
+        base[key] = (
+            base[key] | value if isinstance(base.get(key), dict) and isinstance(value, dict) else value
+        )
+    return make_config(corpus, **(MESH | base))
+
+
+METHODS = {
+    "DPO": {"kind": "DPO"},
+    "conservative DPO": {"kind": "DPO", "label_smoothing": 0.1},
+    "robust DPO": {"kind": "DPO", "variant": "robust", "label_smoothing": 0.1},
+    "hinge": {"kind": "DPO", "variant": "hinge"},
+    "IPO": {"kind": "DPO", "variant": "ipo"},
+    "ORPO": {"kind": "ORPO", "beta": 0.5},
+    "SimPO": {"kind": "SimPO"},
+    "KTO": {"kind": "KTO"},
+}
+QUICK = ("DPO", "SimPO", "KTO")
+
+
+def prefers_the_better(path, answers):
+    """The share of held-out pairs whose better answer is likelier."""
+    cfg, params = model.load(path)
+    pairs = list(data.open_dataset(answers / "pairs" / "validation"))
+    tokens = np.stack([record.tokens for pair in pairs for record in pair])
+    logprobs = jax.nn.log_softmax(model.apply(cfg, params, tokens[:, :-1]).logits)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[:, 3:, 0].sum(axis=1)
+    return float((chosen[0::2] > chosen[1::2]).mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        pytest.param(name, seed, marks=[] if name in QUICK and seed == 0 else pytest.mark.slow)
+        for name in METHODS
+        for seed in range(3)
+    ],
+)
+def test_each_method_lifts_the_accuracy_on_held_out_preferences(
+    corpus,
+    answers,
+    uninterrupted,
+    tmp_path,
+    name,
+    seed,
+):
+    kind = "labelled" if name == "KTO" else "pairs"
+    steps = {"steps": 80} if name in ("ORPO", "IPO") else {}
+    config = tuned(corpus, answers, uninterrupted[0], METHODS[name], kind, seed=seed, **steps)
+    train(config, tmp_path)
+    assert prefers_the_better(uninterrupted[0], answers) < 0.2
+    assert prefers_the_better(tmp_path, answers) > 0.8
+
+
+def test_a_reward_model_ranks_held_out_pairs_and_loads_with_its_head(
+    corpus,
+    answers,
+    uninterrupted,
+    tmp_path,
+):
+    config = tuned(corpus, answers, uninterrupted[0], {"kind": "RewardModel"}, "planted", steps=120)
+    final = train(config, tmp_path / "reward")
+    assert final["validation_accuracy"] > 0.9 and final["validation_brier"] < 0.1
+    cfg, params = model.load(tmp_path / "reward")
+    assert [head.name for head in cfg.heads] == ["reward"]
+    pairs = list(data.open_dataset(answers / "planted" / "validation"))
+    tokens = np.stack([record.tokens for pair in pairs for record in pair])
+    rewards = np.asarray(model.apply(cfg, params, tokens).heads["reward"])[:, -1]
+    assert (rewards[0::2] > rewards[1::2]).mean() > 0.9
+    # the rewards of a pair are centred
+    assert abs(rewards.mean()) < 0.5 * np.abs(rewards).mean()
+
+
+@pytest.mark.parametrize("adapters", [{"kind": "LoRA", "rank": 4}, {"kind": "QLoRA", "rank": 4, "block": 16}])
+def test_a_reference_of_new_adapters_is_the_policy_without_them_and_takes_no_memory(
+    corpus,
+    answers,
+    uninterrupted,
+    tmp_path,
+    adapters,
+):
+    config = tuned(corpus, answers, uninterrupted[0], {"kind": "DPO"}, adapters=adapters)
+    setup = prepare_run(config)
+    learner = Learner(config, setup.plan, setup.tokenizer)
+    assert not learner.frozen and learner.plan.roles["reference"].without_adapters
+    full = prepare_run(tuned(corpus, answers, uninterrupted[0], {"kind": "DPO"}))
+    other = Learner(full.config, full.plan, full.tokenizer)
+    bytes_of = lambda *trees: sum(x.nbytes for x in jax.tree.leaves(trees))
+    base = bytes_of(other.params)
+    assert bytes_of(other.frozen) == base
+    held, adapters_alone = bytes_of(learner.state.params, learner.frozen), bytes_of(learner.averaged_params())
+    assert held < 1.5 * base and adapters_alone == 0
+    batch = {k: jnp.asarray(v) for k, v in next(data.make_run_batches(config.data, 4, "preference")).items()}
+    with jax.set_mesh(learner.mesh):
+        reference = learner.prepare(batch)["reference_logprobs"]
+        policy = learner._models(learner.state.params, {}, 1)["policy"].logprobs(batch)
+    np.testing.assert_allclose(reference, policy, rtol=1e-4, atol=1e-4)  # new adapters have no effect
+
+
+def test_a_reference_with_trained_adapters_has_its_own_over_the_same_base(
+    corpus,
+    answers,
+    uninterrupted,
+    tmp_path,
+):
+    """Adapters of an earlier run are trained further; the reference has them as they were."""
+    down = {"mixture": {str(corpus / "down"): 1.0}, "validation": {}, "batch_size": 8, "seq_len": 24}
+    adapters = {"kind": "LoRA", "rank": 4}
+    first = tuned(
+        corpus, answers, uninterrupted[0], {"kind": "LanguageModelling"}, adapters=adapters, data=down
+    )
+    train(first, tmp_path / "first")
+    config = tuned(corpus, answers, tmp_path / "first", {"kind": "DPO"}, steps=6)
+    setup = prepare_run(config)
+    learner = Learner(config, setup.plan, setup.tokenizer)
+    assert all(is_adapter(path) for path in flatten_dict(learner.frozen["reference"]))
+    batch = {k: jnp.asarray(v) for k, v in next(data.make_run_batches(config.data, 4, "preference")).items()}
+    with jax.set_mesh(learner.mesh):
+        before = learner.prepare(batch)["reference_logprobs"]
+        for _ in range(3):
+            learner.step(learner.prepare(batch))
+        after = learner.prepare(batch)["reference_logprobs"]
+        policy = learner._models(learner.state.params, learner.frozen, 1)["policy"].logprobs(batch)
+    np.testing.assert_array_equal(before, after)
+    assert np.abs(policy - after).max() > 0.05
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", stop_at=3)
+    assert train(config, tmp_path / "parts")["loss"] == whole["loss"]
+
+
+def test_qlora_learns_over_a_frozen_base_and_resumes_bit_for_bit(
+    corpus,
+    answers,
+    uninterrupted,
+    tmp_path,
+):
+    adapters = {"kind": "QLoRA", "rank": 8, "block": 16}
+    precision = {"params": "bfloat16"}
+    config = tuned(
+        corpus,
+        answers,
+        uninterrupted[0],
+        {"kind": "DPO"},
+        adapters=adapters,
+        precision=precision,
+        steps=60,
+        optimizer={"peak_lr": 1e-2},
+    )
+    train(config, tmp_path / "whole")
+    assert prefers_the_better(tmp_path / "whole", answers) > 0.8
+    train(config, tmp_path / "parts", stop_at=25)
+    train(config, tmp_path / "parts")
+    for ours, theirs in zip(leaves(tmp_path / "parts"), leaves(tmp_path / "whole"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    flat = flatten_dict(model.load(tmp_path / "whole")[1])
+    start = flatten_dict(prepare_run(config).plan.starts["policy"].load())
+    for path, leaf in flat.items():
+        if is_adapter(path):
+            assert leaf.dtype == jnp.bfloat16
+        else:
+            jax.tree.map(np.testing.assert_array_equal, leaf, start[path])
+    weights = [leaf for leaf in flat.values() if is_quantized(leaf)]
+    assert all(leaf.kind == "nf4" and leaf.scales.dtype == jnp.uint8 for leaf in weights)
+    bits = 8 * sum(leaf.nbytes for leaf in weights) / sum(leaf.size for leaf in weights)
+    assert 4 < bits < 4 + 8 / 16 + 32 / 32 + 0.1  # blocks of 16, and an output's step for 32 inputs or more
+
+
+@pytest.mark.parametrize("rounding", ["masters", "stochastic"])
+def test_bfloat16_parameters_learn_like_float32_ones_and_resume_bit_for_bit(
+    corpus,
+    uninterrupted,
+    tmp_path,
+    rounding,
+):
+    config = make_config(corpus, precision={"params": "bfloat16", "rounding": rounding}, average_decay=0.8)
+    final = train(config, tmp_path / "whole")
+    assert final["validation_loss"] < uninterrupted[1]["validation_loss"] + 0.3
+    assert final["validation_average_loss"] < 3.5
+    train(config, tmp_path / "parts", stop_at=13)
+    train(config, tmp_path / "parts")
+    for ours, theirs in zip(leaves(tmp_path / "parts"), leaves(tmp_path / "whole"), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, theirs)
+    other = make_config(corpus, precision={"params": "bfloat16", "rounding": "nearest"}, average_decay=0.8)
+    with pytest.raises(configs.ConfigError, match="config.precision"):
+        train(other, tmp_path / "parts")
+
+
+def test_any_model_that_can_be_described_can_be_pretrained(corpus, uninterrupted, tmp_path):
+    """From its saved form in a file, from an architecture at a path, and by a preset."""
+    cfg = model.load_config(uninterrupted[0])
+    saved = cfg.to_dict() | {"max_length": 77}
+    (tmp_path / "model.json").write_text(json.dumps(saved))
+    for spec in (
+        {"kind": "Saved", "path": str(tmp_path / "model.json")},
+        {"kind": "Saved", "config": saved},
+        {"kind": "Saved", "path": str(uninterrupted[0])},
+        {
+            "kind": "Hybrid",
+            "width": 32,
+            "layers": 2,
+            "attention_every": 2,
+            "recurrent_heads": 2,
+            "num_kv_heads": 2,
+        },
+    ):
+        config = make_config(corpus, steps=2) if spec["kind"] != "Hybrid" else make_config(corpus, steps=2)
+        plain = configs.to_dict(config) | {"model": spec}
+        built = prepare_run(configs.build(type(config), plain)).cfg
+        assert built.max_length == 77 or "path" in spec or spec["kind"] == "Hybrid"
+        if spec["kind"] == "Saved":
+            assert built.blocks == cfg.blocks
+    plain = configs.to_dict(make_config(corpus, steps=2)) | {"model": {"kind": "Saved", "config": saved}}
+    assert train(configs.build(type(config), plain), tmp_path / "run")["step"] == 2
+    for wrong, said in (
+        ({"kind": "Saved"}, "needs either `path` or `config`"),
+        ({"kind": "Saved", "config": {"kind": "Nonsense"}}, "no saved model config"),
+    ):
+        with pytest.raises(configs.ConfigError, match=said):
+            prepare_run(configs.build(type(config), configs.to_dict(config) | {"model": wrong}))
+
+
+def test_roles_that_do_not_fit_are_refused_with_the_mend(corpus, answers, uninterrupted, tmp_path):
+    other = data.train_tokenizer("bpe", [f"word{i} and {i * i} more" for i in range(400)], 340)
+    begun = shutil.copytree(uninterrupted[0], tmp_path / "other")
+    newest = begun / "checkpoints" / "30" / "tokenizer"
+    shutil.rmtree(newest)
+    other.save(newest)
+    config = tuned(corpus, answers, uninterrupted[0], {"kind": "DPO", "reference": str(begun)})
+    with pytest.raises(
+        configs.ConfigError, match=r"algorithm.reference=.* has another vocabulary \(340 tokens\)"
+    ):
+        prepare_run(config)
+    missing = tuned(corpus, answers, uninterrupted[0], {"kind": "DPO", "reference": str(tmp_path / "no")})
+    with pytest.raises((configs.ConfigError, FileNotFoundError), match="no"):
+        prepare_run(missing)
+    wrong = tuned(corpus, answers, uninterrupted[0], {"kind": "KTO"}, "pairs")
+    with pytest.raises(configs.ConfigError, match="kind 'preference'; batches of kind 'labelled'"):
+        prepare_run(wrong)
