@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from configs.typed import ConfigError, to_dict
+from data.curation.child import careful, tell
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.curation.shard import Counts, kind_of
 from data.documents import COPY_MARK, Document, Rejected, make_document, write_documents
 from data.shards import hash_of
 from data.sources import Source, file_state, parts_of
 
-_VERSION = 3  # raised when a source gives something else for the same file
+_VERSION = 4  # raised when a source gives something else for the same file
+
+
+Place = tuple[int, int]  # a group of files, and how many of its documents were read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +37,22 @@ class Part:
     name: str
     key: str
     source: Source
-    paths: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     twin: int  # of sources with one name, which this is: its documents' ids say so from the second on
     shard_bytes: int
+    killers: tuple[tuple[Place, str], ...] = ()  # where reading may not go on, and why
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(path for group in self.groups for path in group)
+
+    @property
+    def label(self) -> str:
+        first, *more = self.paths or (self.source.label(),)
+        return first + (f" and {len(more)} more files" if more else "")
+
+    def without(self, place: Place, reason: str) -> Part:
+        return dataclasses.replace(self, killers=(*self.killers, (place, reason)))
 
 
 def parts(sources: Sequence[Source], layout: Layout, shard_bytes: int) -> list[Part]:
@@ -49,11 +67,13 @@ def parts(sources: Sequence[Source], layout: Layout, shard_bytes: int) -> list[P
     for source in sources:
         config = hash_of(type(source).__name__, to_dict(source), _VERSION)
         twin = sorted(named[source.label()]).index(config)
-        for paths in parts_of(source, shard_bytes):
+        for groups in parts_of(source, shard_bytes):
+            paths = [path for group in groups for path in group]
             within = [source.within(path) for path in paths]
             name = hash_of(type(source).__name__, source.label(), twin, within)[:12]
             key = hash_of(config, [(path, file_state(path)) for path in paths], source.state())
-            found[name] = Part(layout, name, key, source, tuple(paths), twin, shard_bytes)
+            files = tuple(map(tuple, groups))
+            found[name] = Part(layout, name, key, source, files, twin, shard_bytes)
     return [found[name] for name in sorted(found)]
 
 
@@ -77,7 +97,7 @@ def _items(part: Part) -> Iterator[Document | Rejected]:
     """What the source gives, with ids that no other document has, and text that is valid Unicode."""
     seen: Counter[bytes] = Counter()
     mark = "" if part.twin == 0 else f"~{part.twin + 1}"
-    for item in part.source.documents(part.paths):
+    for item in _read(part):
         name = _valid(item.id if isinstance(item, Rejected) else item["id"]) + mark
         digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
         seen[digest] += 1
@@ -88,6 +108,45 @@ def _items(part: Part) -> Iterator[Document | Rejected]:
             yield Rejected(name, "source: lone surrogates", item["source"])
         else:
             yield {**item, "id": name, "text": text, "metadata": _valid_all(item["metadata"])}
+
+
+def _read(part: Part) -> Iterator[Document | Rejected]:
+    """What the source gives. Where it raises, the rest of that group of files is lost, and the next is read."""
+    count = 0
+    if not careful():
+        try:
+            for item in part.source.documents(part.paths):
+                count += 1
+                yield item
+            return
+        except ConfigError:
+            raise
+        except Exception:  # which group it is shows when they are read one by one
+            pass
+    behind = itertools.chain.from_iterable(_read_group(part, number) for number in range(len(part.groups)))
+    yield from itertools.islice(behind, count, None)
+
+
+def _read_group(part: Part, number: int) -> Iterator[Document | Rejected]:
+    source, killers = part.source, dict(part.killers)
+    items = iter(source.documents(part.groups[number]))
+    for count in itertools.count():
+        reason = killers.get((number, count))
+        if reason is None:
+            tell((number, count))
+            try:
+                yield next(items)
+                continue
+            except StopIteration:
+                return
+            except ConfigError:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+        within = source.within(part.groups[number][0]) if part.groups[number] else ""
+        name = "/".join(part for part in (source.label(), within, "end") if part)
+        yield Rejected(name, f"unreadable from here on: {reason}", source.label())
+        return
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -125,11 +184,16 @@ def _valid(text: str) -> str:
 
 
 def _valid_all(value: Any) -> Any:
+    """The value as JSON can hold it: dates, bytes and other things of Parquet as text."""
     if isinstance(value, str):
         return _valid(value)
     if isinstance(value, dict):
         return {_valid(str(key)): _valid_all(item) for key, item in value.items()}
-    return [_valid_all(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_valid_all(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else _valid(str(value))
 
 
 def remove_stale(layout: Layout, stages: set[str], taggers: set[str], names: set[str]) -> None:

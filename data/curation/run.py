@@ -4,6 +4,7 @@
     workdir/text/{train,validation,test}/   text datasets
     workdir/manifest.json                   sources with licences, each stage's counts and config hash
     workdir/timings.json                    seconds of work by stage; all else has the same bytes in every run
+    workdir/running.{sources,shards}        the file or shard that is under way, while one process does all
 
 Stages run shard by shard in passes that end where a stage has to see all documents. A shard's result is keyed by a
 hash of its input and of the stages' configs, and appears whole, so the same command again redoes nothing, and
@@ -13,6 +14,7 @@ goes on wherever it was killed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -104,7 +106,7 @@ class _Run:
         megabytes = sum(file_state(path)[0] for part in found for path in part.paths) / 1e6
         progress = _Progress(self.log, SOURCES, len(found), "files or groups of files")
         self.counts[SOURCES] = {}
-        for part, shards in zip(found, self._map(ingest, found, megabytes), strict=True):
+        for part, shards in zip(found, self._map(ingest, found, megabytes, "running.sources"), strict=True):
             self.counts[SOURCES] |= shards
             self.keys |= {name: [hash_of(part.key, name)] for name in shards}
             progress.add(sum(c.documents_in for c in shards.values()))
@@ -150,8 +152,16 @@ class _Run:
         atomic_write(self.layout.workdir / "timings.json", json.dumps(timings, indent=2) + "\n")
         return reports
 
-    def _map(self, function: Callable[[Any], Any], items: Iterable[Any], megabytes: float) -> Iterator[Any]:
-        return map_items(self.config.workers, function, list(items), megabytes)
+    def _map(
+        self,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        megabytes: float,
+        running: str | None = None,
+        what: str = "",
+    ) -> Iterator[Any]:
+        path = None if running is None else self.layout.workdir / running
+        return map_items(self.config.workers, function, list(items), megabytes, path, what)
 
     def _megabytes(self) -> float:
         """About what all shards hold."""
@@ -170,7 +180,9 @@ class _Run:
         tasks = self.tasks(last + 1, first, features_of_last)
         for name in names:
             self.counts.setdefault(name, {})
-        for task, counts in zip(tasks, self._map(run_shard, tasks, self._megabytes()), strict=True):
+        for task, counts in zip(
+            tasks, self._map(run_shard, tasks, self._megabytes(), "running.shards"), strict=True
+        ):
             for name, count in counts.items():
                 self.counts[name][task.shard] = count
             progress.add(max((c.documents_in for c in counts.values()), default=0))
@@ -203,7 +215,7 @@ class _Run:
             lambda shard: self.layout.features(step.name, shard),
             lambda shard: self.layout.documents(self.steps[base].name, shard),
             scratch,
-            self._map,
+            functools.partial(self._map, what=step.name),
             self.log,
         )
         total = 0

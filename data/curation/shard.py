@@ -10,14 +10,17 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from configs.typed import ConfigError
+from data.curation.child import careful, tell
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.documents import Document, read_documents, read_table, write_documents, write_table
 from data.stage import Filter, Global, Signals, Stage, Transform, cut_text
+
+Place = tuple[str, int]  # a step's name and a row
 
 
 class Step(NamedTuple):
@@ -41,6 +44,15 @@ class ShardTask:
     first: int  # the steps from here on are to be done
     features_of_last: bool  # the last one is Global and not decided yet: only its features are to be made
     tag_dropped: bool  # filters also measure what an earlier filter dropped
+    killers: tuple[tuple[Place, str], ...] = ()  # documents that no stage may look at, and why
+
+    @property
+    def label(self) -> str:
+        names = [step.name for step in self.steps[self.first :]]
+        return f"shard {self.shard} of {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
+
+    def without(self, place: Place, reason: str) -> ShardTask:
+        return dataclasses.replace(self, killers=(*self.killers, (place, reason)))
 
 
 class Counts(NamedTuple):
@@ -132,13 +144,40 @@ def _filter(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
     tags = _tags(step, stage, rows, task)
     if step.attached:
         rows.attach(step, tags)
+    judged = [(row, signals) for row, signals in enumerate(tags) if rows.alive[row] and signals is not None]
+
+    def judge(signals: Signals) -> str | None:
+        return f"error: {signals['error']}" if signals.get("error") else stage.reason(signals)
+
     gone: dict[int, str] = {}
-    for row, signals in enumerate(tags):
-        if rows.alive[row] and signals is not None:
-            reason = f"error: {signals['error']}" if signals.get("error") else stage.reason(signals)
-            if reason is not None:
-                gone[row] = reason
+    for (row, _), (reason, error) in zip(judged, _each(step, task, judged, judge)):
+        if reason is not None or error is not None:
+            gone[row] = reason or f"error: {error}"
     return _write_verdicts(step, rows, task, gone)
+
+
+def _guarded(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str | None]:
+    """(what the function returns, None), or (None, what it raised): a bad document goes, and the run goes on."""
+    try:
+        return function(*arguments), None
+    except ConfigError:  # of the stage, not of a document
+        raise
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _each(
+    step: Step, task: ShardTask, rows: Sequence[tuple[int, Any]], function: Callable[[Any], Any]
+) -> Iterator[tuple[Any, str | None]]:
+    """`function` of the second of each (row, value), guarded; or why the row is known to kill."""
+    killers = dict(task.killers)
+    for row, value in rows:
+        place = (step.name, row)
+        if place in killers:
+            yield None, killers[place]
+        else:
+            tell(place)
+            yield _guarded(function, value)
 
 
 def _tags(step: Step, stage: Filter, rows: Rows, task: ShardTask) -> list[dict[str, Any] | None]:
@@ -152,7 +191,7 @@ def _tags(step: Step, stage: Filter, rows: Rows, task: ShardTask) -> list[dict[s
         if reach[i] and known[i] is None and stage.wants(document)
     ]
     if missing:
-        found = _signals(stage, [rows.documents[i] for i in missing])
+        found = _signals(step, task, [(i, rows.documents[i]) for i in missing])
         for i, signals in zip(missing, found, strict=True):
             known[i] = dict(signals)
     if missing or not path.exists():
@@ -173,35 +212,27 @@ def _read_tags(path: Path, rows: Rows) -> list[dict[str, Any] | None]:
     return known
 
 
-def _signals(stage: Filter, documents: list[Document]) -> list[Signals]:
-    try:
-        return stage.signals_of(documents)
-    except ConfigError:  # of the stage, not of a document
-        raise
-    except Exception:  # one of them is bad: find it, and the others go on
-        return [_signals_of_one(stage, document) for document in documents]
-
-
-def _signals_of_one(stage: Filter, document: Document) -> Signals:
-    try:
-        return stage.signals_of([document])[0]
-    except ConfigError:
-        raise
-    except Exception as error:  # a bad document goes with its reason, and the run goes on
-        return {"error": f"{type(error).__name__}: {error}"}
+def _signals(step: Step, task: ShardTask, documents: list[tuple[int, Document]]) -> list[Signals]:
+    stage = cast(Filter, step.stage)
+    if not careful():
+        found, error = _guarded(stage.signals_of, [document for _, document in documents])
+        if error is None:
+            return found
+    one_by_one = _each(step, task, documents, lambda document: stage.signals_of([document])[0])
+    return [signals if error is None else {"error": error} for signals, error in one_by_one]
 
 
 def _transform(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
     stage = cast(Transform, step.stage)
     rows.enter(stage)
     kept, gone, reasons = [], [], []
-    for document, alive in zip(rows.documents, rows.alive):
-        if not alive:
-            continue
-        try:
-            changed, reason = stage.edit(document) if stage.wants(document) else (document, None)
-        except Exception as error:  # a bad document goes with its reason, and the run goes on
-            changed, reason = document, f"error: {type(error).__name__}: {error}"
+    alive = [(row, d) for row, (d, alive) in enumerate(zip(rows.documents, rows.alive)) if alive]
+
+    def edit(document: Document) -> tuple[Document, str | None]:
+        return stage.edit(document) if stage.wants(document) else (document, None)
+
+    for (_, document), (edited, error) in zip(alive, _each(step, task, alive, edit)):
+        changed, reason = edited if error is None else (document, f"error: {error}")
         if reason is None:
             kept.append(changed)
         else:
@@ -216,6 +247,9 @@ def _decided(step: Step, rows: Rows, task: ShardTask) -> dict[str, int]:
     rows.enter(stage)
     table = read_table(task.layout.decisions(step.name, task.shard))
     decisions = [] if table is None else table.to_pylist()
+    decisions += [
+        {"row": row, "reason": why, "cut": "[]"} for row, why in _feature_errors(step, task).items()
+    ]
     if not stage.cuts:
         return _write_verdicts(step, rows, task, {d["row"]: d["reason"] for d in decisions})
     by_row = {d["row"]: d for d in decisions}
@@ -245,9 +279,40 @@ def _write_features(step: Step, rows: Rows, task: ShardTask) -> None:
         for row, (document, alive) in enumerate(zip(rows.documents, rows.alive))
         if alive and stage.wants(document)
     ]
-    table = stage.features(wanted)
+    table, errors = _features(step, task, wanted)
     columns = {name: table.column(name) for name in table.column_names}
-    write_table(task.layout.features(step.name, task.shard), columns)
+    noted = {"errors": json.dumps(errors)} if errors else None
+    write_table(task.layout.features(step.name, task.shard), columns, noted)
+
+
+def _features(
+    step: Step, task: ShardTask, documents: list[tuple[int, Document]]
+) -> tuple[Any, dict[int, str]]:
+    """The table of what is compared, and why documents are not in it, by row."""
+    import pyarrow as pa
+
+    stage = cast(Global, step.stage)
+    if not careful():
+        table, error = _guarded(stage.features, documents)
+        if error is None:
+            return table, {}
+    rows = iter([row for row, _ in documents])
+    one_by_one = _each(step, task, documents, lambda document: stage.features([(next(rows), document)]))
+    tables, errors = [], {}
+    for (row, _), (table, error) in zip(documents, one_by_one):
+        if error is None:
+            tables.append(table)
+        else:
+            errors[row] = f"error: {error}"
+    return pa.concat_tables(tables or [stage.features([])]).combine_chunks(), errors
+
+
+def _feature_errors(step: Step, task: ShardTask) -> dict[int, str]:
+    """What `_write_features` noted of documents that can't be compared: they go."""
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(task.layout.features(step.name, task.shard)).metadata or {}
+    return {int(row): why for row, why in json.loads(metadata.get(b"errors", b"{}")).items()}
 
 
 def _write_base(

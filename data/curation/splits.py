@@ -20,7 +20,7 @@ from data.shards import Dataset, hash_of, is_current, open_dataset, write_datase
 def split_of(document: Document, validation_fraction: float, test_fraction: float) -> str:
     """train, validation or test: by a hash of the document's group, else of its id. Copies fall into one split."""
     group = document["metadata"].get("group") or document["id"].partition(COPY_MARK)[0]
-    point = int.from_bytes(hashlib.sha256(group.encode("utf-8", "replace")).digest()[:8], "big") / 2**64
+    point = int.from_bytes(hashlib.sha256(str(group).encode("utf-8", "replace")).digest()[:8], "big") / 2**64
     if point < validation_fraction:
         return "validation"
     return "test" if point < validation_fraction + test_fraction else "train"

@@ -52,9 +52,9 @@ class SourceBase:
         return [[path] for path in self.files()]
 
 
-def parts_of(source: SourceBase, size: int) -> list[list[str]]:
-    """The source's files in pieces of work: a large file alone, small ones together up to `size` bytes."""
-    parts: list[list[str]] = []
+def parts_of(source: SourceBase, size: int) -> list[list[list[str]]]:
+    """The source's groups of files in pieces of work: a large group alone, small ones together up to `size` bytes."""
+    parts: list[list[list[str]]] = []
     room = 0
     for group in source.groups():
         weight = sum(
@@ -64,7 +64,7 @@ def parts_of(source: SourceBase, size: int) -> list[list[str]]:
         if not parts or weight > room:
             parts.append([])
             room = size
-        parts[-1] += group
+        parts[-1].append(group)
         room -= weight
     return parts
 

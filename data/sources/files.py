@@ -125,16 +125,21 @@ class Parquet(SourceBase):
             raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns)}")
         batches = file.iter_batches(columns=wanted, batch_size=1024)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        for i, row in enumerate(rows):
-            text = row[self.text_field]
-            if isinstance(text, str):
-                taken = {field: row[field] for field in self.metadata_fields}
-                metadata = {"type": self.type, "path": self.path, **taken}
-                key = content_key(text) if self.id_field is None else row[self.id_field]
-                yield make_document(f"{name}/{key}", text, name, self.licence, metadata)
-            else:
-                reason = f"bad row: {self.text_field} is {type(text).__name__}"
-                yield Rejected(f"{name}/{i}", reason, name)
+        try:
+            for i, row in enumerate(rows):
+                yield self._document(row, name, i)
+        except (OSError, pa.ArrowException) as error:
+            yield Rejected(f"{name}/end", f"unreadable from here on: {error}", name)
+
+    def _document(self, row: dict[str, Any], name: str, i: int) -> Document | Rejected:
+        text = row[self.text_field]
+        if not isinstance(text, str):
+            reason = f"bad row: {self.text_field} is {type(text).__name__}"
+            return Rejected(f"{name}/{i}", reason, name)
+        taken = {field: row[field] for field in self.metadata_fields}
+        key = content_key(text) if self.id_field is None else row[self.id_field]
+        metadata = {"type": self.type, "path": self.path, **taken}
+        return make_document(f"{name}/{key}", text, name, self.licence, metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +179,12 @@ class Folder(SourceBase):
                 reader = Parquet(**common, text_field=self.text_field)
             else:
                 reader = TextFile(**common, **_reading(ending))
-            for item in reader.documents():
-                yield (
-                    item._replace(source=source) if isinstance(item, Rejected) else {**item, "source": source}
-                )
+            try:
+                for item in reader.documents():
+                    rejected = isinstance(item, Rejected)
+                    yield item._replace(source=source) if rejected else {**item, "source": source}
+            except ConfigError as error:  # of one file among many, such as a Parquet without texts
+                yield Rejected(f"{source}/{within}/0", f"unreadable: {error}", source)
 
 
 def _reading(ending: str) -> dict[str, Any]:

@@ -82,5 +82,5 @@ def test_small_files_are_read_together_and_large_ones_alone(tmp_path):
     for i, size in enumerate((10, 10, 500, 10, 60, 60)):
         (tmp_path / f"{i}.txt").write_text("x" * size)
     source = Folder(str(tmp_path))
-    parts = [[source.within(path) for path in part] for part in parts_of(source, 100)]
+    parts = [[source.within(path) for (path,) in part] for part in parts_of(source, 100)]
     assert parts == [["0.txt", "1.txt"], ["2.txt"], ["3.txt", "4.txt"], ["5.txt"]]
