@@ -55,7 +55,7 @@ from model.config_versions import upgraded
 from model.inputs.byte_latent import ByteLatent
 from model.inputs.encoder import Encoder
 from model.kernels.backend import Kernels
-from model.readouts.heads import ClassHead, ScalarHead
+from model.readouts.heads import ClassHead, LinearHead, ScalarHead
 from model.readouts.mtp import MTP, ParallelMTP, SequentialMTP
 from model.stacks import Run, Stack
 
@@ -248,7 +248,8 @@ def _from_jsonable(value: Any) -> Any:
         return value
     value = upgraded(value)
     kinds = PARTS | {
-        cls.__name__: cls for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, ClassHead, Kernels)
+        cls.__name__: cls
+        for cls in (ModelConfig, Block, Encoder, ByteLatent, ScalarHead, LinearHead, ClassHead, Kernels)
     }
     cls = kinds.get(str(value.get("kind")))
     if cls is None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from configs.typed import check_at_least
 from data.tasks import INSTRUCTION, TaskSpec
-from train.algorithms import GRPO
+from train.algorithms import GRPO, PPO
 from train.config import CheckpointSpec, LearnerConfig, MeshSpec
 from train.optimizers import AdamW, Optimizer
 from train.schedules import Constant, Schedule
@@ -39,7 +39,7 @@ class RewardSpec:
 class RLConfig(LearnerConfig):
     """Reinforcement learning with verifiable rewards on procedural tasks; `init_from` is the policy to start from."""
 
-    algorithm: GRPO = GRPO()
+    algorithm: GRPO | PPO = GRPO()
     tasks: tuple[TaskSpec, ...] = (TaskSpec("chain_sum"),)
     instruction: str = INSTRUCTION  # follows each question
     problems: int = 2000  # different training problems, taken in shuffled epochs

@@ -27,6 +27,7 @@ from rl.rollout import Rollout, Sampler, problems_of_step
 from rl.trajectory import batch_of
 from rl.verifiers import Verifiers
 from serve import Engine
+from train.algorithms import PPO
 from train.checkpoints import has_checkpoint
 from train.learner import Learner, make_plan
 from train.mesh import check_mesh, make_mesh, place_batch
@@ -74,7 +75,7 @@ class _Run:
         self.tokenizer = data.load_tokenizer(begun or cast(str, config.init_from))
         spec = config.rollout
         algorithm = dataclasses.replace(config.algorithm, temperature=spec.temperature)
-        self.updates = algorithm.minibatches
+        self.updates = algorithm.minibatches * (algorithm.epochs if isinstance(algorithm, PPO) else 1)
         policy = policy_start(config, algorithm.roles()["policy"], self.tokenizer, begun)
         check_mesh(policy.cfg, mesh, config.sharding)
         plan = make_plan(config, algorithm, policy, mesh, self.updates)
@@ -83,6 +84,7 @@ class _Run:
         self.learner = Learner(config, plan, self.tokenizer, workdir)
         self.cfg = self.learner.cfg
         self.start = self.learner.progress.get("step", 0)
+        self.kl_weight = self.learner.progress.get("kl_weight", getattr(algorithm, "kl_weight", 0.0))
         self.rows = _rows(config, mesh)
         self.engine = Engine(
             self.cfg,
@@ -130,7 +132,7 @@ class _Run:
                 end = step == config.steps
                 # Saved first: nothing that fails below may lose the steps.
                 if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-                    self.learner.save(step, {"seed": config.seed})
+                    self.learner.save(step, {"seed": config.seed, "kl_weight": self.kl_weight})
                 if end or (config.evaluate_every and step % config.evaluate_every == 0):
                     self._evaluate(step)
                 if self.stopping:
@@ -153,14 +155,14 @@ class _Run:
         groups = self.sampler.sample(problems, config.rollout, seed=_step_seed(config.seed, step))
         sampled = time.monotonic()
         rewards_PG = np.array([[r.trajectory.rewards["total"] for r in group] for group in groups])
-        advantages_PG = group_advantages(rewards_PG, normalise_std=config.algorithm.normalise_std)
-        signal_P = has_signal(rewards_PG)
-        metrics = self._update(
-            [r for group in groups for r in group],
-            advantages_PG.ravel(),
-            np.repeat(signal_P, config.rollout.group),
-            step,
-        )
+        rollouts, signal_P = [r for group in groups for r in group], has_signal(rewards_PG)
+        if isinstance(config.algorithm, PPO):
+            signal_P = np.ones_like(signal_P)  # a value model says something of every answer
+            metrics = self._update_actor_critic(rollouts, step)
+        else:
+            advantages_PG = group_advantages(rewards_PG, normalise_std=config.algorithm.normalise_std)
+            signal = np.repeat(signal_P, config.rollout.group)
+            metrics = self._update(rollouts, advantages_PG.ravel(), signal, step)
         jax.block_until_ready(self.learner.params)
         done = time.monotonic()
         self.engine.update_params(self.learner.params, version=step)
@@ -188,6 +190,31 @@ class _Run:
             first = Window().add(self.learner.measure(self._batch(rollouts, some, advantages)))
         # Only the first minibatch is seen by the parameters that sampled it.
         return window.means() | {"mismatch_kl": first["mismatch_kl"]}
+
+    def _update_actor_critic(self, rollouts: list[Rollout], step: int) -> dict[str, float]:
+        """Rewards, values and advantages of all answers at once, then steps over minibatches of them."""
+        algorithm, count = cast(PPO, self.learner.algorithm), len(rollouts)
+        unit = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.microbatches
+        rows = -(-count // unit) * unit
+        trajectories = [r.trajectory for r in rollouts]
+        batch = batch_of(trajectories, np.zeros(count, np.float32), self.config.rollout.seq_len, rows)
+        totals = [trajectory.rewards["total"] for trajectory in trajectories]
+        batch["rewards"] = np.pad(np.asarray(totals, np.float32), (0, rows - count))
+        batch["kl_weight"] = np.full(rows, self.kl_weight, np.float32)
+        placed = place_batch(batch, self.mesh, self.config.sharding)
+        prepared = jax.device_get(self.learner.prepare(placed))
+        window, first = Window(), {}
+        for epoch in range(algorithm.epochs):
+            order = shuffled(count, self.config.seed, step * algorithm.epochs + epoch)
+            for part in np.array_split(order, algorithm.minibatches):
+                rows_of_part = {name: _filled(x[part], self.rows) for name, x in prepared.items()}
+                means = window.add(
+                    self.learner.step(place_batch(rows_of_part, self.mesh, self.config.sharding))
+                )
+                first = first or means
+        means = window.means() | {"mismatch_kl": first["mismatch_kl"], "kl_weight": self.kl_weight}
+        self.kl_weight = algorithm.next_kl_weight(self.kl_weight, means["kl"], count)
+        return means
 
     def _batch(
         self, rollouts: list[Rollout], part: np.ndarray, advantages: np.ndarray
@@ -292,6 +319,11 @@ def _rows(config: RLConfig, mesh) -> int:
     answers = -(-config.rollout.prompts * config.rollout.group // config.algorithm.minibatches)
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.microbatches
     return -(-answers // unit) * unit
+
+
+def _filled(x: np.ndarray, rows: int) -> np.ndarray:
+    """With empty rows at the end, which weigh nothing."""
+    return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)])
 
 
 def _devices_wanted(config: RLConfig) -> int | None:

@@ -16,7 +16,7 @@ from model.adapters import drop_adapters, join, split_trained
 from model.blocks.balance import document_mean
 from model.function import Params
 from model.logprobs import ScoreOptions, TokenScores
-from model.readouts.heads import ScalarHead
+from model.readouts.heads import Readout
 from model.sharding import constrain
 
 Batch = dict[str, jax.Array]
@@ -43,7 +43,7 @@ class Role:
     trained: bool = False
     without_adapters: bool = False
     shares_base: bool = False
-    head: ScalarHead | None = None
+    head: Readout | None = None
     needs_head: bool = False
     dtype: KeptDtype | None = None
     rules: ShardingRules | None = None

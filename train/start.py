@@ -17,11 +17,12 @@ import model
 from configs import ConfigError
 from data import Tokenizer
 from data.tokenize import fingerprint
-from model import ModelConfig, ScalarHead
+from model import ModelConfig
 from model.adapters import add_adapters, is_adapter, join, split_trained
 from model.blocks import lora
 from model.blocks.linear import within_block
 from model.function import Params
+from model.readouts.heads import Readout
 from model.weights import is_quantized, shardings_like
 from train.adapters import QLoRA
 from train.config import LearnerConfig
@@ -128,7 +129,7 @@ def role_start(config: LearnerConfig, name: str, role: Role, policy: PolicyStart
     return RoleStart(source, cfg, layout, load)
 
 
-def with_head(cfg: ModelConfig, head: ScalarHead | None) -> ModelConfig:
+def with_head(cfg: ModelConfig, head: Readout | None) -> ModelConfig:
     """The model with a readout; unchanged if it has one of this name."""
     if head is None or head.name in {each.name for each in cfg.heads}:
         return cfg
@@ -202,7 +203,7 @@ def _dtype_on_load(config: LearnerConfig, role: Role) -> str | None:
 
 
 def _with_new_heads(cfg: ModelConfig, params: Params) -> Params:
-    """With the scalar heads that `cfg` has and `params` lack; they start at zero."""
+    """With the readouts that `cfg` has and `params` lack; they start at zero."""
     shapes = model.param_shapes(cfg)
     names = [f"{head.name}_head{end}" for head in cfg.heads for end in ("", "_bias")]
     missing = {name: shapes[name] for name in names if name in shapes and name not in params}

@@ -27,6 +27,7 @@ from train.metrics import MetricsLog, Progress, Window
 from train.sampling import draw_samples
 from train.schedules import learning_rate
 from train.setup import Setup, prepare_run
+from train.teacher import TeacherCache
 
 
 class TrainingDiverged(RuntimeError):
@@ -127,7 +128,20 @@ class _Run:
         if jax.process_index() == 0:
             per_step = spec.batch_size // (2 if kind == "preference" else 1)
             print(data.make_plan(batches.opened, per_step, steps, spec.balance.max_epochs).table())
-        return batches
+        if getattr(self.config.algorithm, "cache", None) is None:
+            return batches
+        return self._with_teacher(batches)
+
+    def _with_teacher(self, batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        """The batches with what a teacher said of their rows, from its cache."""
+        algorithm, spec, row = cast(Any, self.config.algorithm), self.config.data, self.examples
+        total = self.config.steps * spec.batch_size
+        cache = TeacherCache(algorithm.cache, spec, total, algorithm.temperature)
+        part, parts = self._rows_here().values()
+        here = spec.batch_size // parts
+        for batch in batches:
+            yield batch | cache.rows(row + part * here, here)
+            row += spec.batch_size
 
     def _validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
         spec, reading = self.config.data, data.Reading(self.config.batch_kind)

@@ -1,4 +1,4 @@
-"""Readouts with outputs for each token: a scalar (value, reward), or one number for each label.
+"""Readouts with outputs for each token: a scalar (value, reward), a vector, or one number for each label.
 
 A readout is a frozen dataclass with `name` and `read` in `ModelConfig.heads`; its output is `out.heads[name]`.
 """
@@ -45,6 +45,22 @@ class ScalarHead:
         return (
             jnp.einsum("BTD,D->BT", hidden_states.hidden_BTD, w_D, preferred_element_type=jnp.float32) + bias
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearHead:
+    """A linear map of the final hidden state to a vector a token, float32: `out.heads[name]` is [B, T, width]."""
+
+    name: str
+    width: int
+
+    def read(self, module: nn.Module, ctx: Context, hidden_states: HiddenStates) -> jax.Array:
+        zeros, role = nn.initializers.zeros, f"the {self.name} of each token"
+        axes = ("embed", None)
+        w_DN = param(
+            module, ctx, f"{self.name}_head", (ctx.width, self.width), axes, zeros, 1, role, decay=True
+        )
+        return jnp.einsum("BTD,DN->BTN", hidden_states.hidden_BTD, w_DN, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,3 +283,31 @@ def test_dropped_answers_count_as_sampled_and_not_as_trained_on():
     assert kept.overall()["tokens_per_second"] == dropped.overall()["tokens_per_second"]
     # sampling is one part, training three
     assert dropped.overall()["mfu"] / kept.overall()["mfu"] == pytest.approx((1 + 1.5) / 4)
+
+
+def ppo_config(policy, **changes):
+    algorithm = {"kind": "PPO", "kl_weight": 0.01, "minibatches": 2, "epochs": 2} | changes
+    return make_config(policy, algorithm=algorithm, steps=16, optimizer={"peak_lr": 2e-3})
+
+
+def test_ppo_raises_the_reward_and_resumes_bit_for_bit(policy, tmp_path):
+    run(ppo_config(policy, kl_target=1.0, kl_horizon=500), tmp_path / "whole")
+    rows = rows_of(tmp_path / "whole")
+    rewards = [row["reward"] for row in rows]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
+    assert rows[-1]["value_loss"] < rows[0]["value_loss"] and rows[-1]["kl"] > 0
+    assert len({row["kl_weight"] for row in rows}) == 16  # it follows its target
+    assert max(row["mismatch_kl"] for row in rows) < 1e-5
+    run(ppo_config(policy, kl_target=1.0, kl_horizon=500), tmp_path / "parts", stop_at=7)
+    final = run(ppo_config(policy, kl_target=1.0, kl_horizon=500), tmp_path / "parts")
+    assert final["step"] == 16 and final["reward"] == rows[-1]["reward"]
+    ours, theirs = (jax.tree.leaves(model.load(tmp_path / name)[1]) for name in ("whole", "parts"))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_reward_model_without_its_head_is_refused(policy, tmp_path):
+    with pytest.raises(
+        configs.ConfigError, match=r"algorithm.reward=.* has no head 'reward' \(its heads: none\)"
+    ):
+        run(ppo_config(policy, reward=str(policy)), tmp_path)

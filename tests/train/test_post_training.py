@@ -19,6 +19,7 @@ from model.adapters import is_adapter
 from model.weights import is_quantized
 from train.learner import Learner
 from train.setup import prepare_run
+from train.teacher import TeacherConfig, write_cache
 from train.trainer import train
 
 from .conftest import leaves, make_config
@@ -308,3 +309,52 @@ def test_roles_that_do_not_fit_are_refused_with_the_mend(corpus, answers, uninte
     wrong = tuned(corpus, answers, uninterrupted[0], {"kind": "KTO"}, "pairs")
     with pytest.raises(configs.ConfigError, match="kind 'preference'; batches of kind 'labelled'"):
         prepare_run(wrong)
+
+
+def test_a_narrow_student_learns_a_teachers_distribution_from_the_teacher_and_from_its_cache(
+    corpus, uninterrupted, tmp_path
+):
+    student = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_width": 32}
+    teacher = {"kind": "Distillation", "teacher": str(uninterrupted[0])}
+    base = {"model": student, "steps": 40, "checkpoint": {"every": 40}}
+    live = make_config(corpus, algorithm=teacher, **base)
+    final = train(live, tmp_path / "live")
+    assert final["validation_divergence"] < 1.0 and final["validation_nll"] < 3.0
+    cache = TeacherConfig(
+        str(uninterrupted[0]), 40, k=250, data=live.data, mesh=live.mesh, sharding=live.sharding
+    )
+    write_cache(cache, tmp_path / "cache", log=lambda line: None)
+    (tmp_path / "cache" / "manifest.json").unlink()  # as if it had been cut off
+    (tmp_path / "cache" / "rows-00000200.npz").unlink()
+    read = make_config(corpus, algorithm={"kind": "Distillation", "cache": str(tmp_path / "cache")}, **base)
+    with pytest.raises(configs.ConfigError, match="no finished cache"):
+        train(read, tmp_path / "unfinished")
+    write_cache(cache, tmp_path / "cache", log=lambda line: None)
+    train(read, tmp_path / "read", stop_at=20)
+    again = train(read, tmp_path / "read")
+    # 250 of 264 tokens and one more outcome for the rest: nearly the whole distribution, in float16
+    rows = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("live", "read")
+    ]
+    ours, theirs = ([row["divergence"] for row in run if row["split"] == "train"] for run in rows)
+    np.testing.assert_allclose(theirs, ours, rtol=0.05, atol=0.01)
+    assert again["step"] == 40
+    other = make_config(
+        corpus, algorithm={"kind": "Distillation", "cache": str(tmp_path / "cache")}, **base, data={"seed": 3}
+    )
+    with pytest.raises(configs.ConfigError, match="written for other batches"):
+        train(other, tmp_path / "other")
+
+
+def test_hidden_states_of_a_wider_teacher_are_matched_through_a_map(corpus, uninterrupted, tmp_path):
+    student = {"width": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "ffn_width": 32}
+    algorithm = {"kind": "Distillation", "teacher": str(uninterrupted[0]), "hidden_weight": 0.5}
+    config = make_config(corpus, model=student, algorithm=algorithm | {"teacher_width": 32}, steps=30)
+    train(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    seen = [row["hidden"] for row in rows if row["split"] == "train"]
+    assert seen[-1] < 0.75 * seen[0]  # 32 numbers from 16
+    with pytest.raises(configs.ConfigError, match="give both, or neither"):
+        make_config(corpus, algorithm=algorithm)
+    with pytest.raises(configs.ConfigError, match="needs either `teacher` or `cache`"):
+        make_config(corpus, algorithm={"kind": "Distillation"})

@@ -1,21 +1,25 @@
 """Algorithms: each is a variant of `config.algorithm`, beside its like in one file."""
 
 from train.algorithms.algorithm import Algorithm, Metrics, objective_of
+from train.algorithms.distillation import Distillation
 from train.algorithms.kto import KTO
 from train.algorithms.language_modelling import LanguageModelling
 from train.algorithms.policy_gradient import GRPO
+from train.algorithms.ppo import PPO
 from train.algorithms.preferences import DPO, ORPO, SimPO
 from train.algorithms.rewards import ProcessRewardModel, RewardModel
 
-AnyAlgorithm = LanguageModelling | DPO | ORPO | SimPO | KTO | RewardModel | ProcessRewardModel
+AnyAlgorithm = LanguageModelling | DPO | ORPO | SimPO | KTO | RewardModel | ProcessRewardModel | Distillation
 
 __all__ = [
     "DPO",
     "GRPO",
     "KTO",
     "ORPO",
+    "PPO",
     "Algorithm",
     "AnyAlgorithm",
+    "Distillation",
     "LanguageModelling",
     "Metrics",
     "ProcessRewardModel",

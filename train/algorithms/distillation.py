@@ -1,0 +1,95 @@
+"""Distillation: a student learns a teacher's distributions; both have one vocabulary, widths may differ."""
+
+# B rows, T tokens, k likeliest tokens of the teacher, V vocabulary, D teacher's width
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from model import WeightedSum
+from model.readouts.heads import LinearHead
+from train import losses
+from train.algorithms.algorithm import Algorithm, Metrics, with_aux
+from train.models import Batch, Models, Role, batch_inputs
+
+HIDDEN = "teacher_hidden"
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(Algorithm):
+    """Generalized Jensen-Shannon divergence to a teacher, a token. Agarwal et al. 2023 (GKD), arXiv:2306.13649.
+
+    The teacher runs beside the student, or its likeliest tokens are read from a folder of `python -m train.teacher`:
+    then the forward KL is over these and one more outcome for all others. Sequence-level distillation is
+    LanguageModelling on what the teacher wrote.
+    """
+
+    teacher: str | None = None  # what `init_from` takes
+    cache: str | None = None  # a folder of `python -m train.teacher`, in place of `teacher`
+    beta: float = (
+        0.0  # 0: forward KL(teacher || student); 1: reverse KL(student || teacher); 0.5: Jensen-Shannon
+    )
+    temperature: float = 1.0  # divides the logits of both
+    nll_weight: float = 0.0  # coefficient of the ordinary loss on the data's own tokens
+    # coefficient of the mean squared difference of the last hidden states, the student's through a new linear map
+    hidden_weight: float = 0.0
+    teacher_width: int = 0  # of the teacher's hidden states; with hidden_weight
+
+    batch_kind: ClassVar[str] = "lm"
+
+    def __post_init__(self):
+        if (self.teacher is None) == (self.cache is None):
+            raise ValueError("Distillation needs either `teacher` or `cache`.")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta}; wanted 0 to 1.")
+        if self.cache is not None and (self.beta or self.hidden_weight):
+            raise ValueError(
+                "a cache holds a teacher's likeliest tokens, enough for the forward KL alone: set beta=0 and "
+                "hidden_weight=0, or give `teacher`."
+            )
+        if bool(self.hidden_weight) != bool(self.teacher_width):
+            raise ValueError(
+                f"hidden_weight={self.hidden_weight:g} and teacher_width={self.teacher_width}: give both, or neither."
+            )
+
+    def roles(self) -> dict[str, Role]:
+        head = LinearHead(HIDDEN, self.teacher_width) if self.hidden_weight else None
+        policy = Role(trained=True, head=head)
+        return {"policy": policy} | ({"teacher": Role(source=self.teacher)} if self.teacher else {})
+
+    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+        weights_BT = batch["loss_weights"]
+        out = models["policy"](batch_inputs(batch))
+        if self.teacher is None and "teacher_ids" not in batch:  # validation rows, which no cache has
+            divergence_BT = jnp.zeros_like(weights_BT)
+        elif self.teacher is None:
+            student_BTV = jax.nn.log_softmax(out.logits / self.temperature)
+            student_BTk = jnp.take_along_axis(student_BTV, batch["teacher_ids"], axis=-1)
+            divergence_BT = losses.top_k_kl(student_BTk, batch["teacher_logprobs"].astype(jnp.float32))
+        else:
+            teacher = models["teacher"](batch_inputs(batch))
+            V = min(
+                out.logits.shape[-1], teacher.logits.shape[-1]
+            )  # beyond the tokenizer's tokens is padding
+            divergence_BT = losses.jsd(
+                out.logits[..., :V],
+                jax.lax.stop_gradient(teacher.logits[..., :V]),
+                self.beta,
+                self.temperature,
+            )
+        chosen_BT = jnp.take_along_axis(out.logits, batch["targets"][..., None], axis=-1)[..., 0]
+        nll_BT = jax.nn.logsumexp(out.logits, axis=-1) - chosen_BT
+        metrics = {
+            "divergence": WeightedSum.of(divergence_BT, weights_BT),
+            "nll": WeightedSum.of(nll_BT, weights_BT),
+        }
+        loss_BT = divergence_BT + self.nll_weight * nll_BT
+        if self.hidden_weight:
+            hidden_BT = losses.hidden_mse(out.heads[HIDDEN], jax.lax.stop_gradient(teacher.hidden))
+            metrics["hidden"] = WeightedSum.of(hidden_BT, weights_BT)
+            loss_BT += self.hidden_weight * hidden_BT
+        return with_aux(WeightedSum.of(loss_BT, weights_BT), metrics, out.aux)
