@@ -32,7 +32,7 @@ from data.curation.ingest import ingest, parts, remove_stale
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.curation.shard import Counts, ShardTask, Step, run_shard
 from data.curation.splits import write_splits
-from data.curation.workers import map_items
+from data.curation.workers import map_items, stop_idle
 from data.documents import write_table
 from data.shards import Dataset, hash_of
 from data.sources import file_state
@@ -62,8 +62,11 @@ def curate(config: CurationConfig, workdir: str | os.PathLike, log: Log | None =
     """
     remove_leftovers(workdir)
     run = _Run(config, Layout(Path(workdir)), log or _stderr)
-    run.read_sources()
-    run.run_stages()
+    try:
+        run.read_sources()
+        run.run_stages()
+    finally:
+        stop_idle()
     reports = run.reports()
     datasets = write_splits(config, run.tasks(len(run.steps)), reports, Path(workdir))
     key = hash_of([task.keys[-1] for task in run.tasks(len(run.steps))])

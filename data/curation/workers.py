@@ -68,6 +68,9 @@ def map_items(
         yield from _in_processes(processes, function, items, what)
 
 
+_idle: list[Child] = []  # started already, for the next call of map_items
+
+
 def call_in_child(child: Child, function: Callable[[Any], Any], item: Any, what: str) -> Any:
     """`function(item)` in another process, whatever becomes of that.
 
@@ -121,7 +124,7 @@ def _in_processes(
     processes: int, function: Callable[[Any], Any], items: Sequence[Any], what: str
 ) -> Iterator[Any]:
     free: queue.SimpleQueue[Child] = queue.SimpleQueue()
-    children = [Child() for _ in range(processes)]
+    children = [_idle.pop() if _idle else Child() for _ in range(processes)]
     for child in children:
         free.put(child)
 
@@ -137,10 +140,19 @@ def _in_processes(
         waiting: collections.deque[Future[Any]] = collections.deque(pool.submit(work, item) for item in items)
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        _idle.extend(children)
+    except BaseException:
         for child in children:
             child.stop()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def stop_idle() -> None:
+    """Ends the processes that wait for further items."""
+    while _idle:
+        _idle.pop().stop()
 
 
 def _on_ray(

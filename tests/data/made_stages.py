@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from data.dedup import ExactDedup
 from data.documents import DocumentType, make_document
@@ -30,16 +29,14 @@ def harm(text: str, where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FragileFilter(Filter):
-    """Passes all texts that it survives; notes in the folder `seen` which processes saw documents."""
+    """Passes all texts that it survives; each process that sees one leaves its number in the folder $SEEN, if any."""
 
     applies_to: DocumentType = "any"
-    seen: str = ""
-    measured_by: ClassVar[tuple[str, ...]] = ("seen",)
 
     def signals(self, text):
         harm(text, "signals")
-        if self.seen:
-            (Path(self.seen) / str(os.getpid())).touch()
+        if "SEEN" in os.environ:
+            (Path(os.environ["SEEN"]) / str(os.getpid())).touch()
         return {"text": text}
 
     def reason(self, signals):

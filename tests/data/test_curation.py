@@ -26,6 +26,7 @@ from data.curation import CurationConfig, Workers, split_of
 from data.dedup import ExactDedup, MinHashDedup
 from data.filters import GopherQuality, GopherRepetition, Normalise
 from data.sources import Folder, Jsonl, Parquet, PythonStdlib, Rejected, TextFile
+from tests.data.made_stages import FragileFilter
 
 
 def article(seed, words=120):
@@ -193,26 +194,52 @@ def test_signals_can_go_with_the_documents(folder, tmp_path):
         assert document["metadata"]["tags"]["GopherQuality"]["words"] == len(document["text"].split())
 
 
-def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, tmp_path):
-    made = {}
+def in_shards(folder):
+    """The files of `folder` as eight sources, so that there are eight shards, or more."""
+    globs = ("a*", "**/b*", "c*", "d*", "e*", "f*", "g*", "h*")
+    return tuple(Folder(str(folder), glob=glob, name=f"raw {glob[-2]}") for glob in globs)
+
+
+def seen_by(tmp_path, monkeypatch, name):
+    """A folder in which each process leaves its number that sees a document in a FragileFilter."""
+    folder = tmp_path / f"seen-{name}"
+    folder.mkdir()
+    monkeypatch.setenv("SEEN", str(folder))
+    return folder
+
+
+def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, tmp_path, monkeypatch):
+    made, stages = {}, (FragileFilter(), *STAGES)
     for processes in (1, 2, 4):
+        seen = seen_by(tmp_path, monkeypatch, processes)
         workers = Workers(processes=processes, min_megabytes=0)
-        curate(config(folder, workers=workers, shard_megabytes=1), tmp_path / str(processes), log=print)
+        curate(
+            config(folder, sources=in_shards(folder), stages=stages, workers=workers),
+            tmp_path / str(processes),
+            log=print,
+        )
         made[processes] = written(tmp_path / str(processes))
+        assert len(list(seen.iterdir())) == processes
+        assert (seen / str(os.getpid())).exists() == (processes == 1)
     assert made[1] == made[2] == made[4]
+    assert sum(name.startswith("stages/00-sources/documents.parquet") for name in made[1]) >= 8
 
 
 @pytest.mark.slow
-def test_the_result_is_the_same_to_the_byte_on_a_ray_cluster(folder, tmp_path):
+def test_the_result_is_the_same_to_the_byte_on_a_ray_cluster(folder, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     for runner in ("local", "ray"):
+        seen = seen_by(tmp_path, monkeypatch, runner)
         workers = Workers(runner=runner, processes=2, min_megabytes=0)
         program = f"""
-from data.curation import *; from data.sources import *; from data.dedup import *; from data.filters import *
-curate(CurationConfig(sources=(Folder({str(folder)!r}),), validation_fraction=0.3, test_fraction=0.0,
-                      workers={workers!r}), {str(tmp_path / runner)!r})
+from pathlib import Path
+from data.curation import *
+from tests.data.test_curation import *
+curate(config(Path({str(folder)!r}), sources=in_shards(Path({str(folder)!r})), stages=(FragileFilter(), *STAGES),
+              workers={workers!r}), {str(tmp_path / runner)!r})
 """
         subprocess.run([sys.executable, "-c", program], check=True, timeout=280)
+        assert len(list(seen.iterdir())) >= 2
     assert written(tmp_path / "ray") == written(tmp_path / "local")
 
 
@@ -278,27 +305,31 @@ curate(CurationConfig(sources=(Folder({str(folder)!r}),), stages=(), test_fracti
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_change_no_byte(folder, tmp_path):
-    command = [sys.executable, "-m", "data", "--config=configs/data/folder.py:" + str(folder)]
-    command += ["--config.tokenizer.vocab_size=500", "--config.curation.validation_fraction=0.3"]
-    command += ["--config.curation.test_fraction=0.0", "--config.curation.workers.processes=2"]
-    command += ["--config.curation.workers.min_megabytes=0"]
-    whole = [*command, f"--workdir={tmp_path / 'whole' / 'corpus'}"]
-    began = time.monotonic()
-    subprocess.run(whole, check=True, capture_output=True)
-    seconds = time.monotonic() - began
-    moments = np.random.default_rng(0).uniform(0.1, 0.95, 10) * seconds
-    for moment in moments:
-        process = subprocess.Popen(
-            [*command, f"--workdir={tmp_path / 'killed' / 'corpus'}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(moment)
+def test_ten_kills_at_random_moments_change_no_byte(folder, tmp_path, monkeypatch):
+    program = f"""
+import sys
+from pathlib import Path
+from tests.data.test_curation import *
+curation = config(Path({str(folder)!r}), sources=in_shards(Path({str(folder)!r})), stages=(FragileFilter(), *STAGES),
+                  workers=Workers(processes=2, min_megabytes=0))
+build_corpus(CorpusConfig(curation, TokenizerConfig(vocab_size=500)), sys.argv[1])
+"""
+    command = [sys.executable, "-c", program]
+    seen, whole = seen_by(tmp_path, monkeypatch, "whole"), tmp_path / "whole" / "corpus"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    assert len(list(seen.iterdir())) == 2
+    killed, half = tmp_path / "killed" / "corpus", 0
+    for files in sorted(np.random.default_rng(0).integers(1, len(written(whole)), 10).tolist()):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([*command, str(killed)], **quiet)
+        while process.poll() is None and len(list(killed.rglob("*.*"))) < files:
+            time.sleep(0.005)
+        half += process.poll() is None
         process.kill()
         process.wait()
-    subprocess.run([*command, f"--workdir={tmp_path / 'killed' / 'corpus'}"], check=True, capture_output=True)
-    a, b = written(tmp_path / "whole" / "corpus"), written(tmp_path / "killed" / "corpus")
+    assert half >= 5
+    subprocess.run([*command, str(killed)], check=True, capture_output=True)
+    a, b = written(whole), written(killed)
     assert a.keys() == b.keys() and [name for name in a if a[name] != b[name]] == []
 
 
