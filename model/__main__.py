@@ -175,6 +175,7 @@ def _average(options: argparse.Namespace) -> int:
 def _write_merge(recipe: Recipe, options: argparse.Namespace) -> int:
     from model.merge.merge import merge
 
+    _warn_of_other_tokens(recipe)
     with _MergeProgress() as progress:
         plan = merge(
             recipe,
@@ -189,6 +190,29 @@ def _write_merge(recipe: Recipe, options: argparse.Namespace) -> int:
         f"{options.destination}: {models} models merged in {len(plan.steps)} tensors, written as {options.format}."
     )
     return 0
+
+
+def _warn_of_other_tokens(recipe: Recipe) -> None:
+    """Says on stderr where models of one vocabulary size mean other texts by it, which shapes don't show."""
+    from data import load_tokenizer
+    from model.formats.convert import tokenizer_files
+
+    own = recipe.tokenizer or recipe.sources[0].model
+    if not (files := tokenizer_files(own, _gguf_tokenizer)):
+        return
+    for path in dict.fromkeys([*(source.model for source in recipe.sources), recipe.base or own]):
+        if path == own or tokenizer_files(path, _gguf_tokenizer) in ({}, files):
+            continue
+        one, other = load_tokenizer(own), load_tokenizer(path)
+        common = min(one.vocab_size, other.vocab_size)
+        differ = sum(one.bytes_of(i) != other.bytes_of(i) for i in range(common))
+        differ += max(one.vocab_size, other.vocab_size) - common
+        if differ:
+            print(
+                f"warning: {differ} tokens of {path} differ from those of {own}, which gives the tokenizer; merged "
+                "embeddings mix them.",
+                file=sys.stderr,
+            )
 
 
 class _MergeProgress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -75,9 +76,10 @@ class _Merging:
 
     def __init__(self, steps: list[Step], report: Report):
         self._steps, self._report = steps, report
-        sizes = [[np.prod(piece.shape) * dtype.itemsize for piece, dtype in _pieces(step)] for step in steps]
-        self._bytes = [int(sum(size)) for size in sizes]
-        self._done: set[int] = set()
+        size = lambda piece, dtype: math.prod(piece.shape) * dtype.itemsize
+        self._bytes = [sum(map(size, step.tensor.pieces, step.dtypes)) for step in steps]
+        self._total = sum(self._bytes)
+        self._left, self._bytes_done = set(range(len(steps))), 0
         # Pieces of a tensor that were merged with one that was asked for, until they are asked for, too. A writer asks
         # for them soon; of two tensors at most, so that memory stays small.
         self._waiting: dict[int, dict[int, np.ndarray]] = {}
@@ -85,10 +87,9 @@ class _Merging:
     def piece(self, i: int, j: int) -> np.ndarray:
         """Piece j of the tensor of step i, float32."""
         if j not in self._waiting.get(i, {}):
-            merged = run(self._steps[i])
+            merged = np.asarray(run(self._steps[i]))  # numpy makes scalars of arrays without axes
             self._waiting[i] = dict(enumerate(self._steps[i].tensor.to_ours(merged)))
-            self._done.add(i)
-            self._report(sum(self._bytes[k] for k in self._done), sum(self._bytes))
+            self._count(i)
         waiting = self._waiting[i]
         found = waiting.pop(j)
         if not waiting:
@@ -96,6 +97,12 @@ class _Merging:
         while len(self._waiting) > 2:
             self._waiting.pop(next(iter(self._waiting)))
         return found
+
+    def _count(self, i: int) -> None:
+        if i in self._left:  # a tensor may be merged again, for a piece that is asked for much later
+            self._left.remove(i)
+            self._bytes_done += self._bytes[i]
+            self._report(self._bytes_done, self._total)
 
 
 def run(step: Step) -> np.ndarray:
@@ -149,7 +156,3 @@ def _read(model: Model, tensor: Tensor) -> np.ndarray:
     found = [(model.params[piece.path], piece.expert) for piece in tensor.pieces]
     pieces = [np.asarray(array if expert is None else array[expert]) for array, expert in found]
     return np.array(tensor.to_theirs(pieces), np.float32, order="C")
-
-
-def _pieces(step: Step):
-    return zip(step.tensor.pieces, step.dtypes, strict=True)

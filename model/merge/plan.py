@@ -116,7 +116,7 @@ def _config(recipe: Recipe, parts: Sequence[Slice], models: dict[str, Model]) ->
     for i, part in enumerate(parts):
         lead = part.models[0]
         ranges = [(source.model, source.layers) for source in part.models]
-        if recipe.base is not None:
+        if recipe.base is not None and (part.method or recipe.method).needs_base:
             ranges.append((recipe.base, _base_layers(part)))
         if recipe.config is not None:
             ranges.append((recipe.config, lead.layers))
@@ -174,12 +174,12 @@ def _step(recipe: Recipe, place: Place, tensor: Tensor, models: dict[str, Model]
     number = lambda setting, where: _number_of(setting, tensor, place, where)
     where = "method" if part.method is None else "the slice's method"
     settings = {name: number(getattr(method, name), f"{where}.{name}") for name in method.settings}
-    weights = tuple(number(s.weight, f"weight of {s.label}") for s in part.models)
-    densities = tuple(number(s.density, f"density of {s.label}") for s in part.models)
+    weights = tuple(number(s.weight, f"weight of {s.model}") for s in part.models)
+    densities = tuple(number(s.density, f"density of {s.model}") for s in part.models)
     for source, density in zip(part.models, densities):
         if not 0 < density <= 1:
             raise ConfigError(
-                f"density of {source.label} is {density:g} for {tensor.name}; wanted more than 0, up to 1."
+                f"density of {source.model} is {density:g} for {tensor.name}; wanted more than 0, up to 1."
             )
     if getattr(method, "normalize", False) and not isinstance(method, Ties) and abs(sum(weights)) < LEAST_SUM:
         raise ConfigError(

@@ -132,10 +132,6 @@ class Source:
     weight: Setting | None = None
     density: Setting | None = None  # the share of its difference from the base that stays
 
-    @property
-    def label(self) -> str:
-        return self.model
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerSource(Source):
@@ -148,10 +144,6 @@ class LayerSource(Source):
             raise ValueError(
                 f"layers={list(self.layers)}: wanted the first layer, and the layer after the last one."
             )
-
-    @property
-    def label(self) -> str:
-        return f"{self.model} {list(self.layers)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +158,8 @@ class Slice:
         ranges = [source.layers for source in self.models]
         ranges += [self.base_layers] if self.base_layers is not None else []
         if len({stop - start for start, stop in ranges}) != 1:
-            raise ValueError(
-                f"the sources of a slice need equally many layers, and at least one source: {ranges}."
-            )
+            given = ", ".join(str(list(pair)) for pair in ranges) or "none"
+            raise ValueError(f"a slice has sources of equally many layers; given: {given}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +277,7 @@ def _all_settings(recipe: Recipe) -> Iterable[tuple[str, Setting | None]]:
     for where, method in methods.items():
         yield from ((f"{where}.{name}", getattr(method, name)) for name in method.settings)
     for source in recipe.sources:
-        yield from ((f"{name} of {source.label}", getattr(source, name)) for name in ("weight", "density"))
+        yield from ((f"{name} of {source.model}", getattr(source, name)) for name in ("weight", "density"))
 
 
 def _kinds(methods: Iterable[Any]) -> str:
