@@ -230,6 +230,8 @@ class Transformer(nn.Module):
         cfg = self.cfg
         x_BTD = embed_tokens(self, cfg, ctx, embedding_VD, inputs.tokens, inputs.token_types)
         x_BTD = place_media(ctx, cfg.media, inputs.media, x_BTD)
+        if inputs.embedding_noise is not None:
+            x_BTD += inputs.embedding_noise.astype(x_BTD.dtype)
         x_BTD = finish_embedding(cfg, ctx, x_BTD, info)
         self.sow("intermediates", "embedded", x_BTD)
         return x_BTD

@@ -182,7 +182,7 @@ class Learner:
     def _measured(self, params, frozen, batch: Batch) -> Metrics:
         models = self._models(params, frozen, self.config.microbatches)
         batch = self.algorithm.prepare(models, batch) | {"row": jax.numpy.arange(len(batch["tokens"]))}
-        loss, metrics = self.algorithm.loss(models, batch, jax.random.key(0))
+        loss, metrics = self.algorithm.loss(models, batch, None)
         return metrics | {"loss": loss}
 
 

@@ -69,7 +69,8 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
         )
     check_datasets(config.data, tokenizer, source, cfg.vocab_size)
     check_validation(config.data, config.batch_kind)
-    return Setup(config, tokenizer, make_plan(config, config.algorithm, policy, mesh))
+    algorithm = config.algorithm.with_tokenizer(tokenizer)
+    return Setup(config, tokenizer, make_plan(config, algorithm, policy, mesh))
 
 
 def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:

@@ -40,6 +40,7 @@ class Inputs:
     prefix: jax.Array | None = None
     # [B, T] int32: tokens of one span, for example an image, see each other both ways; 0: no span
     spans: jax.Array | None = None
+    embedding_noise: jax.Array | None = None  # [B, T, D], added to the embedding of tokens and media
     # name of one of `cfg.media` -> its media
     media: dict[str, Media] = flax.struct.field(default_factory=dict)
 

@@ -29,6 +29,9 @@ MOE = Mixture(ffn_width=12, num_experts=4).put_into(DENSE)
 RULES = ShardingRules(kv_heads=(), act_kv_heads=())  # there is one
 ALGORITHMS = {
     "lm": LanguageModelling(z_loss=1e-2),
+    "lm with noise": LanguageModelling(
+        label_smoothing=0.1, neftune_alpha=5.0, fim_rate=0.7, fim_ids=(61, 62, 63)
+    ),
     "dpo": DPO(beta=0.5, label_smoothing=0.1, nll_weight=0.2),
     "ipo": DPO("ipo", beta=0.5),
     "orpo": ORPO(),

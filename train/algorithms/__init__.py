@@ -4,12 +4,15 @@ from train.algorithms.algorithm import Algorithm, Metrics, objective_of
 from train.algorithms.distillation import Distillation
 from train.algorithms.kto import KTO
 from train.algorithms.language_modelling import LanguageModelling
+from train.algorithms.masked import MaskedLanguageModelling
 from train.algorithms.policy_gradient import GRPO
 from train.algorithms.ppo import PPO
 from train.algorithms.preferences import DPO, ORPO, SimPO
 from train.algorithms.rewards import ProcessRewardModel, RewardModel
 
-AnyAlgorithm = LanguageModelling | DPO | ORPO | SimPO | KTO | RewardModel | ProcessRewardModel | Distillation
+Preferences = DPO | ORPO | SimPO | KTO
+Rewards = RewardModel | ProcessRewardModel
+AnyAlgorithm = LanguageModelling | Preferences | Rewards | Distillation | MaskedLanguageModelling
 
 __all__ = [
     "DPO",
@@ -21,6 +24,7 @@ __all__ = [
     "AnyAlgorithm",
     "Distillation",
     "LanguageModelling",
+    "MaskedLanguageModelling",
     "Metrics",
     "ProcessRewardModel",
     "RewardModel",

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
+from data import Tokenizer
 from model import ModelConfig, ShardingRules, WeightedSum
 from model.function import Params
 from train.models import Batch, Models, Role, bind
@@ -33,21 +34,31 @@ class Algorithm(Protocol):
         """The batch with more arrays [B, ...] for `loss`, computed without gradient."""
         return batch
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
-        """The loss and metrics of a part of the batch; `rng` is the step's key (see `models.row_keys`)."""
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
+        """The loss and metrics of a part of the batch.
+
+        `rng` is the step's key (see `models.row_keys`), or None for a measurement without noise.
+        """
         ...
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> Algorithm:
+        """The algorithm with what it needs of the run's tokenizer. Raises ConfigError for what the tokenizer lacks."""
+        return self
 
     def trains_mtp(self, cfg: ModelConfig) -> bool:
         """Whether the loss uses the model's modules for multi-token prediction."""
         return False
 
 
-def objective_of(algorithm: Algorithm, cfg: ModelConfig, rules: ShardingRules | None = None):
+def objective_of(
+    algorithm: Algorithm, cfg: ModelConfig, rules: ShardingRules | None = None, rng: jax.Array | None = None
+):
     """`objective(params, batch) -> (loss, metrics)` of an algorithm with one model."""
 
     def objective(params: Params, batch: Batch) -> tuple[WeightedSum, Metrics]:
         models = bind({"policy": cfg}, {"policy": Role(trained=True)}, {"policy": params}, rules)
-        return algorithm.loss(models, batch, jax.random.key(0))
+        rows = {"row": jnp.arange(len(batch["tokens"]))}
+        return algorithm.loss(models, rows | batch, rng)
 
     return objective
 

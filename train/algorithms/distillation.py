@@ -61,7 +61,7 @@ class Distillation(Algorithm):
         policy = Role(trained=True, head=head)
         return {"policy": policy} | ({"teacher": Role(source=self.teacher)} if self.teacher else {})
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         weights_BT = batch["loss_weights"]
         out = models["policy"](batch_inputs(batch))
         if self.teacher is None and "teacher_ids" not in batch:  # validation rows, which no cache has

@@ -52,7 +52,7 @@ class KTO(Algorithm):
         reference_logprobs = models["reference"].logprobs(batch)
         return batch | {"reference_logprobs": reference_logprobs, "kl": jnp.full(len(policy_B), kl)}
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         real_B = real_rows(batch)
         out = models["policy"].scored(with_row_weights(batch, real_B))
         policy_B = completion_sums(cast(TokenScores, out.scores).logprobs, batch)

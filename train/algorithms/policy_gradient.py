@@ -42,7 +42,7 @@ class GRPO(Algorithm):
     def __post_init__(self):
         check_at_least(1, minibatches=self.minibatches)
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         temperature = 1.0 if self.temperature is None else self.temperature
         out = models["policy"].scored(batch, ScoreOptions(temperature, entropy=True))
         scores = cast(TokenScores, out.scores)

@@ -92,7 +92,7 @@ class PPO(Algorithm):
             "kl": jnp.sum(kl_BT, axis=1),
         }
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         mask_BT, real_B, sampled_BT = batch["loss_weights"], real_rows(batch), batch["sampler_logprobs"]
         out = models["policy"].scored(batch, ScoreOptions(self.temperature or 1.0, entropy=True))
         scores = cast(TokenScores, out.scores)

@@ -66,7 +66,7 @@ class DPO(Algorithm):
     def prepare(self, models: Models, batch: Batch) -> Batch:
         return batch | {"reference_logprobs": models["reference"].logprobs(batch)}
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         real_N = real_pairs(batch)
         batch = with_row_weights(batch, 0.5 * jnp.repeat(real_N, 2))
         out = models["policy"].scored(batch)
@@ -102,7 +102,7 @@ class ORPO(Algorithm):
 
     batch_kind: ClassVar[str] = "preference"
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         chosen_N, rejected_N, real_N, aux = _averages(models, batch)
         loss = WeightedSum.of(losses.orpo(chosen_N, rejected_N, self.beta), real_N)
         metrics = margins(chosen_N, rejected_N, real_N) | {"nll": WeightedSum.of(-chosen_N, real_N)}
@@ -128,7 +128,7 @@ class SimPO(Algorithm):
     def __post_init__(self):
         _check_smoothing(self.label_smoothing)
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         chosen_N, rejected_N, real_N, aux = _averages(models, batch)
         loss_N = losses.simpo(chosen_N, rejected_N, self.beta, self.gamma, self.label_smoothing)
         loss = WeightedSum.of(loss_N - self.nll_weight * chosen_N, real_N)

@@ -32,7 +32,7 @@ class RewardModel(Algorithm):
     def roles(self) -> dict[str, Role]:
         return {"policy": Role(trained=True, head=REWARD)}
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         real_N = real_pairs(batch)
         batch = with_row_weights(batch, 0.5 * jnp.repeat(real_N, 2))
         out = models["policy"](batch_inputs(batch), logits_at=no_logits(batch))
@@ -70,7 +70,7 @@ class ProcessRewardModel(Algorithm):
     def roles(self) -> dict[str, Role]:
         return {"policy": Role(trained=True, head=REWARD)}
 
-    def loss(self, models: Models, batch: Batch, rng: jax.Array) -> tuple[WeightedSum, Metrics]:
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         out = models["policy"](batch_inputs(batch), logits_at=no_logits(batch))
         logits_BT, mask_BT = out.heads[REWARD.name], batch["loss_weights"]
         labels_BT = batch["step_labels"]
