@@ -11,8 +11,8 @@ import pytest
 
 import data
 from configs import ConfigError
-from model import decoder
-from tests.policy import objective_of
+from model import Inputs, apply, decoder
+from tests.policy import adamw, objective_of, policy_state, policy_step
 from train.algorithms import LanguageModelling, MaskedLanguageModelling
 from train.algorithms.corruption import fill_in_the_middle, mask_tokens
 from train.algorithms.language_modelling import neftune_noise
@@ -88,7 +88,7 @@ def test_a_middle_is_moved_to_the_end_and_nothing_is_lost_but_three_tokens(spm_r
                     np.concatenate([prefix, middle, suffix]), before[: len(before) - 4]
                 )
             cuts.add((suffix_at, middle_at))
-    assert moved > 40 and len(cuts) > 20
+    assert moved > 40 and len(cuts) > 10
 
 
 def test_dialogues_are_left_as_they_are():
@@ -117,11 +117,8 @@ def test_label_smoothing_is_cross_entropy_with_the_smoothed_target():
     params, batch = fresh(CFG), packed_batch()
     plain, _ = jit(objective_of(LanguageModelling(), CFG))(params, batch)
     loss, metrics = jit(objective_of(LanguageModelling(label_smoothing=0.2), CFG))(params, batch)
-    from model import Inputs, apply
-
-    logprobs = np.asarray(
-        jax.nn.log_softmax(jit(lambda p, b: apply(CFG, p, Inputs.from_batch(b)).logits)(params, batch))
-    )
+    logits = jit(lambda p, b: apply(CFG, p, Inputs.from_batch(b)).logits)(params, batch)
+    logprobs = np.asarray(jax.nn.log_softmax(logits))
     chosen = np.take_along_axis(logprobs, batch["targets"][..., None], -1)[..., 0]
     wanted = -(0.8 * chosen + 0.2 * logprobs.mean(-1)) * batch["loss_weights"]
     assert float(loss.total) == pytest.approx(wanted.sum(), rel=1e-5)
@@ -160,17 +157,16 @@ def test_special_tokens_are_found_in_the_tokenizer_or_missed_by_name():
 
 def test_an_encoder_learns_to_fill_in_what_is_masked():
     """Numbers that rise by one: a hidden one is known from its neighbours on both sides."""
-    from tests.policy import adamw, policy_state, policy_step
-
     block = CFG.blocks[0]
     both_sides = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, causal=False))
     cfg = CFG.replace(blocks=(both_sides,) * 2)
     algorithm = MaskedLanguageModelling(mask_id=63)
-    optimizer = adamw(cfg, 150, peak_lr=1e-2, weight_decay=0.0)
+    optimizer = adamw(cfg, 300, peak_lr=1e-2, weight_decay=0.0)
     step, state = jit(policy_step(cfg, optimizer, algorithm)), policy_state(fresh(cfg), optimizer)
     rng = np.random.default_rng(0)
     ones = np.ones((16, 12), np.int32)
-    for _ in range(150):
+    seen = []
+    for _ in range(300):
         tokens = rng.integers(1, 40, (16, 1)) + np.arange(12)
         batch = {"tokens": tokens.astype(np.int32), "targets": tokens.astype(np.int32), "segment_ids": ones}
         batch |= {
@@ -178,4 +174,5 @@ def test_an_encoder_learns_to_fill_in_what_is_masked():
             "positions": np.tile(np.arange(12, dtype=np.int32), (16, 1)),
         }
         state, metrics = step(state, batch)
-    assert float(metrics["accuracy"].mean()) > 0.8
+        seen.append(float(metrics["accuracy"].mean()))
+    assert np.mean(seen[-20:]) > 0.8 > np.mean(seen[:20])
