@@ -175,4 +175,4 @@ def test_an_encoder_learns_to_fill_in_what_is_masked():
         }
         state, metrics = step(state, batch)
         seen.append(float(metrics["accuracy"].mean()))
-    assert np.mean(seen[-20:]) > 0.8 > np.mean(seen[:20])
+    assert np.mean(seen[-20:]) > 0.7 and np.mean(seen[:20]) < 0.3
