@@ -30,10 +30,19 @@ from data.mixture import (
 )
 from data.packing import ConcatAndSplit, FirstFit, Orders, PairOrder, TooLong
 from data.related import RelatedRows, read_groups, read_scores
-from data.rows import Batch, LabelledRows, Mixed, PackedRows, PreferencePairs, empty_example, stack
+from data.rows import (
+    Batch,
+    LabelledRows,
+    Mixed,
+    PackedRows,
+    PreferencePairs,
+    SteppedRows,
+    empty_example,
+    stack,
+)
 from data.shards import Dataset, DatasetError, open_dataset
 
-BatchKind = Literal["lm", "preference", "labelled"]
+BatchKind = Literal["lm", "preference", "labelled", "steps"]
 Packer = ConcatAndSplit | FirstFit | BestFit
 
 
@@ -81,7 +90,8 @@ def make_batches(
         loss_weights float32, 1 where a target counts, 0 on padding, on a segment's last token and where its
         mask says so; segment_ids int32, 1, 2, ... for the documents of a row, 0 on padding; positions int32,
         from 0 in each segment. In kind "preference" rows 2i and 2i + 1 are the chosen and the rejected answer
-        of one pair; in kind "labelled" `labels` int32 [batch_size / process_count] is 1 where a row is desired.
+        of one pair; in kind "labelled" `labels` int32 [batch_size / process_count] is 1 where a row is desired; in
+        kind "steps" `step_labels` float32 are the labels of the tokens that count, the last of each step.
 
     Args:
         mixture: dataset folder to weight, or such mixtures in phases; rows are drawn in proportion. Weights
@@ -155,7 +165,7 @@ class BatchIterator(Iterator[Batch]):
 class OpenMixture:
     """The sources of a mixture by folder, what an epoch of each holds, and when each has its turn."""
 
-    sources: dict[str, PackedRows | PreferencePairs | LabelledRows]
+    sources: dict[str, PackedRows | PreferencePairs | LabelledRows | SteppedRows]
     sizes: dict[str, Size]
     schedule: Schedule
 
@@ -209,12 +219,17 @@ def _check_sizes(
         )
 
 
-_MADE_OF = {"lm": ("tokens", "chat"), "preference": ("preference",), "labelled": ("labelled",)}
+_MADE_OF = {
+    "lm": ("tokens", "chat"),
+    "preference": ("preference",),
+    "labelled": ("labelled",),
+    "steps": ("steps",),
+}
 
 
 def _open_source(
     dataset: Dataset, reading: Reading, seq_len: int, seed: int
-) -> PackedRows | PreferencePairs | LabelledRows:
+) -> PackedRows | PreferencePairs | LabelledRows | SteppedRows:
     if reading.kind not in _MADE_OF:
         raise ValueError(f"kind={reading.kind!r}; known are {', '.join(_MADE_OF)}")
     if dataset.kind not in _MADE_OF[reading.kind]:
@@ -233,7 +248,7 @@ def _open_source(
             raise ConfigError(f"a curriculum orders documents and dialogues; kind={reading.kind!r} has none.")
         lengths = _lengths(dataset).reshape(len(dataset), -1)
         order = PairOrder(lengths, seq_len, seed, reading.shuffle, reading.too_long)
-        rows = PreferencePairs if reading.kind == "preference" else LabelledRows
+        rows = {"preference": PreferencePairs, "labelled": LabelledRows, "steps": SteppedRows}[reading.kind]
         source = rows(dataset, order, seq_len, reading.pad_id)
     if source.packer.rows_per_epoch == 0:
         raise DatasetError(f"{dataset.folder}: {_no_rows(dataset, source.packer.dropped, seq_len)}")

@@ -4,6 +4,7 @@ datasets to fine-tune on, to prefer by and to sample from.
     workdir/chat/{train,validation}          dialogues, trained on what the assistant says
     workdir/preferences/{train,validation}   a chosen and a rejected answer to one prompt
     workdir/labelled/{train,validation}      an answer and whether it is desired (KTO)
+    workdir/steps/{train,validation}         an answer in steps and their labels (process reward models)
     workdir/prompts/{train,validation}       what to sample from, with the right answer where it is known
 
 Files are JSON arrays, JSONL (also .gz, .zst) and Parquet; each file's first row says its format (data/formats.py).
@@ -35,12 +36,14 @@ from data.formats import (
     Labelled,
     Makes,
     Prompt,
+    Steps,
     detect,
     read_example,
 )
 from data.load import load_tokenizer
 from data.row_files import RowError, files_of, read_rows
 from data.shards import DatasetError, hash_of, is_current, read_manifest, write_dataset
+from data.steps import steps_record
 from data.templates import ChatTemplateError
 from data.tokenize import TokenCount, answer_record, chat_record, describe, fingerprint
 from data.tokenizer import Tokenizer
@@ -50,6 +53,7 @@ FOLDERS: dict[Makes, str] = {
     "chat": "chat",
     "preference": "preferences",
     "labelled": "labelled",
+    "steps": "steps",
     "prompt": "prompts",
 }
 
@@ -264,7 +268,10 @@ def _write(
                 tokens, label = made
                 for record in tokens:
                     count.add_record(record)
-                yield (tokens[0], label) if makes == "labelled" else tokens[0] if makes == "chat" else tokens
+                if makes in ("labelled", "steps"):
+                    yield tokens[0], label
+                else:
+                    yield tokens[0] if makes == "chat" else tokens
             now = time.monotonic()
             if now - shown > 5:
                 shown, spent = now, now - began
@@ -294,7 +301,7 @@ _tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
 def _records(tokenizer_path: str, validation: float, split: str, example: Example, where: str) -> Any:
-    """(token records, label) of an example, the record of a prompt, or None where it is of the other split."""
+    """(token records, label or labels) of an example, the record of a prompt, or None: it is of the other split."""
     if (_part_of(example) < validation) != (split == "validation"):
         return None
     if isinstance(example, Prompt):
@@ -303,6 +310,8 @@ def _records(tokenizer_path: str, validation: float, split: str, example: Exampl
     if isinstance(example, Dialogue):
         whole = {"messages": example.messages, "tools": example.tools}
         return (chat_record(whole, tokenizer, where, example.untrained),), None
+    if isinstance(example, Steps):
+        return (steps_record(example.prompt, example.steps, tokenizer, where, example.tools),), example.labels
     answers = [example.answer] if isinstance(example, Labelled) else [example.chosen, example.rejected]
     records = [answer_record(example.prompt, a, example.tools, tokenizer, where) for a in answers]
     return tuple(records), example.label if isinstance(example, Labelled) else None

@@ -6,6 +6,7 @@ should be, and turned into one form.
 | hh         | {"chosen", "rejected"}: text, "\\n\\nHuman: ... \\n\\nAssistant: ..."         | preference |
 | preference | {"prompt", "chosen", "rejected"}: text or messages, the prompt in them or not | preference |
 | oasst      | a tree of messages, {"prompt": {"text", "role", "replies"}}                | chat       |
+| steps      | {"prompt", "completions": [step, ...], "labels": [true, 0.5, ...]}         | steps      |
 | kto        | messages, or {"prompt", "completion"}, with "label" true or false         | labelled   |
 | messages   | {"messages": [{"role", "content"}, ...]} with "tools": OpenAI, ChatML      | chat       |
 | sharegpt   | {"conversations": [{"from", "value"}, ...]} with "system", "tools"          | chat       |
@@ -28,9 +29,9 @@ from typing import Any, Literal, NamedTuple
 from data.messages import Message, not_empty, read_messages, read_tools, text_of, without_weight
 from data.row_files import RowError
 
-Makes = Literal["chat", "preference", "labelled", "prompt"]
+Makes = Literal["chat", "preference", "labelled", "steps", "prompt"]
 FormatName = Literal[
-    "hh", "preference", "oasst", "kto", "messages", "sharegpt", "alpaca", "completion", "prompt"
+    "hh", "preference", "oasst", "steps", "kto", "messages", "sharegpt", "alpaca", "completion", "prompt"
 ]
 
 
@@ -64,6 +65,16 @@ class Labelled:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """A prompt, the steps of an answer, and the probability that the answer is right up to each of them."""
+
+    prompt: list[Message]
+    steps: tuple[str, ...]
+    labels: tuple[float, ...]
+    tools: list[Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """What to sample an answer to, and the right one where it is known."""
 
@@ -73,7 +84,7 @@ class Prompt:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-Example = Dialogue | Preference | Labelled | Prompt
+Example = Dialogue | Preference | Labelled | Steps | Prompt
 
 
 class Format(NamedTuple):
@@ -87,12 +98,6 @@ class Format(NamedTuple):
 
 def detect(row: Any) -> FormatName:
     """The format of a row by its keys. Raises RowError that names them."""
-    if _has(row, "prompt", "completions", "labels"):
-        raise RowError(
-            "a row of step labels",
-            "it has prompt, completions and labels, as for a reward model of steps, which is not trained here. "
-            "Wanted one answer a row.",
-        )
     if _has(row, "messages") and _has_no_answer(row["messages"]) and not _has(row, "label"):
         return "prompt"
     for name, format in FORMATS.items():
@@ -312,6 +317,21 @@ def _has_no_answer(messages: Any) -> bool:
     return "user" in roles or "human" in roles
 
 
+def _read_steps(row: Mapping) -> Steps:
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
+        raise RowError("no steps", f"completions is {str(steps)[:60]!r}; wanted a list of texts")
+    if not isinstance(labels, Sequence) or len(labels) != len(steps):
+        raise RowError("labels do not fit the steps", f"{len(steps)} steps and labels {str(labels)[:60]}")
+    for label in labels:
+        if isinstance(label, str) or not isinstance(label, (bool, int, float)) or not 0 <= label <= 1:
+            raise RowError("a label that is none", f"{label!r}; wanted true, false or a probability")
+    texts = tuple(not_empty(text_of(step, "a step"), "a step") for step in steps)
+    prompt = row["prompt"]
+    messages = read_messages(prompt) if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
+    return Steps(messages, texts, tuple(map(float, labels)), read_tools(row))
+
+
 def _is_kto(row: Any) -> bool:
     answered = _has(row, "messages") or (_has_prompt(row) and any(_has(row, c) for c in _COMPLETIONS))
     return answered and (_has(row, "label") or _has(row, "kto_tag"))
@@ -326,6 +346,12 @@ FORMATS: dict[FormatName, Format] = {
         '{"prompt", "chosen", "rejected"}',
     ),
     "oasst": Format("chat", _is_oasst, _read_oasst, '{"prompt": {"text", "role", "replies": [...]}}'),
+    "steps": Format(
+        "steps",
+        lambda row: _has(row, "prompt", "completions", "labels"),
+        _read_steps,
+        '{"prompt", "completions", "labels"}',
+    ),
     "kto": Format(
         "labelled", _is_kto, _read_kto, '{"prompt", "completion", "label"} or {"messages", "label"}'
     ),

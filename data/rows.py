@@ -56,6 +56,25 @@ class LabelledRows:
         return row_of(record, self._seq_len, self._pad_id) | {"labels": np.asarray(label, np.int32)}
 
 
+class SteppedRows:
+    """Rows [seq_len] of one dialogue each; the tokens that count end a step, and `step_labels` has their labels."""
+
+    rows_per_example = 1
+
+    def __init__(self, dataset: Dataset, packer: PairOrder, seq_len: int, pad_id: int):
+        self.packer, self._dataset, self._seq_len, self._pad_id = packer, dataset, seq_len, pad_id
+
+    def __getitem__(self, index: int) -> Batch:
+        record, labels = self._dataset[self.packer.pair(int(index))]
+        row = row_of(record, self._seq_len, self._pad_id)
+        ends = np.flatnonzero(record.mask)
+        within = ends < self._seq_len
+        # a label stands at its step's own last token, where other rows count the token before a target
+        weights, at_ends = np.zeros(self._seq_len, np.float32), np.zeros(self._seq_len, np.float32)
+        weights[ends[within]], at_ends[ends[within]] = 1, labels[within]
+        return row | {"loss_weights": weights, "step_labels": at_ends}
+
+
 class Mixed:
     """Example g is that of the source and index which `place` gives it; beyond `filled` there are empty rows."""
 
@@ -85,6 +104,8 @@ def empty_example(kind: str, seq_len: int, pad_id: int) -> Batch:
     row = make_row([], [], seq_len, pad_id)
     if kind == "preference":
         return {key: np.stack([value, value]) for key, value in row.items()}
+    if kind == "steps":
+        return row | {"step_labels": np.zeros(seq_len, np.float32)}
     return row | {"labels": np.asarray(0, np.int32)} if kind == "labelled" else row
 
 

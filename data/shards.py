@@ -7,6 +7,7 @@ Kinds and their records:
     chat        one dialogue's ids and loss mask: stays in one row
     preference  two dialogues with the same prompt: chosen, rejected
     labelled    one dialogue and whether it is desired (1) or not (0), for KTO
+    steps       one dialogue, a mask on the last token of each step of its answer, and the steps' labels
     prompt      a JSON object {"messages", "tools", "answer", "metadata"}: what to sample from in RL
 
 Beside the shards of a token dataset lies `lengths.npy`: int64 [N], or [N, 2] for preferences, in tokens.
@@ -29,7 +30,7 @@ from configs.files import atomic_write, temporary_beside
 from configs.typed import ConfigError
 
 FORMAT, VERSION = "crucible-dataset", 1
-KINDS = ("text", "tokens", "chat", "preference", "labelled", "prompt")
+KINDS = ("text", "tokens", "chat", "preference", "labelled", "steps", "prompt")
 _JSON_KINDS = ("text", "prompt")  # have no lengths
 MANIFEST, LENGTHS = "manifest.json", "lengths.npy"
 
@@ -58,7 +59,7 @@ def write_dataset(
 
     Args:
         records: dicts for "text" and "prompt", TokenRecords for "tokens" and "chat", pairs of TokenRecords
-            for "preference", (TokenRecord, label) for "labelled".
+            for "preference", (TokenRecord, label) for "labelled", (TokenRecord, labels float32) for "steps".
         manifest: more keys for manifest.json (sources, stages, dropped, key, ...); a function is called after
             the last record, when it can say totals.
         shard_bytes: a shard is closed when its records reach this size.
@@ -214,7 +215,7 @@ def _write_shards(folder: Path, records: Iterable[Any], kind: str, shard_bytes: 
         size, count = size + len(packed), count + 1
         if kind == "preference":
             lengths.append([len(record[0].tokens), len(record[1].tokens)])
-        elif kind == "labelled":
+        elif kind in ("labelled", "steps"):
             lengths.append(len(record[0].tokens))
         elif kind not in _JSON_KINDS:
             lengths.append(len(record.tokens))
@@ -230,6 +231,11 @@ def _pack(kind: str, record: Any) -> bytes:
         return b"".join(map(_pack_tokens, record))
     if kind == "labelled":
         return struct.pack("<B", bool(record[1])) + _pack_tokens(record[0])
+    if kind == "steps":
+        labels = np.asarray(record[1], "<f4")
+        if record[0].mask is None or len(labels) != int(record[0].mask.sum()):
+            raise ValueError(f"a record has {len(labels)} labels; wanted one for each token of its mask")
+        return _pack_tokens(record[0]) + labels.tobytes()
     return _pack_tokens(record)
 
 
@@ -250,6 +256,8 @@ def _unpack(kind: str, raw: bytes) -> Any:
     if kind == "labelled":
         return _unpack_tokens(raw, 1)[0], raw[0]
     first, used = _unpack_tokens(raw, 0)
+    if kind == "steps":
+        return first, np.frombuffer(raw, "<f4", offset=used).copy()
     return (first, _unpack_tokens(raw, used)[0]) if kind == "preference" else first
 
 

@@ -14,9 +14,11 @@ from flax.traverse_util import flatten_dict
 import configs
 import data
 import model
+from data.conversations import ConversationConfig, write_conversations
 from data.shards import TokenRecord, write_dataset
 from model.adapters import is_adapter
 from model.weights import is_quantized
+from train.config import TrainConfig
 from train.learner import Learner
 from train.setup import prepare_run
 from train.teacher import TeacherConfig, write_cache
@@ -358,3 +360,63 @@ def test_hidden_states_of_a_wider_teacher_are_matched_through_a_map(corpus, unin
         make_config(corpus, algorithm=algorithm)
     with pytest.raises(configs.ConfigError, match="needs either `teacher` or `cache`"):
         make_config(corpus, algorithm={"kind": "Distillation"})
+
+
+def planted_steps(count, seed):
+    """Four steps "n m"; right ones count up by one. From the planted wrong step on, no step is right any more."""
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(count):
+        wrong, at, steps = int(rng.integers(0, 5)), int(rng.integers(0, 5)), []
+        for i in range(4):
+            good = i != wrong
+            steps.append(f"{at} {at + 1 if good else (at + rng.integers(3, 8)) % 10}")
+            at = at + 1
+        rows.append({"prompt": "Count.", "completions": steps, "labels": [i < wrong for i in range(4)]})
+    return rows
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
+def test_a_process_reward_model_finds_the_planted_wrong_step(tmp_path, seed):
+    tokenizer = data.train_tokenizer("bpe", ["Count. 0 1 2 3 4 5 6 7 8 9\n"] * 20, 264, digits=1)
+    tokenizer.save(tmp_path / "tokenizer")
+    for split, count in (("train", 600), ("validation", 120)):
+        rows = planted_steps(count, seed + 10 * (split == "validation"))
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        wanted = ConversationConfig((str(tmp_path / f"{split}.jsonl"),), str(tmp_path / "tokenizer"))
+        write_conversations(wanted, tmp_path / split)
+    mixture = lambda split: {str(tmp_path / split / "steps" / "train"): 1.0}
+    config = configs.build(
+        TrainConfig,
+        {
+            "algorithm": {"kind": "ProcessRewardModel"},
+            "tokenizer": str(tmp_path / "tokenizer"),
+            "steps": 250,
+            "seed": seed,
+            "model": {
+                "width": 32,
+                "layers": 2,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "head_dim": 16,
+                "ffn_width": 64,
+            },
+            "data": {
+                "mixture": mixture("train"),
+                "validation": mixture("validation"),
+                "seq_len": 64,
+                "batch_size": 32,
+            },
+            "optimizer": {"peak_lr": 1e-2, "weight_decay": 0.0},
+            "schedule": {"warmup_steps": 10},
+            "mesh": {"data": 8},
+        },
+    )
+    final = train(config, tmp_path / "run")
+    assert final["validation_accuracy"] > 0.9
+    cfg, params = model.load(tmp_path / "run")
+    found = 0
+    for record, labels in data.open_dataset(tmp_path / "validation" / "steps" / "train"):
+        logits = model.apply(cfg, params, record.tokens[None]).heads["reward"][0][record.mask]
+        first = lambda right: int(np.argmin([*right, False]))
+        found += first(np.asarray(logits) > 0) == first(labels > 0.5)
+    assert found / 120 > 0.8
