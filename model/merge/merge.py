@@ -46,6 +46,10 @@ def merge(
       ValueError: a recipe that does not fit its models, or a destination that is not empty; nothing is written.
     """
     destination = Path(destination).expanduser()
+    if destination.suffix == ".gguf":
+        raise ConfigError(
+            f"{destination}: a merge writes a folder; give its name, and convert it: python -m model convert."
+        )
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise ConfigError(f"{destination}: already exists. Remove it, or give another path.")
     tokenizer = tokenizer_files(recipe.tokenizer or recipe.sources[0].model, gguf_tokenizer)

@@ -7,6 +7,7 @@ Values are those of mergekit 0.1.5 (tests/goldens/make_merges.py).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -73,16 +74,17 @@ def ties(
     total, divisor = np.zeros_like(theta_0), np.zeros_like(theta_0)
     for w, tau_i in zip(weights, weighted, strict=True):
         agrees = np.sign(tau_i) == gamma
-        total += np.where(agrees, tau_i, np.float32(0))
-        divisor += np.float32(w) * agrees
+        np.add(total, tau_i, out=total, where=agrees)
+        np.add(divisor, np.float32(w), out=divisor, where=agrees)
     if normalize:
-        total /= np.where(divisor == 0, np.float32(1), divisor)
-    return theta_0 + np.float32(scale) * total
+        np.divide(total, divisor, out=total, where=divisor != 0)
+    total *= np.float32(scale)
+    return np.add(theta_0, total, out=total)
 
 
 def elect(tau: Sequence[Array]) -> Array:
     """TIES' elected sign gamma of each number: that of the sum over models, +1 where it is zero."""
-    total = sum(tau[1:], start=tau[0])
+    total = functools.reduce(np.add, tau)
     return np.where(total >= 0, np.float32(1), np.float32(-1))
 
 
@@ -97,8 +99,9 @@ def trim(tau: Array, density: float, rescale: Rescale = "none") -> Array:
     count = max(1, int(density * size.size))
     limit = np.partition(size, size.size - count)[size.size - count]
     kept = size > limit
-    equal = np.flatnonzero(size == limit)
-    kept[equal[: count - np.count_nonzero(kept)]] = True
+    if limit > 0:  # zeros stay zeros
+        equal = np.flatnonzero(size == limit)
+        kept[equal[: count - np.count_nonzero(kept)]] = True
     return keep(tau, kept.reshape(tau.shape), density, rescale)
 
 
@@ -141,7 +144,7 @@ def model_stock(w_0: Array, w: Sequence[Array], filter_wise: bool = False) -> Ar
     divisor = 1 + (len(w) - 1) * cosine
     defined = np.abs(divisor) >= EPS
     t = np.where(defined, len(w) * cosine / np.where(defined, divisor, 1), 0).astype(np.float32)[:, None]
-    mean = sum(offsets[1:], start=offsets[0]) / np.float32(len(w))
+    mean = functools.reduce(np.add, offsets) / np.float32(len(w))
     return w_0 + (t * mean).reshape(w_0.shape)
 
 
@@ -149,9 +152,12 @@ def _weighted_sum(arrays: Iterable[Array], weights: Sequence[float]) -> Array:
     total: Array | None = None
     for w, array in zip(
         weights, arrays, strict=True
-    ):  # read one by one, so that one is in memory beside the sum
+    ):  # arrays are read one by one, to hold one beside the sum
         part = np.float32(w) * array
-        total = part if total is None else np.add(total, part, out=total)
+        if total is None:
+            total = part
+        else:
+            total += part
     if total is None:
         raise ValueError("nothing to merge: give at least one model.")
     return total

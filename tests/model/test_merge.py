@@ -43,7 +43,7 @@ from model.layout import relayout
 from model.merge import methods
 from model.merge.merge import merge, merged_params
 from model.merge.plan import plan
-from model.merge.recipe import Method, Recipe, Ties, read_recipe, value_of
+from model.merge.recipe import Method, Recipe, Slerp, Ties, read_recipe, value_of
 
 from .conftest import GOLDENS, random_params, tiny
 
@@ -214,6 +214,25 @@ def test_numbers_follow_layers_and_names():
     assert value_of(first, ("embedding",) * 3, 0.0, "t") == 7
 
 
+def test_tensors_without_axes_are_merged_as_vectors_of_one_number():
+    theta_0, theta = np.float32(rows(1)), [rows(1, seed=seed) for seed in (1, 2, 3)]
+    tau = [theta_i - theta_0 for theta_i in theta]
+    rng = lambda: np.random.default_rng(0)
+    for merged in (
+        lambda one, many, base: methods.linear(many, [1, 2, 3]),
+        lambda one, many, base: methods.slerp(base, many[0], 0.3),
+        lambda one, many, base: methods.ties(base, [methods.trim(tau_i, 0.5) for tau_i in one], [1, 2, 3]),
+        lambda one, many, base: methods.task_arithmetic(
+            base, [methods.drop(tau_i, 0.5, rng()) for tau_i in one], [1, 2, 3]
+        ),
+        lambda one, many, base: methods.model_stock(base, many, filter_wise=True),
+    ):
+        scalars = lambda arrays: [array.reshape(()) for array in arrays]
+        found = merged(scalars(tau), scalars(theta), theta_0.reshape(()))
+        assert np.shape(found) == ()
+        np.testing.assert_array_equal(found, merged(tau, theta, theta_0)[0])
+
+
 def recipe(method, models, **more):
     return build(Recipe, {"method": method, "models": [{"model": str(model)} for model in models], **more})
 
@@ -251,6 +270,18 @@ def test_layouts_of_the_sources_and_the_result_do_not_change_it(order, format, s
         tau = [methods.trim(theta(name) - theta("base"), 0.4, "l1") for name in order]
         wanted = methods.ties(theta("base"), tau, [1, 1, 1])
         np.testing.assert_allclose(array, wanted, rtol=1e-5, atol=1e-6, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("format", ["huggingface", "native"])
+@pytest.mark.parametrize(
+    "name", ["bert_classes", "blt", "dbrx", "deepseek_v3_mtp", "falcon_h1", "gpt_oss", "llama4_text", "t5"]
+)
+def test_the_mean_of_a_model_and_itself_is_the_model_in_every_kind_of_family(name, format, tmp_path):
+    cfg, params = load(GOLDENS / name)
+    merge(recipe({"kind": "Linear"}, [GOLDENS / name] * 2), tmp_path / "out", format)
+    merged_cfg, merged = load(tmp_path / "out")
+    assert merged_cfg == cfg
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
 def test_the_result_has_the_dtype_of_the_first_source_or_the_given_one(scattered, tmp_path):
@@ -433,6 +464,9 @@ def test_tokens_that_mean_other_texts_are_a_warning(chats, tmp_path, capsys):
     error = capsys.readouterr().err
     assert differ > 0 and f"warning: {differ} tokens of {tmp_path / 'dog'} differ from those of" in error
     assert load_tokenizer(tmp_path / "out").encode("the cat") == one.encode("the cat")
+    named = recipe({"kind": "Linear"}, [chats / "base", tmp_path / "dog"], tokenizer=str(tmp_path / "dog"))
+    merge(named, tmp_path / "named")
+    assert load_tokenizer(tmp_path / "named").encode("a dog") == other.encode("a dog")
 
 
 @pytest.fixture(scope="module")
@@ -557,6 +591,7 @@ def test_averages_that_can_not_be_say_what_to_mend(chats, tmp_path, capsys):
         ([run, str(chats / "base"), out, "--last=1"], "2 paths are given"),
         ([run, out], "alone is"),
         ([run, str(chats / "base"), str(chats / "other")], "already exists"),
+        ([run, str(chats / "base"), f"{out}.gguf"], "a merge writes a folder; give its name"),
     ]:
         assert main(["average", *arguments]) == 2
         assert wanted in capsys.readouterr().err
@@ -572,6 +607,17 @@ def test_models_that_differ_in_more_than_shapes_are_merged_if_one_gives_the_conf
     np.testing.assert_allclose(merged["embedding"], (base["embedding"] + far["embedding"]) / 2, rtol=1e-6)
     with pytest.raises(ConfigError, match="block_0/ffn/.* is .*40.* and .*48"):
         plan(recipe({"kind": "Linear"}, [others / "base", others / "wide"], config=str(others / "base")))
+
+
+def test_parameters_in_one_tensor_have_one_number(folders):
+    models = [{"model": str(folders / "phi3" / "b")}, {"model": str(folders / "phi3" / "c")}]
+    given = lambda t: plan(build(Recipe, {"method": {"kind": "Slerp", "t": t}, "models": models}))
+    wanted = "method.t: block_0/mixer/q: 0.1, block_0/mixer/k: 0.2, .*are one tensor, .*qkv_proj.weight. Give them one"
+    with pytest.raises(ConfigError, match=wanted):
+        given({"q": 0.1, "*": 0.2})
+    by_name = {step.tensor.name: step for step in given({"q": 0.1, "k": 0.1, "v": 0.1, "*": 0.2}).steps}
+    assert by_name["model.layers.1.self_attn.qkv_proj.weight"].method == Slerp(0.1)
+    assert by_name["model.layers.1.self_attn.o_proj.weight"].method == Slerp(0.2)
 
 
 @pytest.mark.parametrize("format", ["huggingface", "native"])
