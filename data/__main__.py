@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import configs
+from configs.typed import ConfigError
 from data.card import write_card
 from data.corpus import CorpusConfig, build_corpus
 
@@ -26,7 +27,12 @@ The same command again redoes only what changed."""
 
 
 def main(config: CorpusConfig, workdir: Path) -> int:
-    corpus = build_corpus(config, workdir, log=lambda line: print(line, file=sys.stderr, flush=True))
+    try:
+        corpus = build_corpus(config, workdir, log=lambda line: print(line, file=sys.stderr, flush=True))
+    except ConfigError:
+        if (workdir / "manifest.json").exists():
+            print(f"What was dropped, and why: {write_card(workdir)}", file=sys.stderr)
+        raise
     print(corpus.table())
     print(f"\nWhat was kept, what went and why: {write_card(workdir)}")
     return 0

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,8 @@ def build_corpus(config: CorpusConfig, workdir: str | os.PathLike, log: Log | No
     text = curate(config.curation, workdir, log)
     tokenizer = _tokenizer(config.tokenizer, text["train"], workdir, log)
     tokens = {}
+    for split in {"validation", "test"} - set(text):
+        shutil.rmtree(workdir / "tokens" / split, ignore_errors=True)  # of an earlier run
     for split in text:
         tokens[split] = tokenize_dataset(workdir / "text", tokenizer, workdir / "tokens" / split, split=split)
     return Corpus(workdir, text, tokens, tokenizer)

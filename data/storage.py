@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -13,6 +14,15 @@ from typing import Any, BinaryIO, cast
 from configs.typed import ConfigError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    import lzma
+
+    import zstandard
+
+    return OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError
 
 
 def is_remote(path: str) -> bool:

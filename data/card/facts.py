@@ -209,9 +209,9 @@ def _tokens_per_character(workdir: Path, manifest: dict[str, Any]) -> float | No
     """Of the training split, where it was tokenized."""
     try:
         tokens = json.loads((workdir / "tokens" / "train" / "manifest.json").read_text())["tokens"]
+        return tokens / max(manifest["splits"]["train"]["characters"], 1)
     except (OSError, ValueError, KeyError):
         return None
-    return tokens / max(manifest["splits"]["train"]["characters"], 1)
 
 
 def _shares(counts: Counter[str]) -> list[tuple[str, float]]:

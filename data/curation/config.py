@@ -67,7 +67,7 @@ CurationStage = (
 
 DEFAULT_STAGES = (
     Normalise(),
-    GopherQuality(),
+    GopherQuality(max_words=10_000_000),  # the paper's 100,000 are for web pages: a book has more
     GopherRepetition(),
     CodeQuality(),
     ExactDedup(),

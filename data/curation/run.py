@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from configs.files import atomic_write, remove_leftovers
-from configs.typed import to_dict
+from configs.typed import ConfigError, to_dict
 from data.curation.config import CurationConfig
 from data.curation.ingest import ingest, parts, remove_stale
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
@@ -58,7 +58,8 @@ class StageReport:
 def curate(config: CurationConfig, workdir: str | os.PathLike, log: Log | None = None) -> dict[str, Dataset]:
     """Runs sources and stages; returns the text datasets by split. What is done is not redone.
 
-    `log` takes a line of progress (default: stderr). Raises ConfigError for sources that are missing.
+    `log` takes a line of progress (default: stderr). Raises ConfigError for sources that are missing, and
+    where nothing is left to train on.
     """
     remove_leftovers(workdir)
     run = _Run(config, Layout(Path(workdir)), log or _stderr)
@@ -68,10 +69,15 @@ def curate(config: CurationConfig, workdir: str | os.PathLike, log: Log | None =
     finally:
         stop_idle()
     reports = run.reports()
-    datasets = write_splits(config, run.tasks(len(run.steps)), reports, Path(workdir))
+    datasets = write_splits(config, run.tasks(len(run.steps)), reports, Path(workdir), run.log)
     key = hash_of([task.keys[-1] for task in run.tasks(len(run.steps))])
     manifest = {"key": key, "stages": [dataclasses.asdict(r) for r in reports], "splits": _splits(datasets)}
     atomic_write(Path(workdir) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if "train" not in datasets:
+        raise ConfigError(
+            f"no document is left for train: {reports[0].documents_out} came in, {reports[-1].documents_out} passed "
+            f"all stages. {Path(workdir) / 'dropped'} has the others, with the reasons."
+        )
     return datasets
 
 

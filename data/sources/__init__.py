@@ -3,7 +3,8 @@
 from data.documents import Document, Rejected
 from data.sources.base import SourceBase, file_state, parts_of
 from data.sources.external import HuggingFaceDataset, SeqioTask, TensorFlowDataset
-from data.sources.files import Folder, Jsonl, Parquet, TextFile
+from data.sources.files import Csv, Jsonl, Parquet, TextFile
+from data.sources.folder import Folder
 from data.sources.pdf import Pdf
 from data.sources.repository import Repositories
 from data.sources.stdlib import PythonStdlib
@@ -14,6 +15,7 @@ Source = (
     TextFile
     | Jsonl
     | Parquet
+    | Csv
     | Folder
     | Warc
     | Wikipedia
@@ -26,6 +28,7 @@ Source = (
 )
 
 __all__ = [
+    "Csv",
     "Document",
     "Folder",
     "HuggingFaceDataset",

@@ -1,33 +1,29 @@
-"""Text, JSONL and Parquet files, and folders of them."""
+"""Text, JSONL, CSV and Parquet files."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from configs.typed import ConfigError
 from data import storage
 from data.documents import Document, Rejected, content_key, make_document
-from data.extract.encoding import decode
+from data.extract.encoding import decode_file
 from data.sources.base import Items, SourceBase
-from data.sources.code import LANGUAGES
-
-_PROSE = (".txt", ".text", ".md", ".markdown", ".rst")
-_HTML = (".html", ".htm", ".xhtml")
-_SUFFIXES = (*_PROSE, *_HTML, ".jsonl", ".json", ".parquet", *LANGUAGES)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile(SourceBase):
-    """One UTF-8 text file, also .gz, .zst, .bz2 or .xz; a document ends at each line that equals `separator`."""
+    """One text file, also .gz, .zst, .bz2 or .xz; a document ends at each line that equals `separator`."""
 
     path: str
     separator: str | None = None  # None: the whole file is one document
-    encoding: str | None = "utf-8"  # None: what it declares or seems to be, as for web pages
+    encoding: str | None = None  # None: what it declares or seems to be
     type: str = "prose"  # prose, code or html
     licence: str = "unknown"
     name: str = ""  # default: the file's name
@@ -42,8 +38,8 @@ class TextFile(SourceBase):
         try:
             with storage.open_bytes(self.files()[0]) as file:
                 raw = file.read()
-            text = decode(raw)[0] if self.encoding is None else raw.decode(self.encoding)
-        except (OSError, ValueError, EOFError) as error:
+            text = decode_file(raw) if self.encoding is None else raw.decode(self.encoding)
+        except storage.unreadable() as error:
             yield Rejected(f"{name}/0", f"unreadable: {error}", name)
             return
         parts = [text] if self.separator is None else _split_at(text, self.separator)
@@ -73,7 +69,7 @@ class Jsonl(SourceBase):
         try:
             for i, row in json_rows(self.files()[0]):
                 yield self._document(row, name, i)
-        except (OSError, ValueError, EOFError) as error:
+        except storage.unreadable() as error:
             yield Rejected(f"{name}/end", f"unreadable from here on: {error}", name)
 
     def _document(self, row: Any, name: str, i: int) -> Document | Rejected:
@@ -120,78 +116,66 @@ class Parquet(SourceBase):
             yield Rejected(f"{name}/0", f"unreadable: {error}", name)
             return
         columns = file.schema_arrow.names
-        wanted = list(dict.fromkeys((self.text_field, *filter(None, [self.id_field]), *self.metadata_fields)))
+        wanted = _wanted(self)
         if missing := [field for field in wanted if field not in columns]:
             raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns)}")
         batches = file.iter_batches(columns=wanted, batch_size=1024)
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
         try:
             for i, row in enumerate(rows):
-                yield self._document(row, name, i)
+                yield _row_document(self, row, name, i)
         except (OSError, pa.ArrowException) as error:
             yield Rejected(f"{name}/end", f"unreadable from here on: {error}", name)
 
-    def _document(self, row: dict[str, Any], name: str, i: int) -> Document | Rejected:
-        text = row[self.text_field]
-        if not isinstance(text, str):
-            reason = f"bad row: {self.text_field} is {type(text).__name__}"
-            return Rejected(f"{name}/{i}", reason, name)
-        taken = {field: row[field] for field in self.metadata_fields}
-        key = content_key(text) if self.id_field is None else row[self.id_field]
-        metadata = {"type": self.type, "path": self.path, **taken}
-        return make_document(f"{name}/{key}", text, name, self.licence, metadata)
-
 
 @dataclasses.dataclass(frozen=True)
-class Folder(SourceBase):
-    """Every file of a folder that matches `glob`, each read by its suffix: .jsonl and .parquet row by row,
-    others whole.
-    """
+class Csv(SourceBase):
+    """The rows of a table of text whose first line names its columns; also .gz, .zst, .bz2 or .xz."""
 
     path: str
-    glob: str = "**/*"
+    delimiter: str = ","  # a tab in .tsv files
+    text_field: str = "text"
+    id_field: str | None = None  # None: a hash of the text
+    metadata_fields: tuple[str, ...] = ()  # columns taken over into the metadata
+    type: str = "prose"
     licence: str = "unknown"
     name: str = ""
-    text_field: str = "text"  # of .jsonl and .parquet files
 
     def files(self) -> list[str]:
         storage.check_exists(self.path)
-        found = [path for path in storage.find(self.path, self.glob) if storage.suffix(path) in _SUFFIXES]
-        if not found:
-            raise ConfigError(
-                f"{self.path}: no file matches {self.glob} with a suffix among {' '.join(_SUFFIXES)} "
-                "(.gz, .zst, .bz2, .xz)"
-            )
-        return found
-
-    def has_pages(self) -> bool:
-        return any(storage.suffix(path) in _HTML for path in self.files())
+        return [self.path]
 
     def documents(self, paths: Sequence[str] | None = None) -> Items:
-        source = self.label()
-        for path in self.files() if paths is None else paths:
-            within = os.path.relpath(path, self.path).replace(os.sep, "/")
-            common: dict[str, Any] = {"path": path, "licence": self.licence, "name": f"{source}/{within}"}
-            ending = storage.suffix(path)
-            if ending in (".jsonl", ".json"):
-                reader = Jsonl(**common, text_field=self.text_field)
-            elif ending == ".parquet":
-                reader = Parquet(**common, text_field=self.text_field)
-            else:
-                reader = TextFile(**common, **_reading(ending))
-            try:
-                for item in reader.documents():
-                    rejected = isinstance(item, Rejected)
-                    yield item._replace(source=source) if rejected else {**item, "source": source}
-            except ConfigError as error:  # of one file among many, such as a Parquet without texts
-                yield Rejected(f"{source}/{within}/0", f"unreadable: {error}", source)
+        name, path = self.label(), self.files()[0]
+        try:
+            with storage.open_bytes(path) as file:
+                lines = io.StringIO(decode_file(file.read()), newline="")
+            csv.field_size_limit(1 << 30)
+            rows = csv.DictReader(lines, delimiter=self.delimiter, strict=True)
+            columns = rows.fieldnames or []
+            if missing := [field for field in _wanted(self) if field not in columns]:
+                raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns)}")
+            for i, row in enumerate(rows):
+                yield _row_document(self, row, name, i)
+        except (*storage.unreadable(), csv.Error) as error:
+            if isinstance(error, ConfigError):
+                raise
+            yield Rejected(f"{name}/end", f"unreadable from here on: {error}", name)
 
 
-def _reading(ending: str) -> dict[str, Any]:
-    """How a whole file with this suffix is read."""
-    if ending in _HTML:
-        return {"type": "html", "encoding": None}
-    return {"type": "code" if ending in LANGUAGES else "prose"}
+def _wanted(source: Csv | Parquet) -> list[str]:
+    """The columns that a source reads."""
+    return list(dict.fromkeys((source.text_field, *filter(None, [source.id_field]), *source.metadata_fields)))
+
+
+def _row_document(source: Csv | Parquet, row: dict[str, Any], name: str, i: int) -> Document | Rejected:
+    text = row[source.text_field]
+    if not isinstance(text, str):
+        return Rejected(f"{name}/{i}", f"bad row: {source.text_field} is {type(text).__name__}", name)
+    taken = {field: row[field] for field in source.metadata_fields}
+    key = content_key(text) if source.id_field is None else row[source.id_field]
+    metadata = {"type": source.type, "path": source.path, **taken}
+    return make_document(f"{name}/{key}", text, name, source.licence, metadata)
 
 
 @dataclasses.dataclass(frozen=True)

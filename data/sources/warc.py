@@ -19,7 +19,7 @@ from data.documents import Document, Rejected, make_document
 from data.extract.encoding import decode
 from data.sources.base import Items, SourceBase
 
-_SUFFIXES = (".warc", ".wet", ".arc")  # and packed, .gz or .zst
+_SUFFIXES = (".warc", ".wet", ".wat", ".arc")  # and packed, .gz or .zst
 _PIECE = 1 << 20
 _GZIP = b"\x1f\x8b\x08"
 _MIME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}/[a-z0-9][a-z0-9.+-]{0,60}")
@@ -27,7 +27,7 @@ _MIME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}/[a-z0-9][a-z0-9.+-]{0,60}")
 
 @dataclasses.dataclass(frozen=True)
 class Warc(SourceBase):
-    """Pages of a .warc, .wet, .warc.gz or .wet.gz file, or of all such files in a folder.
+    """Pages of a .warc, .wet, .warc.gz or .wet.gz file, or of all such files in a folder; others are counted.
 
     Metadata: url, date, status, content_type, encoding, record (the WARC id); the group is the site's host, so that
     no site is in two splits. A record that is broken is passed over and counted, and reading goes on with the next.
@@ -46,8 +46,8 @@ class Warc(SourceBase):
         storage.check_exists(self.path)
         if not storage.is_folder(self.path):
             return [self.path]
-        found = [path for path in storage.find(self.path, self.glob) if _is_archive(path)]
-        if not found:
+        found = storage.find(self.path, self.glob)
+        if not any(map(is_archive, found)):
             raise ConfigError(
                 f"{self.path}: no file matches {self.glob} with a name in .warc, .wet (.gz, .zst)"
             )
@@ -60,6 +60,12 @@ class Warc(SourceBase):
         name = self.label()
         for path in self.files() if paths is None else paths:
             prefix = "/".join(part for part in (name, self.within(path)) if part)
+            if path != self.path and not is_archive(path):
+                yield Rejected(f"{prefix}/0", "type: no web archive by its name", name)
+                continue
+            if _is_arc(path):
+                yield Rejected(f"{prefix}/0", "type: ARC; convert it to WARC (warcio recompress)", name)
+                continue
             for number, record in enumerate(records(path, int(self.max_megabytes * 1e6))):
                 yield self._item(record, path, f"{prefix}/{number}", name)
 
@@ -335,7 +341,17 @@ def _plain(error: Exception) -> str:
     return re.sub(r"[^\w,.-]+", " ", str(error)).strip()[:60] or type(error).__name__
 
 
-def _is_archive(path: str) -> bool:
+def _is_arc(path: str) -> bool:
+    """Whether it is a file of the format before WARC, by its first record."""
+    try:
+        with storage.open_bytes(path) as file:
+            return file.read(11) == b"filedesc://"
+    except (OSError, EOFError, ValueError, zlib.error):
+        return False
+
+
+def is_archive(path: str) -> bool:
+    """Whether a file is a web archive by its name."""
     name = path.rsplit("/", 1)[-1].lower()
     for ending in storage.COMPRESSED:
         name = name.removesuffix(ending)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -219,7 +220,7 @@ def test_the_result_is_the_same_to_the_byte_for_any_number_of_processes(folder, 
             log=print,
         )
         made[processes] = written(tmp_path / str(processes))
-        assert len(list(seen.iterdir())) == processes
+        assert min(processes, 2) <= len(list(seen.iterdir())) <= processes
         assert (seen / str(os.getpid())).exists() == (processes == 1)
     assert made[1] == made[2] == made[4]
     assert sum(name.startswith("stages/00-sources/documents.parquet") for name in made[1]) >= 8
@@ -434,6 +435,64 @@ def test_a_group_falls_into_one_split():
     assert (
         abs(splits.count("validation") / 4000 - 0.2) < 0.03 and abs(splits.count("test") / 4000 - 0.1) < 0.03
     )
+
+
+def points(workdir):
+    """{id: where its hash lies between 0 and 1}, as sha256 says."""
+    digests = {d["id"]: hashlib.sha256(d["id"].encode()).digest() for d in all_documents(workdir)}
+    return {name: int.from_bytes(digest[:8], "big") / 2**64 for name, digest in digests.items()}
+
+
+def test_a_corpus_too_small_for_its_fractions_still_has_a_validation_split(folder, tmp_path):
+    lines, work = [], tmp_path / "w"
+    made = config(folder, stages=(), validation_fraction=1e-9, test_fraction=1e-9)
+    curate(made, work, log=lines.append)
+    nearest = sorted(points(work), key=points(work).get)
+    split = {document["id"]: name for name, document in by_split(work)}
+    assert [split.pop(name) for name in nearest[:2]] == ["validation", "test"] and set(split.values()) == {
+        "train"
+    }
+    assert any("validation: no document fell into its share" in line and nearest[0] in line for line in lines)
+    before = written(work)
+    curate(made, work, log=lines.append)
+    assert written(work) == before
+
+
+def test_one_document_is_for_training_and_the_log_says_what_is_missing(tmp_path):
+    (tmp_path / "a.txt").write_text(article(1))
+    lines = []
+    made = curate(
+        config(tmp_path, sources=(TextFile(str(tmp_path / "a.txt")),)), tmp_path / "w", log=lines.append
+    )
+    assert set(made) == {"train"} and any(line.startswith("validation: no document of 1") for line in lines)
+
+
+@pytest.mark.slow
+def test_the_crawl_samples_become_a_corpus_with_card_and_tokens(tmp_path, shared):
+    command = [sys.executable, "-m", "data", f"--config=configs/data/web.py:{shared / 'data' / 'web'}"]
+    command += [f"--workdir={tmp_path}", "--config.tokenizer.vocab_size=500"]
+    subprocess.run(command, check=True, capture_output=True)
+    for split in ("train", "validation", "test"):
+        assert open_dataset(tmp_path / "tokens" / split).manifest["tokens"] > 100
+    assert "kyleclo.com" in (tmp_path / "card.html").read_text()
+
+
+def test_what_nothing_is_left_of_has_a_card_that_says_why(folder, tmp_path, capsys):
+    from data.__main__ import main
+
+    strict = config(folder, stages=(GopherQuality(min_words=10_000),))
+    with pytest.raises(ConfigError, match="no document is left for train"):
+        main(CorpusConfig(strict), tmp_path / "w")
+    assert "too few words" in (tmp_path / "w" / "card.html").read_text()
+    assert "card.html" in capsys.readouterr().err
+
+
+def test_books_pass_the_default_stages(tmp_path, shared):
+    books = shared / "data" / "pretrain-text" / "gutenberg"
+    names = ("don-quijote", "dracula", "die-verwandlung", "the-war-of-the-worlds")
+    sources = tuple(TextFile(str(books / f"{name}.txt.gz"), name=name) for name in names)
+    curate(CurationConfig(sources, validation_fraction=0.0, test_fraction=0.0), tmp_path, log=print)
+    assert {document["source"] for document in all_documents(tmp_path)} == set(names)
 
 
 def test_sources_that_are_missing_or_empty_are_errors_with_the_mend(folder, tmp_path):

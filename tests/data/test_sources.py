@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -51,7 +52,7 @@ def test_a_folder_is_the_same_here_and_at_an_address(folder, address):
     source = Folder(address.format(folder), name="f")
     within = sorted(source.within(path) for path in source.files())
     assert within == sorted(
-        ["array.json", "deep/note.md", "t.parquet", *(f"rows.jsonl{e}" for e in COMPRESS)]
+        ["array.json", "deep/note.md", "picture.png", "t.parquet", *(f"rows.jsonl{e}" for e in COMPRESS)]
     )
     notes = list(Folder(address.format(folder), glob="**/*.md", name="f").documents())
     assert [(d["id"], d["text"]) for d in notes] == [("f/deep/note.md/0", "# A note")]
@@ -84,3 +85,113 @@ def test_small_files_are_read_together_and_large_ones_alone(tmp_path):
     source = Folder(str(tmp_path))
     parts = [[source.within(path) for (path,) in part] for part in parts_of(source, 100)]
     assert parts == [["0.txt", "1.txt"], ["2.txt"], ["3.txt", "4.txt"], ["5.txt"]]
+
+
+def read(path, **more):
+    """{id: text, or why it is none} of a folder."""
+    items = list(Folder(str(path), name="f", **more).documents())
+    gone = {item.id: f"! {item.reason}" for item in items if isinstance(item, Rejected)}
+    return gone | {item["id"]: item["text"] for item in items if not isinstance(item, Rejected)}
+
+
+def test_every_file_of_a_folder_is_read_or_counted_with_its_reason(tmp_path):
+    page = b"<html><p>A page.</p></html>"
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + page
+    head = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:1>\r\nContent-Type: application/http\r\n"
+    files = {
+        "rows.ndjson": LINES,
+        "table.csv": b'url,text\nhttps://a.org,"one, ""two""\nthree"\nhttps://b.org,four\n',
+        "table.tsv.gz": gzip.compress(b"text\tn\nfive\t5\n"),
+        "other.csv": b"a,b\n1,2\n",
+        "torn.csv": b'text\nsix\n"seven\n',
+        "server.log": b"10:00 started",
+        "README": b"No suffix.",
+        "binary": bytes(range(256)),
+        "dump.xml": b"<a>x</a>",
+        "page.html": page,
+        "crawl.warc": head + b"Content-Length: %d\r\n\r\n%s\r\n\r\n" % (len(http), http),
+        "old.arc": b"filedesc://old.arc 0.0.0.0 20000101000000 text/plain 9\n1 0 X\n\n",
+        ".hidden.txt": b"secret",
+        ".git/config": b"secret",
+        "broken.pdf": b"%PDF-1.4 junk",
+    }
+    for name, raw in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(raw)
+    found = read(tmp_path)
+    by_file = {}
+    for name, text in found.items():
+        by_file.setdefault(name.removeprefix("f/").rsplit("/", 1)[0], []).append(text)
+    assert by_file.keys() == files.keys()
+    assert by_file == by_file | {
+        "rows.ndjson": ["one", "two"],
+        "table.csv": ['one, "two"\nthree', "four"],
+        "table.tsv.gz": ["five"],
+        "server.log": ["10:00 started"],
+        "README": ["No suffix."],
+        "dump.xml": ["! type: .xml is not read"],
+        "page.html": [page.decode()],
+        "crawl.warc": [page.decode()],
+        "old.arc": ["! type: ARC; convert it to WARC (warcio recompress)"],
+        ".hidden.txt": ["! type: hidden"],
+        ".git/config": ["! type: hidden"],
+    }
+    assert by_file["torn.csv"] == ["! unreadable from here on: unexpected end of data", "six"]
+    assert "has no column 'text'; it has a, b" in by_file["other.csv"][0]
+    assert by_file["binary"][0].startswith("! unreadable: no text") and "broken" in by_file["broken.pdf"][0]
+
+
+def test_a_folder_without_a_readable_file_says_what_there_is(tmp_path):
+    for name in ("a.png", "b.png", "c.xml"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ConfigError, match="there are: 2 .png, 1 .xml"):
+        Folder(str(tmp_path)).files()
+
+
+ENCODINGS = {
+    "ces": ("iso8859-2", "cp1250"), "pol": ("iso8859-2", "cp1250"), "hun": ("iso8859-2",), "fra": ("latin-1",),
+    "spa": ("latin-1", "utf-16", "utf-16-le", "utf-16-be"), "por_PT": ("latin-1", "cp1252"), "fin": ("latin-1",),
+    "rus": ("koi8-r", "cp1251", "iso8859-5", "utf-16"), "ell_monotonic": ("iso8859-7",), "tur": ("iso8859-9",),
+    "jpn": ("shift_jis", "euc-jp", "utf-16"), "cmn_hans": ("gb18030",), "kor": ("euc-kr",), "heb": ("cp1255",),
+    "arb": ("cp1256",), "tha": ("tis-620",), "eng": ("utf-8", "utf-16", "utf-16-le"),
+}  # fmt: skip
+
+
+def test_texts_in_the_encodings_of_their_languages_are_read_as_they_are(tmp_path, shared):
+    read_as = {}
+    with zipfile.ZipFile(shared / "data" / "pretrain-text" / "nltk_udhr2.zip") as archive:
+        for language, encodings in ENCODINGS.items():
+            text = archive.read(f"udhr2/{language}.txt").decode()
+            for encoding in encodings:
+                raw = text.encode(encoding, "ignore")
+                (tmp_path / f"{language}-{encoding}.txt").write_bytes(raw)
+                read_as[f"f/{language}-{encoding}.txt/0"] = raw.decode(encoding)
+    found = read(tmp_path)
+    assert [name for name, text in read_as.items() if found[name] != text] == []
+
+
+def test_books_in_latin_1_are_read_with_their_accents(tmp_path, shared):
+    books = sorted((shared / "data" / "pretrain-text" / "gutenberg").glob("*.gz"))
+    wrong, old = [], 0
+    for book in books:
+        raw = gzip.decompress(book.read_bytes())
+        try:
+            wanted = raw.decode().removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            wanted, old = raw.decode("latin-1"), old + 1
+        (document,) = TextFile(str(book)).documents()
+        wrong += [book.name] * (document["text"] != wanted)
+    assert wrong == [] and old >= 7
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+def test_damage_in_the_middle_of_a_packed_file_is_a_reason(tmp_path, ending):
+    lines = b"".join(json.dumps({"text": f"{i * 7919} " * 99}).encode() + b"\n" for i in range(2000))
+    raw = bytearray(COMPRESS[ending](lines))
+    raw[len(raw) // 2 : len(raw) // 2 + 99] = b"\xff" * 99
+    (tmp_path / f"a.jsonl{ending}").write_bytes(raw)
+    found = list(Jsonl(str(tmp_path / f"a.jsonl{ending}")).documents())
+    assert isinstance(found[-1], Rejected) and "unreadable from here on" in found[-1].reason
+    (tmp_path / f"a.txt{ending}").write_bytes(raw)
+    (only,) = TextFile(str(tmp_path / f"a.txt{ending}")).documents()
+    assert isinstance(only, Rejected) and only.reason.startswith("unreadable: ")
