@@ -186,9 +186,8 @@ def _write_merge(recipe: Recipe, options: argparse.Namespace) -> int:
             report=progress.update,
         )
     models = len({source.model for source in recipe.sources} | {recipe.base} - {None})
-    print(
-        f"{options.destination}: {models} models merged in {len(plan.steps)} tensors, written as {options.format}."
-    )
+    merged = f"{models} model{'s' if models > 1 else ''} merged in {len(plan.steps)} tensors"
+    print(f"{options.destination}: {merged}, written as {options.format}.")
     return 0
 
 

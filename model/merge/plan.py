@@ -17,6 +17,7 @@ from model.formats.lazy import named
 from model.function import param_shapes
 from model.merge.architecture import check_can_be_merged, check_same, unrolled
 from model.merge.recipe import (
+    Dare,
     LayerSource,
     Method,
     Recipe,
@@ -181,7 +182,7 @@ def _step(recipe: Recipe, place: Place, tensor: Tensor, models: dict[str, Model]
             raise ConfigError(
                 f"density of {source.model} is {density:g} for {tensor.name}; wanted more than 0, up to 1."
             )
-    if getattr(method, "normalize", False) and not isinstance(method, Ties) and abs(sum(weights)) < LEAST_SUM:
+    if _divides_by_sum(method) and abs(sum(weights)) < LEAST_SUM:
         raise ConfigError(
             f"the weights of {tensor.name} sum to 0 ({', '.join(f'{w:g}' for w in weights)}), and normalize divides by "
             "their sum. Change them, or set normalize to false."
@@ -194,6 +195,12 @@ def _step(recipe: Recipe, place: Place, tensor: Tensor, models: dict[str, Model]
     dtypes = tuple(np.dtype(model.params[piece.path].dtype) for piece in stored.pieces)
     method = dataclasses.replace(method, **settings)
     return Step(tensor, method, sources, base, weights, densities, dtypes)
+
+
+def _divides_by_sum(method: Method) -> bool:
+    """Whether all weights are added up; with elected signs, those that agree are, number by number."""
+    elects = isinstance(method, Ties) or (isinstance(method, Dare) and method.elect_signs)
+    return getattr(method, "normalize", False) and not elects
 
 
 def _number_of(setting: Setting | None, tensor: Tensor, place: Place, where: str) -> float:

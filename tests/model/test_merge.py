@@ -609,6 +609,19 @@ def test_models_that_differ_in_more_than_shapes_are_merged_if_one_gives_the_conf
         plan(recipe({"kind": "Linear"}, [others / "base", others / "wide"], config=str(others / "base")))
 
 
+def test_weights_may_sum_to_zero_where_signs_are_elected(folders, tmp_path):
+    folder = folders / "llama"
+    models = [{"model": str(folder / "b"), "weight": 1}, {"model": str(folder / "c"), "weight": -1}]
+    for method in ({"kind": "Ties"}, {"kind": "Dare", "elect_signs": True, "normalize": True}):
+        given = build(Recipe, {"method": method, "models": models, "base": str(folder / "base")})
+        merge(given, tmp_path / method["kind"])
+        merged = as_vector(tmp_path / method["kind"])
+        base, b, c = (MERGES[f"llama/models/{name}"] for name in ("base", "b", "c"))
+        np.testing.assert_allclose(
+            merged, methods.ties(base, [b - base, c - base], [1, -1]), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_parameters_in_one_tensor_have_one_number(folders):
     models = [{"model": str(folders / "phi3" / "b")}, {"model": str(folders / "phi3" / "c")}]
     given = lambda t: plan(build(Recipe, {"method": {"kind": "Slerp", "t": t}, "models": models}))
