@@ -99,6 +99,19 @@ class SampleSpec:
         check_at_least(1, max_new_tokens=self.max_new_tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class ForgettingSpec:
+    """On which text a fine-tuned model is compared with itself before: see train/forgetting.py."""
+
+    mixture: dict[str, float] = field(
+        default_factory=dict
+    )  # datasets; empty: the validation data of init_from's run
+    batches: int = 8  # of each dataset, before and after; 0: no comparison
+
+    def __post_init__(self):
+        check_at_least(0, batches=self.batches)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """What every run that trains has in common."""
@@ -138,6 +151,7 @@ class TrainConfig(LearnerConfig):
     validate_every: int = 0  # steps; 0: at the end only
     data: DataSpec = DataSpec()
     samples: SampleSpec = SampleSpec()
+    forgetting: ForgettingSpec = ForgettingSpec()
 
     def __post_init__(self):
         super().__post_init__()

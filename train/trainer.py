@@ -21,6 +21,7 @@ from model.compilation import prepare_compiler
 from model.function import Params
 from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
 from train.config import TrainConfig
+from train.forgetting import Forgetting
 from train.learner import Learner
 from train.mesh import place_batch, rows_here
 from train.metrics import MetricsLog, Progress, Window
@@ -62,6 +63,8 @@ class _Run:
         self.learner = Learner(self.config, setup.plan, setup.tokenizer, workdir)
         self.examples = self.learner.progress.get("examples", 0)
         self.schedule = learning_rate(self.config.schedule, self.config.optimizer.peak_lr, self.config.steps)
+        rows = self._rows_here()
+        self.forgetting = Forgetting(self.config, setup.cfg, setup.mesh, workdir, rows)
         self.log = MetricsLog(workdir, self.steps_done, write=jax.process_index() == 0)
         self.stopping = False
 
@@ -74,6 +77,8 @@ class _Run:
         self._announce(start)
         progress, window, clock = Progress(config.steps, start), Window(), _Rate(self.setup)
         pending, bad_in_a_row, last = None, 0, {}
+        if not start:
+            self.forgetting.before(self.learner.params)
         with contextlib.closing(self.learner), Preemption(self):
             batches = self._training_batches() if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
@@ -100,6 +105,8 @@ class _Run:
             self.log.forget(start, "validation")
             self._validate(start)
         final = last | self._last_validation()
+        if self.steps_done == config.steps:
+            final |= self.forgetting.after(self.learner.params)
         self.log.close()
         if self.stopping and self.steps_done < stop_at:
             raise Stopped(f"stopped after step {self.steps_done}; the same command goes on from here.")

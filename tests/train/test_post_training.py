@@ -420,3 +420,22 @@ def test_a_process_reward_model_finds_the_planted_wrong_step(tmp_path, seed):
         first = lambda right: int(np.argmin([*right, False]))
         found += first(np.asarray(logits) > 0) == first(labels > 0.5)
     assert found / 120 > 0.8
+
+
+def test_fine_tuning_says_what_it_costs_on_the_text_that_the_model_knew(
+    corpus, uninterrupted, tmp_path, capsys
+):
+    down = {"mixture": {str(corpus / "down"): 1.0}, "validation": {}}
+    start = {"init_from": str(uninterrupted[0]), "tokenizer": None}
+    known = str(corpus / "unseen_tokens")  # the validation data of that run
+    final = train(make_config(corpus, **start, data=down, steps=20), tmp_path / "tuned")
+    found = json.loads((tmp_path / "tuned" / "forgetting.json").read_text())
+    assert found["before"][known]["nll"] == pytest.approx(uninterrupted[1]["validation_loss"], abs=0.05)
+    assert final["forgetting"] == found["after"][known]["nll"] - found["before"][known]["nll"] > 0.5
+    assert f"forgetting on {known}" in capsys.readouterr().out
+    still = make_config(corpus, **start, data=down, steps=2, optimizer={"peak_lr": 0.0})
+    assert train(still, tmp_path / "still")["forgetting"] == 0.0
+    gone = make_config(corpus, **start, data=down, forgetting={"mixture": {str(tmp_path / "gone"): 1.0}})
+    with pytest.raises(configs.ConfigError, match="gone is no dataset"):
+        train(gone, tmp_path / "gone_run")
+    assert "forgetting" not in uninterrupted[1]
