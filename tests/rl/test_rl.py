@@ -1,6 +1,7 @@
 """RL: advantages and the objective are their formulas, sampler and trainer agree, a tiny policy learns and resumes."""
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -15,11 +16,12 @@ import model
 from data.tasks import Problem, TaskSpec, generate
 from model import decoder, init
 from model.formats.checkpoint import save_native
-from rl import loop
+from rl import best_of_n, loop
 from rl.advantages import group_advantages, has_signal
+from rl.best_of_n import BestOfNConfig
 from rl.config import RLConfig
 from rl.loop import run
-from rl.rollout import problems_of_step
+from rl.rollout import Rollout, problems_of_step
 from rl.trajectory import Trajectory, batch_of
 from rl.verifiers import Verdict, Verifiers, score_math
 from train.algorithms import GRPO, objective_of
@@ -181,8 +183,6 @@ def whole(policy, tmp_path_factory):
 
 
 def rows_of(workdir, split="train"):
-    import json
-
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["split"] == split]
 
@@ -311,3 +311,51 @@ def test_a_reward_model_without_its_head_is_refused(policy, tmp_path):
         configs.ConfigError, match=r"algorithm.reward=.* has no head 'reward' \(its heads: none\)"
     ):
         run(ppo_config(policy, reward=str(policy)), tmp_path)
+
+
+def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they_were_cut_off(
+    policy, tmp_path
+):
+    config = {
+        "init_from": str(policy),
+        "tasks": [{"name": "letter_counting", "config": COUNTING}],
+        "instruction": "",
+        "rounds": 2,
+        "problems": 40,
+        "evaluate_problems": 20,
+        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
+        "train": {
+            "steps": 15,
+            "data": {"seq_len": 120, "batch_size": 16},
+            "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
+            "schedule": {"warmup_steps": 2},
+            "mesh": {"data": 8},
+        },
+    }
+    config = configs.build(BestOfNConfig, configs.overlay(BestOfNConfig, config))
+    final = best_of_n.run(config, tmp_path)
+    assert final["accuracy"] > final["accuracy_at_start"] + 0.2 and final["accuracy"] > 0.6
+    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3] and rows[0]["sampled"] == 320
+    assert rows[1]["solved"] > rows[0]["solved"]
+    tokenizer = data.load_tokenizer(policy)
+    for record in data.open_dataset(tmp_path / "round-1" / "answers"):
+        answer = tokenizer.decode(record.tokens[record.mask].tolist())
+        assert answer.rstrip().endswith("</answer>") or "</answer>" in answer  # and it was right
+    before = (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "round-2" / "train")  # cut off in the second round's training
+    assert best_of_n.run(config, tmp_path)["accuracy"] == final["accuracy"]
+    assert (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns == before
+    hopeless = dataclasses.replace(config, min_reward=5.0)
+    with pytest.raises(configs.ConfigError, match="none of 320 answers earned config.min_reward=5"):
+        best_of_n.run(hopeless, tmp_path / "hopeless")
+
+
+def test_the_best_answers_are_kept_once_each_best_first():
+    group = [
+        Rollout(None, text, dataclasses.replace(trajectories(1)[0], stop_reason=stop))
+        for text, stop in (("a", "stop"), ("b", "stop"), ("b", "stop"), ("c", "length"), ("d", "stop"))
+    ]
+    config = BestOfNConfig(keep=2, min_reward=0.5)
+    kept = best_of_n.best(group, np.array([0.6, 2.0, 2.0, 3.0, 0.4]), config)
+    assert [rollout.text for rollout in kept] == ["b", "a"]

@@ -1,0 +1,216 @@
+"""`python -m rl.best_of_n`: sample, score, keep the best, fine-tune on them, and again (rejection sampling).
+
+    workdir/round-1/answers/   the kept answers as a dataset of dialogues: the very tokens that were sampled
+    workdir/round-1/train/     the fine-tuning run on them; it is what the next round samples from
+    workdir/rounds.jsonl       for each round: held-out accuracy before it, and what was sampled and kept
+
+The same command, given again, goes on from what is finished. Anthony et al. 2017, arXiv:1705.08439 (expert iteration);
+Touvron et al. 2023, arXiv:2307.09288, section 3.2 (rejection sampling); Zelikman et al. 2022, arXiv:2203.14465 (STaR).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import configs
+import data
+import model
+from configs import ConfigError, exits
+from configs.typed import check_at_least
+from data.shards import TokenRecord, hash_of, is_current, write_dataset
+from data.tasks import INSTRUCTION, TaskSpec, generate
+from data.tokenize import describe
+from model.compilation import prepare_compiler
+from rl.config import RewardSpec, RolloutSpec
+from rl.rollout import Rollout, Sampler
+from rl.scoring import RewardScorer
+from rl.verifiers import Verifiers
+from serve import Engine
+from train.config import DataSpec, TrainConfig
+from train.metrics import clock
+
+ROUNDS = "rounds.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfNConfig:
+    """Rounds of best-of-n distillation."""
+
+    init_from: str = ""  # run folder, checkpoint, Hugging Face folder or GGUF file: the policy to start from
+    rounds: int = 2
+    tasks: tuple[TaskSpec, ...] = (TaskSpec("chain_sum"),)
+    instruction: str = INSTRUCTION  # follows each question
+    problems: int = 500  # drawn anew each round
+    evaluate_problems: int = 100  # held-out problems, greedy, before each round and after the last
+    keep: int = 1  # best answers to each problem
+    min_reward: float = 1.0  # answers below it are never kept
+    reward_model: str | None = (
+        None  # a run of the algorithm RewardModel; its score is added to the verifier's reward
+    )
+    seed: int = 0
+    rollout: RolloutSpec = RolloutSpec(group=8)  # `group` is n; `prompts` problems are sampled at once
+    reward: RewardSpec = RewardSpec(format_weight=0.0)
+    train: TrainConfig = TrainConfig(steps=100)  # init_from and data.mixture are filled in
+
+    def __post_init__(self):
+        check_at_least(1, rounds=self.rounds, problems=self.problems, keep=self.keep)
+        check_at_least(1, evaluate_problems=self.evaluate_problems)
+
+
+def run(config: BestOfNConfig, workdir: Path) -> dict[str, Any]:
+    """All rounds; returns the figures of the last evaluation.
+
+    Raises:
+      ConfigError: no policy, or a round in which no answer was good enough.
+    """
+    if not config.init_from:
+        raise ConfigError("give config.init_from: the run folder or model that the policy starts from.")
+    prepare_compiler()
+    workdir.mkdir(parents=True, exist_ok=True)
+    configs.save(config, workdir / "config.json")
+    source = config.init_from
+    for number in range(1, config.rounds + 1):
+        folder = workdir / f"round-{number}"
+        _sample(config, source, folder / "answers", number, workdir)
+        _fine_tune(config, source, folder)
+        source = str(folder / "train")
+    return _evaluate_last(config, source, workdir)
+
+
+def best(group: Sequence[Rollout], rewards: np.ndarray, config: BestOfNConfig) -> list[Rollout]:
+    """The answers that are kept of one problem: the best first, none below `min_reward`, no text twice."""
+    kept: dict[str, Rollout] = {}
+    for i in np.argsort(-rewards, kind="stable"):
+        rollout = group[i]
+        if rewards[i] < config.min_reward or len(kept) == config.keep:
+            break
+        if rollout.trajectory.stop_reason == "stop":
+            kept.setdefault(rollout.text, rollout)
+    return list(kept.values())
+
+
+def _sample(config: BestOfNConfig, source: str, folder: Path, number: int, workdir: Path) -> None:
+    said = configs.to_dict(config) | {"train": None, "rounds": None, "init_from": None}
+    key = hash_of("best of n", said, number, _fingerprint_of(source))
+    if is_current(folder, key):
+        return
+    figures: dict[str, Any] = {}
+    tokenizer = data.load_tokenizer(source)
+    with _sampler(config, source, tokenizer) as (sampler, scorer):
+        figures["accuracy_before"] = _accuracy(sampler, config)
+        print(f"round {number}: held-out accuracy {figures['accuracy_before']:.1%} (greedy) before sampling")
+
+        def records() -> Iterator[TokenRecord]:
+            problems = generate(config.tasks, "train", config.problems, config.seed + 7919 * number)
+            sampled = solved = kept = 0
+            began = time.monotonic()
+            for start in range(0, len(problems), config.rollout.prompts):
+                some = problems[start : start + config.rollout.prompts]
+                seed = int(np.random.SeedSequence([config.seed, number, start]).generate_state(1)[0])
+                groups = sampler.sample(some, config.rollout, seed)
+                for group in groups:
+                    rewards = scorer.rewards(group)
+                    chosen = best(group, rewards, config)
+                    sampled, solved = sampled + len(group), solved + bool(chosen)
+                    kept += len(chosen)
+                    for rollout in chosen:
+                        trajectory = rollout.trajectory
+                        yield TokenRecord(trajectory.tokens, trajectory.mask)
+                done = start + len(some)
+                left = clock((time.monotonic() - began) / done * (len(problems) - done))
+                counts = f"{solved} solved, {kept} answers kept, left {left}"
+                print(f"round {number}: {done}/{len(problems)} problems, {counts}")
+            figures.update(sampled=sampled, problems=len(problems), solved=solved, kept=kept)
+
+        manifest = lambda: {"key": key, "best_of_n": figures} | describe(tokenizer)
+        dataset = write_dataset(folder, records(), "chat", manifest)
+    if not len(dataset):
+        raise ConfigError(
+            f"round {number}: none of {figures['sampled']} answers earned config.min_reward={config.min_reward:g}. "
+            "Lower it, sample more (config.rollout.group), or start from a better policy."
+        )
+    _log(workdir, number, figures)
+
+
+def _fine_tune(config: BestOfNConfig, source: str, folder: Path) -> None:
+    from train.trainer import train
+
+    spec = dataclasses.replace(config.train.data, mixture={str(folder / "answers"): 1.0})
+    assert isinstance(spec, DataSpec)
+    train(dataclasses.replace(config.train, init_from=source, tokenizer=None, data=spec), folder / "train")
+
+
+def _evaluate_last(config: BestOfNConfig, source: str, workdir: Path) -> dict[str, Any]:
+    with _sampler(config, source, data.load_tokenizer(source)) as (sampler, _):
+        accuracy = _accuracy(sampler, config)
+    print(f"after {config.rounds} rounds: held-out accuracy {accuracy:.1%} (greedy)")
+    _log(workdir, config.rounds + 1, {"accuracy_before": accuracy})
+    rows = [json.loads(line) for line in (workdir / ROUNDS).read_text(encoding="utf-8").splitlines()]
+    return {"accuracy": accuracy, "accuracy_at_start": rows[0]["accuracy_before"], "rounds": config.rounds}
+
+
+class _sampler:
+    """The engine, verifiers and reward model of a round, as a context."""
+
+    def __init__(self, config: BestOfNConfig, source: str, tokenizer: Any):
+        self._config, self._source, self._tokenizer = config, source, tokenizer
+
+    def __enter__(self) -> tuple[Sampler, RewardScorer]:
+        config, spec = self._config, self._config.rollout
+        cfg = config.train.run.apply_to(model.load_config(self._source))
+        _, params = model.load(self._source, cfg=cfg)
+        rows = min(spec.prompts * spec.group, 256)
+        engine = Engine(
+            cfg, params, self._tokenizer, max_rows=rows, max_length=spec.seq_len, copy_params=False
+        )
+        self._verifiers = Verifiers(workers=config.reward.workers, timeout=config.reward.timeout)
+        self._verifiers.__enter__()
+        sampler = Sampler(engine, self._tokenizer, self._verifiers, config.instruction, config.reward)
+        return sampler, RewardScorer(config.reward_model, config.train.run, spec.seq_len)
+
+    def __exit__(self, *error: Any) -> None:
+        self._verifiers.__exit__(*error)
+        jax.clear_caches()
+
+
+def _accuracy(sampler: Sampler, config: BestOfNConfig) -> float:
+    problems = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
+    sampler.check(problems, config.rollout)
+    rollouts = sampler.greedy(problems, config.rollout)
+    return sum(rollout.correct for rollout in rollouts) / len(rollouts)
+
+
+def _fingerprint_of(source: str) -> str:
+    """What identifies the policy of a round: its newest checkpoint, or the file."""
+    path = Path(source)
+    steps = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
+    return f"{path.name}/{steps[-1]}" if steps else path.name
+
+
+def _log(workdir: Path, number: int, figures: dict[str, Any]) -> None:
+    path = workdir / ROUNDS
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [row for row in rows if json.loads(row)["round"] < number]
+    configs.atomic_write(
+        path, "".join(row + "\n" for row in [*rows, json.dumps({"round": number} | figures)])
+    )
+
+
+def main(config: BestOfNConfig, workdir: Path) -> int:
+    final = run(config, workdir)
+    configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
+    print(f"done: accuracy {final['accuracy_at_start']:.1%} -> {final['accuracy']:.1%}")
+    return exits.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(configs.run(main, BestOfNConfig, description=__doc__ or ""))
