@@ -31,6 +31,10 @@ class Stage:
         """Files beside the documents that the result depends on: models, lists, benchmarks."""
         return ()
 
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the log: what the stage found in its files, and what it will not do."""
+        return ()
+
     def wants(self, document: Document) -> bool:
         return self.applies_to in ("any", type_of(document))
 

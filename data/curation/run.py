@@ -107,6 +107,9 @@ class _Run:
     def __init__(self, config: CurationConfig, layout: Layout, log: Log):
         self.config, self.layout, self.log = config, layout, log
         self.steps = (Step(SOURCES, Stage(), ""), *_steps(config))
+        for step in self.steps:
+            for note in step.stage.notes():
+                log(f"{step.name}: {note}")
         self.keys: dict[str, list[str]] = {}  # by shard
         self.counts: dict[str, dict[str, Counts]] = {}  # by stage and shard
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def _commands() -> Commands:
         "--scores", help='JSONL of {"benchmark", "item", "score"}: how a model did on each item'
     )
     report.add_argument("--ngram_words", type=int, default=13)
-    report.add_argument("--min_words", type=int, default=8, help="of an item that is looked for whole")
+    report.add_argument("--min_words", type=int, default=8, help="of an item; a shorter one counts as a line")
     report.add_argument("--out", required=True, help="the folder to write")
     model = commands.add("model", _model, "A model against benchmarks (Min-K%% Prob): model.json.")
     model.add_argument("--model", required=True, help="run, checkpoint or Hugging Face folder")
@@ -68,7 +69,8 @@ def _report(options: argparse.Namespace) -> int:
     for row in report["benchmarks"]:
         print(
             f"{row['name']}: {row['hit']:,} of {row['items']:,} items hit ({row['hit_rate']:.2%}), "
-            f"{row['covered']:,} for the most part"
+            f"{row['covered']:,} for the most part; {row['not_looked_for']:,} texts too short to look for, "
+            f"{row['broken_lines']:,} broken lines"
         )
     print(f"{Path(options.out) / 'report.html'}")
     return 0
@@ -97,11 +99,17 @@ def benchmark_of(given: str) -> Benchmark:
 
 
 def _documents(paths: list[str]) -> Iterator[dict[str, Any]]:
+    unread: Counter[str] = Counter()
     for path in paths:
         if (Path(path) / MANIFEST).is_file():
             yield from open_dataset(path)
         else:
-            yield from ({"id": f"{path}/{i}", "text": text} for i, text in enumerate(read_texts([path])))
+            yield from (
+                {"id": f"{path}/{i}", "text": text}
+                for i, text in enumerate(read_texts([path], unread=unread))
+            )
+    for reason, count in unread.most_common():
+        print(f"left out: {count:,} with {reason!r}", file=sys.stderr)
 
 
 def _scores(path: str) -> dict[tuple[str, int], float]:

@@ -1,5 +1,7 @@
 """What of a benchmark may not stand in a training text: hashes of all runs of n words of its items, and of the whole of
-items that are shorter.
+items that are shorter. An item of fewer than `min_words` words ("Name the largest moon of Saturn.") stands in innocent
+texts too, so it counts only as a line of its own, with `_PREFIX` more words at most ("Question 3: ..."); one of fewer
+than `LINE_WORDS` is not looked for.
 
 Words are letters and digits in small letters; punctuation and white space make no difference. The arrays are built
 once, kept as files by the hash of what they are of, and mapped into every process that looks things up.
@@ -16,6 +18,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +35,10 @@ from data.sources.files import BadLine, json_rows
 from data.words import UNSPACED
 
 _WORD = re.compile(rf"[^\W_{UNSPACED}]+|[{UNSPACED}]")
-_VERSION = 1  # raised when the same files give other hashes
+_VERSION = 2  # raised when the same files give other hashes
 _ITEMS = "items.json"
+LINE_WORDS = 3  # of an item that is looked for as a line, or more
+_PREFIX = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +72,29 @@ class Words:
         """Start and stop of each word in characters, int64 [W, 2]."""
         return np.array([match.span() for match in _WORD.finditer(self._text)], np.int64).reshape(-1, 2)
 
+    def is_line(self, first: int, count: int) -> bool:
+        """Whether these words are a line, but for a few before or after them."""
+        start, stop = self.span(first, count)
+        begin = self._text.rfind("\n", 0, start) + 1
+        end = self._text.find("\n", stop)
+        around = self._text[begin:start], self._text[stop : len(self._text) if end < 0 else end]
+        return sum(len(_WORD.findall(part[:200])) for part in around) <= _PREFIX
+
     def span(self, first: int, count: int) -> tuple[int, int]:
         """(start, stop) of `count` words."""
         return int(self.places[first, 0]), int(self.places[first + count - 1, 1])
 
 
 class Index:
-    """Runs of words of all items, by length; `runs[length]` is (hashes, ascending; the item of each)."""
+    """Runs of words of all items, by length; `runs[length]` is (hashes, ascending; the item of each).
+
+    `counts`, by benchmark: items, texts of them that are too short to be looked for, and broken lines of the file.
+    """
 
     def __init__(self, folder: Path):
         facts = json.loads((folder / _ITEMS).read_text())
+        self.counts: dict[str, dict[str, int]] = facts["counts"]
+        self.min_words: int = facts["min_words"]
         self.items = [Item(*row) for row in facts["items"]]
         self.runs = {
             int(length): tuple(
@@ -96,6 +114,8 @@ class Index:
             inside = left < len(hashes)
             inside[inside] = hashes[left[inside]] == runs[inside]
             for at in np.flatnonzero(inside).tolist():
+                if length < self.min_words and not words.is_line(at, length):
+                    continue
                 right = int(np.searchsorted(hashes, runs[at], side="right"))
                 found.append((at, length, np.unique(items[int(left[at]) : right])))
         return sorted(found, key=lambda hit: (hit[0], hit[1]))
@@ -113,10 +133,20 @@ def open_index(benchmarks: Sequence[Benchmark], ngram_words: int, min_words: int
 
 
 def read_items(benchmark: Benchmark) -> Iterator[Item]:
-    """The texts of a benchmark's items; lines that are no JSON are passed over. Raises ConfigError for fields that no
-    item has."""
-    name, found = benchmark.name or os.path.basename(benchmark.path), False
-    for number, row in _rows(benchmark.path):
+    """The texts of a benchmark's items. Raises ConfigError for fields that no item has, and for a damaged file."""
+    return (item for item in _items(benchmark) if isinstance(item, Item))
+
+
+def name_of(benchmark: Benchmark) -> str:
+    return benchmark.name or os.path.basename(benchmark.path)
+
+
+def _items(benchmark: Benchmark) -> Iterator[Item | BadLine]:
+    name, found = name_of(benchmark), False
+    for number, row in _whole_rows(benchmark.path):
+        if isinstance(row, BadLine):
+            yield row
+            continue
         if benchmark.fields:
             texts = [text for field in benchmark.fields for text in _strings(_field(row, field.split(".")))]
         else:
@@ -140,30 +170,52 @@ def _open(states: tuple[tuple[Benchmark, tuple[int, int]], ...], ngram_words: in
 
 
 def _build(benchmarks: Sequence[Benchmark], ngram_words: int, min_words: int, folder: Path) -> None:
-    items = [item for benchmark in benchmarks for item in read_items(benchmark)]
+    items: list[Item] = []
+    counts: dict[str, Counter[str]] = {}
+    for benchmark in benchmarks:
+        count = counts.setdefault(name_of(benchmark), Counter(items=0, short=0, broken=0))
+        found = list(_items(benchmark))
+        items += [item for item in found if isinstance(item, Item)]
+        count["items"] += len({item.number for item in found if isinstance(item, Item)})
+        count["broken"] += sum(isinstance(item, BadLine) for item in found)
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     for number, item in enumerate(items):
         words = read_words(item.text).hashes
         length = min(ngram_words, len(words))
-        if length >= min_words:
+        if is_looked_for(length, min_words):
             runs = window_hashes(words, length)
             parts.setdefault(length, []).append((runs, np.full(len(runs), number, np.int32)))
+        else:
+            counts[item.benchmark]["short"] += 1
     if not parts:
-        raise ConfigError(f"the benchmarks hold no text of {min_words} words or more: lower min_words.")
+        raise ConfigError(f"the benchmarks hold no text of {LINE_WORDS} words or more.")
     with replacing(folder, _ITEMS) as new:
         for length, pairs in sorted(parts.items()):
             runs, owners = (np.concatenate(part) for part in zip(*pairs))
             order = np.argsort(runs, kind="stable")
             np.save(new / f"run{length}.npy", runs[order])
             np.save(new / f"item{length}.npy", owners[order])
-        (new / _ITEMS).write_text(json.dumps({"items": items, "lengths": sorted(parts)}))
+        facts = {"items": items, "lengths": sorted(parts), "counts": counts, "min_words": min_words}
+        (new / _ITEMS).write_text(json.dumps(facts))
+
+
+def is_looked_for(words: int, min_words: int) -> bool:
+    """Whether an item of so many words is."""
+    return words >= min(min_words, LINE_WORDS)
+
+
+def _whole_rows(path: str) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from _rows(path)
+    except storage.unreadable() as error:
+        raise ConfigError(f"{path} can't be read to its end: {error}") from error
 
 
 def _rows(path: str) -> Iterator[tuple[int, Any]]:
     """(number, item) of a file by its suffix."""
     ending = storage.suffix(path)
     if ending in (".jsonl", ".ndjson"):
-        yield from ((i, row) for i, row in json_rows(path) if not isinstance(row, BadLine))
+        yield from json_rows(path)
     elif ending == ".json":
         with storage.open_bytes(path) as file:
             held = json.load(file)

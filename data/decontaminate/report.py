@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from configs.files import atomic_write
-from data.decontaminate.index import Benchmark, Index, open_index, read_items, read_words
+from data.decontaminate.index import Benchmark, Index, is_looked_for, name_of, open_index, read_words
 from data.decontaminate.stages import canary_in
 from data.quality.curves import area
 
@@ -131,7 +131,7 @@ def page(report: Mapping[str, Any]) -> str:
         "mark{background:#ffd54d}p{color:#333}</style>"
         f"<h1>Benchmarks in the corpus</h1><p>{report.get('documents', 0):,} documents, "
         f"{report.get('documents_with_hits', 0):,} of them with a run of {report.get('ngram_words')} words of a "
-        f"benchmark (shorter items whole, from {report.get('min_words')} words on).</p><table><tr>"
+        f"benchmark (shorter items whole, below {report.get('min_words')} words as a line of their own).</p><table><tr>"
         + "".join(f"<th>{head}</th>" for head in heads)
         + f"</tr>{''.join(rows)}</table>{''.join(parts)}\n"
     )
@@ -174,13 +174,13 @@ def _of_benchmark(
     min_words: int,
     scores: Mapping[tuple[str, int], float],
 ) -> dict[str, Any]:
-    name = next(read_items(benchmark)).benchmark
+    name = name_of(benchmark)
     shares: dict[int, float] = {}  # of each item the best of its texts
     for number, item in enumerate(index.items):
         if item.benchmark == name:
             words = read_words(item.text).hashes
             length = min(ngram_words, len(words))
-            if length >= min_words:
+            if is_looked_for(length, min_words):
                 runs = {words[i : i + length].tobytes() for i in range(len(words) - length + 1)}
                 share = len(found.runs.get(number, ())) / len(runs)
                 shares[item.number] = max(shares.get(item.number, 0.0), share)
@@ -191,6 +191,8 @@ def _of_benchmark(
     return {
         "name": name,
         "items": len(shares),
+        "not_looked_for": index.counts[name]["short"],  # texts of a word or two
+        "broken_lines": index.counts[name]["broken"],
         "hit": len(hit),
         "hit_rate": len(hit) / max(len(shares), 1),
         "covered": sum(share >= MOST for share in shares.values()),

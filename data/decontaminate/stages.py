@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from configs.typed import ConfigError
 from data import storage
-from data.decontaminate.index import Benchmark, Index, open_index, read_words
+from data.decontaminate.index import LINE_WORDS, Benchmark, Index, open_index, read_words
 from data.documents import DocumentType
 from data.stage import Filter, Signals, Transform, Verdict, cut_text
 
@@ -21,12 +21,12 @@ CANARY = r"canary\s+guid\s+[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 @dataclasses.dataclass(frozen=True)
 class Decontaminate(Filter):
-    """Drops a document with `min_hits` runs of `ngram_words` words of a benchmark, or a whole item that is shorter but
-    not below `min_words`, that are at least `min_share` of its own runs; and one with a canary."""
+    """Drops a document with `min_hits` runs of `ngram_words` words of a benchmark, or a whole item that is shorter,
+    that are at least `min_share` of its own runs; and one with a canary. An item below `min_words` counts as a line."""
 
     benchmarks: tuple[Benchmark, ...] = ()
     ngram_words: int = 13  # 8 to 13 in the literature
-    min_words: int = 8  # shorter items are in innocent texts too
+    min_words: int = 8  # shorter items are in innocent texts too: they count only as a line of their own
     min_hits: int = 1
     min_share: float = 0.0
     canaries: tuple[str, ...] = ()  # more strings that mark a benchmark, besides BIG-bench's
@@ -46,6 +46,9 @@ class Decontaminate(Filter):
 
     def files(self) -> tuple[str, ...]:
         return _files(self.benchmarks, type(self).__name__)
+
+    def notes(self) -> tuple[str, ...]:
+        return notes(open_index(self.benchmarks, self.ngram_words, self.min_words))
 
     def signals(self, text: str) -> Signals:
         index = open_index(self.benchmarks, self.ngram_words, self.min_words)
@@ -91,6 +94,9 @@ class DecontaminateSpans(Transform):
     def files(self) -> tuple[str, ...]:
         return _files(self.benchmarks, type(self).__name__)
 
+    def notes(self) -> tuple[str, ...]:
+        return notes(open_index(self.benchmarks, self.ngram_words, self.min_words))
+
     def apply(self, text: str) -> Verdict:
         if canary_in(text, self.canaries):
             return text, "decontaminate: canary"
@@ -102,6 +108,19 @@ class DecontaminateSpans(Transform):
         if len(wide) > self.max_cuts:
             return text, "decontaminate: too many cuts"
         return (left, None) if len(left) >= self.min_characters else (text, "decontaminate: little left")
+
+
+def notes(index: Index) -> tuple[str, ...]:
+    """What of the benchmarks is not looked for."""
+    lines = []
+    for name, count in index.counts.items():
+        text = f"{name}: {count['items']:,} items"
+        if count["broken"]:
+            text += f"; {count['broken']:,} lines are broken and not read"
+        if count["short"]:
+            text += f"; {count['short']:,} texts of fewer than {LINE_WORDS} words are not looked for"
+        lines.append(text)
+    return tuple(lines)
 
 
 def found_spans(index: Index, text: str) -> list[tuple[int, int]]:

@@ -57,10 +57,19 @@ def decode(raw: bytes, declared: str | None = None) -> tuple[str, str]:
 
 def decode_file(raw: bytes) -> str:
     """The text of a file. Raises ValueError for bytes that are no text in any encoding."""
+    return _decode_text(raw)[0]
+
+
+def encoding_of(raw: bytes) -> str:
+    """The encoding of a file by a piece of it. Raises ValueError for bytes that are no text in any."""
+    return _decode_text(raw[: raw.rfind(b"\n") + 1] or raw)[1]  # the piece may end inside of a character
+
+
+def _decode_text(raw: bytes) -> tuple[str, str]:
     text, encoding = decode(raw)
     if len(_CONTROLS.findall(text)) * 200 > len(text):
         raise ValueError(f"no text: one character in 200 or more means nothing in {encoding}")
-    return text
+    return text, encoding
 
 
 def _wide_without_mark(raw: bytes) -> str | None:

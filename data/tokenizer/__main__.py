@@ -19,6 +19,7 @@ import resource
 import sys
 import time
 import typing
+from collections import Counter
 from pathlib import Path
 
 from configs.commands import Commands
@@ -91,7 +92,8 @@ def _commands() -> Commands:
 def _train(options: argparse.Namespace) -> int:
     from data.tokenizer.texts import read_texts, size_of
 
-    texts = read_texts(options.texts, options.text_field)
+    unread: Counter[str] = Counter()
+    texts = read_texts(options.texts, options.text_field, unread)
     start = time.perf_counter()
     with _Progress(size_of(options.texts), options.max_bytes, options.vocab_size) as progress:
         tokenizer = train_tokenizer(
@@ -113,6 +115,8 @@ def _train(options: argparse.Namespace) -> int:
         f"{options.out}: {tokenizer.vocab_size:,} ids ({options.kind}) from {progress.bytes / 1e6:,.1f} MB of text in "
         f"{time.perf_counter() - start:.1f} s; peak memory {peak / 1e6:,.0f} MB"
     )
+    for reason, count in unread.most_common():
+        print(f"left out: {count:,} with {reason!r}")
     return 0
 
 

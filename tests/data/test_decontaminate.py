@@ -1,5 +1,6 @@
 """Planted items are found, near misses are not, and everything equals brute force."""
 
+import gzip
 import json
 import re
 
@@ -59,6 +60,35 @@ def test_near_misses_are_not_found(bench):
         "",
     ):
         assert stage.reason(stage.signals(text)) is None
+
+
+def test_items_below_the_least_words_are_found_as_lines_and_not_inside_other_sentences(tmp_path):
+    path = tmp_path / "short.jsonl"
+    rows = [{"q": "Who wrote Hamlet?", "a": "Shakespeare"}, {"q": "What is 7 times 8?", "a": "56"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    stage = Decontaminate(benchmarks=(Benchmark(str(path)),))
+    for line in ("Who wrote Hamlet?", "Question 3: who wrote  HAMLET", "What is 7 times 8?\n56"):
+        assert stage.reason(stage.signals(f"{AROUND}\n{line}\n{AROUND}")) is not None, line
+        assert stage.reason(stage.signals(line)) is not None
+    for line in (
+        "They asked me who wrote Hamlet and more of that.",
+        "Who wrote it? Hamlet",
+        "Shakespeare",
+        "56",
+    ):
+        assert stage.reason(stage.signals(f"{AROUND}\n{line}\n{AROUND}")) is None, line
+    assert stage.notes() == (
+        "short.jsonl: 2 items; 1 lines are broken and not read; 2 texts of fewer than 3 words are not looked for",
+    )
+    cut = DecontaminateSpans(benchmarks=(Benchmark(str(path)),), margin=0, min_characters=10)
+    assert cut.apply(f"{AROUND}\nWho wrote Hamlet?\n{AROUND}") == (f"{AROUND}\n?\n{AROUND}", None)
+
+
+def test_a_benchmark_file_that_is_cut_is_an_error(tmp_path):
+    lines = "".join(json.dumps({"q": f"{i} {LONG}"}) + "\n" for i in range(999)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-99])
+    with pytest.raises(ConfigError, match="can't be read to its end"):
+        Decontaminate(benchmarks=(Benchmark(str(tmp_path / "a.jsonl.gz")),)).notes()
 
 
 WORDS = st.lists(st.sampled_from("a b c".split()), max_size=14)

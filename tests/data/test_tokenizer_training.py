@@ -11,6 +11,8 @@ import textwrap
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -311,7 +313,8 @@ def test_the_command_trains_from_files_and_folders_and_shows_and_converts(tmp_pa
     assert (
         main(["train", *where, f"--out={out}", "--vocab_size=700", "--pattern=cl100k", "--reserved=2"]) == 0
     )
-    assert "700 ids (bpe)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "700 ids (bpe)" in said and "left out: 1 with 'bad line: JSONDecodeError'" in said
     assert load_tokenizer(out).vocab_size == 700
     assert main(["show", str(out), "--text=x = 1234"]) == 0
     shown = capsys.readouterr().out
@@ -320,3 +323,28 @@ def test_the_command_trains_from_files_and_folders_and_shows_and_converts(tmp_pa
     assert load_tokenizer(tmp_path / "t.gguf").encode("x = 1234") == load_tokenizer(out).encode("x = 1234")
     assert main(["train", str(tmp_path / "nothing"), f"--out={out}"]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_texts_are_read_in_their_encoding_and_what_is_none_is_counted(tmp_path):
+    from data.tokenizer.texts import read_texts
+
+    line, folder, unread = (
+        "Los ni\u00f1os de la escuela cantaron una canci\u00f3n. \u00bfQui\u00e9n?\n",
+        tmp_path / "f",
+        Counter(),
+    )
+    folder.mkdir()
+    ascii_first = "plain words only\n" * 70_000  # more than a megabyte
+    (folder / "large.txt").write_bytes((ascii_first + line * 20_000).encode("latin-1"))
+    (folder / "small.txt").write_bytes((line * 20).encode("utf-16"))
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    (folder / "binary").write_bytes(bytes(range(256)) * 9000)
+    (folder / "rows.jsonl").write_text('{"text": "a row"}\n{broken\n{"other": 1}\n')
+    pq.write_table(pa.table({"words": ["a"]}), folder / "without.parquet")
+    texts = list(read_texts([folder], unread=unread))
+    assert "".join(texts) == ascii_first + line * 20_000 + "a row" + line * 20
+    reasons = {reason[:24]: count for reason, count in unread.items()}
+    assert reasons == {
+        "type: .png is not read": 1, "unreadable: no text": 1, "bad line: JSONDecodeErro": 1, "bad line: KeyError": 1,
+        f"unreadable: {folder}"[:24]: 1,
+    }  # fmt: skip
