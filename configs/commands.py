@@ -33,9 +33,13 @@ class Commands:
         added.set_defaults(run=run)
         return added
 
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """The options; ends the program as argparse does for a command line that it does not take."""
+        return self._parser.parse_args(argv)
+
     def run(self, argv: Sequence[str] | None = None) -> int:
         """The exit code, for `sys.exit`. What a user has to mend is one paragraph on stderr and exit code 2."""
-        options = self._parser.parse_args(argv)
+        options = self.parse(argv)
         return exit_code(lambda: options.run(options), "Interrupted; nothing was written.")
 
 

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 RUNNABLE = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
-SHELL = re.compile(r"```(?:sh|bash)?\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # The module behind each command, and the dataclass of its config.
 CONFIGURED = {
     "data": ("data.corpus", "CorpusConfig"),
@@ -24,7 +24,9 @@ CONFIGURED = {
     "data.synthetic": ("data.synthetic.config", "SyntheticConfig"),
     "data.related": ("data.related", "RelatedConfig"),
     "train": ("train.config", "TrainConfig"),
+    "train.teacher": ("train.teacher", "TeacherConfig"),
     "rl": ("rl.config", "RLConfig"),
+    "rl.best_of_n": ("rl.best_of_n", "BestOfNConfig"),
     "evals": ("evals.config", "EvalConfig"),
     "launch.lifecycle": ("launch.lifecycle", "LifecycleConfig"),
 }
@@ -33,7 +35,8 @@ CONFIGURED = {
 def commands():
     """(page, command) of every `python -m` and `make` line in a shell block, backslashes joined."""
     for page in PAGES:
-        for block in SHELL.findall(page.read_text()):
+        blocks = FENCED.findall(page.read_text())
+        for block in (text for language, text in blocks if language in ("", "sh", "bash")):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.startswith(("python -m ", "make ")):
                     yield pytest.param(page, line, id=f"{page.name}:{line[:60]}")
@@ -58,8 +61,11 @@ def test_a_command_of_the_documentation_is_one_that_the_stage_takes(page, line, 
             configs.parse(cls, arguments, workdir_required=module not in ("evals", "data.plan"))
     else:
         main = importlib.import_module(f"{module}.__main__")
-        parser = main._parser() if hasattr(main, "_parser") else main._options()
-        parser.parse_args(arguments)
+        if hasattr(main, "_commands"):
+            main._commands().parse(arguments)
+        else:
+            parser = main._parser() if hasattr(main, "_parser") else main._options()
+            parser.parse_args(arguments)
 
 
 def test_the_examples_run_one_page_after_the_other(tmp_path):
@@ -77,7 +83,7 @@ def test_the_examples_run_one_page_after_the_other(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     pages = [page.stem for page in PAGES if RUNNABLE.search(page.read_text())]
