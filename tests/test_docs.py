@@ -26,7 +26,7 @@ CONFIGURED = {
     "train": ("train.config", "TrainConfig"),
     "train.teacher": ("train.teacher", "TeacherConfig"),
     "rl": ("rl.config", "RLConfig"),
-    "rl.best_of_n": ("rl.best_of_n", "BestOfNConfig"),
+    "rl.rounds": ("rl.rounds", "RoundsConfig"),
     "evals": ("evals.config", "EvalConfig"),
     "launch.lifecycle": ("launch.lifecycle", "LifecycleConfig"),
 }

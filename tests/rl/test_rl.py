@@ -16,16 +16,17 @@ import model
 from data.tasks import Problem, TaskSpec, generate
 from model import decoder, init
 from model.formats.checkpoint import save_native
-from rl import best_of_n, loop
+from rl import loop, rounds
 from rl.advantages import group_advantages, has_signal
-from rl.best_of_n import BestOfNConfig
 from rl.config import RLConfig
 from rl.loop import run
 from rl.rollout import Rollout, problems_of_step
+from rl.rounds import RoundsConfig
 from rl.trajectory import Trajectory, batch_of
 from rl.verifiers import Verdict, Verifiers, score_math
-from train.algorithms import GRPO, objective_of
+from train.algorithms import DPO, GRPO, objective_of
 from train.checkpoints import tokenizer_files
+from train.config import TrainConfig
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
 COUNTING = {"min_words": 1, "max_words": 1}
@@ -133,8 +134,6 @@ def policy(tmp_path_factory):
     tokenizer = data.train_tokenizer("bpe", [m["content"] for d in dialogues * 20 for m in d], 280, digits=1)
     tokenizer.save(root / "tokenizer")
     data.write_chat_dataset(dialogues, tokenizer, root / "chat")
-    from train.config import TrainConfig
-
     config = {
         "tokenizer": str(root / "tokenizer"),
         "steps": 60,
@@ -332,8 +331,8 @@ def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they
             "mesh": {"data": 8},
         },
     }
-    config = configs.build(BestOfNConfig, configs.overlay(BestOfNConfig, config))
-    final = best_of_n.run(config, tmp_path)
+    config = configs.build(RoundsConfig, configs.overlay(RoundsConfig, config))
+    final = rounds.run(config, tmp_path)
     assert final["accuracy"] > final["accuracy_at_start"] + 0.2 and final["accuracy"] > 0.6
     rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3] and rows[0]["sampled"] == 320
@@ -344,11 +343,11 @@ def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they
         assert answer.rstrip().endswith("</answer>") or "</answer>" in answer  # and it was right
     before = (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "round-2" / "train")  # cut off in the second round's training
-    assert best_of_n.run(config, tmp_path)["accuracy"] == final["accuracy"]
+    assert rounds.run(config, tmp_path)["accuracy"] == final["accuracy"]
     assert (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns == before
     hopeless = dataclasses.replace(config, min_reward=5.0)
-    with pytest.raises(configs.ConfigError, match="none of 320 answers earned config.min_reward=5"):
-        best_of_n.run(hopeless, tmp_path / "hopeless")
+    with pytest.raises(configs.ConfigError, match="none of 320 answers earned enough"):
+        rounds.run(hopeless, tmp_path / "hopeless")
 
 
 def test_the_best_answers_are_kept_once_each_best_first():
@@ -356,6 +355,35 @@ def test_the_best_answers_are_kept_once_each_best_first():
         Rollout(None, text, dataclasses.replace(trajectories(1)[0], stop_reason=stop))
         for text, stop in (("a", "stop"), ("b", "stop"), ("b", "stop"), ("c", "length"), ("d", "stop"))
     ]
-    config = BestOfNConfig(keep=2, min_reward=0.5)
-    kept = best_of_n.best(group, np.array([0.6, 2.0, 2.0, 3.0, 0.4]), config)
+    config = RoundsConfig(keep=2, min_reward=0.5)
+    kept = rounds.best(group, np.array([0.6, 2.0, 2.0, 3.0, 0.4]), config)
     assert [rollout.text for rollout in kept] == ["b", "a"]
+    pairs = RoundsConfig(learn_from="pairs", min_gap=1.0, train=TrainConfig(algorithm=DPO()))
+    better, worse = rounds.pair(group, np.array([0.6, 2.0, 2.0, 3.0, 0.4]), pairs)
+    assert (better.text, worse.text) == ("b", "d")  # "c" was cut short
+    assert rounds.pair(group, np.array([0.6, 1.0, 1.0, 3.0, 0.4]), pairs) is None
+    with pytest.raises(ValueError, match="Give train.algorithm.kind=DPO"):
+        RoundsConfig(learn_from="pairs")
+
+
+def test_iterative_dpo_on_pairs_that_verifiers_rank_raises_the_accuracy(policy, tmp_path):
+    config = {
+        "init_from": str(policy),
+        "tasks": [{"name": "letter_counting", "config": COUNTING}],
+        "instruction": "",
+        "learn_from": "pairs",
+        "problems": 40,
+        "evaluate_problems": 20,
+        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
+        "train": {
+            "algorithm": {"kind": "DPO"},
+            "steps": 15,
+            "data": {"seq_len": 120, "batch_size": 16},
+            "optimizer": {"peak_lr": 1e-3, "weight_decay": 0.0},
+            "schedule": {"warmup_steps": 2},
+            "mesh": {"data": 8},
+        },
+    }
+    final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
+    assert final["accuracy"] > final["accuracy_at_start"] + 0.2
+    assert data.open_dataset(tmp_path / "round-1" / "answers").kind == "preference"

@@ -1,11 +1,15 @@
-"""`python -m rl.best_of_n`: sample, score, keep the best, fine-tune on them, and again (rejection sampling).
+"""`python -m rl.rounds`: sample, score, fine-tune on the best answers or on pairs of them, and again.
 
-    workdir/round-1/answers/   the kept answers as a dataset of dialogues: the very tokens that were sampled
+With `learn_from=best` it is rejection sampling, best-of-n distillation: Anthony et al. 2017, arXiv:1705.08439 (expert
+iteration); Zelikman et al. 2022, arXiv:2203.14465 (STaR); Touvron et al. 2023, arXiv:2307.09288, section 3.2. With
+`learn_from=pairs` the best and the worst answer to each problem are a pair, and `train.algorithm` one of preferences:
+iterative DPO, Xu et al. 2023, arXiv:2312.16682; Guo et al. 2024, arXiv:2402.04792.
+
+    workdir/round-1/answers/   the kept answers or pairs as a dataset: the very tokens that were sampled
     workdir/round-1/train/     the fine-tuning run on them; it is what the next round samples from
     workdir/rounds.jsonl       for each round: held-out accuracy before it, and what was sampled and kept
 
-The same command, given again, goes on from what is finished. Anthony et al. 2017, arXiv:1705.08439 (expert iteration);
-Touvron et al. 2023, arXiv:2307.09288, section 3.2 (rejection sampling); Zelikman et al. 2022, arXiv:2203.14465 (STaR).
+The same command, given again, goes on from what is finished.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -42,8 +46,8 @@ ROUNDS = "rounds.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class BestOfNConfig:
-    """Rounds of best-of-n distillation."""
+class RoundsConfig:
+    """Rounds of sampling and fine-tuning."""
 
     init_from: str = ""  # run folder, checkpoint, Hugging Face folder or GGUF file: the policy to start from
     rounds: int = 2
@@ -51,8 +55,10 @@ class BestOfNConfig:
     instruction: str = INSTRUCTION  # follows each question
     problems: int = 500  # drawn anew each round
     evaluate_problems: int = 100  # held-out problems, greedy, before each round and after the last
-    keep: int = 1  # best answers to each problem
-    min_reward: float = 1.0  # answers below it are never kept
+    learn_from: Literal["best", "pairs"] = "best"
+    keep: int = 1  # of "best": answers to each problem
+    min_reward: float = 1.0  # of "best": answers below it are never kept
+    min_gap: float = 0.5  # of "pairs": the better answer earns so much more than the worse one
     reward_model: str | None = (
         None  # a run of the algorithm RewardModel; its score is added to the verifier's reward
     )
@@ -64,9 +70,16 @@ class BestOfNConfig:
     def __post_init__(self):
         check_at_least(1, rounds=self.rounds, problems=self.problems, keep=self.keep)
         check_at_least(1, evaluate_problems=self.evaluate_problems)
+        wanted = "lm" if self.learn_from == "best" else "preference"
+        if self.train.batch_kind != wanted:
+            raise ValueError(
+                f"learn_from={self.learn_from!r} writes data for batches of kind {wanted!r}, and train.algorithm "
+                f"{type(self.train.algorithm).__name__} takes {self.train.batch_kind!r}. Give train.algorithm.kind="
+                f"{'LanguageModelling' if wanted == 'lm' else 'DPO'}."
+            )
 
 
-def run(config: BestOfNConfig, workdir: Path) -> dict[str, Any]:
+def run(config: RoundsConfig, workdir: Path) -> dict[str, Any]:
     """All rounds; returns the figures of the last evaluation.
 
     Raises:
@@ -86,7 +99,7 @@ def run(config: BestOfNConfig, workdir: Path) -> dict[str, Any]:
     return _evaluate_last(config, source, workdir)
 
 
-def best(group: Sequence[Rollout], rewards: np.ndarray, config: BestOfNConfig) -> list[Rollout]:
+def best(group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig) -> list[Rollout]:
     """The answers that are kept of one problem: the best first, none below `min_reward`, no text twice."""
     kept: dict[str, Rollout] = {}
     for i in np.argsort(-rewards, kind="stable"):
@@ -98,9 +111,22 @@ def best(group: Sequence[Rollout], rewards: np.ndarray, config: BestOfNConfig) -
     return list(kept.values())
 
 
-def _sample(config: BestOfNConfig, source: str, folder: Path, number: int, workdir: Path) -> None:
+def pair(
+    group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig
+) -> tuple[Rollout, Rollout] | None:
+    """The best and the worst finished answer, if their rewards are far enough apart and their texts differ."""
+    finished = [i for i, rollout in enumerate(group) if rollout.trajectory.stop_reason == "stop"]
+    if len(finished) < 2:
+        return None
+    better, worse = max(finished, key=lambda i: rewards[i]), min(finished, key=lambda i: rewards[i])
+    if rewards[better] - rewards[worse] < config.min_gap or group[better].text == group[worse].text:
+        return None
+    return group[better], group[worse]
+
+
+def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdir: Path) -> None:
     said = configs.to_dict(config) | {"train": None, "rounds": None, "init_from": None}
-    key = hash_of("best of n", said, number, _fingerprint_of(source))
+    key = hash_of("rounds", said, number, _fingerprint_of(source))
     if is_current(folder, key):
         return
     figures: dict[str, Any] = {}
@@ -109,7 +135,7 @@ def _sample(config: BestOfNConfig, source: str, folder: Path, number: int, workd
         figures["accuracy_before"] = _accuracy(sampler, config)
         print(f"round {number}: held-out accuracy {figures['accuracy_before']:.1%} (greedy) before sampling")
 
-        def records() -> Iterator[TokenRecord]:
+        def records() -> Iterator[Any]:
             problems = generate(config.tasks, "train", config.problems, config.seed + 7919 * number)
             sampled = solved = kept = 0
             began = time.monotonic()
@@ -119,29 +145,38 @@ def _sample(config: BestOfNConfig, source: str, folder: Path, number: int, workd
                 groups = sampler.sample(some, config.rollout, seed)
                 for group in groups:
                     rewards = scorer.rewards(group)
-                    chosen = best(group, rewards, config)
-                    sampled, solved = sampled + len(group), solved + bool(chosen)
+                    sampled, solved = sampled + len(group), solved + any(r.correct for r in group)
+                    chosen = _chosen(group, rewards, config)
                     kept += len(chosen)
-                    for rollout in chosen:
-                        trajectory = rollout.trajectory
-                        yield TokenRecord(trajectory.tokens, trajectory.mask)
+                    yield from chosen
                 done = start + len(some)
                 left = clock((time.monotonic() - began) / done * (len(problems) - done))
                 counts = f"{solved} solved, {kept} answers kept, left {left}"
                 print(f"round {number}: {done}/{len(problems)} problems, {counts}")
             figures.update(sampled=sampled, problems=len(problems), solved=solved, kept=kept)
 
-        manifest = lambda: {"key": key, "best_of_n": figures} | describe(tokenizer)
-        dataset = write_dataset(folder, records(), "chat", manifest)
+        manifest = lambda: {"key": key, "sampled": figures} | describe(tokenizer)
+        kind = "chat" if config.learn_from == "best" else "preference"
+        dataset = write_dataset(folder, records(), kind, manifest)
     if not len(dataset):
         raise ConfigError(
-            f"round {number}: none of {figures['sampled']} answers earned config.min_reward={config.min_reward:g}. "
-            "Lower it, sample more (config.rollout.group), or start from a better policy."
+            f"round {number}: none of {figures['sampled']} answers earned enough (config.min_reward="
+            f"{config.min_reward:g}, or for pairs config.min_gap={config.min_gap:g}). Lower it, sample more "
+            "(config.rollout.group), or start from a better policy."
         )
     _log(workdir, number, figures)
 
 
-def _fine_tune(config: BestOfNConfig, source: str, folder: Path) -> None:
+def _chosen(group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig) -> list[Any]:
+    """Records of a dataset: answers, or one pair of them."""
+    record = lambda rollout: TokenRecord(rollout.trajectory.tokens, rollout.trajectory.mask)
+    if config.learn_from == "best":
+        return [record(rollout) for rollout in best(group, rewards, config)]
+    found = pair(group, rewards, config)
+    return [] if found is None else [(record(found[0]), record(found[1]))]
+
+
+def _fine_tune(config: RoundsConfig, source: str, folder: Path) -> None:
     from train.trainer import train
 
     spec = dataclasses.replace(config.train.data, mixture={str(folder / "answers"): 1.0})
@@ -149,7 +184,7 @@ def _fine_tune(config: BestOfNConfig, source: str, folder: Path) -> None:
     train(dataclasses.replace(config.train, init_from=source, tokenizer=None, data=spec), folder / "train")
 
 
-def _evaluate_last(config: BestOfNConfig, source: str, workdir: Path) -> dict[str, Any]:
+def _evaluate_last(config: RoundsConfig, source: str, workdir: Path) -> dict[str, Any]:
     with _sampler(config, source, data.load_tokenizer(source)) as (sampler, _):
         accuracy = _accuracy(sampler, config)
     print(f"after {config.rounds} rounds: held-out accuracy {accuracy:.1%} (greedy)")
@@ -161,7 +196,7 @@ def _evaluate_last(config: BestOfNConfig, source: str, workdir: Path) -> dict[st
 class _sampler:
     """The engine, verifiers and reward model of a round, as a context."""
 
-    def __init__(self, config: BestOfNConfig, source: str, tokenizer: Any):
+    def __init__(self, config: RoundsConfig, source: str, tokenizer: Any):
         self._config, self._source, self._tokenizer = config, source, tokenizer
 
     def __enter__(self) -> tuple[Sampler, RewardScorer]:
@@ -182,7 +217,7 @@ class _sampler:
         jax.clear_caches()
 
 
-def _accuracy(sampler: Sampler, config: BestOfNConfig) -> float:
+def _accuracy(sampler: Sampler, config: RoundsConfig) -> float:
     problems = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
     sampler.check(problems, config.rollout)
     rollouts = sampler.greedy(problems, config.rollout)
@@ -205,7 +240,7 @@ def _log(workdir: Path, number: int, figures: dict[str, Any]) -> None:
     )
 
 
-def main(config: BestOfNConfig, workdir: Path) -> int:
+def main(config: RoundsConfig, workdir: Path) -> int:
     final = run(config, workdir)
     configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
     print(f"done: accuracy {final['accuracy_at_start']:.1%} -> {final['accuracy']:.1%}")
@@ -213,4 +248,4 @@ def main(config: BestOfNConfig, workdir: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(configs.run(main, BestOfNConfig, description=__doc__ or ""))
+    sys.exit(configs.run(main, RoundsConfig, description=__doc__ or ""))

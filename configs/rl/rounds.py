@@ -1,4 +1,7 @@
-"""Rejection sampling on sums: give config.init_from (a model that answers in the asked format)."""
+"""Rejection sampling on sums: give config.init_from (a model that answers in the asked format).
+
+Iterative DPO: --config.learn_from=pairs --config.train.algorithm.kind=DPO --config.train.optimizer.peak_lr=2e-5
+"""
 
 from ml_collections import ConfigDict
 
