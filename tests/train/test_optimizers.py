@@ -11,14 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from model import decoder
+from model import decoder, init
 from tests.policy import adamw, policy_state
 from train.algorithms import LanguageModelling
 from train.optimizers import Adafactor, AdamW, Lion, Muon, Sophia, make_optimizer
 from train.optimizers.muon import matrices
 from train.presets import Hybrid, Mixture
 from train.rounding import apply_updates, stochastic_round, with_masters
-from train.schedules import Constant
+from train.schedules import Constant, Cosine
 from train.step import make_train_step, new_state
 
 from .test_experts import fresh, jit
@@ -201,3 +201,38 @@ def test_a_moving_average_is_that_of_the_parameters():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.extra["average"], wanted
     )
     assert policy_state(fresh(CFG), optimizer).extra.keys() == {"skipped"}
+
+
+def final_loss(spec, text, seed, steps=200):
+    """Of a model that reads bytes: the mean loss of the last steps, each on new rows of the text."""
+    cfg = decoder(256, 64, 2, 4, 2, 16, 176, tied_head=True, rope_theta=1000.0)
+    params = jit(init, static_argnums=0)(cfg, jax.random.key(seed))
+    optimizers = {"policy": make_optimizer(spec, Cosine(20, 0.1), steps, cfg)}
+    step = jax.jit(make_train_step(LanguageModelling(), {"policy": cfg}, optimizers), donate_argnums=0)
+    state, rng, losses = new_state({"policy": params}, optimizers, seed), np.random.default_rng(seed), []
+    ones = np.ones((16, 64), np.int32)
+    fixed = {"segment_ids": ones, "loss_weights": ones.astype(np.float32)}
+    fixed["positions"] = np.tile(np.arange(64, dtype=np.int32), (16, 1))
+    for _ in range(steps):
+        starts = rng.integers(0, len(text) - 65, 16)
+        rows = np.stack([text[s : s + 65] for s in starts]).astype(np.int32)
+        state, metrics = step(state, {}, fixed | {"tokens": rows[:, :-1], "targets": rows[:, 1:]})
+        losses.append(metrics["loss"])
+    return float(np.mean([loss.mean() for loss in losses[-20:]]))
+
+
+@pytest.mark.slow
+def test_muon_is_below_adamw_at_equal_tokens_on_shakespeare(shared):
+    """Each at the best of its own learning rates, chosen on a seed that is not counted."""
+    text = np.frombuffer((shared / "data" / "pretrain-text" / "tinyshakespeare.txt").read_bytes(), np.uint8)
+    rates = (3e-3, 1e-2, 3e-2)
+    best = {
+        kind: min(rates, key=lambda lr, kind=kind: final_loss(kind(peak_lr=lr), text, 100))
+        for kind in (AdamW, Muon)
+    }
+    for seed in range(3):
+        adamw_loss, muon_loss = (final_loss(kind(peak_lr=best[kind]), text, seed) for kind in (AdamW, Muon))
+        print(
+            f"seed {seed}: AdamW at {best[AdamW]:g} {adamw_loss:.3f}, Muon at {best[Muon]:g} {muon_loss:.3f}"
+        )
+        assert muon_loss < adamw_loss
