@@ -87,6 +87,7 @@ setup(
             "seqio>=0.0.20"
         ],  # tasks and mixtures; brings TensorFlow, so it is imported only when asked for
         "ray": ["ray<2.60"],  # curation on a cluster, through daft
+        "spacy": ["spacy"],  # the words that FineWeb's filters count (data/filters/words.py)
         "demo": DEMO,
         "evals": EVALS,
         "dev": DEV,

@@ -59,8 +59,8 @@ def _stages(words: str) -> list:
 
     return [
         GopherRepetition(definition="datatrove", words=words),
-        GopherQuality(words=words, bullets=("\u2022", "-")),
-        C4Lines(end_marks=(".", "?", "!", '"', "'"), min_sentences=-1),
+        GopherQuality(definition="datatrove", words=words, bullets=("\u2022", "-")),
+        C4Lines(end_marks=(".", "?", "!", '"', "'"), min_sentences=-1, count_citations=True),
         FineWebQuality(words=words),
     ]
 

@@ -1,5 +1,5 @@
-"""datatrove's heuristic filters on a JSONL file: `decide` prints each filter's verdict on each document, `run`
-times the chain as its own executor runs it. Called by benchmarks/filters.py, in its virtual environment."""
+"""datatrove's heuristic filters on a JSONL file: `decide` prints each filter's verdict on each document (with FineWeb's
+settings: examples/fineweb.py), `run` times the chain as its own executor runs it. Called by benchmarks/filters.py, in its virtual environment."""
 
 import json
 import sys
@@ -21,23 +21,24 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
 
-def filters(words, writer=lambda name: None):
+def filters(words, writer=lambda name: None, fineweb_settings=False):
     if words == "white_space":  # the definition of a word that both sides can have
         for module in (fineweb, quality, repetition):
             module.split_into_words = lambda text, language: text.split()
+    c4 = {"filter_no_terminal_punct": False} if fineweb_settings else {"min_num_sentences": -1}
     return {
         "GopherRepetition": GopherRepetitionFilter(exclusion_writer=writer("1")),
         "GopherQuality": GopherQualityFilter(exclusion_writer=writer("2")),
-        "C4Lines": C4QualityFilter(exclusion_writer=writer("3"), min_num_sentences=-1),
+        "C4Lines": C4QualityFilter(exclusion_writer=writer("3"), **c4),
         "FineWebQuality": FineWebQualityFilter(exclusion_writer=writer("4")),
     }
 
 
-def decide(path, words):
+def decide(path, words, settings=""):
     for line in open(path, encoding="utf-8"):
         row = json.loads(line)
         found = {}
-        for name, each in filters(words).items():
+        for name, each in filters(words, fineweb_settings=settings == "fineweb").items():
             document = Document(text=row["text"], id=row["id"])
             try:
                 verdict = each.filter(document)

@@ -36,6 +36,7 @@ class Extract(Transform):
 
     applies_to: DocumentType = "html"
     engine: Literal["trafilatura", "resiliparse"] = "trafilatura"
+    precision: bool = False  # less text that is surely the page's own: trafilatura's favor_precision
     tables: bool = True
     links: bool = False  # the addresses of links
     comments: bool = False  # of readers
@@ -46,6 +47,10 @@ class Extract(Transform):
     max_tags: int = 100_000
 
     version: ClassVar[int] = 1
+
+    def __post_init__(self):
+        if self.precision and self.engine != "trafilatura":
+            raise ValueError(f"precision is trafilatura's; engine={self.engine!r} has none")
 
     def apply(self, text: str) -> Verdict:
         if reason := self._too_much(text):
@@ -98,6 +103,7 @@ def _trafilatura(page: str, config: Extract) -> str:
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it logs every broken page as an error
     text = trafilatura.extract(
         page,
+        favor_precision=config.precision,
         include_comments=config.comments,
         include_tables=config.tables,
         include_links=config.links,

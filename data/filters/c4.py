@@ -25,9 +25,11 @@ class C4Lines(Transform):
     The number of lines that went, by rule, is in the metadata under "c4".
     """
 
+    version: ClassVar[int] = 2
     applies_to: DocumentType = "prose"
-    end_marks: tuple[str, ...] = (".", "?", "!", '"')  # datatrove adds "'"
+    end_marks: tuple[str, ...] = (".", "?", "!", '"')  # datatrove adds "'"; none: lines may end in anything
     min_words: int = 3  # in a line
+    count_citations: bool = False  # among its words (datatrove counts before it cuts them out)
     max_word_length: int = 1000
     min_sentences: int = 5
     drop_lorem_ipsum: bool = True
@@ -76,7 +78,8 @@ class C4Lines(Transform):
             return line, "endless word"
         if self.cut_citations and "[" in line:
             line = _CITATION.sub("", line)
-        if not line.endswith(self.end_marks) or line.endswith("..."):
+            words = words if self.count_citations else line.split()
+        if self.end_marks and (not line.endswith(self.end_marks) or line.endswith("...")):
             return line, "no end mark"
         if len(words) < self.min_words:
             return line, "few words"

@@ -4,12 +4,11 @@ good and bad crawls; and the fourth of their code, lines a word."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 from data.documents import DocumentType
 from data.filters.ngrams import repeated_parts
-from data.filters.words import WORDS, WordKind
+from data.filters.words import WORDS, WordKind, sentence_terminals
 from data.stage import Filter, Signals
 
 
@@ -31,7 +30,7 @@ class FineWebQuality(Filter):
     def signals(self, text: str) -> Signals:
         lines = [line for line in text.split("\n") if line.strip()]
         rows = max(len(lines), 1)
-        newlines, marks = text.count("\n"), self.end_marks or _sentence_terminals()
+        newlines, marks = text.count("\n"), self.end_marks or sentence_terminals()
         return {
             "lines": len(lines),
             "lines_with_end_mark": sum(line.endswith(marks) for line in lines) / rows,
@@ -52,12 +51,3 @@ class FineWebQuality(Filter):
         if signals["newlines_per_word"] > self.max_newlines_per_word:
             return "fineweb: newlines per word"
         return None
-
-
-@functools.cache
-def _sentence_terminals() -> tuple[str, ...]:
-    """The characters with Unicode's property Sentence_Terminal."""
-    import regex
-
-    planes = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000))))
-    return tuple(regex.findall(r"\p{Sentence_Terminal}", planes))

@@ -17,7 +17,7 @@ from data.filters.ngrams import (
     skipped_characters,
     top_characters,
 )
-from data.filters.words import WORDS, WordKind, has_letter
+from data.filters.words import WORDS, WordKind, datatrove_punctuation, has_letter
 from data.stage import Filter, Signals
 
 _STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -27,11 +27,16 @@ _LINE = re.compile(r"\n+")
 
 @dataclasses.dataclass(frozen=True)
 class GopherQuality(Filter):
-    """Words, symbols and lines. The mean word length is a mean, as in the paper (Dolma takes the median);
-    marks alone are no word, an empty line is no line, and stop words count in any letter case (datatrove: a
-    lone bullet is a word, an empty line is a line, "The" is no stop word)."""
+    """Words, symbols and lines. The mean word length is a mean, as in the paper (Dolma takes the median).
+
+    `definition`:
+        paper      marks alone are no word, an empty line is no line, and stop words count in any letter case
+        datatrove  a mark that its list of punctuation lacks (a bullet) is a word, an empty line is a line, and "The" is
+                   no stop word
+    """
 
     applies_to: DocumentType = "prose"
+    definition: Literal["paper", "datatrove"] = "paper"
     words: WordKind = "white_space"
     stop_words: tuple[str, ...] = _STOP_WORDS  # other languages have others
     bullets: tuple[str, ...] = ("\u2022", "-", "*")
@@ -45,14 +50,19 @@ class GopherQuality(Filter):
     min_alphabetic_words: float = 0.8  # words with at least one letter
     min_stop_words: int = 2  # different ones
 
-    measured_by: ClassVar[tuple[str, ...]] = ("words", "stop_words", "bullets")
+    measured_by: ClassVar[tuple[str, ...]] = ("definition", "words", "stop_words", "bullets")
 
     def signals(self, text: str) -> Signals:
         words = WORDS[self.words](text)
-        spoken = [word for word in words if not _only_marks(word)]
-        lines = [line for line in map(str.strip, text.splitlines()) if line]
+        lines = list(map(str.strip, text.splitlines()))
+        if self.definition == "datatrove":
+            spoken = [word for word in words if not datatrove_punctuation().issuperset(word)]
+            found = set(words)
+        else:
+            spoken = [word for word in words if not _only_marks(word)]
+            lines = list(filter(None, lines))
+            found = {word.strip(".,;:!?\"'()") for word in set(text.lower().split())}
         count, rows = max(len(words), 1), max(len(lines), 1)
-        found = {word.strip(".,;:!?\"'()") for word in set(text.lower().split())}
         return {
             "words": len(spoken),
             "mean_word_length": sum(map(len, spoken)) / max(len(spoken), 1),

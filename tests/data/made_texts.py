@@ -1,6 +1,8 @@
 """Texts that fall on either side of every heuristic rule. Only the standard library: the script that asks
 datatrove uses it too."""
 
+import gzip
+import json
 import random
 
 WORDS = (
@@ -49,3 +51,14 @@ def _text(rng: random.Random) -> str:
         elif parts:
             parts.append(rng.choice(parts))
     return rng.choice(["\n", "\n\n"]).join(parts) or "empty"
+
+
+def real_pages(folder):
+    """{id: text} of real web pages beside the project: C4's and Dolma's."""
+    pages = {}
+    with open(folder / "pretrain-text" / "c4_demo.jsonl", encoding="utf-8") as file:
+        pages |= {f"c4/{i}": json.loads(line)["text"] for i, line in enumerate(file)}
+    for path in sorted((folder / "web" / "dolma").glob("*.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            pages |= {f"{path.name}/{i}": json.loads(line)["text"] for i, line in enumerate(file)}
+    return pages
