@@ -3,7 +3,9 @@
 With `learn_from=best` it is rejection sampling, best-of-n distillation: Anthony et al. 2017, arXiv:1705.08439 (expert
 iteration); Zelikman et al. 2022, arXiv:2203.14465 (STaR); Touvron et al. 2023, arXiv:2307.09288, section 3.2. With
 `learn_from=pairs` the best and the worst answer to each problem are a pair, and `train.algorithm` one of preferences:
-iterative DPO, Xu et al. 2023, arXiv:2312.16682; Guo et al. 2024, arXiv:2402.04792.
+iterative DPO, Xu et al. 2023, arXiv:2312.16682; Guo et al. 2024, arXiv:2402.04792. With `learn_from=knowledge` a
+problem whose answers are right often enough teaches its answer, and another one the words of `abstention`: the model learns to
+say what it does not know. Zhang et al. 2023, arXiv:2311.09677 (R-Tuning).
 
     workdir/round-1/answers/   the kept answers or pairs as a dataset: the very tokens that were sampled
     workdir/round-1/train/     the fine-tuning run on them; it is what the next round samples from
@@ -30,9 +32,10 @@ import data
 import model
 from configs import ConfigError, exits
 from configs.typed import check_at_least
+from data import Tokenizer
 from data.shards import TokenRecord, hash_of, is_current, write_dataset
-from data.tasks import INSTRUCTION, TaskSpec, generate
-from data.tokenize import describe
+from data.tasks import INSTRUCTION, TaskSpec, generate, prompt
+from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.config import RewardSpec, RolloutSpec
 from rl.rollout import Rollout, Sampler
@@ -55,10 +58,12 @@ class RoundsConfig:
     instruction: str = INSTRUCTION  # follows each question
     problems: int = 500  # drawn anew each round
     evaluate_problems: int = 100  # held-out problems, greedy, before each round and after the last
-    learn_from: Literal["best", "pairs"] = "best"
+    learn_from: Literal["best", "pairs", "knowledge"] = "best"
     keep: int = 1  # of "best": answers to each problem
     min_reward: float = 1.0  # of "best": answers below it are never kept
     min_gap: float = 0.5  # of "pairs": the better answer earns so much more than the worse one
+    min_known: float = 0.5  # of "knowledge": the share of right answers from which on a problem is known
+    abstention: str = "I don't know."  # of "knowledge": the whole answer to what is not known
     reward_model: str | None = (
         None  # a run of the algorithm RewardModel; its score is added to the verifier's reward
     )
@@ -70,7 +75,7 @@ class RoundsConfig:
     def __post_init__(self):
         check_at_least(1, rounds=self.rounds, problems=self.problems, keep=self.keep)
         check_at_least(1, evaluate_problems=self.evaluate_problems)
-        wanted = "lm" if self.learn_from == "best" else "preference"
+        wanted = "preference" if self.learn_from == "pairs" else "lm"
         if self.train.batch_kind != wanted:
             raise ValueError(
                 f"learn_from={self.learn_from!r} writes data for batches of kind {wanted!r}, and train.algorithm "
@@ -132,8 +137,8 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
     figures: dict[str, Any] = {}
     tokenizer = data.load_tokenizer(source)
     with _sampler(config, source, tokenizer) as (sampler, scorer):
-        figures["accuracy_before"] = _accuracy(sampler, config)
-        print(f"round {number}: held-out accuracy {figures['accuracy_before']:.1%} (greedy) before sampling")
+        figures |= _held_out(sampler, config)
+        print(f"round {number}: held out before sampling: {_shown(figures)}")
 
         def records() -> Iterator[Any]:
             problems = generate(config.tasks, "train", config.problems, config.seed + 7919 * number)
@@ -146,7 +151,7 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
                 for group in groups:
                     rewards = scorer.rewards(group)
                     sampled, solved = sampled + len(group), solved + any(r.correct for r in group)
-                    chosen = _chosen(group, rewards, config)
+                    chosen = _chosen(group, rewards, config, tokenizer)
                     kept += len(chosen)
                     yield from chosen
                 done = start + len(some)
@@ -156,7 +161,7 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
             figures.update(sampled=sampled, problems=len(problems), solved=solved, kept=kept)
 
         manifest = lambda: {"key": key, "sampled": figures} | describe(tokenizer)
-        kind = "chat" if config.learn_from == "best" else "preference"
+        kind = "preference" if config.learn_from == "pairs" else "chat"
         dataset = write_dataset(folder, records(), kind, manifest)
     if not len(dataset):
         raise ConfigError(
@@ -167,11 +172,20 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
     _log(workdir, number, figures)
 
 
-def _chosen(group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig) -> list[Any]:
+def _chosen(
+    group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig, tokenizer: Tokenizer
+) -> list[Any]:
     """Records of a dataset: answers, or one pair of them."""
     record = lambda rollout: TokenRecord(rollout.trajectory.tokens, rollout.trajectory.mask)
     if config.learn_from == "best":
         return [record(rollout) for rollout in best(group, rewards, config)]
+    if config.learn_from == "knowledge":
+        right = [i for i, rollout in enumerate(group) if rollout.correct]
+        if len(right) >= max(config.min_known * len(group), 1):
+            return [record(group[max(right, key=lambda i: rewards[i])])]
+        problem = group[0].problem
+        asked = prompt(problem, config.instruction)
+        return [answer_record(asked, config.abstention, None, tokenizer, problem.id)]
     found = pair(group, rewards, config)
     return [] if found is None else [(record(found[0]), record(found[1]))]
 
@@ -186,11 +200,11 @@ def _fine_tune(config: RoundsConfig, source: str, folder: Path) -> None:
 
 def _evaluate_last(config: RoundsConfig, source: str, workdir: Path) -> dict[str, Any]:
     with _sampler(config, source, data.load_tokenizer(source)) as (sampler, _):
-        accuracy = _accuracy(sampler, config)
-    print(f"after {config.rounds} rounds: held-out accuracy {accuracy:.1%} (greedy)")
-    _log(workdir, config.rounds + 1, {"accuracy_before": accuracy})
+        figures = _held_out(sampler, config)
+    print(f"after {config.rounds} rounds: held out: {_shown(figures)}")
+    _log(workdir, config.rounds + 1, figures)
     rows = [json.loads(line) for line in (workdir / ROUNDS).read_text(encoding="utf-8").splitlines()]
-    return {"accuracy": accuracy, "accuracy_at_start": rows[0]["accuracy_before"], "rounds": config.rounds}
+    return figures | {"accuracy_at_start": rows[0]["accuracy"], "rounds": config.rounds}
 
 
 class _sampler:
@@ -217,11 +231,23 @@ class _sampler:
         jax.clear_caches()
 
 
-def _accuracy(sampler: Sampler, config: RoundsConfig) -> float:
+def _held_out(sampler: Sampler, config: RoundsConfig) -> dict[str, float]:
+    """Greedy answers to held-out problems: the share that is right, that is answered at all (`coverage`), and the share
+    of right ones among those (`precision`)."""
     problems = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
     sampler.check(problems, config.rollout)
     rollouts = sampler.greedy(problems, config.rollout)
-    return sum(rollout.correct for rollout in rollouts) / len(rollouts)
+    right = sum(rollout.correct for rollout in rollouts)
+    answered = sum(rollout.text.strip() != config.abstention for rollout in rollouts)
+    n = len(rollouts)
+    return {"accuracy": right / n, "coverage": answered / n, "precision": right / max(answered, 1)}
+
+
+def _shown(figures: dict[str, float]) -> str:
+    shown = f"accuracy {figures['accuracy']:.1%} (greedy)"
+    if figures["coverage"] == 1:
+        return shown
+    return f"{shown}, {figures['coverage']:.1%} answered, of these {figures['precision']:.1%} right"
 
 
 def _fingerprint_of(source: str) -> str:

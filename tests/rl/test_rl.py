@@ -27,6 +27,7 @@ from rl.verifiers import Verdict, Verifiers, score_math
 from train.algorithms import DPO, GRPO, objective_of
 from train.checkpoints import tokenizer_files
 from train.config import TrainConfig
+from train.trainer import train
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
 COUNTING = {"min_words": 1, "max_words": 1}
@@ -124,8 +125,6 @@ def test_math_is_compared_as_mathematics_and_a_bomb_is_killed():
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     """A fine-tuned toy: a policy that answers in the asked format, with a number from 1 to 5 drawn at random."""
-    from train.trainer import train
-
     root = tmp_path_factory.mktemp("policy")
     problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 150, 0)
     drawn = np.random.default_rng(0).integers(1, 6, len(problems))
@@ -387,3 +386,60 @@ def test_iterative_dpo_on_pairs_that_verifiers_rank_raises_the_accuracy(policy, 
     final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
     assert final["accuracy"] > final["accuracy_at_start"] + 0.2
     assert data.open_dataset(tmp_path / "round-1" / "answers").kind == "preference"
+
+
+@pytest.fixture(scope="module")
+def half_knowing(tmp_path_factory):
+    """It knows how often a vowel stands in a word of the task, and draws the number for other letters."""
+    root = tmp_path_factory.mktemp("half_knowing")
+    problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 400, 0)
+    rng = np.random.default_rng(0)
+    known = lambda p: p.metadata["target_letter"] in "aeiou"
+    problems = [p if known(p) else dataclasses.replace(p, answer=str(rng.integers(3, 9))) for p in problems]
+    dialogues = [data.tasks.dialogue(p, "") for p in problems]
+    texts = [m["content"] for d in dialogues * 20 for m in d] + ["I don't know."] * 50
+    tokenizer = data.train_tokenizer("bpe", texts, 290, digits=1)
+    tokenizer.save(root / "tokenizer")
+    data.write_chat_dataset(dialogues, tokenizer, root / "chat")
+    config = {
+        "tokenizer": str(root / "tokenizer"),
+        "steps": 150,
+        "model": {
+            "width": 32,
+            "layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 16,
+            "ffn_width": 64,
+        },
+        "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 120, "batch_size": 16},
+        "optimizer": {"peak_lr": 1e-2},
+        "schedule": {"warmup_steps": 5},
+        "mesh": {"data": 8},
+    }
+    train(configs.build(TrainConfig, configs.overlay(TrainConfig, config)), root / "sft")
+    return root / "sft"
+
+
+def test_a_model_that_learns_to_abstain_answers_less_and_is_right_more_often(half_knowing, tmp_path):
+    config = {
+        "init_from": str(half_knowing),
+        "tasks": [{"name": "letter_counting", "config": COUNTING}],
+        "instruction": "",
+        "learn_from": "knowledge",
+        "rounds": 1,
+        "problems": 200,
+        "evaluate_problems": 60,
+        "rollout": {"prompts": 50, "group": 8, "max_new_tokens": 24, "seq_len": 120},
+        "train": {
+            "steps": 80,
+            "data": {"seq_len": 120, "batch_size": 16},
+            "optimizer": {"peak_lr": 5e-3, "weight_decay": 0.0},
+            "schedule": {"warmup_steps": 5},
+            "mesh": {"data": 8},
+        },
+    }
+    final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
+    assert 0.1 < final["coverage"] < 0.9
+    # answering as many problems at random would be right as often as before
+    assert final["precision"] > final["accuracy_at_start"] + 0.2
