@@ -1,0 +1,109 @@
+"""A model that writes: dialogues in, texts out, on the serving engine. What it writes is untrusted text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import data
+import model
+from configs import ConfigError
+from configs.typed import check_at_least
+from data import ChatTemplateError
+from data.shards import hash_of
+from data.tokenize import fingerprint as tokenizer_fingerprint
+from model import ModelConfig
+from serve import Engine, Output, Request, SamplingParams
+from train.config import Execution
+from train.references import fingerprint as params_fingerprint
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """How a model writes."""
+
+    max_new_tokens: int = 512  # a text that goes on after so many is dropped
+    seq_len: int = 4096  # longest dialogue and text together, tokens
+    rows: int = 32  # texts that are written at once
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        check_at_least(1, max_new_tokens=self.max_new_tokens, rows=self.rows)
+        check_at_least(2, seq_len=self.seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A text, its token ids without the stop token, and why it can't be used, or None."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    fault: str | None = None
+
+
+class LoadedModel:
+    """A model with its tokenizer. Raises ConfigError for a path without a model, tokenizer or chat template."""
+
+    def __init__(self, source: str, run: Execution):
+        self.source = source
+        self.tokenizer = data.load_tokenizer(source)
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                f"{source} has no chat template to ask it with. Give a model that was fine-tuned."
+            )
+        self.cfg: ModelConfig = run.apply_to(model.load_config(source))
+        _, self.params = model.load(source, cfg=self.cfg)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A hash of the parameters' bits and of the chat template."""
+        return hash_of(params_fingerprint(self.params), tokenizer_fingerprint(self.tokenizer))
+
+    def prompt(self, dialogue: Messages) -> list[int]:
+        """Token ids up to where the answer begins."""
+        try:
+            return self.tokenizer.apply_chat_template(dialogue)[0]
+        except ChatTemplateError as error:
+            raise ConfigError(f"the chat template of {self.source} can't show a dialogue: {error}") from error
+
+
+class Writer:
+    """Asks a model. The same dialogues and seeds get the same texts."""
+
+    def __init__(self, loaded: LoadedModel, spec: SamplingSpec):
+        self._loaded, self._spec = loaded, spec
+        self._engine = Engine(
+            loaded.cfg, loaded.params, loaded.tokenizer, max_rows=spec.rows, max_length=spec.seq_len
+        )
+
+    def write(self, dialogues: Sequence[Messages], seeds: Sequence[int]) -> list[Written]:
+        """One text for each dialogue, stripped; an empty, endless or impossible one has its fault."""
+        spec, requests = self._spec, {}
+        for i, (dialogue, seed) in enumerate(zip(dialogues, seeds, strict=True)):
+            ids = self._loaded.prompt(dialogue)
+            if len(ids) + spec.max_new_tokens <= spec.seq_len:
+                sampling = SamplingParams(
+                    max_tokens=spec.max_new_tokens,
+                    temperature=spec.temperature,
+                    top_p=spec.top_p,
+                    seed=seed,
+                )
+                requests[i] = Request(ids, sampling)
+        outputs = dict(zip(requests, self._engine.generate(list(requests.values())), strict=True))
+        too_long = Written("", fault="has no room in sampling.seq_len")
+        return [self._written(outputs[i]) if i in outputs else too_long for i in range(len(dialogues))]
+
+    def _written(self, output: Output) -> Written:
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"the engine ended a text with {output.finish_reason}: {output.error}")
+        ids, tokenizer = output.tokens, self._loaded.tokenizer
+        if ids and ids[-1] in tokenizer.eos_ids:
+            ids = ids[:-1]
+        text = tokenizer.decode(ids).strip()
+        fault = "never stops" if output.finish_reason == "length" else None if text else "is empty"
+        return Written(text, tuple(ids), fault)
