@@ -99,6 +99,7 @@ def apply(
     """
     inputs = Inputs.of(inputs)
     _check(cfg, inputs, cache)
+    _check_layout(cfg, params)
     _check_requested(inputs, targets, logits_at)
     if targets is not None and logits_at is not None and cfg.mtp is not None and cache is None:
         raise ValueError(
@@ -162,8 +163,21 @@ def _check(cfg: ModelConfig, inputs: Inputs, cache: Cache | None) -> None:
         raise ValueError("adapter_ids were given to a model without adapters.")
 
 
+def _check_layout(cfg: ModelConfig, params: Params) -> None:
+    """Parameters are in the layout of `cfg.scan`: one group a block, or stacked."""
+    names = [run.name for run in cfg.runs()]
+    other = [run.name for run in cfg.stack().runs(not cfg.scan)]
+    if not set(names) <= params.keys() and set(other) <= params.keys():
+        raise ValueError(
+            f"the parameters have the groups {', '.join(other[:3])}, and with scan={cfg.scan} the model has "
+            f"{', '.join(names[:3])}. Use model.layout.relayout, or the config with scan={not cfg.scan}."
+        )
+
+
 def _check_requested(inputs: Inputs, targets: jax.Array | None, logits_at: jax.Array | None) -> None:
     rows, tokens = inputs.tokens.shape
+    if not rows or not tokens:
+        raise ValueError(f"tokens have shape {inputs.tokens.shape}. Give at least one row of one token.")
     if logits_at is not None and (jnp.ndim(logits_at) != 2 or len(logits_at) != rows):
         raise ValueError(
             f"logits_at has shape {jnp.shape(logits_at)}. Give [{rows}, N], indices of tokens for each row."

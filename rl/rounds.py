@@ -4,8 +4,8 @@ With `learn_from=best` it is rejection sampling, best-of-n distillation: Anthony
 iteration); Zelikman et al. 2022, arXiv:2203.14465 (STaR); Touvron et al. 2023, arXiv:2307.09288, section 3.2. With
 `learn_from=pairs` the best and the worst answer to each problem are a pair, and `train.algorithm` one of preferences:
 iterative DPO, Xu et al. 2023, arXiv:2312.16682; Guo et al. 2024, arXiv:2402.04792. With `learn_from=knowledge` a
-problem whose answers are right often enough teaches its answer, and another one the words of `abstention`: the model learns to
-say what it does not know. Zhang et al. 2023, arXiv:2311.09677 (R-Tuning).
+problem whose answers are right often enough teaches its answer, and another one the words of `abstention`: the model
+learns to say what it does not know. Zhang et al. 2023, arXiv:2311.09677 (R-Tuning).
 
     workdir/round-1/answers/   the kept answers or pairs as a dataset: the very tokens that were sampled
     workdir/round-1/train/     the fine-tuning run on them; it is what the next round samples from

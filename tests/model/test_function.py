@@ -470,3 +470,13 @@ def test_another_model_than_the_config_asks_for_is_refused(small, tmp_path):
         load(tmp_path / "model", cfg=tiny(rope_theta=999.0))
     with pytest.raises(ValueError, match="format='onnx' is not one of native, huggingface, gguf"):
         save(tmp_path / "other", *small, format="onnx")
+
+
+def test_parameters_of_the_other_layout_and_empty_batches_are_refused_with_the_mend():
+    cfg = decoder(32, 16, 2, 2, 1, 8, 24)
+    params = init(cfg, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"groups block_0, block_1, and with scan=True .*relayout"):
+        apply(cfg.replace(scan=True), params, jnp.zeros((1, 3), jnp.int32))
+    for shape in ((0, 3), (1, 0)):
+        with pytest.raises(ValueError, match="at least one row of one token"):
+            apply(cfg, params, jnp.zeros(shape, jnp.int32))
