@@ -58,10 +58,10 @@ def _stages(words: str) -> list:
     from data.filters import C4Lines, FineWebQuality, GopherQuality, GopherRepetition
 
     return [
-        GopherRepetition(definition="datatrove", words=words),
-        GopherQuality(definition="datatrove", words=words, bullets=("\u2022", "-")),
-        C4Lines(end_marks=(".", "?", "!", '"', "'"), min_sentences=-1, count_citations=True),
-        FineWebQuality(words=words),
+        GopherRepetition(definition="datatrove", language="en", words=words),
+        GopherQuality(definition="datatrove", language="en", words=words, bullets=("\u2022", "-")),
+        C4Lines(language="en", end_marks=(".", "?", "!", '"', "'"), min_sentences=-1, count_citations=True),
+        FineWebQuality(language="en", words=words),
     ]
 
 

@@ -9,10 +9,14 @@ from collections import Counter
 from typing import ClassVar
 
 from data.documents import Document, DocumentType
+from data.filters.languages import ENGLISH, LanguageRules, check_language, rules_for
+from data.filters.words import CLOSING, sentence_terminals
 from data.stage import Filter, Signals, Transform, Verdict
+from data.words import words as split_words
 
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 _SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f]+[\"'\u201d\u2019)\]]*(?=\s|$)")
+_UNSPACED_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f\u17d4\u104b]+")
 _POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
 
@@ -21,12 +25,16 @@ class C4Lines(Transform):
     """Keeps lines that end in a mark, with enough words, none of them endless, that say nothing of JavaScript or
     cookies; a page with "lorem ipsum" or "{" on such a line goes, and one with too few sentences left.
 
+    In other languages than English lines may end in any mark that ends a sentence there; where words are written
+    without spaces, letters count as in data/filters/languages.py.
+
     A sentence ends at ., ! or ? before white space (the reference asks NLTK's punkt, which knows abbreviations).
     The number of lines that went, by rule, is in the metadata under "c4".
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     applies_to: DocumentType = "prose"
+    language: str = "auto"  # whose words and marks: "en", ..., or those of the language that a page is in
     end_marks: tuple[str, ...] = (".", "?", "!", '"')  # datatrove adds "'"; none: lines may end in anything
     min_words: int = 3  # in a line
     count_citations: bool = False  # among its words (datatrove counts before it cuts them out)
@@ -38,6 +46,9 @@ class C4Lines(Transform):
     cut_citations: bool = True
     cut_phrases: tuple[str, ...] = _POLICY
     keep_fenced: bool = False  # lines of ``` blocks stay as they are, white space and all
+
+    def __post_init__(self):
+        check_language(self.language)
 
     def apply(self, text: str) -> Verdict:
         kept, reason, _ = self._lines(text)
@@ -54,34 +65,37 @@ class C4Lines(Transform):
         kept: list[str] = []
         gone: Counter[str] = Counter()
         sentences = 0
-        fenced = False
+        fenced, rules = False, rules_for(text, self.language)
         for line in text.splitlines():
             fence = self.keep_fenced and line.startswith("```")
             if fence or fenced:
                 fenced ^= fence
                 kept.append(line)
                 continue
-            line, why = self._line(line.strip())
+            line, why = self._line(line.strip(), rules)
             if why and why.startswith("c4: "):
                 return kept, why, gone
             if why:
                 gone[why] += 1
                 continue
-            sentences += max(len(_SENTENCE_END.findall(line)), 1)
+            ends = _UNSPACED_END if rules.letters else _SENTENCE_END
+            sentences += max(len(ends.findall(line)), 1)
             kept.append(line)
         return kept, "c4: too few sentences" if sentences < self.min_sentences else None, gone
 
-    def _line(self, line: str) -> tuple[str, str | None]:
+    def _line(self, line: str, rules: LanguageRules) -> tuple[str, str | None]:
         """The line, and why it goes, or why ("c4: ...") the page goes."""
-        words = line.split()
+        words = split_words(line) if rules.letters else line.split()
         if len(line) > self.max_word_length and max(map(len, words)) > self.max_word_length:
             return line, "endless word"
         if self.cut_citations and "[" in line:
             line = _CITATION.sub("", line)
             words = words if self.count_citations else line.split()
-        if self.end_marks and (not line.endswith(self.end_marks) or line.endswith("...")):
-            return line, "no end mark"
-        if len(words) < self.min_words:
+        if self.end_marks and rules.ends_sentences:
+            marks = self.end_marks if rules is ENGLISH else (*self.end_marks, *sentence_terminals(), *CLOSING)
+            if not line.endswith(marks) or line.endswith("..."):
+                return line, "no end mark"
+        if rules.count(len(words)) < self.min_words:
             return line, "few words"
         small = line.lower()
         if self.drop_lorem_ipsum and "lorem ipsum" in small:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from data.documents import DocumentType
+from data.filters.languages import check_language, rules_for
 from data.filters.ngrams import (
     covered_characters,
     duplicate_fractions,
@@ -19,8 +22,8 @@ from data.filters.ngrams import (
 )
 from data.filters.words import WORDS, WordKind, datatrove_punctuation, has_letter
 from data.stage import Filter, Signals
+from data.words import words as split_words
 
-_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _PARAGRAPH = re.compile(r"\n{2,}")
 _LINE = re.compile(r"\n+")
 
@@ -37,8 +40,11 @@ class GopherQuality(Filter):
 
     applies_to: DocumentType = "prose"
     definition: Literal["paper", "datatrove"] = "paper"
+    language: str = (
+        "auto"  # whose words and stop words: "en", ..., or those of the language that a text is in
+    )
     words: WordKind = "white_space"
-    stop_words: tuple[str, ...] = _STOP_WORDS  # other languages have others
+    stop_words: tuple[str, ...] = ()  # none: the language's (data/filters/languages.py)
     bullets: tuple[str, ...] = ("\u2022", "-", "*")
     min_words: int = 50  # with a letter, a digit or anything but punctuation in them
     max_words: int = 100_000
@@ -50,10 +56,17 @@ class GopherQuality(Filter):
     min_alphabetic_words: float = 0.8  # words with at least one letter
     min_stop_words: int = 2  # different ones
 
-    measured_by: ClassVar[tuple[str, ...]] = ("definition", "words", "stop_words", "bullets")
+    measured_by: ClassVar[tuple[str, ...]] = ("definition", "language", "words", "stop_words", "bullets")
+    version: ClassVar[int] = 2
+
+    def __post_init__(self):
+        check_language(self.language)
 
     def signals(self, text: str) -> Signals:
+        rules = rules_for(text, self.language)
         words = WORDS[self.words](text)
+        if rules.letters:  # vowel signs are no letters, and have none
+            words = list(filter(str.isalnum, split_words(text)))
         lines = list(map(str.strip, text.splitlines()))
         if self.definition == "datatrove":
             spoken = [word for word in words if not datatrove_punctuation().issuperset(word)]
@@ -63,15 +76,19 @@ class GopherQuality(Filter):
             lines = list(filter(None, lines))
             found = {word.strip(".,;:!?\"'()") for word in set(text.lower().split())}
         count, rows = max(len(words), 1), max(len(lines), 1)
+        listed = self.stop_words or rules.stop_words
+        if rules.letters:
+            found = {word for word in listed if word in text}
         return {
-            "words": len(spoken),
-            "mean_word_length": sum(map(len, spoken)) / max(len(spoken), 1),
-            "hashes": text.count("#") / count,
-            "ellipses": (text.count("...") + text.count("\u2026")) / count,
+            "words": int(rules.count(len(spoken))),
+            # Where a word is so many letters by definition, its length says nothing.
+            "mean_word_length": None if rules.letters else sum(map(len, spoken)) / max(len(spoken), 1),
+            "hashes": text.count("#") / rules.count(count),
+            "ellipses": (text.count("...") + text.count("\u2026")) / rules.count(count),
             "bullet_lines": sum(line.startswith(self.bullets) for line in lines) / rows,
             "ellipsis_lines": sum(line.endswith(("...", "\u2026")) for line in lines) / rows,
             "alphabetic_words": sum(map(has_letter, words)) / count,
-            "stop_words": len(found.intersection(self.stop_words)),
+            "stop_words": len(found.intersection(listed)),
         }
 
     def reason(self, signals: Signals) -> str | None:
@@ -79,7 +96,8 @@ class GopherQuality(Filter):
             return "gopher: too few words"
         if signals["words"] > self.max_words:
             return "gopher: too many words"
-        if not self.min_mean_word_length <= signals["mean_word_length"] <= self.max_mean_word_length:
+        mean = signals["mean_word_length"]
+        if mean is not None and not self.min_mean_word_length <= mean <= self.max_mean_word_length:
             return "gopher: mean word length"
         if signals["hashes"] > self.max_symbols_per_word:
             return "gopher: hashes"
@@ -107,6 +125,7 @@ class GopherRepetition(Filter):
 
     applies_to: DocumentType = "prose"
     definition: Literal["covered", "datatrove"] = "covered"
+    language: str = "auto"  # whose words: "en", ..., or those of the language that a text is in
     words: WordKind = "white_space"
     max_duplicate_lines: float = 0.30
     max_duplicate_line_characters: float = 0.20
@@ -115,10 +134,16 @@ class GopherRepetition(Filter):
     max_top_ngrams: tuple[float, ...] = (0.20, 0.18, 0.16)  # of 2, 3, 4 words
     max_duplicate_ngrams: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)  # of 5 to 10 words
 
-    measured_by: ClassVar[tuple[str, ...]] = ("definition", "words")
+    measured_by: ClassVar[tuple[str, ...]] = ("definition", "language", "words")
+    version: ClassVar[int] = 2
+
+    def __post_init__(self):
+        check_language(self.language)
 
     def signals(self, text: str) -> Signals:
-        return _REPETITION[self.definition](text, WORDS[self.words](text))
+        letters = rules_for(text, self.language).letters
+        words = split_words(text) if letters else WORDS[self.words](text)
+        return _REPETITION[self.definition](text, words, max(letters, 1))
 
     def reason(self, signals: Signals) -> str | None:
         for what in ("paragraph", "line"):
@@ -136,7 +161,8 @@ class GopherRepetition(Filter):
         return None
 
 
-def _covered(text: str, words: list[str]) -> Signals:
+def _covered(text: str, words: list[str], letters: int) -> Signals:
+    """`letters`: how many of `words` count as one."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     paragraphs = [part for part in map(str.strip, _PARAGRAPH.split(text)) if part]
     found: dict[str, float] = {}
@@ -144,15 +170,21 @@ def _covered(text: str, words: list[str]) -> Signals:
     found["duplicate_paragraphs"], found["duplicate_paragraph_characters"] = duplicate_fractions(paragraphs)
     ends = ends_of(words)
     total = max(int(ends[-1]), 1)
-    for n, starts, which in repeated_ngrams(words, 10):
+    for n, starts, which in _repeated_ngrams(words, letters):
         if n <= 4:
-            found[f"top_{n}gram"] = top_characters(n, starts, which, ends) / total
+            found[f"top_{n}gram"] = top_characters(n * letters, starts, which, ends) / total
         else:
-            found[f"duplicate_{n}grams"] = covered_characters(n, starts, which, ends) / total
+            found[f"duplicate_{n}grams"] = covered_characters(n * letters, starts, which, ends) / total
     return found
 
 
-def _datatrove(text: str, words: list[str]) -> Signals:
+def _repeated_ngrams(words: list[str], letters: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    for n, starts, which in repeated_ngrams(words, 10 * letters):
+        if n % letters == 0 and n > letters:
+            yield n // letters, starts, which
+
+
+def _datatrove(text: str, words: list[str], letters: int) -> Signals:
     size = max(len(text), 1)
     found: dict[str, float] = {}
     for what, parts in (("paragraph", _PARAGRAPH.split(text.strip())), ("line", _LINE.split(text))):
@@ -160,11 +192,11 @@ def _datatrove(text: str, words: list[str]) -> Signals:
         found[f"duplicate_{what}s"] = count / len(parts)
         found[f"duplicate_{what}_characters"] = characters / size
     ends = ends_of(words)
-    for n, starts, which in repeated_ngrams(words, 10):
+    for n, starts, which in _repeated_ngrams(words, letters):
         if n <= 4:
-            found[f"top_{n}gram"] = _first_top(n, starts, which, ends) / size
+            found[f"top_{n}gram"] = _first_top(n * letters, starts, which, ends) / size
         else:
-            found[f"duplicate_{n}grams"] = skipped_characters(n, starts, which, ends) / size
+            found[f"duplicate_{n}grams"] = skipped_characters(n * letters, starts, which, ends) / size
     return found
 
 
@@ -187,4 +219,7 @@ def _only_marks(word: str) -> bool:
     return not any(map(str.isalnum, word)) and not any(map(str.isalpha, word))
 
 
-_REPETITION: dict[str, Callable[[str, list[str]], Signals]] = {"covered": _covered, "datatrove": _datatrove}
+_REPETITION: dict[str, Callable[[str, list[str], int], Signals]] = {
+    "covered": _covered,
+    "datatrove": _datatrove,
+}

@@ -29,6 +29,7 @@ _TOKEN = re.compile(
 )
 
 
+CLOSING = ("\u300d", "\u300f", "\u201d", "\u00bb")  # quotation marks after a sentence
 _MARKS = (
     "\"#$%&'()*+,-/:;<=>@[\\]^_`{|}~"
     "\xab\xb4\xbb\u17d6\u17d9\u17da\u2013\u2014\u2019\u201c\u201d\u201e\u2026\u2236\u2501\u25ba\u3001\u3008\u3009\u300a\u300b\u300c\u300d\u3010\u3011\uff05\uff08\uff09\uff0c\uff11\uff1a\uff1b\uff5e"

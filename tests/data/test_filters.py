@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -137,10 +138,10 @@ GOLDEN = json.loads(
     (ROOT / "tests" / "goldens" / "filters.json").read_text()
 )  # by tests/goldens/make_filters.py
 AS_DATATROVE = (
-    GopherRepetition(definition="datatrove"),
-    GopherQuality(definition="datatrove", bullets=("\u2022", "-")),
-    C4Lines(end_marks=(".", "?", "!", '"', "'"), min_sentences=-1, count_citations=True),
-    FineWebQuality(words="white_space"),
+    GopherRepetition(definition="datatrove", language="en"),
+    GopherQuality(definition="datatrove", language="en", bullets=("\u2022", "-")),
+    C4Lines(language="en", end_marks=(".", "?", "!", '"', "'"), min_sentences=-1, count_citations=True),
+    FineWebQuality(language="en", words="white_space"),
 )
 
 
@@ -209,6 +210,45 @@ def test_splitting_takes_time_in_proportion_to_the_text(piece):
     began = time.perf_counter()
     split_words["tokens"](text)
     assert time.perf_counter() - began < 3
+
+
+DECLARATIONS = (
+    "eng cmn_hans cmn_hant tha lao khm mya arb heb kor hin rus ukr ell_monotonic fra spa por_PT ita nld pol ces hun "
+    "fin swe tur ind pes_1 urd ben bul"
+).split()
+WEB = (GopherQuality(), GopherRepetition(), C4Lines(), FineWebQuality())
+
+
+def test_the_same_text_passes_in_every_language(shared):
+    """The Declaration of Human Rights; Japanese and Vietnamese repeat "everyone has the right" in more words."""
+    dropped, texts = {}, {}
+    with zipfile.ZipFile(shared / "data" / "pretrain-text" / "nltk_udhr2.zip") as archive:
+        for name in (*DECLARATIONS, "jpn", "vie"):
+            if f"udhr2/{name}.txt" in archive.namelist():
+                lines = archive.read(f"udhr2/{name}.txt").decode().split("\n")
+                texts[name] = "\n".join(line.strip() for line in lines if len(line.strip()) > 20)
+    for name, text in texts.items():
+        for stage in WEB:
+            if reason := stage.apply(text)[1]:
+                dropped[name] = reason
+    assert set(dropped) <= {"jpn", "vie", "mya", "khm"} and len(texts) > 28
+    assert set(dropped.values()) <= {"gopher: duplicate 5-grams"}
+    for name in ("cmn_hans", "tha", "arb", "heb"):  # and by English rules they do not
+        english = [dataclasses.replace(stage, language="en") for stage in WEB]
+        assert any(stage.apply(texts[name])[1] for stage in english), name
+
+
+def test_a_novel_in_japanese_passes_and_its_letters_at_random_do_not(shared):
+    text = (shared / "data" / "pretrain-text" / "ja_wagahai_neko.txt").read_text()
+    pages = [text[at : at + 1500] for at in range(0, 150_000, 1500)]
+    for stage in WEB:
+        assert sum(stage.apply(page)[1] is None for page in pages) >= 85, type(stage).__name__
+    once = text[:300] + "\n"
+    assert GopherRepetition().apply(once * 5)[1] is not None
+    assert GopherQuality().apply("吾輩は猫である")[1] == "gopher: too few words"
+    rng, letters = np.random.default_rng(0), sorted(set(text) - set("のにはをがでてとたも"))
+    junk = "".join(rng.choice(letters, 2000))
+    assert GopherQuality(language="ja").apply(junk)[1] == "gopher: stop words"
 
 
 def test_the_two_definitions_of_repeated_ngrams_differ_as_they_say():
