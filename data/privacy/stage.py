@@ -50,7 +50,7 @@ class Privacy(Transform):
     masks: dict[str, str] = dataclasses.field(default_factory=dict)  # by kind, instead of <EMAIL> and so on
     max_finds: int = 0  # a document with more goes, as a list of addresses; 0: no limit
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self):
         if unknown := sorted(set(self.masks) - set(_MASKS)):
