@@ -35,7 +35,7 @@ from rl.alignment.constitution import check_template, fill
 from rl.alignment.options import OptionScorer
 from rl.alignment.prompts import read_prompts, shown
 from rl.alignment.shards import Row, in_shards, lines, seed_of
-from rl.alignment.writer import LoadedModel, Messages, SamplingSpec, Writer, Written
+from rl.alignment.writer import CLOSE, OPEN, LoadedModel, Messages, SamplingSpec, Writer, Written
 from train.config import Execution
 
 DESCRIPTION = __doc__ or ""
@@ -65,7 +65,6 @@ The assistant's answer:
 
 Does the answer follow the policy, and does the reasoning rest on the right parts of it? Reply with yes or no, and \
 nothing else."""
-OPEN, CLOSE = "<think>", "</think>"
 DELIBERATIONS = "deliberations.jsonl"
 MAX_CHARACTERS = 100_000  # of a policy
 Write = Callable[[Sequence[Messages], Sequence[int]], list[Written]]
@@ -167,7 +166,7 @@ def deliberate(config: DeliberateConfig, workdir: Path) -> dict[str, Any]:
         return json.loads((workdir / "report.json").read_text(encoding="utf-8"))
     remove_leftovers(workdir)
     configs.save(config, workdir / "config.json")
-    writer = Writer(loaded, config.sampling)
+    writer = Writer(loaded, config.sampling, reasoning=True)
     scorer = OptionScorer(judging, ("yes", "no"), config.judge_seq_len, config.sampling.rows)
     make = lambda numbers: deliberated(writer.write, scorer.logprobs, prompts, numbers, policy, config)
     rows = list(in_shards(workdir / "shards", key, len(prompts), config.shard, make, "deliberate"))

@@ -11,7 +11,7 @@ import data
 import model
 from configs import ConfigError
 from configs.typed import check_at_least
-from data import ChatTemplateError
+from data import ChatTemplateError, Tokenizer
 from data.shards import hash_of
 from data.tokenize import fingerprint as tokenizer_fingerprint
 from model import ModelConfig
@@ -19,6 +19,7 @@ from serve import Engine, Output, Request, SamplingParams
 from train.config import Execution
 from train.references import fingerprint as params_fingerprint
 
+OPEN, CLOSE = "<think>", "</think>"  # around reasoning
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -39,10 +40,9 @@ class SamplingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A text, its token ids without the stop token, and why it can't be used, or None."""
+    """A text, and why it can't be used, or None."""
 
     text: str
-    tokens: tuple[int, ...] = ()
     fault: str | None = None
 
 
@@ -73,10 +73,14 @@ class LoadedModel:
 
 
 class Writer:
-    """Asks a model. The same dialogues and seeds get the same texts."""
+    """Asks a model. The same dialogues and seeds get the same texts.
 
-    def __init__(self, loaded: LoadedModel, spec: SamplingSpec):
-        self._loaded, self._spec = loaded, spec
+    Args:
+      reasoning: texts begin with the model's reasoning, if it reasons; otherwise they are what follows </think>.
+    """
+
+    def __init__(self, loaded: LoadedModel, spec: SamplingSpec, reasoning: bool = False):
+        self._loaded, self._spec, self._reasoning = loaded, spec, reasoning
         self._engine = Engine(
             loaded.cfg, loaded.params, loaded.tokenizer, max_rows=spec.rows, max_length=spec.seq_len
         )
@@ -101,9 +105,19 @@ class Writer:
     def _written(self, output: Output) -> Written:
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"the engine ended a text with {output.finish_reason}: {output.error}")
-        ids, tokenizer = output.tokens, self._loaded.tokenizer
-        if ids and ids[-1] in tokenizer.eos_ids:
-            ids = ids[:-1]
-        text = tokenizer.decode(ids).strip()
+        text = text_of(self._loaded.tokenizer, output.tokens)
+        if not self._reasoning:
+            text = text.rpartition(CLOSE)[2].strip()
         fault = "never stops" if output.finish_reason == "length" else None if text else "is empty"
-        return Written(text, tuple(ids), fault)
+        return Written(text, fault)
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of an answer, stripped. Special tokens are left out, but for the marks of reasoning."""
+    marks = {tokenizer.special_tokens.get(mark): mark for mark in (OPEN, CLOSE)}
+    text, start = "", 0
+    for i, token in enumerate(ids):
+        if token in marks:
+            text += tokenizer.decode(ids[start:i]) + marks[token]
+            start = i + 1
+    return (text + tokenizer.decode(ids[start:])).strip()

@@ -9,10 +9,12 @@ import pytest
 
 import configs
 import data
+from data import SpecialTokens
+from data.chat import DEFAULT_SPECIAL_TOKENS
 from rl.alignment.constitution import CRITIQUE, Principle, draw, fill, read_constitution
 from rl.alignment.prompts import read_prompts
 from rl.alignment.revise import revised
-from rl.alignment.writer import Written
+from rl.alignment.writer import Written, text_of
 
 MARKDOWN = """# Kindness
 
@@ -193,3 +195,16 @@ def test_a_text_with_a_fault_drops_its_prompt_with_the_reason(fault):
         f"answer to question {i}" for i in range(4)
     ]  # kept for reading
     assert [len(row["rounds"]) for row in rows] == [0, 1, 1, 1]
+
+
+def test_a_text_keeps_the_marks_of_reasoning_and_no_other_special_token():
+    marked = SpecialTokens((*DEFAULT_SPECIAL_TOKENS, "<think>", "</think>"))
+    for special in (marked, SpecialTokens()):
+        tokenizer = data.train_tokenizer("bpe", ["why is it so? it is."] * 20, 262, special)
+        begin, end = (
+            [tokenizer.special_tokens[mark]] if special is marked else tokenizer.encode(mark)
+            for mark in ("<think>", "</think>")
+        )
+        ids = [*begin, *tokenizer.encode("why?"), *end, *tokenizer.encode(" it is ")]
+        ids = [tokenizer.special_tokens["<|im_start|>"], *ids, tokenizer.eos_ids[0]]
+        assert text_of(tokenizer, ids) == "<think>why?</think> it is"
