@@ -22,12 +22,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import configs
 from configs.files import remove_leftovers
+from data import storage
 from data.formats import (
     FORMATS,
     Dialogue,
@@ -79,9 +80,16 @@ class Conversations:
     whole message of its first row}.
     """
 
-    def __init__(self, files: list[Path], format: str = "auto", on_bad: str = "skip", max_bad: int = 100):
+    def __init__(
+        self,
+        files: Sequence[str | os.PathLike],
+        format: str = "auto",
+        on_bad: str = "skip",
+        max_bad: int = 100,
+    ):
+        files = [os.fspath(path) for path in files]
         self.files, self._on_bad, self._max_bad = files, on_bad, max_bad
-        self.formats: dict[Path, FormatName] = {}
+        self.formats: dict[str, FormatName] = {}
         for path in files:
             self.formats[path] = _format_of(path) if format == "auto" else format  # type: ignore[assignment]
         self.reset()
@@ -91,7 +99,7 @@ class Conversations:
         self.bad: collections.Counter[str] = collections.Counter()
         self.first_bad: dict[str, str] = {}
 
-    def of_kind(self, makes: Makes) -> list[Path]:
+    def of_kind(self, makes: Makes) -> list[str]:
         return [path for path, name in self.formats.items() if FORMATS[name].makes == makes]
 
     def map(
@@ -106,7 +114,7 @@ class Conversations:
                 if bad is not None:
                     self._count_bad(task.where, *bad)
                     continue
-                self.counts[str(task.path)] += 1
+                self.counts[task.path] += 1
                 yield value, task.done
 
     def _tasks(self, makes: Makes) -> Iterator[_Task]:
@@ -140,7 +148,7 @@ class Conversations:
 class _Task(NamedTuple):
     """A row on its way to an example."""
 
-    path: Path
+    path: str
     where: str
     format: FormatName
     row: Any
@@ -193,7 +201,7 @@ def _chunks(tasks: Iterator[_Task], size: int = 64) -> Iterator[list[_Task]]:
         yield chunk
 
 
-def _format_of(path: Path) -> FormatName:
+def _format_of(path: str) -> FormatName:
     """The format of the first row that is one."""
     first = None
     for row in read_rows(path):
@@ -232,7 +240,7 @@ def write_conversations(
     configs.save(config, workdir / "config.json")
     manifests = {}
     for makes in kinds:
-        state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in conversations.of_kind(makes)]
+        state = [(path, *storage.state(path)) for path in conversations.of_kind(makes)]
         known = None if tokenizer is None else fingerprint(tokenizer)
         for split in ("train", "validation") if config.validation else ("train",):
             settings = configs.to_dict(config) | {"workers": None}
@@ -290,10 +298,10 @@ def _write(
     write_dataset(folder, records(), makes, facts)
 
 
-def _workers_for(paths: list[Path]) -> int:
+def _workers_for(paths: Sequence[str]) -> int:
     """One a core, where there is work enough to be worth starting processes for."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if sum(path.stat().st_size for path in paths) > _WORTH_PROCESSES else 1
+    return cores if sum(storage.state(path)[0] for path in paths) > _WORTH_PROCESSES else 1
 
 
 _WORTH_PROCESSES = 16 << 20  # bytes; some ten seconds of work

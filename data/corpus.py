@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.files import atomic_write, save
 from configs.typed import ConfigError, to_dict
+from data import storage
 from data.curation import CurationConfig, curate
 from data.curation import table as curation_table
 from data.curation.run import Log
@@ -80,7 +81,7 @@ def build_corpus(config: CorpusConfig, workdir: str | os.PathLike, log: Log | No
     The same call again goes on where an earlier one stopped, and redoes only what a changed config touches.
     `log` takes a line of progress (default: stderr). Raises ConfigError for what the user has to mend.
     """
-    workdir = Path(workdir)
+    workdir = storage.local(workdir, "the workdir")
     save(config, workdir / "config.json")
     text = curate(config.curation, workdir, log)
     tokenizer = _tokenizer(config.tokenizer, text["train"], workdir, log)

@@ -1,19 +1,21 @@
-"""Rows of JSON arrays, JSONL and Parquet files, each with the line or row that an error can name."""
+"""Rows of JSON arrays, JSONL and Parquet files, on this machine and at gs:// and s3://, each with the line or row that
+an error can name: what every reader of rows in data/ is made of."""
 
 from __future__ import annotations
 
-import gzip
-import io
+import codecs
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.typed import ConfigError
+from data import storage
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
-_COMPRESSED = (".gz", ".zst")
+
+
+UNREADABLE = "the file can't be read from here on"
 
 
 class RowError(ValueError):
@@ -33,49 +35,51 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """The rows of a file by its suffix, also under .gz or .zst. A bad line is a row whose value is a RowError.
+    """The rows of a file by its suffix, also packed. A bad line is a row whose value is a RowError.
 
     Raises ConfigError for a file that is missing or of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist (from {os.getcwd()}).")
-    kind = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-    if kind == ".parquet":
-        return _parquet_rows(path)
-    if kind not in SUFFIXES:
-        raise ConfigError(f"{path}: wanted one of {', '.join(SUFFIXES)}, or a JSON one with .gz or .zst.")
-    if kind == ".json" and _first_character(path) == "[":
-        return _array_rows(path)
-    return _line_rows(path)
+    path = os.fspath(path)
+    storage.check_exists(path)
+    kind = storage.suffix(path)
+    if storage.is_folder(path) or kind not in SUFFIXES:
+        raise ConfigError(
+            f"{path}: wanted one of {', '.join(SUFFIXES)}, or a JSON one with {', '.join(storage.COMPRESSED)}."
+        )
+    return parquet_rows(path) if kind == ".parquet" else json_rows(path)
 
 
-def files_of(paths: tuple[str, ...]) -> list[Path]:
+def json_rows(path: str) -> Iterator[Row]:
+    """The rows of a file with a JSON object a line, or with one array of them, whatever its name."""
+    return _array_rows(path) if _first_character(path) == "[" else _line_rows(path)
+
+
+def files_of(paths: tuple[str, ...]) -> list[str]:
     """Files as given, and in folders those with a known suffix, sorted. Raises ConfigError for none."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _has_known_suffix(p)]
+    found: list[str] = []
+    for path in map(os.fspath, paths):
+        storage.check_exists(path)
+        if storage.is_folder(path):
+            inside = [file for file in storage.find(path, "**/*") if storage.suffix(file) in SUFFIXES]
             if not inside:
-                raise ConfigError(f"{path}: no file in it ends in {', '.join(SUFFIXES)} (.gz, .zst).")
+                endings = ", ".join(SUFFIXES)
+                raise ConfigError(
+                    f"{path}: no file in it ends in {endings} ({', '.join(storage.COMPRESSED)})."
+                )
             found += inside
-        elif path.is_file():
-            found.append(path)
         else:
-            raise ConfigError(f"{path} does not exist (from {os.getcwd()}).")
+            found.append(path)
     return found
 
 
-def _has_known_suffix(path: Path) -> bool:
-    return (Path(path.stem) if path.suffix in _COMPRESSED else path).suffix in SUFFIXES
-
-
-def _line_rows(path: Path) -> Iterator[Row]:
-    size = max(path.stat().st_size, 1)
-    with open(path, "rb") as raw, _unpacked(raw, path) as file:
+def _line_rows(path: str) -> Iterator[Row]:
+    size = max(storage.state(path)[0], 1)
+    with storage.open_raw(path) as raw, storage.unpacked(raw, path) as file:
         number = 0
         try:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip() in (b"{", b"[") and number == 1:
                     what = RowError(
                         "one JSON value over many lines", "wanted an array in a .json file, or a row a line"
@@ -84,8 +88,8 @@ def _line_rows(path: Path) -> Iterator[Row]:
                     return
                 if line.strip():
                     yield Row(f"line {number}", _parsed(line), min(raw.tell() / size, 1.0))
-        except (OSError, EOFError, ValueError) as error:
-            yield Row(f"line {number + 1}", RowError("the file can't be read from here on", str(error)), 1.0)
+        except storage.unreadable() as error:
+            yield Row(f"line {number + 1}", RowError(UNREADABLE, str(error)), 1.0)
 
 
 def _parsed(line: bytes) -> Any:
@@ -97,13 +101,13 @@ def _parsed(line: bytes) -> Any:
         return RowError("not valid JSON", str(error))
 
 
-def _array_rows(path: Path) -> Iterator[Row]:
+def _array_rows(path: str) -> Iterator[Row]:
     """The items of a JSON array, one by one, so that each has its line and damage ends only what follows."""
-    with open(path, "rb") as raw, _unpacked(raw, path) as file:
+    with storage.open_bytes(path) as file:
         try:
             text = file.read().decode("utf-8-sig")
-        except (OSError, EOFError, ValueError) as error:
-            yield Row("line 1", RowError("the file can't be read", str(error)), 1.0)
+        except storage.unreadable() as error:
+            yield Row("line 1", RowError(UNREADABLE, str(error)), 1.0)
             return
     decoder, size = json.JSONDecoder(), max(len(text), 1)
     at, line, counted = _after_space(text, text.index("[") + 1), 1, 0
@@ -131,39 +135,27 @@ def _after_space(text: str, at: int) -> int:
     return at
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: str, columns: list[str] | None = None) -> Iterator[Row]:
+    """The rows of a Parquet file, with these columns or with all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        yield Row("row 1", RowError("the file can't be read", str(error)), 1.0)
-        return
-    number, count = 0, max(file.metadata.num_rows, 1)
-    try:
-        for batch in file.iter_batches(batch_size=1024):
+        file = pq.ParquetFile(storage.open_raw(path))
+        count = max(file.metadata.num_rows, 1)
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
             for value in batch.to_pylist():
                 number += 1
                 yield Row(f"row {number}", value, number / count)
     except (OSError, pa.ArrowException) as error:
-        yield Row(f"row {number + 1}", RowError("the file can't be read from here on", str(error)), 1.0)
+        yield Row(f"row {number + 1}", RowError(UNREADABLE, str(error)), 1.0)
 
 
-def _first_character(path: Path) -> str:
-    with open(path, "rb") as raw, _unpacked(raw, path) as file:
+def _first_character(path: str) -> str:
+    with storage.open_bytes(path) as file:
         try:
             head = file.read(4096)
-        except (OSError, EOFError, ValueError):
+        except storage.unreadable():
             return ""
     return head.decode("utf-8-sig", "replace").lstrip()[:1]
-
-
-def _unpacked(raw: io.BufferedReader, path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if path.suffix == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-    return raw

@@ -28,6 +28,7 @@ import numpy as np
 
 from configs.files import atomic_write, temporary_beside
 from configs.typed import ConfigError
+from data import storage
 
 FORMAT, VERSION = "crucible-dataset", 1
 KINDS = ("text", "tokens", "chat", "preference", "labelled", "steps", "prompt")
@@ -66,7 +67,7 @@ def write_dataset(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; known are {', '.join(KINDS)}")
-    folder = Path(folder)
+    folder = storage.local(folder, "a dataset")
     temporary = temporary_beside(folder)
     temporary.mkdir(parents=True)
     try:
@@ -96,7 +97,7 @@ class Dataset(Sequence):
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = storage.local(folder, "a dataset")
         self.manifest = read_manifest(self.folder)
         self.kind: str = self.manifest["kind"]
         for shard in self.manifest["shards"]:

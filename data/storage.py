@@ -29,6 +29,16 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def local(path: str | os.PathLike, what: str) -> Path:
+    """A path of this machine. Raises ConfigError for an address, which would become a folder called "gs:"."""
+    if is_remote(os.fspath(path)):
+        raise ConfigError(
+            f"{what} {os.fspath(path)!r}: it lies in a file system. Mount the bucket (gcsfuse, mountpoint-s3) and give "
+            "the folder that it is mounted at."
+        )
+    return Path(path)
+
+
 def check_exists(path: str) -> None:
     """Raises ConfigError unless there is a file or folder."""
     if is_remote(path):
@@ -94,7 +104,11 @@ def open_raw(path: str) -> BinaryIO:
 
 def open_bytes(path: str) -> BinaryIO:
     """The bytes, decompressed where the name ends in .gz, .zst, .bz2 or .xz."""
-    raw = open_raw(path)
+    return unpacked(open_raw(path), path)
+
+
+def unpacked(raw: BinaryIO, path: str) -> BinaryIO:
+    """What an open file holds, by its name."""
     if path.endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if path.endswith(".zst"):

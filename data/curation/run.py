@@ -27,6 +27,7 @@ from typing import Any, cast
 
 from configs.files import atomic_write, remove_leftovers
 from configs.typed import ConfigError, to_dict
+from data import storage
 from data.curation.config import CurationConfig
 from data.curation.ingest import ingest, parts, remove_stale
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
@@ -61,6 +62,7 @@ def curate(config: CurationConfig, workdir: str | os.PathLike, log: Log | None =
     `log` takes a line of progress (default: stderr). Raises ConfigError for sources that are missing, and
     where nothing is left to train on.
     """
+    workdir = storage.local(workdir, "the workdir")
     remove_leftovers(workdir)
     run = _Run(config, Layout(Path(workdir)), log or _stderr)
     try:

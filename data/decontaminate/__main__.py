@@ -64,7 +64,7 @@ def _report(options: argparse.Namespace) -> int:
         scores=_scores(options.scores) if options.scores else None,
         log=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    write_report(report, Path(options.out))
+    write_report(report, storage.local(options.out, "--out"))
     print(f"{report['documents']:,} documents, {report['documents_with_hits']:,} with a hit")
     for row in report["benchmarks"]:
         print(
@@ -81,8 +81,9 @@ def _model(options: argparse.Namespace) -> int:
         [item.text for given in files for item in read_items(benchmark_of(given)) if item.text.strip()]
         for files in (options.items, options.others)
     )
+    out = storage.local(options.out, "--out")
     found = membership_report(named(options.scorer)(options.model), items, others, options.share)
-    atomic_write(Path(options.out) / "model.json", json.dumps(found, indent=2) + "\n")
+    atomic_write(out / "model.json", json.dumps(found, indent=2) + "\n")
     print(
         f"area under ROC {found['area_under_roc']:.4f} (0.5: the model knows the items no better than the others)"
     )

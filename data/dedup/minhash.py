@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data import storage
 from data.dedup import index
 from data.dedup.candidates import Buckets, Store, similar_pairs, verify_some
 from data.dedup.corpus import (
@@ -62,6 +63,10 @@ class MinHashDedup(Global):
     save_index: str | None = None  # a folder to write, for later crawls: what stays, with its shingles
 
     version: ClassVar[int] = 3
+
+    def __post_init__(self):
+        for folder in (*self.index, *filter(None, [self.save_index])):
+            storage.local(folder, "an index")
 
     def files(self) -> tuple[str, ...]:
         return tuple(os.path.join(folder, index.KEYS) for folder in self.index)

@@ -16,11 +16,11 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from configs.commands import Commands
 from configs.files import atomic_write, remove_leftovers
 from configs.typed import ConfigError
+from data import storage
 from data.quality import ngram_lm, perplexity
 from data.quality.classifier import load_classifier, model_file
 from data.quality.training import PICTURE, REPORT, ClassifierConfig, train_classifier
@@ -79,7 +79,7 @@ def _train(options: argparse.Namespace) -> int:
         itertools.islice(read_texts(paths, options.text_field), options.max_texts)
         for paths in (options.positive, options.negative)
     )
-    folder = Path(options.out)
+    folder = storage.local(options.out, "--out")
     report = train_classifier(positive, negative, folder, config)
     test = report["texts"]["test"]
     print(
@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _train_ngram(options: argparse.Namespace) -> int:
     config = _config(options, ngram_lm.NgramConfig)
-    folder = Path(options.out)
+    folder = storage.local(options.out, "--out")
     remove_leftovers(folder)
 
     def texts() -> Iterable[str]:

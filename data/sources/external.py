@@ -163,7 +163,7 @@ class HuggingFaceDataset(SourceBase):
         folder = Path(self.name) / (self.subset or "")
         if not folder.is_dir():
             return []
-        found = [path for path in files_of((str(folder),)) if path.name not in _NOT_DATA]
+        found = [path for path in map(Path, files_of((str(folder),))) if path.name not in _NOT_DATA]
         words = {path: _words(path.relative_to(folder).as_posix()) for path in found}
         named = [path for path in found if self.split in words[path]]
         if named:

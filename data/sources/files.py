@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import itertools
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from configs.typed import ConfigError
-from data import storage
+from data import row_files, storage
 from data.documents import Document, Rejected, content_key, make_document
 from data.extract.encoding import decode_file
+from data.row_files import UNREADABLE, RowError
 from data.sources.base import Items, SourceBase
 
 
@@ -111,21 +110,18 @@ class Parquet(SourceBase):
 
         name, path = self.label(), self.files()[0]
         try:
-            file = pq.ParquetFile(storage.open_raw(path))
+            columns = pq.read_schema(storage.open_raw(path)).names
         except (OSError, pa.ArrowInvalid) as error:
             yield Rejected(f"{name}/0", f"unreadable: {error}", name)
             return
-        columns = file.schema_arrow.names
         wanted = _wanted(self)
         if missing := [field for field in wanted if field not in columns]:
             raise ConfigError(f"{path} has no column {missing[0]!r}; it has {', '.join(columns)}")
-        batches = file.iter_batches(columns=wanted, batch_size=1024)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        try:
-            for i, row in enumerate(rows):
-                yield _row_document(self, row, name, i)
-        except (OSError, pa.ArrowException) as error:
-            yield Rejected(f"{name}/end", f"unreadable from here on: {error}", name)
+        for i, row in enumerate(row_files.parquet_rows(path, wanted)):
+            if isinstance(row.value, RowError):
+                yield Rejected(f"{name}/end", f"unreadable from here on: {row.value}", name)
+            else:
+                yield _row_document(self, row.value, name, i)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,25 +182,18 @@ class BadLine:
 
 
 def json_rows(path: str) -> Iterator[tuple[int, Any]]:
-    """(number of the line or row from 0, JSON value or BadLine) of a JSONL file or of one with a JSON array.
+    """(number of the line from 0, JSON value or BadLine) of a JSONL file or of one with a JSON array.
 
-    Empty lines are passed over. Raises OSError, ValueError or EOFError where the file itself is damaged.
+    Empty lines are passed over. Raises ValueError where the file itself is damaged.
     """
-    with storage.open_bytes(path) as file:
-        for first in file:
-            if first.strip():
-                break
+    for row in row_files.json_rows(path):
+        number = int(row.where.split()[-1]) - 1
+        if not isinstance(row.value, RowError):
+            yield number, row.value
+        elif row.value.reason == UNREADABLE:
+            raise ValueError(str(row.value).removeprefix(f"{UNREADABLE}: "))
         else:
-            return
-        if first.lstrip().startswith(b"["):
-            yield from enumerate(json.loads(first + file.read()))
-            return
-    for i, line in enumerate(storage.lines(path)):
-        if line.strip():
-            try:
-                yield i, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield i, BadLine(f"{type(error).__name__}: {error}")
+            yield number, BadLine(str(row.value))
 
 
 def _split_at(text: str, separator: str) -> list[str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from configs.commands import Commands
 from configs.files import atomic_write
+from data import storage
 from data.load import load_tokenizer
 from data.tokenizer.convert import FORMATS, convert
 from data.tokenizer.interface import to_json
@@ -92,7 +93,7 @@ def _commands() -> Commands:
 def _train(options: argparse.Namespace) -> int:
     from data.tokenizer.texts import read_texts, size_of
 
-    unread: Counter[str] = Counter()
+    out, unread = storage.local(options.out, "--out"), Counter[str]()
     texts = read_texts(options.texts, options.text_field, unread)
     start = time.perf_counter()
     with _Progress(size_of(options.texts), options.max_bytes, options.vocab_size) as progress:
@@ -106,7 +107,7 @@ def _train(options: argparse.Namespace) -> int:
             limits=TextLimits(options.max_bytes, options.max_words),
             progress=progress.update,
         )
-    tokenizer.save(options.out)
+    tokenizer.save(out)
     peaks = [
         resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]
@@ -183,7 +184,7 @@ def _compare(options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for part in table(results, options.english):
         console.print(part)
-    out = Path(options.out)
+    out = storage.local(options.out, "--out")
     content = {name: dataclasses.asdict(result) for name, result in results.items()}
     atomic_write(out / "compare.json", to_json({"english": options.english, "tokenizers": content}))
     draw(results, options.english, out / "compare.png")

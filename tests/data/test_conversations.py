@@ -462,7 +462,7 @@ def test_real_files_are_read_whole(shared, name):
     format, good, bad = REAL[name]
     path = shared / "data" / name
     conversations = Conversations([path], on_bad="skip")
-    assert conversations.formats[path] == format
+    assert conversations.formats[str(path)] == format
     examples = [example for example, _ in conversations.map(FORMATS[format].makes, lambda e, where: e)]
     assert (len(examples), conversations.bad.total()) == (good, bad)
     if (

@@ -12,8 +12,15 @@ import pytest
 import zstandard
 
 from configs import ConfigError
-from data import storage
+from data import build_corpus, curate, open_dataset, storage, write_dataset
+from data.corpus import CorpusConfig
+from data.curation import CurationConfig
+from data.decontaminate.__main__ import main as decontaminate_main
+from data.dedup import MinHashDedup
+from data.row_files import RowError, files_of, read_rows
 from data.sources import Folder, Jsonl, Parquet, Rejected, TextFile, parts_of
+from data.sources.files import BadLine, json_rows
+from data.tokenizer.__main__ import main as tokenizer_main
 
 ROWS = [{"text": "one", "url": "https://a.org"}, {"text": "two", "url": "https://b.org"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -77,6 +84,43 @@ def test_a_file_that_ends_too_soon_gives_what_is_whole_and_says_where_it_broke(t
     found = list(Jsonl(str(tmp_path / "cut.jsonl.gz")).documents())
     assert isinstance(found[-1], Rejected) and "unreadable from here on" in found[-1].reason
     assert len(found) > 1000 and not any(isinstance(item, Rejected) for item in found[:-1])
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}"])
+def test_both_readers_of_rows_give_the_same(folder, address):
+    """That of sources and that of conversations, of files here and at an address."""
+    for name in [*(f"rows.jsonl{ending}" for ending in COMPRESS), "array.json", "t.parquet"]:
+        path = address.format(folder / name)
+        assert [row.value for row in read_rows(path)] == ROWS, name
+    assert len(files_of((address.format(folder),))) == len(COMPRESS) + 2
+    (folder / "odd.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\n{"text": "\xff"}\n{broken\n[1]\n')
+    by_row = [(row.where, isinstance(row.value, RowError)) for row in read_rows(folder / "odd.jsonl")]
+    assert by_row == [("line 1", False), ("line 3", True), ("line 4", True), ("line 5", False)]
+    found = [(i, isinstance(row, BadLine)) for i, row in json_rows(str(folder / "odd.jsonl"))]
+    assert found == [(int(where.split()[1]) - 1, bad) for where, bad in by_row]
+
+
+def test_what_is_written_lies_in_a_file_system(tmp_path, monkeypatch):
+    """An address would become a folder called "gs:"."""
+    monkeypatch.chdir(tmp_path)
+    address = "gs://bucket/run"
+    config = CurationConfig((Jsonl("x.jsonl"),), ())
+    for write in (
+        lambda: curate(config, address),
+        lambda: build_corpus(CorpusConfig(config), address),
+        lambda: write_dataset(address, []),
+        lambda: open_dataset(address),
+        lambda: MinHashDedup(save_index=address),
+        lambda: MinHashDedup(index=(address,)),
+    ):
+        with pytest.raises(ConfigError, match="gs://bucket/run.*Mount the bucket"):
+            write()
+    for command in (
+        [tokenizer_main, "train", "x.txt", f"--out={address}"],
+        [decontaminate_main, "report", "--corpus", "x", "--benchmarks", "y", f"--out={address}"],
+    ):
+        assert command[0](command[1:]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_small_files_are_read_together_and_large_ones_alone(tmp_path):

@@ -314,7 +314,7 @@ def test_the_command_trains_from_files_and_folders_and_shows_and_converts(tmp_pa
         main(["train", *where, f"--out={out}", "--vocab_size=700", "--pattern=cl100k", "--reserved=2"]) == 0
     )
     said = capsys.readouterr().out
-    assert "700 ids (bpe)" in said and "left out: 1 with 'bad line: JSONDecodeError'" in said
+    assert "700 ids (bpe)" in said and "left out: 1 with 'bad line: not valid JSON'" in said
     assert load_tokenizer(out).vocab_size == 700
     assert main(["show", str(out), "--text=x = 1234"]) == 0
     shown = capsys.readouterr().out
@@ -345,6 +345,6 @@ def test_texts_are_read_in_their_encoding_and_what_is_none_is_counted(tmp_path):
     assert "".join(texts) == ascii_first + line * 20_000 + "a row" + line * 20
     reasons = {reason[:24]: count for reason, count in unread.items()}
     assert reasons == {
-        "type: .png is not read": 1, "unreadable: no text": 1, "bad line: JSONDecodeErro": 1, "bad line: KeyError": 1,
+        "type: .png is not read": 1, "unreadable: no text": 1, "bad line: not valid JSON": 1, "bad line: KeyError": 1,
         f"unreadable: {folder}"[:24]: 1,
     }  # fmt: skip
