@@ -122,20 +122,15 @@ def test_math_is_compared_as_mathematics_and_a_bomb_is_killed():
         assert [v.value for v in verifiers.score(problems, answers)] == [1, 1, 0, 0]
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """A fine-tuned toy: a policy that answers in the asked format, with a number from 1 to 5 drawn at random."""
-    root = tmp_path_factory.mktemp("policy")
-    problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 150, 0)
-    drawn = np.random.default_rng(0).integers(1, 6, len(problems))
-    problems = [dataclasses.replace(p, answer=str(n)) for p, n in zip(problems, drawn)]
-    dialogues = [data.tasks.dialogue(p, "") for p in problems]
-    tokenizer = data.train_tokenizer("bpe", [m["content"] for d in dialogues * 20 for m in d], 280, digits=1)
+def fine_tuned(root, dialogues, steps, more_texts=()):
+    """A toy that was trained on these dialogues alone."""
+    texts = [m["content"] for d in dialogues * 20 for m in d]
+    tokenizer = data.train_tokenizer("bpe", [*texts, *more_texts], 280, digits=1)
     tokenizer.save(root / "tokenizer")
     data.write_chat_dataset(dialogues, tokenizer, root / "chat")
     config = {
         "tokenizer": str(root / "tokenizer"),
-        "steps": 60,
+        "steps": steps,
         "model": {
             "width": 32,
             "layers": 2,
@@ -151,6 +146,16 @@ def policy(tmp_path_factory):
     }
     train(configs.build(TrainConfig, configs.overlay(TrainConfig, config)), root / "sft")
     return root / "sft"
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A policy that answers in the asked format, with a number from 1 to 5 drawn at random."""
+    problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 150, 0)
+    drawn = np.random.default_rng(0).integers(1, 6, len(problems))
+    problems = [dataclasses.replace(p, answer=str(n)) for p, n in zip(problems, drawn)]
+    dialogues = [data.tasks.dialogue(p, "") for p in problems]
+    return fine_tuned(tmp_path_factory.mktemp("policy"), dialogues, 60)
 
 
 def make_config(policy, **changes):
@@ -388,58 +393,40 @@ def test_iterative_dpo_on_pairs_that_verifiers_rank_raises_the_accuracy(policy, 
     assert data.open_dataset(tmp_path / "round-1" / "answers").kind == "preference"
 
 
+SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+TWO_TASKS = [{"name": "letter_counting", "config": COUNTING}, {"name": "chain_sum", "config": SUMS}]
+
+
 @pytest.fixture(scope="module")
 def half_knowing(tmp_path_factory):
-    """It knows how often a vowel stands in a word of the task, and draws the number for other letters."""
-    root = tmp_path_factory.mktemp("half_knowing")
-    problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 400, 0)
+    """It has seen right answers to one task, and numbers drawn at random to the other."""
+    problems = generate([TaskSpec(**task) for task in TWO_TASKS], "train", 300, 0)
     rng = np.random.default_rng(0)
-    known = lambda p: p.metadata["target_letter"] in "aeiou"
-    problems = [p if known(p) else dataclasses.replace(p, answer=str(rng.integers(3, 9))) for p in problems]
+    drawn = lambda p: dataclasses.replace(p, answer=str(rng.integers(20, 200)))
+    problems = [p if p.task == "letter_counting" else drawn(p) for p in problems]
     dialogues = [data.tasks.dialogue(p, "") for p in problems]
-    texts = [m["content"] for d in dialogues * 20 for m in d] + ["I don't know."] * 50
-    tokenizer = data.train_tokenizer("bpe", texts, 290, digits=1)
-    tokenizer.save(root / "tokenizer")
-    data.write_chat_dataset(dialogues, tokenizer, root / "chat")
-    config = {
-        "tokenizer": str(root / "tokenizer"),
-        "steps": 150,
-        "model": {
-            "width": 32,
-            "layers": 2,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 16,
-            "ffn_width": 64,
-        },
-        "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 120, "batch_size": 16},
-        "optimizer": {"peak_lr": 1e-2},
-        "schedule": {"warmup_steps": 5},
-        "mesh": {"data": 8},
-    }
-    train(configs.build(TrainConfig, configs.overlay(TrainConfig, config)), root / "sft")
-    return root / "sft"
+    return fine_tuned(tmp_path_factory.mktemp("half_knowing"), dialogues, 150, ["I don't know."] * 50)
 
 
 def test_a_model_that_learns_to_abstain_answers_less_and_is_right_more_often(half_knowing, tmp_path):
     config = {
         "init_from": str(half_knowing),
-        "tasks": [{"name": "letter_counting", "config": COUNTING}],
+        "tasks": TWO_TASKS,
         "instruction": "",
         "learn_from": "knowledge",
         "rounds": 1,
-        "problems": 200,
+        "problems": 100,
         "evaluate_problems": 60,
         "rollout": {"prompts": 50, "group": 8, "max_new_tokens": 24, "seq_len": 120},
         "train": {
-            "steps": 80,
+            "steps": 60,
             "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 5e-3, "weight_decay": 0.0},
+            "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
             "schedule": {"warmup_steps": 5},
             "mesh": {"data": 8},
         },
     }
     final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
-    assert 0.1 < final["coverage"] < 0.9
+    assert 0.2 < final["coverage"] < 0.8
     # answering as many problems at random would be right as often as before
     assert final["precision"] > final["accuracy_at_start"] + 0.2
