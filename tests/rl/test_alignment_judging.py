@@ -1,7 +1,9 @@
 """Judgements and deliberations, with writers and judges made by hand: closed forms, and what goes for which reason."""
 
+import json
 import math
 import re
+import shlex
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import configs
 import data
 import model
-from rl.alignment.constitution import Principle
+from data.formats import Preference, detect, read_example
+from rl.alignment.constitution import Principle, read_constitution
 from rl.alignment.deliberate import (
     DeliberateConfig,
     Reasoned,
@@ -21,8 +24,10 @@ from rl.alignment.deliberate import (
 )
 from rl.alignment.judge import JudgeConfig, _pair, judged, preference
 from rl.alignment.options import OptionScorer
+from rl.alignment.revise import ReviseConfig
 from rl.alignment.writer import LoadedModel, Written
-from train.config import Execution
+from tests.conftest import ROOT
+from train.config import Execution, TrainConfig
 
 PRINCIPLES = (Principle("Be good."),)
 ASKED = [[{"role": "user", "content": f"question {i}"}] for i in range(8)]
@@ -105,6 +110,10 @@ def test_the_judge_sees_both_answers_in_both_orders_and_its_choice_becomes_the_p
     ]
     pairs = [_pair(row) for row in rows if row["dropped"] is None]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("4", "1"), ("9", "2"), ("6", "4")]
+    for pair in pairs:  # as data.conversations reads files
+        read = read_example(json.loads(json.dumps(pair)), detect(pair))
+        assert isinstance(read, Preference) and read.prompt == pair["prompt"]
+        assert (read.chosen["content"], read.rejected["content"]) == (pair["chosen"], pair["rejected"])
     wanted = [1 / (1 + math.exp(-difference)) for difference in (3, 7, 2)]
     np.testing.assert_allclose([pair["probability"] for pair in pairs], wanted, rtol=1e-6)
     dropped = judged(
@@ -250,3 +259,21 @@ def test_a_damaged_judge_is_no_long_question(random_model):
     broken.params = jax.tree.map(lambda x: x * np.nan, broken.params)
     with pytest.raises(RuntimeError, match="not finite"):
         OptionScorer(broken, ("A", "B"), 400, 3).logprobs([ASKED[0]])
+
+
+COMMANDS = {"revise": ReviseConfig, "judge": JudgeConfig, "deliberate": DeliberateConfig}
+
+
+def test_the_commands_of_the_documentation_are_those_that_there_are(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = re.findall(
+        r"^\$ python -m (\S+) (.*)$", (ROOT / "docs" / "alignment.md").read_text(), re.MULTILINE
+    )
+    assert {name for name, _ in lines} == {"train", *(f"rl.alignment.{name}" for name in COMMANDS)}
+    for name, arguments in lines:
+        cls = COMMANDS.get(name.rpartition(".")[2], TrainConfig)
+        config = configs.parse(cls, shlex.split(arguments)).config  # raises for a key that there isn't
+        if isinstance(config, ReviseConfig | JudgeConfig):
+            assert len(read_constitution(config.constitution)) == 7
+        if isinstance(config, DeliberateConfig):
+            assert read_policy(config.policy).startswith("# Medicines")
