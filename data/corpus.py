@@ -89,7 +89,14 @@ def build_corpus(config: CorpusConfig, workdir: str | os.PathLike, log: Log | No
     for split in {"validation", "test"} - set(text):
         shutil.rmtree(workdir / "tokens" / split, ignore_errors=True)  # of an earlier run
     for split in text:
-        tokens[split] = tokenize_dataset(workdir / "text", tokenizer, workdir / "tokens" / split, split=split)
+        tokens[split] = tokenize_dataset(
+            workdir / "text",
+            tokenizer,
+            workdir / "tokens" / split,
+            split=split,
+            processes=config.curation.workers.processes,
+            log=log or (lambda line: None),
+        )
     return Corpus(workdir, text, tokens, tokenizer)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.shards import Dataset, TokenRecord, hash_of, is_current, open_dataset, write_dataset
+from data.tokenize_pieces import Piece, Pieces
 from data.tokenizer import Tokenizer
 
 _CODE_VERSION = 1  # raise it when the records change for the same input
@@ -23,11 +23,16 @@ def tokenize_dataset(
     tokenizer: Tokenizer,
     out_folder: str | os.PathLike,
     split: str | None = None,
+    *,
+    processes: int = 0,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """Tokenises a text dataset (or its sub-folder `split`) for pretraining: bos, text, end token, where the
     vocabulary has them. The manifest says tokens and bytes of text. Done already with the same input and
     tokenizer: returned.
 
+    Pieces of the dataset are done by `processes` at a time (0: one for each core), and kept beside `out_folder` until
+    all are there: the same call again goes on where an earlier one was stopped. `log` takes lines of progress.
     Raises DatasetError when the folder is no text dataset.
     """
     text = open_dataset(Path(text_folder) / split if split else text_folder)
@@ -41,8 +46,9 @@ def tokenize_dataset(
         name: text.manifest[name] for name in ("sources", "stages", "dropped") if name in text.manifest
     }
     facts = {"key": key, **describe(tokenizer), "input": text.manifest["sha256"], **inherited}
-    records = _document_records(text, tokenizer, count)
-    return write_dataset(out_folder, records, "tokens", lambda: count | facts)
+    with Pieces(text, tokenizer, Path(out_folder), key, processes, log) as pieces:
+        records = _document_records(pieces, count)
+        return write_dataset(out_folder, records, "tokens", lambda: count | facts)
 
 
 class TokenCount(dict):
@@ -61,13 +67,10 @@ class TokenCount(dict):
         self.add(len(record.tokens), trained)
 
 
-def _document_records(text: Dataset, tokenizer: Tokenizer, count: TokenCount) -> Iterator[TokenRecord]:
-    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tail = list(tokenizer.eos_ids[:1])
-    for documents in _chunks((document["text"] for document in text), 512):
-        for document, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
-            tokens = np.asarray([*head, *ids, *tail], np.int32)
-            count.add(len(tokens), max(len(tokens) - 1, 0), len(document.encode("utf-8")))
+def _document_records(pieces: Iterable[Piece], count: TokenCount) -> Iterator[TokenRecord]:
+    for piece in pieces:
+        for tokens, size in piece.documents():
+            count.add(len(tokens), max(len(tokens) - 1, 0), size)
             yield TokenRecord(tokens)
 
 
@@ -198,9 +201,3 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
     """What a manifest says of the tokenizer."""
     return {"tokenizer": fingerprint(tokenizer), "vocab_size": tokenizer.vocab_size}
-
-
-def _chunks(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
