@@ -1,5 +1,8 @@
-"""datatrove's heuristic filters on a JSONL file: `decide` prints each filter's verdict on each document (with FineWeb's
-settings: examples/fineweb.py), `run` times the chain as its own executor runs it. Called by benchmarks/filters.py, in its virtual environment."""
+"""datatrove's heuristic filters on a JSONL file, called by benchmarks/filters.py in its virtual environment.
+
+`decide` prints each filter's verdict on each document (with FineWeb's settings: examples/fineweb.py), `run` times the
+chain as its own executor runs it.
+"""
 
 import json
 import sys
