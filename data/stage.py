@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from configs.typed import ConfigError
+from data.callables import named
 from data.documents import Document, DocumentType, read_documents, read_parquet, type_of
 
 Signals = Mapping[str, Any]  # name to number, bool or string; None where there is nothing to measure
@@ -103,6 +105,28 @@ class Global(Stage):
     def resolve(self, corpus: Corpus) -> Iterator[tuple[str, list[Decision]]]:
         """(shard, its decisions) for each shard with any; the same whatever the number of workers."""
         raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Stage):
+    """A stage of your own: `stage` names a class, or a function that makes one, "package.module:Name"; `options` go to
+    it. It is hashed by its fields and `version`, so raise that when its code changes."""
+
+    stage: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def made(self) -> Stage:
+        """Raises ConfigError for what is no stage."""
+        try:
+            made = named(self.stage)(**self.options)
+        except TypeError as error:
+            raise ConfigError(f"{self.stage!r}: {error}") from error
+        if not isinstance(made, (Filter, Transform, Global)) or not dataclasses.is_dataclass(made):
+            raise ConfigError(
+                f"{self.stage!r} gives {type(made).__name__}: wanted a dataclass that is a Filter, Transform or Global "
+                "of data.stage"
+            )
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

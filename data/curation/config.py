@@ -33,6 +33,7 @@ from data.quality import (
     WordList,
 )
 from data.sources import PythonStdlib, Source
+from data.stage import Named, Stage
 
 CurationStage = (
     Normalise
@@ -63,6 +64,7 @@ CurationStage = (
     | EducationalScore
     | Decontaminate
     | DecontaminateSpans
+    | Named
 )
 
 DEFAULT_STAGES = (
@@ -85,6 +87,7 @@ class CurationConfig:
     test_fraction: float = 0.02
     tag_dropped: bool = True  # filters also measure what a filter before them dropped: thresholds may loosen
     tags_in_metadata: tuple[str, ...] = ()  # filters whose signals go with each document, e.g. ("Language",)
+    limit: int | None = None  # documents of each source, of its first files: to try a config; None: all
     shard_megabytes: int = 16  # of text in a shard, the piece of work that is resumed
     workers: Workers = dataclasses.field(default_factory=Workers)
 
@@ -98,18 +101,22 @@ class CurationConfig:
             raise ValueError(
                 "validation_fraction and test_fraction must not be negative, and leave some to train on"
             )
-        known = {type(stage).__name__ for stage in self.stages}
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}: wanted 1 or more, or None for all")
+        stages = [stage.made() if isinstance(stage, Named) else stage for stage in self.stages]
+        known = {type(stage).__name__ for stage in stages}
         if missing := sorted(set(self.tags_in_metadata) - known):
             raise ValueError(
                 f"tags_in_metadata: no stage is a {missing[0]}; there are {', '.join(sorted(known))}"
             )
 
-    def numbered_stages(self) -> Iterator[tuple[int, CurationStage]]:
+    def numbered_stages(self) -> Iterator[tuple[int, Stage]]:
         """The stages from 1 on; before them, as 0, the extraction of web pages where the config has none.
 
         A page that no stage extracts would go into the tokens with its tags.
         """
-        extracts = any(isinstance(stage, Extract) for stage in self.stages)
+        stages = [stage.made() if isinstance(stage, Named) else stage for stage in self.stages]
+        extracts = any(isinstance(stage, Extract) for stage in stages)
         if not extracts and any(source.has_pages() for source in self.sources):
             yield 0, Extract()
-        yield from enumerate(self.stages, start=1)
+        yield from enumerate(stages, start=1)

@@ -40,6 +40,7 @@ class Part:
     groups: tuple[tuple[str, ...], ...]
     twin: int  # of sources with one name, which this is: its documents' ids say so from the second on
     shard_bytes: int
+    limit: int | None = None  # documents to read; None: all
     killers: tuple[tuple[Place, str], ...] = ()  # where reading may not go on, and why
 
     @property
@@ -50,6 +51,9 @@ class Part:
     def label(self) -> str:
         first, *more = self.paths or (self.source.label(),)
         return first + (f" and {len(more)} more files" if more else "")
+
+    def limited(self, limit: int) -> Part:
+        return dataclasses.replace(self, limit=limit, key=hash_of(self.key, limit))
 
     def without(self, place: Place, reason: str) -> Part:
         return dataclasses.replace(self, killers=(*self.killers, (place, reason)))
@@ -97,7 +101,7 @@ def _items(part: Part) -> Iterator[Document | Rejected]:
     """What the source gives, with ids that no other document has, and text that is valid Unicode."""
     seen: Counter[bytes] = Counter()
     mark = "" if part.twin == 0 else f"~{part.twin + 1}"
-    for item in _read(part):
+    for item in itertools.islice(_read(part), part.limit):
         name = _valid(item.id if isinstance(item, Rejected) else item["id"]) + mark
         digest = hashlib.blake2b(name.encode(), digest_size=12).digest()
         seen[digest] += 1

@@ -29,7 +29,7 @@ from configs.files import atomic_write, remove_leftovers
 from configs.typed import ConfigError, to_dict
 from data import storage
 from data.curation.config import CurationConfig
-from data.curation.ingest import ingest, parts, remove_stale
+from data.curation.ingest import Part, ingest, parts, remove_stale
 from data.curation.layout import SOURCES, Layout, facts_of, mark_done
 from data.curation.shard import Counts, ShardTask, Step, run_shard
 from data.curation.splits import write_splits
@@ -117,16 +117,39 @@ class _Run:
 
     def read_sources(self) -> None:
         found = parts(self.config.sources, self.layout, self.config.shard_megabytes << 20)
+        self.counts[SOURCES] = {}
+        if self.config.limit is None:
+            self._read(found)
+        else:
+            found = self._read_limited(found, self.config.limit)
+        stages, taggers = {step.name for step in self.steps}, {step.tagger for step in self.steps}
+        remove_stale(self.layout, stages, taggers, {*self.keys, _ALL, *(part.name for part in found)})
+        _Progress(self.log, SOURCES, 0, "").end(self.counts[SOURCES].values())
+
+    def _read(self, found: Sequence[Part]) -> list[int]:
+        """Reads parts; how many documents each gave, those that were rejected among them."""
         megabytes = sum(file_state(path)[0] for part in found for path in part.paths) / 1e6
         progress = _Progress(self.log, SOURCES, len(found), "files or groups of files")
-        self.counts[SOURCES] = {}
+        counts = []
         for part, shards in zip(found, self._map(ingest, found, megabytes, "running.sources"), strict=True):
             self.counts[SOURCES] |= shards
             self.keys |= {name: [hash_of(part.key, name)] for name in shards}
-            progress.add(sum(c.documents_in for c in shards.values()))
-        stages, taggers = {step.name for step in self.steps}, {step.tagger for step in self.steps}
-        remove_stale(self.layout, stages, taggers, {*self.keys, _ALL, *(part.name for part in found)})
-        progress.end(self.counts[SOURCES].values())
+            counts.append(sum(c.documents_in for c in shards.values()))
+            progress.add(counts[-1])
+        return counts
+
+    def _read_limited(self, found: Sequence[Part], limit: int) -> list[Part]:
+        """Reads `limit` documents of each source, part after part until there are so many; which parts."""
+        queues: dict[Any, list[Part]] = {}
+        for part in sorted(found, key=lambda part: part.paths):
+            queues.setdefault((part.source.label(), part.twin), []).append(part)
+        left, read = dict.fromkeys(queues, limit), []
+        while now := [(name, queues[name].pop(0)) for name in queues if queues[name] and left[name] > 0]:
+            batch = [part.limited(left[name]) for name, part in now]
+            for (name, _), count in zip(now, self._read(batch), strict=True):
+                left[name] -= count
+            read += batch
+        return read
 
     def run_stages(self) -> None:
         """Passes over the shards; each ends with the features of a Global stage, or with the last stage."""
@@ -273,11 +296,13 @@ def _steps(config: CurationConfig) -> list[Step]:
         name, settings = type(stage).__name__, to_dict(stage)
         files = [(path, file_state(path)) for path in stage.files()]
         attached = name in config.tags_in_metadata
-        config_hash = hash_of(name, settings, stage.version, files, attached, _CODE_VERSION)
+        module = type(stage).__module__
+        kind = name if module.startswith("data.") else f"{module}:{name}"  # of one's own
+        config_hash = hash_of(kind, settings, stage.version, files, attached, _CODE_VERSION)
         tagger = ""
         if isinstance(stage, Filter):
             measured = {field: settings[field] for field in ("applies_to", *stage.measured_by)}
-            tagger = f"{name}-{hash_of(measured, stage.version, files, _CODE_VERSION)[:8]}"
+            tagger = f"{name}-{hash_of(measured if kind == name else [kind, measured], stage.version, files, _CODE_VERSION)[:8]}"
         steps.append(Step(f"{number:02d}-{name}", stage, config_hash, tagger, attached))
     return steps
 

@@ -27,6 +27,7 @@ from data.curation import CurationConfig, Workers, split_of
 from data.dedup import ExactDedup, MinHashDedup
 from data.filters import GopherQuality, GopherRepetition, Normalise
 from data.sources import Folder, Jsonl, Parquet, PythonStdlib, Rejected, TextFile
+from data.stage import Filter, Named
 from tests.data.made_stages import FragileFilter
 
 
@@ -425,6 +426,60 @@ def test_a_row_added_at_the_head_moves_no_document_into_another_split(tmp_path, 
 
 def by_split(workdir):
     return [(split.name, d) for split in sorted((workdir / "text").iterdir()) for d in open_dataset(split)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shouting(Filter):
+    """Drops texts with a word."""
+
+    word: str = ""
+    applies_to: str = "any"
+
+    def signals(self, text):
+        return {"shouts": self.word in text}
+
+    def reason(self, signals):
+        return "shouting" if signals["shouts"] else None
+
+
+def test_a_stage_of_ones_own_is_named_in_a_config(folder, tmp_path):
+    named = Named("tests.data.test_curation:Shouting", {"word": article(7)[:20]})
+    made = config(folder, stages=(named,), tags_in_metadata=("Shouting",))
+    assert build(CurationConfig, to_dict(made)) == made
+    curate(made, tmp_path / "w", log=lambda line: None)
+    assert article(7) not in [d["text"] for d in all_documents(tmp_path / "w")]
+    manifest = json.loads((tmp_path / "w" / "manifest.json").read_text())
+    assert manifest["stages"][1]["name"] == "01-Shouting" and manifest["stages"][1]["dropped"] == {
+        "shouting": 1
+    }
+    for wrong, why in (
+        ("json:loads", "missing 1"),
+        ("no.such:Thing", "No module"),
+        ("builtins:dict", "gives dict"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            config(folder, stages=(Named(wrong),))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_limit_reads_so_many_documents_of_each_source(tmp_path, processes):
+    for name, counts in (("a", (3, 4, 90)), ("b", (2,))):
+        (tmp_path / name).mkdir()
+        for i, count in enumerate(counts):
+            rows = [{"text": article(1000 * i + row, words=20) + name} for row in range(count)]
+            (tmp_path / name / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = tuple(Jsonl(str(path), name=path.parent.name + path.stem) for path in tmp_path.glob("?/*"))
+    folders = (Folder(str(tmp_path / "a")), Folder(str(tmp_path / "b")))
+    workers = Workers(processes=processes, min_megabytes=0)
+    quiet = {"log": lambda line: None}
+    curate(config("", sources=folders, stages=(), limit=9, workers=workers), tmp_path / "w", **quiet)
+    assert Counter(d["source"] for d in all_documents(tmp_path / "w")) == {"a": 9, "b": 2}
+    curate(config("", sources=sources, stages=(), limit=3, workers=workers), tmp_path / "v", **quiet)
+    counts = Counter(d["source"] for d in all_documents(tmp_path / "v"))
+    assert counts == {"a0": 3, "a1": 3, "a2": 3, "b0": 2}
+    before = written(tmp_path / "v")
+    curate(config("", sources=sources, stages=(), limit=3, workers=workers), tmp_path / "v", **quiet)
+    assert written(tmp_path / "v") == before
 
 
 def test_a_group_falls_into_one_split():
