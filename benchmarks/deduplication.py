@@ -1,11 +1,12 @@
 """Near deduplication beside datatrove's and datasketch's, on made documents whose true similarities are known.
 
-    python -m benchmarks.deduplication [--documents=20000] [--words=300] [--rounds=3] [--alone]
+    python -m benchmarks.deduplication [--documents=20000] [--words=300] [--rounds=3] [--templated] [--alone]
 
 Half of the documents are copies with words changed, so that their true Jaccard similarity (runs of five words) to the
 original lies anywhere from 0.5 to 1. Recall is the share of copies at 0.8 and more that are found in one cluster with
 their original; precision the share of what goes whose similarity to something that stays, through its cluster, was
 truly 0.8. ours and datatrove run with two processes and datasketch with its one; reading and writing are in the time.
+`--templated` makes all originals pages of one template, each two of them at about 0.78, just below the threshold.
 `--alone` runs ours only and prints its peak memory, e.g. with --documents=1000000 --words=100.
 """
 
@@ -38,11 +39,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--words", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--templated", action="store_true", help="pages of one template")
     parser.add_argument("--alone", action="store_true", help="ours alone, with its peak memory")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
-        truth = make(raw, args.documents, args.words)
+        truth = make(raw, args.documents, args.words, args.templated)
         runs = {"ours": lambda: _ours(raw, Path(folder) / "ours")}
         if not args.alone:
             python = str(python_of("datatrove", *DATATROVE))
@@ -60,7 +62,7 @@ def main() -> None:
         _print(args, truth, seconds, gone)
 
 
-def make(folder: Path, documents: int, words: int) -> dict[str, tuple[str, float]]:
+def make(folder: Path, documents: int, words: int, templated: bool) -> dict[str, tuple[str, float]]:
     """Writes JSONL files; gives {id of a copy: (id of its original, their true similarity)}."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
@@ -68,6 +70,9 @@ def make(folder: Path, documents: int, words: int) -> dict[str, tuple[str, float
     truth = {}
     for i in range(documents // 2):
         original = [_word(rng.randrange(50_000)) for _ in range(words)]
+        if templated:
+            own = [_word(rng.randrange(10**9)) for _ in range(round(words * 0.11))]
+            original = [*own, *(f"t{_word(n)}" for n in range(words - len(own)))]
         copy = list(original)
         # A changed word spoils five runs in both texts, so c changes leave about (n - 5c) / (n + 5c) of them.
         similarity = rng.uniform(0.5, 1.0)
@@ -128,7 +133,8 @@ def _peer(command: list[str], folder: Path) -> tuple[float, set[str]]:
 
 def _print(args: argparse.Namespace, truth: dict, seconds: dict, gone: dict) -> None:
     above = {name for name, (_, similarity) in truth.items() if similarity >= 0.8}
-    print(f"{args.documents:,} documents of {args.words} words; {len(above):,} copies at 0.8 and more")
+    kind = "pages of one template" if args.templated else "documents"
+    print(f"{args.documents:,} {kind} of {args.words} words; {len(above):,} copies at 0.8 and more")
     ours = statistics.median(seconds["ours"])
     for name, times in seconds.items():
         found = {copy for copy, (original, _) in truth.items() if {copy, original} & gone[name]}

@@ -301,8 +301,9 @@ def _steps(config: CurationConfig) -> list[Step]:
         config_hash = hash_of(kind, settings, stage.version, files, attached, _CODE_VERSION)
         tagger = ""
         if isinstance(stage, Filter):
-            measured = {field: settings[field] for field in ("applies_to", *stage.measured_by)}
-            tagger = f"{name}-{hash_of(measured if kind == name else [kind, measured], stage.version, files, _CODE_VERSION)[:8]}"
+            measured: Any = {field: settings[field] for field in ("applies_to", *stage.measured_by)}
+            measured = measured if kind == name else [kind, measured]
+            tagger = f"{name}-{hash_of(measured, stage.version, files, _CODE_VERSION)[:8]}"
         steps.append(Step(f"{number:02d}-{name}", stage, config_hash, tagger, attached))
     return steps
 
