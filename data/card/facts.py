@@ -61,7 +61,7 @@ class _Kept:
             "domain": Counter(),
         }
         self.lengths: list[int] = []
-        self._sample = _Sample(_SAMPLES)
+        self._sample = Sample(_SAMPLES)
 
     def add(self, documents: Iterable[dict[str, Any]]) -> None:
         for document in documents:
@@ -86,7 +86,7 @@ class _Dropped:
     def __init__(self) -> None:
         self.lengths: list[int] = []
         self.domains: Counter[str] = Counter()
-        self._samples: dict[tuple[str, str], _Sample] = {}
+        self._samples: dict[tuple[str, str], Sample] = {}
         self._clusters: dict[str, list[tuple[str, str]]] = {}
 
     def add(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class _Dropped:
             reason, kept = reason.split(" of ", 1)
             self._clusters.setdefault(kept, []).append((row["id"], row["text"][:200]))
         kind = ":".join(reason.split(":")[:2])
-        self._samples.setdefault((stage, kind), _Sample(_SAMPLES)).add(row["id"], row["text"], row["reason"])
+        self._samples.setdefault((stage, kind), Sample(_SAMPLES)).add(row["id"], row["text"], row["reason"])
 
     def samples(self) -> list[dict[str, Any]]:
         return [
@@ -126,7 +126,7 @@ class _Dropped:
         return [(f"{2**k} to {2 ** (k + 1) - 1}", counts[k]) for k in sorted(counts)]
 
 
-class _Sample:
+class Sample:
     """The `size` documents whose ids have the smallest hashes."""
 
     def __init__(self, size: int):

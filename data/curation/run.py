@@ -108,7 +108,7 @@ class _Run:
 
     def __init__(self, config: CurationConfig, layout: Layout, log: Log):
         self.config, self.layout, self.log = config, layout, log
-        self.steps = (Step(SOURCES, Stage(), ""), *_steps(config))
+        self.steps = (Step(SOURCES, Stage(), ""), *steps_of(config))
         for step in self.steps:
             for note in step.stage.notes():
                 log(f"{step.name}: {note}")
@@ -246,7 +246,7 @@ class _Run:
         for old in (folder, scratch):
             shutil.rmtree(old, ignore_errors=True)
         scratch.mkdir(parents=True)
-        base = max(i for i in range(number) if i == 0 or _new_base(self.steps[i].stage))
+        base = max(i for i in range(number) if i == 0 or changes_texts(self.steps[i].stage))
         corpus = Corpus(
             shards,
             lambda shard: self.layout.features(step.name, shard),
@@ -290,7 +290,8 @@ class _Progress:
         self._log(f"{self._label}: {documents:,} documents, {rate:,.0f}/s, dropped {dropped:,}")
 
 
-def _steps(config: CurationConfig) -> list[Step]:
+def steps_of(config: CurationConfig) -> list[Step]:
+    """The stages of a config in order, each with its name and the hashes of what its results depend on."""
     steps = []
     for number, stage in config.numbered_stages():
         name, settings = type(stage).__name__, to_dict(stage)
@@ -308,7 +309,8 @@ def _steps(config: CurationConfig) -> list[Step]:
     return steps
 
 
-def _new_base(stage: Stage) -> bool:
+def changes_texts(stage: Stage) -> bool:
+    """Whether documents are written anew after it."""
     return stage.cuts if isinstance(stage, Global) else not isinstance(stage, Filter)
 
 

@@ -1,14 +1,20 @@
 """The data card: its figures are the manifest's and the files', and it says the same each time."""
 
+import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from configs import ConfigError
+from configs.files import save
+from data import thresholds
 from data.card import write_card
+from data.corpus import CorpusConfig
 from data.curation import CurationConfig, curate
 from data.dedup import MinHashDedup
-from data.filters import GopherQuality, Normalise
+from data.filters import GopherQuality, Language, Normalise
 from data.sources import Jsonl
 
 
@@ -50,3 +56,45 @@ def test_the_card_counts_what_the_manifest_counts(workdir):
 def test_the_same_corpus_has_the_same_card(workdir):
     first = write_card(workdir).read_bytes()
     assert write_card(workdir).read_bytes() == first
+
+
+def test_other_thresholds_are_tried_on_stored_signals_and_equal_a_run_with_them(tmp_path, monkeypatch):
+    rng, work = np.random.default_rng(0), tmp_path / "w"
+    rows = [
+        {"text": "the of and " + "word " * int(n), "url": f"http://s{n % 3}.org/"}
+        for n in rng.integers(20, 99, 60)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def config(least):
+        source = Jsonl(str(tmp_path / "a.jsonl"), metadata_fields=("url",))
+        stages = (Normalise(), GopherQuality(min_words=least), Language(languages=()))
+        return CorpusConfig(CurationConfig((source,), stages, validation_fraction=0.0, test_fraction=0.0))
+
+    def dropped(workdir):
+        stages = json.loads((workdir / "manifest.json").read_text())["stages"]
+        return {stage["name"]: stage["documents_in"] - stage["documents_out"] for stage in stages}
+
+    curate(config(40).curation, work, log=lambda line: None)
+    curate(config(70).curation, tmp_path / "other", log=lambda line: None)
+    save(config(40), work / "config.json")
+    save(config(70), tmp_path / "new.json")
+    monkeypatch.setattr(GopherQuality, "signals", None)  # nothing is measured
+    assert thresholds.main(config(70), work) == 0
+    quality, language = json.loads((work / "thresholds.json").read_text())
+    name = "02-GopherQuality"
+    assert (quality["filter"], quality["measured"], quality["now"], quality["then"]) == (
+        name, 60, dropped(work)[name], dropped(tmp_path / "other")[name],
+    )  # fmt: skip
+    assert quality["changed"] == {"would go": quality["then"] - quality["now"]} and language["changed"] == {}
+    short = [row for row in rows if len(row["text"].split()) < 70]
+    by_host = Counter(row["url"].split("/")[2] for row in short)
+    assert dict(quality["then domain"]) == by_host and len(quality["samples"]["would go"]) == 5
+    assert "more would go" in (work / "thresholds.html").read_text()
+    with pytest.raises(ConfigError, match="has to be measured"):
+        other = dataclasses.replace(
+            config(70).curation, stages=(Normalise(), GopherQuality(words="tokens"), Language())
+        )
+        thresholds.main(CorpusConfig(other), work)
+    with pytest.raises(ConfigError, match="give a config with the same ones"):
+        thresholds.main(CorpusConfig(dataclasses.replace(config(70).curation, stages=())), work)
