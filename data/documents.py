@@ -62,9 +62,11 @@ def write_documents(path: Path, documents: Sequence[Document], reasons: Sequence
 
 def read_documents(path: str | os.PathLike, rows: Iterable[int] | None = None) -> list[Document]:
     """The documents of a file that `write_documents` made, or those of the given rows, in their order."""
+    import pyarrow as pa
+
     table = read_parquet(path, COLUMNS)
     if rows is not None:
-        table = table.take(list(rows))
+        table = table.take(pa.array(list(rows), pa.int64()))
     documents = table.to_pylist()
     for document in documents:
         document["metadata"] = json.loads(document["metadata"])

@@ -13,7 +13,9 @@ from data.documents import Document, DocumentType
 from data.stage import Filter, Signals, Transform, Verdict
 
 _SPACE = re.compile(r"\s+")
-_NO_WORDS = re.compile(r"https?://\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.\w+|```.*?```|\$\$?[^$]{1,500}\$\$?", re.S)
+_NO_WORDS = re.compile(
+    r"https?://\S+|(?<![\w.+-])[\w.+-]{1,64}@[\w-]+\.\w+|```.*?```|\$\$?[^$]{1,500}\$\$?", re.S
+)
 _LETTER = re.compile(r"[^\W\d_]")
 
 

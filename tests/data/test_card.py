@@ -69,12 +69,16 @@ def test_other_thresholds_are_tried_on_stored_signals_and_equal_a_run_with_them(
     def config(least):
         source = Jsonl(str(tmp_path / "a.jsonl"), metadata_fields=("url",))
         stages = (Normalise(), GopherQuality(min_words=least), Language(languages=()))
-        return CorpusConfig(CurationConfig((source,), stages, validation_fraction=0.0, test_fraction=0.0))
+        empty = Jsonl(str(tmp_path / "b.jsonl"))  # its shard has no document
+        return CorpusConfig(
+            CurationConfig((source, empty), stages, validation_fraction=0.0, test_fraction=0.0)
+        )
 
     def dropped(workdir):
         stages = json.loads((workdir / "manifest.json").read_text())["stages"]
         return {stage["name"]: stage["documents_in"] - stage["documents_out"] for stage in stages}
 
+    (tmp_path / "b.jsonl").write_text("")
     curate(config(40).curation, work, log=lambda line: None)
     curate(config(70).curation, tmp_path / "other", log=lambda line: None)
     save(config(40), work / "config.json")

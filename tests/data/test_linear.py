@@ -15,8 +15,8 @@ PIECES = (
     "a", "a.", "a@", "-", "<", "<meta ", "<title>", "```", "$", "{{", "[[", "<ref>", "'''", "((", '"', "&", "\\",
     "\\frac{",
     "http://", "www.", "0", "1.", "1,", "[", "[1]", " ", "\n", "\t", "\u00e9", "\u4e2d", "!", "...", "\u2014", "|", "=",
-    "#", "*", "/", "{", "}", "]", "(", ")", "<!--", "-->", "<math>", "</", "x=", "_", "^", "A", "%20", ":", ";", "'", "\r\n",
-    "-----BEGIN ", "charset=", "WARC/1.0\r\n", "1 ", "a b ",
+    "#", "*", "/", "{", "}", "]", "(", ")", "<!--", "-->", "<math>", "</", "x=", "_", "^", "A", "%20", ":", ";", "'",
+    "\r\n", "-----BEGIN ", "charset=", "WARC/1.0\r\n", "1 ", "a b ",
 )  # fmt: skip
 AT_THE_START = {"_MEDIA", "_CATEGORY"}  # of wikitext: only `match` is asked of them
 PAIRS = random.Random(0).sample(list(itertools.permutations(PIECES, 2)), 25)
