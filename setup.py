@@ -17,7 +17,7 @@ CORE = [
     "safetensors",  # Hugging Face weights
     "grain>=0.2.15",  # deterministic, resumable input pipelines
     "array-record",  # the format of dataset shards
-    "daft>=0.7",  # curation on one machine or a Ray cluster
+    "daft>=0.7",  # MinHash signatures, and curation on a Ray cluster
     "pyarrow",  # Parquet sources, and daft's columns
     "tensorflow-datasets>=4.9.9",  # `tfds.data_source`, which needs no TensorFlow
     "zstandard",  # JSONL compressed with zstd
