@@ -27,6 +27,9 @@ CONFIGURED = {
     "train.teacher": ("train.teacher", "TeacherConfig"),
     "rl": ("rl.config", "RLConfig"),
     "rl.rounds": ("rl.rounds", "RoundsConfig"),
+    "rl.alignment.revise": ("rl.alignment.revise", "ReviseConfig"),
+    "rl.alignment.judge": ("rl.alignment.judge", "JudgeConfig"),
+    "rl.alignment.deliberate": ("rl.alignment.deliberate", "DeliberateConfig"),
     "evals": ("evals.config", "EvalConfig"),
     "launch.lifecycle": ("launch.lifecycle", "LifecycleConfig"),
 }
