@@ -266,9 +266,7 @@ COMMANDS = {"revise": ReviseConfig, "judge": JudgeConfig, "deliberate": Delibera
 
 def test_the_commands_of_the_documentation_are_those_that_there_are(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = re.findall(
-        r"^python -m (\S+) (.*)$", (ROOT / "docs" / "alignment.md").read_text(), re.MULTILINE
-    )
+    lines = re.findall(r"^python -m (\S+) (.*)$", (ROOT / "docs" / "alignment.md").read_text(), re.MULTILINE)
     assert {name for name, _ in lines} == {"train", *(f"rl.alignment.{name}" for name in COMMANDS)}
     for name, arguments in lines:
         cls = COMMANDS.get(name.rpartition(".")[2], TrainConfig)
