@@ -137,7 +137,7 @@ def run(
 
 
 def _chosen_kinds(cls: type, mapping: dict[str, Any], argv: list[str]) -> dict[str, Any]:
-    """The config whose keys `--help` shows: with the variants that the command line chooses."""
+    """The config for `--help`, with the variants that the command line chooses."""
     kinds = [arg for arg in argv if re.match(r"--?config\.[^=]*\bkind=", arg)]
     wanted = overrides.find(cls, mapping, kinds)
     return overrides.apply(

@@ -2,7 +2,7 @@
 
 What a field may be: `int`, `float`, `bool`, `str`, `Any`, `Literal`, `tuple[T, ...]`, `tuple[A, B]`,
 `dict[str, T]`, `T | None`, a dataclass, or a union of dataclasses. A value of such a union is written as a
-mapping whose key `kind` is the name of the class; without it, the class is that of the field's default, or the
+mapping with the name of the class under the key `kind`; without it, the class is that of the field's default, or the
 first of the union where the default is None. Ints are taken for floats; bools are never ints; "1" is
 never 1.
 """

@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """The rows of a file by its suffix, also packed. A bad line is a row whose value is a RowError.
+    """The rows of a file by its suffix, also packed. A bad line is a row with a RowError as its value.
 
     Raises ConfigError for a file that is missing or of another kind.
     """

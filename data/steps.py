@@ -22,7 +22,7 @@ def steps_record(
     where: str,
     tools: Sequence[Any] | None = None,
 ) -> TokenRecord:
-    """A dialogue whose answer is the steps, one a line; the mask is on the last token of each step.
+    """A dialogue with the steps as its answer, one a line; the mask is on the last token of each step.
 
     A step ends with the token that has the last byte of its text, which may have a separator's byte, too.
 

@@ -2,7 +2,7 @@
 
 The workdir is that of a finished `python -m data`, and NEW.py a config with the same stages and other thresholds.
 Nothing is measured: the signals are those under workdir/tags. Writes thresholds.html and thresholds.json: of each
-filter what it drops now and would drop, by domain and language, with samples of documents whose verdict changes.
+filter what it drops now and would drop, by domain and language, with samples of documents with another verdict.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ class _Run:
         begun = workdir if has_checkpoint(workdir) else None
         self.tokenizer = data.load_tokenizer(begun or cast(str, config.init_from))
         spec = config.rollout
-        algorithm = dataclasses.replace(config.algorithm, temperature=spec.temperature)
+        algorithm = config.algorithm
+        if algorithm.temperature is None:
+            algorithm = dataclasses.replace(algorithm, temperature=spec.temperature)
         self.updates = algorithm.minibatches * (algorithm.epochs if isinstance(algorithm, PPO) else 1)
         policy = policy_start(config, algorithm.roles()["policy"], self.tokenizer, begun)
         check_mesh(policy.cfg, mesh, config.sharding)

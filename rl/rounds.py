@@ -16,6 +16,7 @@ The same command, given again, goes on from what is finished.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -24,12 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 import configs
-import data
-import model
 from configs import ConfigError, exits
 from configs.typed import check_at_least
 from data import Tokenizer
@@ -38,6 +36,7 @@ from data.tasks import INSTRUCTION, TaskSpec, generate, prompt
 from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.config import RewardSpec, RolloutSpec
+from rl.loaded import LoadedModel
 from rl.rollout import Rollout, Sampler
 from rl.scoring import RewardScorer
 from rl.verifiers import Verifiers
@@ -56,7 +55,7 @@ class RoundsConfig:
     rounds: int = 2
     tasks: tuple[TaskSpec, ...] = (TaskSpec("chain_sum"),)
     instruction: str = INSTRUCTION  # follows each question
-    problems: int = 500  # drawn anew each round
+    problems: int = 500  # other ones each round
     evaluate_problems: int = 100  # held-out problems, greedy, before each round and after the last
     learn_from: Literal["best", "pairs", "knowledge"] = "best"
     keep: int = 1  # of "best": answers to each problem
@@ -131,12 +130,16 @@ def pair(
 
 def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdir: Path) -> None:
     said = configs.to_dict(config) | {"train": None, "rounds": None, "init_from": None}
-    key = hash_of("rounds", said, number, _fingerprint_of(source))
+    loaded = LoadedModel(source, config.train.run)
+    key = hash_of("rounds", said, number, loaded.key)
     if is_current(folder, key):
         return
     figures: dict[str, Any] = {}
-    tokenizer = data.load_tokenizer(source)
-    with _sampler(config, source, tokenizer) as (sampler, scorer):
+    tokenizer, scorer = (
+        loaded.tokenizer,
+        RewardScorer(config.reward_model, config.train.run, config.rollout.seq_len),
+    )
+    with _sampling(config, loaded) as sampler:
         figures |= _held_out(sampler, config)
         print(f"round {number}: held out before sampling: {_shown(figures)}")
 
@@ -199,7 +202,7 @@ def _fine_tune(config: RoundsConfig, source: str, folder: Path) -> None:
 
 
 def _evaluate_last(config: RoundsConfig, source: str, workdir: Path) -> dict[str, Any]:
-    with _sampler(config, source, data.load_tokenizer(source)) as (sampler, _):
+    with _sampling(config, LoadedModel(source, config.train.run)) as sampler:
         figures = _held_out(sampler, config)
     print(f"after {config.rounds} rounds: held out: {_shown(figures)}")
     _log(workdir, config.rounds + 1, figures)
@@ -207,28 +210,14 @@ def _evaluate_last(config: RoundsConfig, source: str, workdir: Path) -> dict[str
     return figures | {"accuracy_at_start": rows[0]["accuracy"], "rounds": config.rounds}
 
 
-class _sampler:
-    """The engine, verifiers and reward model of a round, as a context."""
-
-    def __init__(self, config: RoundsConfig, source: str, tokenizer: Any):
-        self._config, self._source, self._tokenizer = config, source, tokenizer
-
-    def __enter__(self) -> tuple[Sampler, RewardScorer]:
-        config, spec = self._config, self._config.rollout
-        cfg = config.train.run.apply_to(model.load_config(self._source))
-        _, params = model.load(self._source, cfg=cfg)
-        rows = min(spec.prompts * spec.group, 256)
-        engine = Engine(
-            cfg, params, self._tokenizer, max_rows=rows, max_length=spec.seq_len, copy_params=False
-        )
-        self._verifiers = Verifiers(workers=config.reward.workers, timeout=config.reward.timeout)
-        self._verifiers.__enter__()
-        sampler = Sampler(engine, self._tokenizer, self._verifiers, config.instruction, config.reward)
-        return sampler, RewardScorer(config.reward_model, config.train.run, spec.seq_len)
-
-    def __exit__(self, *error: Any) -> None:
-        self._verifiers.__exit__(*error)
-        jax.clear_caches()
+@contextlib.contextmanager
+def _sampling(config: RoundsConfig, loaded: LoadedModel) -> Iterator[Sampler]:
+    """The engine and the verifiers of a round."""
+    spec = config.rollout
+    rows = min(spec.prompts * spec.group, 256)
+    engine = Engine(loaded.cfg, loaded.params, loaded.tokenizer, max_rows=rows, max_length=spec.seq_len)
+    with Verifiers(workers=config.reward.workers, timeout=config.reward.timeout) as verifiers:
+        yield Sampler(engine, loaded.tokenizer, verifiers, config.instruction, config.reward)
 
 
 def _held_out(sampler: Sampler, config: RoundsConfig) -> dict[str, float]:
@@ -248,13 +237,6 @@ def _shown(figures: dict[str, float]) -> str:
     if figures["coverage"] == 1:
         return shown
     return f"{shown}, {figures['coverage']:.1%} answered, of these {figures['precision']:.1%} right"
-
-
-def _fingerprint_of(source: str) -> str:
-    """What identifies the policy of a round: its newest checkpoint, or the file."""
-    path = Path(source)
-    steps = sorted(int(p.name) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
-    return f"{path.name}/{steps[-1]}" if steps else path.name
 
 
 def _log(workdir: Path, number: int, figures: dict[str, Any]) -> None:

@@ -58,8 +58,8 @@ class TrainCheckpoints:
         saved = self._checkpoints.names_beside_params(step)
         if "extra" not in saved:
             raise ConfigError(
-                f"{self._folder}/{step} was written by an earlier version, whose optimizer state this one does not "
-                f"read. Start a new run with config.init_from={self._folder.parent}."
+                f"{self._folder}/{step} was written by an earlier version; this one does not read its optimizer "
+                f"state. Start a new run with config.init_from={self._folder.parent}."
             )
         shapes = {"policy": stored_shapes(self._folder / str(step))} | dict(others)
         abstract = jax.eval_shape(make_state, shapes)

@@ -126,7 +126,7 @@ def router_weights(batch: Batch) -> jax.Array:
 
 
 def no_logits(batch: Batch) -> jax.Array:
-    """`logits_at` for a forward pass whose logits nobody reads: those of one token a row."""
+    """`logits_at` for a forward pass without use of its logits: one token a row."""
     return jnp.zeros((len(batch["tokens"]), 1), jnp.int32)
 
 

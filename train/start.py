@@ -72,6 +72,9 @@ def policy_start(
       ConfigError: neither `init_from` nor a preset, adapters that fit nothing, or another model than the run has.
     """
     adapters = None if config.adapters is None else config.adapters.build()
+    if config.init_from is None and preset is None and begun is not None:
+        cfg = config.run.apply_to(model.load_config(begun))
+        return PolicyStart(None, cfg, lambda: cfg, None, tokenizer)
     if config.init_from is None:
         if adapters is not None:
             raise ConfigError("config.adapters adapt a model: give config.init_from.")
@@ -100,6 +103,10 @@ def role_start(config: LearnerConfig, name: str, role: Role, policy: PolicyStart
       ConfigError: the role's source has another vocabulary than the policy, or lacks the head that the role needs.
     """
     rules = role.rules or config.sharding
+    if policy.source is None and role.source is None and not role.trained:
+        raise ConfigError(
+            f"give config.init_from: the {name} is the policy as it was at the start of the run."
+        )
     if name == "policy" or role.source is None:
         cfg = policy.cfg if role.head is None else with_head(policy.cfg, role.head)
         source = policy.source or "the new policy"

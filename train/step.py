@@ -31,7 +31,7 @@ class State:
     params: dict[str, Params]  # of each trained role
     opt_state: dict[str, optax.OptState]  # of each trained role
     rng: jax.Array  # uint32 [2], key data; fold in `step` for a step's key
-    # "skipped": int32, steps whose loss or gradient was not finite; "average": the policy's moving average
+    # "skipped": int32, steps without a finite loss or gradient; "average": the policy's moving average
     extra: dict[str, Any]
 
 
@@ -85,7 +85,9 @@ def make_train_step(
     roles = algorithm.roles() if roles is None else roles
 
     def train_step(state: State, frozen: ByRole, batch: Batch) -> tuple[State, Metrics]:
-        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        rng, rounding_rng = jax.random.split(
+            jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        )
         trained, rest = _split(state.params)
         batch = batch | {"row": jnp.arange(len(batch["tokens"]))}
 
@@ -106,7 +108,8 @@ def make_train_step(
             updates, new = optax.with_extra_args_support(optimizer).update(
                 grads[role], state.opt_state[role], trained[role], obj_fn=first
             )
-            params[role] = keep(apply_updates(trained[role], updates, rounding, rng), trained[role])
+            key = jax.random.fold_in(rounding_rng, len(params))
+            params[role] = keep(apply_updates(trained[role], updates, rounding, key), trained[role])
             opt_state[role] = keep(new, state.opt_state[role])
         nonfinite = 1 - finite.astype(jnp.int32)
         extra = state.extra | {"skipped": state.extra["skipped"] + nonfinite}

@@ -65,7 +65,7 @@ def batches_key(spec: DataSpec, rows: int) -> str:
 def write_cache(config: TeacherConfig, workdir: Path, log: Any = print) -> dict[str, Any]:
     """Write what is missing of a cache; returns its manifest."""
     if not config.teacher:
-        raise ConfigError("give config.teacher: the model whose distributions are kept.")
+        raise ConfigError("give config.teacher: the model to read distributions from.")
     if jax.process_count() > 1:
         raise ConfigError("python -m train.teacher runs on one host: its devices share the rows.")
     prepare_compiler()

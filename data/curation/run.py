@@ -310,7 +310,7 @@ def steps_of(config: CurationConfig) -> list[Step]:
 
 
 def changes_texts(stage: Stage) -> bool:
-    """Whether documents are written anew after it."""
+    """Whether documents are written again after it."""
     return stage.cuts if isinstance(stage, Global) else not isinstance(stage, Filter)
 
 

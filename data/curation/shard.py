@@ -1,6 +1,6 @@
 """One shard through consecutive stages: the work of one worker.
 
-A stage that changes texts writes the documents anew (a base); those after it only note which rows of that base
+A stage that changes texts writes the documents again (a base); those after it only note which rows of that base
 went. So a corpus is stored once for each change of its texts, and a changed threshold costs no text.
 """
 

@@ -32,7 +32,7 @@ def write_splits(
 ) -> dict[str, Dataset]:
     """`workdir/text/SPLIT` for each split that has a share.
 
-    A corpus so small that none falls into validation or test gives it the group whose hash is the nearest, as long as
+    A corpus so small that none falls into validation or test gives it the group with the nearest hash, as long as
     train keeps one; a split that stays empty is not written. The log says both.
     """
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}

@@ -223,7 +223,7 @@ def verify_some(item: tuple[Store, float, np.ndarray]) -> np.ndarray:
 
 
 def blocks(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, last) of consecutive entries whose sizes are together about `_BLOCK`."""
+    """(first, last) of consecutive entries with about `_BLOCK` bytes together."""
     ends = np.cumsum(sizes)
     first = 0
     while first < len(sizes):

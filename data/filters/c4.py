@@ -34,7 +34,7 @@ class C4Lines(Transform):
 
     version: ClassVar[int] = 3
     applies_to: DocumentType = "prose"
-    language: str = "auto"  # whose words and marks: "en", ..., or those of the language that a page is in
+    language: str = "auto"  # of words and marks: "en", ...; auto: the language of the page
     end_marks: tuple[str, ...] = (".", "?", "!", '"')  # datatrove adds "'"; none: lines may end in anything
     min_words: int = 3  # in a line
     count_citations: bool = False  # among its words (datatrove counts before it cuts them out)

@@ -19,7 +19,7 @@ class FineWebQuality(Filter):
     """Lines are those with something on them, as they stand."""
 
     applies_to: DocumentType = "prose"
-    language: str = "auto"  # whose words: "en", ..., or those of the language that a text is in
+    language: str = "auto"  # of the words: "en", ...; auto: the language of the text
     words: WordKind = "tokens"  # what its authors set the threshold with
     end_marks: tuple[str, ...] = ()  # empty: Unicode's sentence terminals, 160 of all scripts (no quotes)
     short_line: int = 30  # characters

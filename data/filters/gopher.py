@@ -40,9 +40,7 @@ class GopherQuality(Filter):
 
     applies_to: DocumentType = "prose"
     definition: Literal["paper", "datatrove"] = "paper"
-    language: str = (
-        "auto"  # whose words and stop words: "en", ..., or those of the language that a text is in
-    )
+    language: str = "auto"  # of words and stop words: "en", ...; auto: the language of the text
     words: WordKind = "white_space"
     stop_words: tuple[str, ...] = ()  # none: the language's (data/filters/languages.py)
     bullets: tuple[str, ...] = ("\u2022", "-", "*")
@@ -125,7 +123,7 @@ class GopherRepetition(Filter):
 
     applies_to: DocumentType = "prose"
     definition: Literal["covered", "datatrove"] = "covered"
-    language: str = "auto"  # whose words: "en", ..., or those of the language that a text is in
+    language: str = "auto"  # of the words: "en", ...; auto: the language of the text
     words: WordKind = "white_space"
     max_duplicate_lines: float = 0.30
     max_duplicate_line_characters: float = 0.20

@@ -126,7 +126,7 @@ class Parquet(SourceBase):
 
 @dataclasses.dataclass(frozen=True)
 class Csv(SourceBase):
-    """The rows of a table of text whose first line names its columns; also .gz, .zst, .bz2 or .xz."""
+    """The rows of a table of text; its first line names the columns; also .gz, .zst, .bz2 or .xz."""
 
     path: str
     delimiter: str = ","  # a tab in .tsv files

@@ -87,7 +87,7 @@ class _Words(dict):
 
 
 def word_cache(tokenizer: Tokenizer) -> WordCache | None:
-    """For a tokenizer whose words are cut by one pattern and then merged, byte by byte; None for others."""
+    """For a tokenizer that cuts words by one pattern and merges bytes; None for others."""
     from data.tokenizer.huggingface import HuggingFaceTokenizer
 
     if not isinstance(tokenizer, HuggingFaceTokenizer):

@@ -36,7 +36,8 @@ from rl.alignment.constitution import Principle, check_template, draw, fill, rea
 from rl.alignment.options import OptionScorer
 from rl.alignment.prompts import read_prompts, shown
 from rl.alignment.shards import Row, in_shards, lines, seed_of
-from rl.alignment.writer import LoadedModel, Messages, SamplingSpec, Writer, Written
+from rl.alignment.writer import SamplingSpec, Writer, Written
+from rl.loaded import LoadedModel, Messages
 from train.config import Execution
 
 DESCRIPTION = __doc__ or ""

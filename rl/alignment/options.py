@@ -13,7 +13,7 @@ import numpy as np
 
 from configs import ConfigError
 from model import Inputs, apply
-from rl.alignment.writer import LoadedModel, Messages
+from rl.loaded import LoadedModel, Messages
 
 _FIRST_LENGTH = 64  # tokens of the shortest bucket
 

@@ -28,7 +28,8 @@ from model.compilation import prepare_compiler
 from rl.alignment.constitution import Principle, draw, read_constitution
 from rl.alignment.prompts import read_prompts
 from rl.alignment.shards import Row, in_shards, lines, seed_of
-from rl.alignment.writer import LoadedModel, Messages, SamplingSpec, Writer, Written
+from rl.alignment.writer import SamplingSpec, Writer, Written
+from rl.loaded import LoadedModel, Messages
 from train.config import Execution
 
 DESCRIPTION = __doc__ or ""
@@ -43,7 +44,7 @@ class ReviseConfig:
     init_from: str = ""  # run folder, checkpoint, Hugging Face folder or GGUF file
     prompts: str = ""  # a dataset of kind "prompt", or JSONL of prompts or dialogues
     constitution: str = ""  # JSON or Markdown: see rl/alignment/constitution.py
-    rounds: int = 2  # of critique and revision, each by a principle drawn anew
+    rounds: int = 2  # of critique and revision, each by a principle drawn for it
     max_prompts: int = 0  # the first ones; 0: all
     shard: int = 64  # prompts that are written to disk together
     seed: int = 0

@@ -16,7 +16,7 @@ from model.formats.huggingface import load_config
 from .conftest import GOLDENS
 from .test_families import config_of
 
-SECONDS = 10.0  # on a busy machine; each takes a few milliseconds, the longest a few hundred
+SECONDS = 2.0  # on a busy machine; each takes a few milliseconds
 BAD = (None, 0, -1, 2**31 - 1, 2**40, 1e300, float("nan"), "x", [], {}, [[]], True, "9" * 5000)
 
 
@@ -178,7 +178,7 @@ def test_many_names_with_one_of_them_twice_are_refused_at_once(tmp_path):
     start = time.monotonic()
     with pytest.raises(ValueError, match="the name 't59999' is there twice"):
         load(tmp_path)
-    assert time.monotonic() - start < SECONDS
+    assert time.monotonic() - start < 5  # half a second on a quiet machine, to read 60,000 names
 
 
 def test_many_empty_tensors_are_no_layers(tmp_path):

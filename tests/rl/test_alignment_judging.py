@@ -25,7 +25,8 @@ from rl.alignment.deliberate import (
 from rl.alignment.judge import JudgeConfig, _pair, judged, preference
 from rl.alignment.options import OptionScorer
 from rl.alignment.revise import ReviseConfig
-from rl.alignment.writer import LoadedModel, Written
+from rl.alignment.writer import Written
+from rl.loaded import LoadedModel
 from tests.conftest import ROOT
 from train.config import Execution, TrainConfig
 

@@ -20,7 +20,8 @@ from rl.alignment.deliberate import DeliberateConfig, deliberate
 from rl.alignment.judge import JudgeConfig, judge
 from rl.alignment.prompts import read_prompts
 from rl.alignment.revise import ReviseConfig, revise
-from rl.alignment.writer import LoadedModel, SamplingSpec, Writer
+from rl.alignment.writer import SamplingSpec, Writer
+from rl.loaded import LoadedModel
 from train.config import Execution, TrainConfig
 from train.trainer import train
 

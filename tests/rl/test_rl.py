@@ -430,3 +430,17 @@ def test_a_model_that_learns_to_abstain_answers_less_and_is_right_more_often(hal
     assert 0.2 < final["coverage"] < 0.8
     # answering as many problems at random would be right as often as before
     assert final["precision"] > final["accuracy_at_start"] + 0.2
+
+
+def test_a_run_that_has_begun_goes_on_without_naming_its_first_model_unless_a_reference_needs_it(
+    policy, tmp_path
+):
+    run(make_config(policy, steps=2), tmp_path / "grpo", stop_at=1)
+    assert (
+        run(dataclasses.replace(make_config(policy, steps=2), init_from=None), tmp_path / "grpo")["step"] == 2
+    )
+    run(ppo_config(policy), tmp_path / "ppo", stop_at=1)
+    with pytest.raises(
+        configs.ConfigError, match="give config.init_from: the reference is the policy as it was"
+    ):
+        run(dataclasses.replace(ppo_config(policy), init_from=None), tmp_path / "ppo")

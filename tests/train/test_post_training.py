@@ -79,12 +79,14 @@ def tuned(corpus, answers, start, algorithm, kind="pairs", **changes):
     return make_config(corpus, **(MESH | base))
 
 
+# Conservative DPO, hinge and IPO have their optimum at a finite margin: log(9) / beta, 1 / beta, and 1 / (2 beta) a
+# token. The start prefers the worse answers by tens of nats, so beta is small enough to go beyond that.
 METHODS = {
     "DPO": {"kind": "DPO"},
-    "conservative DPO": {"kind": "DPO", "label_smoothing": 0.1},
+    "conservative DPO": {"kind": "DPO", "label_smoothing": 0.1, "beta": 0.02},
     "robust DPO": {"kind": "DPO", "variant": "robust", "label_smoothing": 0.1},
-    "hinge": {"kind": "DPO", "variant": "hinge"},
-    "IPO": {"kind": "DPO", "variant": "ipo"},
+    "hinge": {"kind": "DPO", "variant": "hinge", "beta": 0.01},
+    "IPO": {"kind": "DPO", "variant": "ipo", "beta": 0.02},
     "ORPO": {"kind": "ORPO", "beta": 0.5},
     "SimPO": {"kind": "SimPO"},
     "KTO": {"kind": "KTO"},

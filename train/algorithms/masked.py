@@ -18,7 +18,7 @@ from train.models import Batch, Models, row_keys
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLanguageModelling(Algorithm):
-    """BERT's objective on a model whose attention is not causal. Devlin et al. 2018, arXiv:1810.04805."""
+    """BERT's objective on a model without causal attention. Devlin et al. 2018, arXiv:1810.04805."""
 
     rate: float = 0.15  # share of tokens that are hidden
     mask_token: str = "[MASK]"

@@ -16,7 +16,7 @@ class Adafactor:
     peak_lr: float = 1e-3
     b1: float = 0.0  # above 0: a first moment of the updates, in float32
     decay_exponent: float = 0.8  # the second moment's decay at step t is 1 - t^-decay_exponent
-    min_factored: int = 128  # arrays whose second largest axis is smaller are not factored
+    min_factored: int = 128  # arrays with a smaller second largest axis are not factored
     update_clip: float = 1.0  # an array's update has at most this root mean square
     eps: float = 1e-30
     weight_decay: float = 0.0
