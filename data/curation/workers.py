@@ -1,8 +1,8 @@
 """One function over many items, by processes of this machine, or of a Ray cluster through daft.
 
-Results come in the order of the items and do not depend on the process that made them. An item whose process dies (of a bug in a
-library, of too much memory) is tried again; if that dies too, again with care: document by document, so that the one
-that kills is known, dropped with its reason, and the rest goes on.
+Results come in the order of the items and do not depend on the process that made them. If a process dies (of a bug in
+a library, of too much memory), its item is tried again; if that dies too, again with care: document by document, so
+that the one that kills is known, dropped with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
