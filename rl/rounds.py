@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -87,13 +88,22 @@ def run(config: RoundsConfig, workdir: Path) -> dict[str, Any]:
     """All rounds; returns the figures of the last evaluation.
 
     Raises:
-      ConfigError: no policy, or a round in which no answer was good enough.
+      ConfigError: no policy, rounds of another config in `workdir`, or a round in which no answer was good enough.
     """
     if not config.init_from:
         raise ConfigError("give config.init_from: the run folder or model that the policy starts from.")
+    saved = workdir / "config.json"
+    if (
+        saved.is_file()
+        and dataclasses.replace(configs.load(RoundsConfig, saved), rounds=config.rounds) != config
+    ):
+        raise ConfigError(
+            f"{workdir} holds rounds of another config (only config.rounds may change). Give the old values, or a new "
+            "--workdir."
+        )
     prepare_compiler()
     workdir.mkdir(parents=True, exist_ok=True)
-    configs.save(config, workdir / "config.json")
+    configs.save(config, saved)
     source = config.init_from
     for number in range(1, config.rounds + 1):
         folder = workdir / f"round-{number}"
@@ -167,6 +177,7 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
         kind = "preference" if config.learn_from == "pairs" else "chat"
         dataset = write_dataset(folder, records(), kind, manifest)
     if not len(dataset):
+        shutil.rmtree(folder)  # else the same command would go on with nothing
         raise ConfigError(
             f"round {number}: none of {figures['sampled']} answers earned enough (config.min_reward="
             f"{config.min_reward:g}, or for pairs config.min_gap={config.min_gap:g}). Lower it, sample more "

@@ -349,9 +349,12 @@ def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they
     shutil.rmtree(tmp_path / "round-2" / "train")  # cut off in the second round's training
     assert rounds.run(config, tmp_path)["accuracy"] == final["accuracy"]
     assert (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(configs.ConfigError, match="holds rounds of another config"):
+        rounds.run(dataclasses.replace(config, keep=2), tmp_path)
     hopeless = dataclasses.replace(config, min_reward=5.0)
     with pytest.raises(configs.ConfigError, match="none of 320 answers earned enough"):
         rounds.run(hopeless, tmp_path / "hopeless")
+    assert not (tmp_path / "hopeless" / "round-1" / "answers").exists()
 
 
 def test_the_best_answers_are_kept_once_each_best_first():
