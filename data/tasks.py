@@ -37,7 +37,13 @@ class TaskSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One question with what its verifier needs. `config` are the task's settings."""
+    """One question with what its verifier needs.
+
+    Attributes:
+      task: its name; "": no verifier knows what is right.
+      config: the task's settings.
+      messages: a dialogue that ends with the question; None: the question is all of it.
+    """
 
     id: str
     task: str
@@ -45,6 +51,7 @@ class Problem:
     answer: str
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    messages: Messages | None = None
 
 
 def generate(
@@ -105,7 +112,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def prompt(problem: Problem, instruction: str = INSTRUCTION) -> Messages:
-    """The question as a user's message, with how to answer."""
+    """The question as a user's message, with how to answer; a dialogue stays as it is."""
+    if problem.messages is not None:
+        return list(problem.messages)
     content = f"{problem.question}\n{instruction}" if instruction else problem.question
     return [{"role": "user", "content": content}]
 

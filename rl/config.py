@@ -6,7 +6,7 @@ import dataclasses
 
 from configs.typed import check_at_least
 from data.tasks import INSTRUCTION, TaskSpec
-from train.algorithms import GRPO, PPO
+from train.algorithms import GRPO, PPO, OnPolicyDistillation
 from train.config import CheckpointSpec, LearnerConfig, MeshSpec
 from train.optimizers import AdamW, Optimizer
 from train.schedules import Constant, Schedule
@@ -37,11 +37,13 @@ class RewardSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLConfig(LearnerConfig):
-    """Reinforcement learning with verifiable rewards on procedural tasks; `init_from` is the policy to start from."""
+    """Reinforcement learning, or distillation, on what the policy writes; `init_from` is the policy to start from."""
 
-    algorithm: GRPO | PPO = GRPO()
+    algorithm: GRPO | PPO | OnPolicyDistillation = GRPO()
     tasks: tuple[TaskSpec, ...] = (TaskSpec("chain_sum"),)
-    instruction: str = INSTRUCTION  # follows each question
+    # in place of tasks: a dataset of kind "prompt", or JSONL of prompts or dialogues; no verifier knows their answers
+    prompts: str | None = None
+    instruction: str = INSTRUCTION  # follows each question of a task
     problems: int = 2000  # different training problems, taken in shuffled epochs
     steps: int = 100
     max_mismatch_kl: float = 1e-3  # nats a token between sampler and trainer; above it the run stops
@@ -59,3 +61,15 @@ class RLConfig(LearnerConfig):
         super().__post_init__()
         check_at_least(1, problems=self.problems, evaluate_problems=self.evaluate_problems)
         check_at_least(0, evaluate_every=self.evaluate_every, log_samples=self.log_samples)
+        if self.prompts is not None and not self.rewards_by_model:
+            raise ValueError(
+                "config.prompts have no verifier, so their answers earn nothing. Take config.algorithm.kind=PPO with "
+                "config.algorithm.reward, or OnPolicyDistillation with config.algorithm.teacher."
+            )
+
+    @property
+    def rewards_by_model(self) -> bool:
+        """Whether the algorithm learns from what another model says of an answer."""
+        if isinstance(self.algorithm, PPO):
+            return self.algorithm.reward is not None
+        return isinstance(self.algorithm, OnPolicyDistillation)

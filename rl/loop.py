@@ -18,16 +18,17 @@ import data
 import model
 from configs.exits import Stopped
 from data.packing import shuffled
-from data.tasks import generate
 from model.compilation import prepare_compiler
 from model.inspect.flops import forward_flops_per_token, mfu, train_flops_per_token
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
+from rl.problems import held_out_problems, training_problems
 from rl.rollout import Rollout, Sampler, problems_of_step
+from rl.scoring import RewardScorer
 from rl.trajectory import batch_of
 from rl.verifiers import Verifiers
 from serve import Engine
-from train.algorithms import PPO
+from train.algorithms import GRPO, PPO
 from train.checkpoints import has_checkpoint
 from train.learner import Learner, make_plan
 from train.mesh import check_mesh, make_mesh, place_batch
@@ -98,9 +99,11 @@ class _Run:
             version=self.start,
         )
         self.sampler = Sampler(self.engine, self.tokenizer, verifiers, config.instruction, config.reward)
-        self.problems = generate(config.tasks, "train", config.problems, config.seed)
-        self.held_out = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
+        self.problems, self.held_out = training_problems(config), held_out_problems(config)
         self.sampler.check([*self.problems, *self.held_out], spec)
+        self.scorer = None
+        if (rewarding := self.learner.frozen.get("reward")) is not None:
+            self.scorer = RewardScorer(self.learner.cfgs["reward"], rewarding, spec.seq_len)
         self.log = MetricsLog(workdir, self.start, write=jax.process_index() == 0)
         self.rate = _Rate(self.cfg, spec.seq_len, mesh.size)
         self.validation: dict[str, float] = {}
@@ -122,15 +125,7 @@ class _Run:
                 bad_in_a_row = bad_in_a_row + 1 if last["skipped"] else 0
                 self._check(last, bad_in_a_row)
                 self.log.write(step, "train", last)
-                progress.show(
-                    step,
-                    reward=f"{last['reward']:.3f}",
-                    correct=f"{last['correct']:.1%}",
-                    length=f"{last['length']:.1f}",
-                    mismatch=f"{last['mismatch_kl']:.1e}",
-                    signal=f"{last['groups_with_signal']:.0%}",
-                    seconds=f"{last['seconds_sampling']:.1f}+{last['seconds_training']:.1f}",
-                )
+                progress.show(step, **_shown(last))
                 end = step == config.steps
                 # Saved first: nothing that fails below may lose the steps.
                 if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
@@ -158,13 +153,18 @@ class _Run:
         sampled = time.monotonic()
         rewards_PG = np.array([[r.trajectory.rewards["total"] for r in group] for group in groups])
         rollouts, signal_P = [r for group in groups for r in group], has_signal(rewards_PG)
-        if isinstance(config.algorithm, PPO):
-            signal_P = np.ones_like(signal_P)  # a value model says something of every answer
-            metrics = self._update_actor_critic(rollouts, step)
-        else:
+        if isinstance(config.algorithm, GRPO):
             advantages_PG = group_advantages(rewards_PG, normalise_std=config.algorithm.normalise_std)
             signal = np.repeat(signal_P, config.rollout.group)
             metrics = self._update(rollouts, advantages_PG.ravel(), signal, step)
+        else:
+            signal_P = np.ones_like(signal_P)  # a value model or a teacher says something of every answer
+            nothing, all_of_them = np.zeros(len(rollouts), np.float32), np.ones(len(rollouts), bool)
+            metrics = (
+                self._update_actor_critic(rollouts, step)
+                if isinstance(config.algorithm, PPO)
+                else self._update(rollouts, nothing, all_of_them, step)
+            )
         jax.block_until_ready(self.learner.params)
         done = time.monotonic()
         self.engine.update_params(self.learner.params, version=step)
@@ -226,22 +226,25 @@ class _Run:
         return place_batch(batch, self.mesh, self.config.sharding)
 
     def _evaluate(self, step: int) -> None:
+        if not self.held_out:
+            return
         rollouts = self.sampler.greedy(self.held_out, self.config.rollout)
         n = len(rollouts)
-        accuracy = sum(r.correct for r in rollouts) / n
-        self.validation = {
-            "validation_accuracy": accuracy,
-            "validation_accuracy_stderr": (accuracy * (1 - accuracy) / max(n - 1, 1)) ** 0.5,
-            "validation_format": sum(r.trajectory.rewards["format"] for r in rollouts) / n,
-        }
-        self.log.write(
-            step, "validation", {k.removeprefix("validation_"): v for k, v in self.validation.items()}
-        )
-        shown = f"{accuracy:.1%} +- {self.validation['validation_accuracy_stderr']:.1%}"
-        print(
-            f"\nheld-out accuracy at step {step}: {shown} of {n} (greedy), "
-            f"format {self.validation['validation_format']:.1%}"
-        )
+        figures = {"length": float(np.mean([r.trajectory.mask.sum() for r in rollouts]))}
+        if self.config.prompts is None:
+            accuracy = sum(r.correct for r in rollouts) / n
+            stderr = (accuracy * (1 - accuracy) / max(n - 1, 1)) ** 0.5
+            shares = sum(r.trajectory.rewards["format"] for r in rollouts) / n
+            figures |= {"accuracy": accuracy, "accuracy_stderr": stderr, "format": shares}
+            said = f"accuracy {accuracy:.1%} +- {stderr:.1%}, format {shares:.1%}"
+        else:
+            said = f"answers of {figures['length']:.1f} tokens"
+        if self.scorer is not None:
+            figures["score"] = float(self.scorer.scores([r.trajectory for r in rollouts]).mean())
+            said += f", score {figures['score']:.3f}"
+        self.validation = {f"validation_{name}": value for name, value in figures.items()}
+        self.log.write(step, "validation", figures)
+        print(f"\nheld out at step {step}: {said}, of {n} (greedy)")
 
     def _check(self, last: dict[str, float], bad_in_a_row: int) -> None:
         if last["mismatch_kl"] > self.config.max_mismatch_kl:
@@ -298,17 +301,30 @@ class _Rate:
         }
 
 
+def _shown(last: dict[str, float]) -> dict[str, str]:
+    """What the progress bar says of a step."""
+    forms = {"reward": ".3f", "correct": ".1%", "score": ".3f", "divergence": ".4f", "length": ".1f"}
+    return {name: format(last[name], form) for name, form in forms.items() if name in last} | {
+        "mismatch": f"{last['mismatch_kl']:.1e}",
+        "signal": f"{last['groups_with_signal']:.0%}",
+        "seconds": f"{last['seconds_sampling']:.1f}+{last['seconds_training']:.1f}",
+    }
+
+
 def _summary(groups: list[list[Rollout]], signal_P: np.ndarray) -> dict[str, float]:
     rollouts = [r for group in groups for r in group]
 
     def mean(values) -> float:
         return float(np.mean([float(v) for v in values]))
 
-    return {
+    verified = [r for r in rollouts if r.problem.task]
+    figures = {
+        "correct": mean(r.correct for r in verified),
+        "format": mean(r.trajectory.rewards["format"] for r in verified),
+        "timed_out": mean(r.trajectory.rewards["timed_out"] for r in verified),
+    }
+    return (figures if verified else {}) | {
         "reward": mean(r.trajectory.rewards["total"] for r in rollouts),
-        "correct": mean(r.correct for r in rollouts),
-        "format": mean(r.trajectory.rewards["format"] for r in rollouts),
-        "timed_out": mean(r.trajectory.rewards["timed_out"] for r in rollouts),
         "length": mean(r.trajectory.mask.sum() for r in rollouts),
         "cut_short": mean(r.trajectory.stop_reason == "length" for r in rollouts),
         "groups_with_signal": float(signal_P.mean()),

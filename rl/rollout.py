@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,19 +62,39 @@ class Sampler:
     def greedy(self, problems: Sequence[Problem], spec: RolloutSpec) -> list[Rollout]:
         return self._answer(problems, spec, 0.0, np.zeros(len(problems), np.uint32))
 
-    def _answer(
-        self, problems: Sequence[Problem], spec: RolloutSpec, temperature: float, seeds
+    def complete(
+        self, begun: Sequence[tuple[Problem, Sequence[int]]], spec: RolloutSpec, seeds: Sequence[int]
     ) -> list[Rollout]:
+        """Answers to problems that begin with these tokens, which are part of a rollout's text."""
+        problems, beginnings = [problem for problem, _ in begun], [list(tokens) for _, tokens in begun]
+        return self._answer(problems, spec, spec.temperature, seeds, beginnings)
+
+    def _answer(
+        self,
+        problems: Sequence[Problem],
+        spec: RolloutSpec,
+        temperature: float,
+        seeds: Any,
+        beginnings: Sequence[list[int]] | None = None,
+    ) -> list[Rollout]:
+        begun = [[] for _ in problems] if beginnings is None else beginnings
         requests = [
             Request(
-                self._prompt(problem),
-                SamplingParams(max_tokens=spec.max_new_tokens, temperature=temperature, seed=int(seed)),
+                self._prompt(problem) + tokens,
+                SamplingParams(
+                    max_tokens=max(spec.max_new_tokens - len(tokens), 1),
+                    temperature=temperature,
+                    seed=int(seed),
+                ),
             )
-            for problem, seed in zip(problems, seeds, strict=True)
+            for problem, tokens, seed in zip(problems, begun, seeds, strict=True)
         ]
         outputs = self._engine.generate(requests)
-        texts = [self._text(output) for output in outputs]
-        answers = [extract_answer(text) for text in texts]
+        texts = [self._text([*tokens, *out.tokens]) for tokens, out in zip(begun, outputs, strict=True)]
+        answers = [
+            extract_answer(text) if problem.task else None
+            for problem, text in zip(problems, texts, strict=True)
+        ]
         verdicts = self._verifiers.score(problems, answers)
         rollouts = []
         for problem, request, output, text, answer, verdict in zip(
@@ -88,9 +109,8 @@ class Sampler:
     def _prompt(self, problem: Problem) -> list[int]:
         return self._tokenizer.apply_chat_template(prompt(problem, self._instruction))[0]
 
-    def _text(self, output: Output) -> str:
+    def _text(self, ids: list[int]) -> str:
         """The answer without its stop token; cut short, it is what there is."""
-        ids = output.tokens
         if ids and ids[-1] in self._tokenizer.eos_ids:
             ids = ids[:-1]
         return self._tokenizer.decode(ids)

@@ -3,7 +3,8 @@
 With `learn_from=best` it is rejection sampling, best-of-n distillation: Anthony et al. 2017, arXiv:1705.08439 (expert
 iteration); Zelikman et al. 2022, arXiv:2203.14465 (STaR); Touvron et al. 2023, arXiv:2307.09288, section 3.2. With
 `learn_from=pairs` the best and the worst answer to each problem are a pair, and `train.algorithm` one of preferences:
-iterative DPO, Xu et al. 2023, arXiv:2312.16682; Guo et al. 2024, arXiv:2402.04792. With `learn_from=knowledge` a
+iterative DPO, Xu et al. 2023, arXiv:2312.16682. With a `judge`, two answers to each problem are a pair, ordered by what
+it prefers: Guo et al. 2024, arXiv:2402.04792. With `learn_from=knowledge` a
 problem whose answers are right often enough teaches its answer, and another one the words of `abstention`: the model
 learns to say what it does not know. Zhang et al. 2023, arXiv:2311.09677 (R-Tuning).
 
@@ -33,11 +34,13 @@ from configs import ConfigError, exits
 from configs.typed import check_at_least
 from data import Tokenizer
 from data.shards import TokenRecord, hash_of, is_current, write_dataset
-from data.tasks import INSTRUCTION, TaskSpec, generate, prompt
+from data.tasks import INSTRUCTION, TaskSpec, prompt
 from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
+from rl.alignment.judge import Judge, JudgeSpec
 from rl.config import RewardSpec, RolloutSpec
 from rl.loaded import LoadedModel
+from rl.problems import held_out_problems, training_problems
 from rl.rollout import Rollout, Sampler
 from rl.scoring import RewardScorer
 from rl.verifiers import Verifiers
@@ -55,7 +58,9 @@ class RoundsConfig:
     init_from: str = ""  # run folder, checkpoint, Hugging Face folder or GGUF file: the policy to start from
     rounds: int = 2
     tasks: tuple[TaskSpec, ...] = (TaskSpec("chain_sum"),)
-    instruction: str = INSTRUCTION  # follows each question
+    # in place of tasks: a dataset of kind "prompt", or JSONL of prompts or dialogues; with reward_model or judge
+    prompts: str | None = None
+    instruction: str = INSTRUCTION  # follows each question of a task
     problems: int = 500  # other ones each round
     evaluate_problems: int = 100  # held-out problems, greedy, before each round and after the last
     learn_from: Literal["best", "pairs", "knowledge"] = "best"
@@ -67,6 +72,7 @@ class RoundsConfig:
     reward_model: str | None = (
         None  # a run of the algorithm RewardModel; its score is added to the verifier's reward
     )
+    judge: JudgeSpec | None = None  # of "pairs": it orders the first two different answers to each problem
     seed: int = 0
     rollout: RolloutSpec = RolloutSpec(group=8)  # `group` is n; `prompts` problems are sampled at once
     reward: RewardSpec = RewardSpec(format_weight=0.0)
@@ -75,6 +81,15 @@ class RoundsConfig:
     def __post_init__(self):
         check_at_least(1, rounds=self.rounds, problems=self.problems, keep=self.keep)
         check_at_least(1, evaluate_problems=self.evaluate_problems)
+        if self.judge is not None and (self.learn_from != "pairs" or self.rollout.group < 2):
+            raise ValueError(
+                "config.judge orders pairs of answers: set learn_from=pairs and rollout.group=2."
+            )
+        if self.prompts is not None and self.reward_model is None and self.judge is None:
+            raise ValueError(
+                "config.prompts have no verifier, so their answers earn nothing: give config.reward_model, or "
+                "config.judge with learn_from=pairs."
+            )
         wanted = "preference" if self.learn_from == "pairs" else "lm"
         if self.train.batch_kind != wanted:
             raise ValueError(
@@ -141,36 +156,36 @@ def pair(
 def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdir: Path) -> None:
     said = configs.to_dict(config) | {"train": None, "rounds": None, "init_from": None}
     loaded = LoadedModel(source, config.train.run)
-    key = hash_of("rounds", said, number, loaded.key)
+    chooser = _Chooser(config, loaded)
+    key = hash_of("rounds", said, number, loaded.key, chooser.key)
     if is_current(folder, key):
         return
     figures: dict[str, Any] = {}
-    tokenizer, scorer = (
-        loaded.tokenizer,
-        RewardScorer(config.reward_model, config.train.run, config.rollout.seq_len),
-    )
+    tokenizer = loaded.tokenizer
     with _sampling(config, loaded) as sampler:
-        figures |= _held_out(sampler, config)
+        figures |= _held_out(sampler, chooser.scorer, config)
         print(f"round {number}: held out before sampling: {_shown(figures)}")
 
         def records() -> Iterator[Any]:
-            problems = generate(config.tasks, "train", config.problems, config.seed + 7919 * number)
+            problems = training_problems(config, number)
+            sampler.check(problems, config.rollout)
             sampled = solved = kept = 0
             began = time.monotonic()
             for start in range(0, len(problems), config.rollout.prompts):
                 some = problems[start : start + config.rollout.prompts]
                 seed = int(np.random.SeedSequence([config.seed, number, start]).generate_state(1)[0])
                 groups = sampler.sample(some, config.rollout, seed)
-                for group in groups:
-                    rewards = scorer.rewards(group)
-                    sampled, solved = sampled + len(group), solved + any(r.correct for r in group)
-                    chosen = _chosen(group, rewards, config, tokenizer)
+                sampled += sum(map(len, groups))
+                solved += sum(any(r.correct for r in group) for group in groups)
+                for chosen in chooser.records(groups, number * len(problems) + start):
                     kept += len(chosen)
                     yield from chosen
                 done = start + len(some)
                 left = clock((time.monotonic() - began) / done * (len(problems) - done))
-                counts = f"{solved} solved, {kept} answers kept, left {left}"
-                print(f"round {number}: {done}/{len(problems)} problems, {counts}")
+                counts = (
+                    f"{solved} solved, {kept} {'pairs' if config.learn_from == 'pairs' else 'answers'} kept"
+                )
+                print(f"round {number}: {done}/{len(problems)} problems, {counts}, left {left}")
             figures.update(sampled=sampled, problems=len(problems), solved=solved, kept=kept)
 
         manifest = lambda: {"key": key, "sampled": figures} | describe(tokenizer)
@@ -180,28 +195,80 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
         shutil.rmtree(folder)  # else the same command would go on with nothing
         raise ConfigError(
             f"round {number}: none of {figures['sampled']} answers earned enough (config.min_reward="
-            f"{config.min_reward:g}, or for pairs config.min_gap={config.min_gap:g}). Lower it, sample more "
-            "(config.rollout.group), or start from a better policy."
+            f"{config.min_reward:g}, for pairs config.min_gap={config.min_gap:g}, for a judge its min_margin). Lower "
+            "it, sample more (config.rollout.group), or start from a better policy."
         )
     _log(workdir, number, figures)
+
+
+class _Chooser:
+    """What a round learns of the answers to a problem."""
+
+    def __init__(self, config: RoundsConfig, policy: LoadedModel):
+        self._config, self._tokenizer = config, policy.tokenizer
+        run, spec = config.train.run, config.judge
+        self.scorer = self._judge = None
+        self.key = ""  # of what the other models are, beside their names
+        if config.reward_model is not None:
+            self.scorer = RewardScorer.load(config.reward_model, run, config.rollout.seq_len)
+            self.key = self.scorer.key
+        if spec is not None:
+            judging = LoadedModel(spec.model, run) if spec.model else policy
+            self.key += judging.key
+            self._judge = Judge(spec, judging, config.rollout.prompts, config.seed)
+
+    def records(self, groups: Sequence[Sequence[Rollout]], first: int) -> list[list[Any]]:
+        """For each group records of a dataset; `first` is the number of the first problem."""
+        if self._judge is not None:
+            return self._judged(self._judge, groups, first)
+        return [_chosen(group, self._rewards(group), self._config, self._tokenizer) for group in groups]
+
+    def _rewards(self, group: Sequence[Rollout]) -> np.ndarray:
+        """[G] float64: the verifier's and the reward model's."""
+        rewards = np.array([rollout.trajectory.rewards["total"] for rollout in group], np.float64)
+        if self.scorer is None:
+            return rewards
+        return rewards + self.scorer.scores([rollout.trajectory for rollout in group])
+
+    def _judged(self, judge: Judge, groups: Sequence[Sequence[Rollout]], first: int) -> list[list[Any]]:
+        couples: dict[int, list[Rollout]] = {}
+        for i, group in enumerate(groups):
+            different: dict[str, Rollout] = {}
+            for rollout in group:
+                if rollout.trajectory.stop_reason == "stop":
+                    different.setdefault(rollout.text, rollout)
+            if len(different) > 1:
+                couples[i] = list(different.values())[:2]
+        contests = [
+            (prompt(one.problem, self._config.instruction), (one.text, two.text))
+            for one, two in couples.values()
+        ]
+        records: list[list[Any]] = [[] for _ in groups]
+        for (i, couple), better in zip(couples.items(), judge.preferred(contests, first), strict=True):
+            if better is not None:
+                records[i] = [(_record(couple[better]), _record(couple[1 - better]))]
+        return records
+
+
+def _record(rollout: Rollout) -> TokenRecord:
+    return TokenRecord(rollout.trajectory.tokens, rollout.trajectory.mask)
 
 
 def _chosen(
     group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig, tokenizer: Tokenizer
 ) -> list[Any]:
     """Records of a dataset: answers, or one pair of them."""
-    record = lambda rollout: TokenRecord(rollout.trajectory.tokens, rollout.trajectory.mask)
     if config.learn_from == "best":
-        return [record(rollout) for rollout in best(group, rewards, config)]
+        return [_record(rollout) for rollout in best(group, rewards, config)]
     if config.learn_from == "knowledge":
         right = [i for i, rollout in enumerate(group) if rollout.correct]
         if len(right) >= max(config.min_known * len(group), 1):
-            return [record(group[max(right, key=lambda i: rewards[i])])]
+            return [_record(group[max(right, key=lambda i: rewards[i])])]
         problem = group[0].problem
         asked = prompt(problem, config.instruction)
         return [answer_record(asked, config.abstention, None, tokenizer, problem.id)]
     found = pair(group, rewards, config)
-    return [] if found is None else [(record(found[0]), record(found[1]))]
+    return [] if found is None else [(_record(found[0]), _record(found[1]))]
 
 
 def _fine_tune(config: RoundsConfig, source: str, folder: Path) -> None:
@@ -213,12 +280,15 @@ def _fine_tune(config: RoundsConfig, source: str, folder: Path) -> None:
 
 
 def _evaluate_last(config: RoundsConfig, source: str, workdir: Path) -> dict[str, Any]:
-    with _sampling(config, LoadedModel(source, config.train.run)) as sampler:
-        figures = _held_out(sampler, config)
+    loaded = LoadedModel(source, config.train.run)
+    scorer = _Chooser(config, loaded).scorer
+    with _sampling(config, loaded) as sampler:
+        figures = _held_out(sampler, scorer, config)
     print(f"after {config.rounds} rounds: held out: {_shown(figures)}")
     _log(workdir, config.rounds + 1, figures)
     rows = [json.loads(line) for line in (workdir / ROUNDS).read_text(encoding="utf-8").splitlines()]
-    return figures | {"accuracy_at_start": rows[0]["accuracy"], "rounds": config.rounds}
+    at_start = {f"{name}_at_start": rows[0][name] for name in figures}
+    return figures | at_start | {"rounds": config.rounds}
 
 
 @contextlib.contextmanager
@@ -231,23 +301,36 @@ def _sampling(config: RoundsConfig, loaded: LoadedModel) -> Iterator[Sampler]:
         yield Sampler(engine, loaded.tokenizer, verifiers, config.instruction, config.reward)
 
 
-def _held_out(sampler: Sampler, config: RoundsConfig) -> dict[str, float]:
-    """Greedy answers to held-out problems: the share that is right, that is answered at all (`coverage`), and the share
-    of right ones among those (`precision`)."""
-    problems = generate(config.tasks, "validation", config.evaluate_problems, config.seed)
+def _held_out(sampler: Sampler, scorer: RewardScorer | None, config: RoundsConfig) -> dict[str, float]:
+    """Figures of greedy answers to held-out problems: of tasks the share that is right, that is answered at all
+    (`coverage`), and of right ones among those (`precision`); of all, what a reward model gives, and the length."""
+    problems = held_out_problems(config)
+    if not problems:
+        return {}
     sampler.check(problems, config.rollout)
     rollouts = sampler.greedy(problems, config.rollout)
-    right = sum(rollout.correct for rollout in rollouts)
-    answered = sum(rollout.text.strip() != config.abstention for rollout in rollouts)
-    n = len(rollouts)
-    return {"accuracy": right / n, "coverage": answered / n, "precision": right / max(answered, 1)}
+    n, trajectories = len(rollouts), [rollout.trajectory for rollout in rollouts]
+    figures = {"length": float(np.mean([t.mask.sum() for t in trajectories]))}
+    if scorer is not None:
+        figures["score"] = float(scorer.scores(trajectories).mean())
+    if config.prompts is None:
+        right = sum(rollout.correct for rollout in rollouts)
+        answered = sum(rollout.text.strip() != config.abstention for rollout in rollouts)
+        figures |= {"accuracy": right / n, "coverage": answered / n, "precision": right / max(answered, 1)}
+    return figures
 
 
 def _shown(figures: dict[str, float]) -> str:
-    shown = f"accuracy {figures['accuracy']:.1%} (greedy)"
-    if figures["coverage"] == 1:
-        return shown
-    return f"{shown}, {figures['coverage']:.1%} answered, of these {figures['precision']:.1%} right"
+    parts = []
+    if "accuracy" in figures:
+        parts.append(f"accuracy {figures['accuracy']:.1%} (greedy)")
+    if figures.get("coverage", 1) < 1:
+        parts.append(f"{figures['coverage']:.1%} answered, of these {figures['precision']:.1%} right")
+    if "score" in figures:
+        parts.append(f"score {figures['score']:.3f}")
+    if not parts:
+        parts.append(f"{figures['length']:.1f} tokens an answer" if figures else "no problems")
+    return ", ".join(parts)
 
 
 def _log(workdir: Path, number: int, figures: dict[str, Any]) -> None:
@@ -262,7 +345,11 @@ def _log(workdir: Path, number: int, figures: dict[str, Any]) -> None:
 def main(config: RoundsConfig, workdir: Path) -> int:
     final = run(config, workdir)
     configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
-    print(f"done: accuracy {final['accuracy_at_start']:.1%} -> {final['accuracy']:.1%}")
+    changed = [name for name in ("accuracy", "score", "length") if name in final]
+    print(
+        "done: "
+        + "  ".join(f"{name} {final[f'{name}_at_start']:.3f} -> {final[name]:.3f}" for name in changed)
+    )
     return exits.DONE
 
 

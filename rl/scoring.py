@@ -1,7 +1,8 @@
-"""Rewards of sampled answers: the verifiers' and, where there is one, a reward model's."""
+"""What a reward model gives to sampled answers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,40 +11,48 @@ import numpy as np
 
 import model
 from configs import ConfigError
-from rl.rollout import Rollout
-from rl.trajectory import batch_of
+from data.shards import hash_of
+from model import ModelConfig
+from model.function import Params
+from rl.trajectory import Trajectory, batch_of
 from train.algorithms.rewards import REWARD, at_end
 from train.config import Execution
 from train.models import Model
+from train.references import fingerprint
+
+_ROWS = 16  # that are scored at once
 
 
 class RewardScorer:
-    """Scores groups of answers; `reward_model` None: what the verifiers gave.
+    """Reads a reward model at the ends of answers; `seq_len`: of prompt and answer together."""
 
-    Raises:
-      ConfigError: the model has no reward head.
-    """
-
-    def __init__(self, reward_model: str | None, run: Execution, seq_len: int):
-        self._seq_len, self._score = seq_len, None
-        if reward_model is None:
-            return
-        cfg = run.apply_to(model.load_config(reward_model))
-        if REWARD not in cfg.heads:
-            raise ConfigError(
-                f"{reward_model} has no head 'reward'. Give a run that was trained with the algorithm RewardModel."
-            )
-        _, self._params = model.load(reward_model, cfg=cfg)
+    def __init__(self, cfg: ModelConfig, params: Params, seq_len: int):
+        self._params, self._seq_len = params, seq_len
         self._score = jax.jit(
             lambda params, batch: at_end(Model(cfg, params, train=False).read_head(batch, REWARD.name), batch)
         )
 
-    def rewards(self, group: Sequence[Rollout]) -> np.ndarray:
-        """[G] float64."""
-        rewards = np.array([rollout.trajectory.rewards["total"] for rollout in group])
-        if self._score is None:
-            return rewards
-        trajectories = [rollout.trajectory for rollout in group]
-        rows = batch_of(trajectories, np.zeros(len(group), np.float32), self._seq_len, len(group))
-        batch = {name: jnp.asarray(x) for name, x in rows.items()}
-        return rewards + np.asarray(self._score(self._params, batch), np.float64)
+    @classmethod
+    def load(cls, source: str, run: Execution, seq_len: int) -> RewardScorer:
+        """Raises ConfigError if the model has no reward head."""
+        cfg = run.apply_to(model.load_config(source))
+        if REWARD not in cfg.heads:
+            raise ConfigError(
+                f"{source} has no head 'reward'. Give a run that was trained with the algorithm RewardModel."
+            )
+        return cls(cfg, model.load(source, cfg=cfg)[1], seq_len)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """A hash of the parameters' bits."""
+        return hash_of("reward", fingerprint(self._params))
+
+    def scores(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """[N] float64."""
+        found: list[np.ndarray] = []
+        for start in range(0, len(trajectories), _ROWS):
+            some = list(trajectories[start : start + _ROWS])
+            rows = batch_of(some, np.zeros(len(some), np.float32), self._seq_len, _ROWS)
+            batch = {name: jnp.asarray(x) for name, x in rows.items()}
+            found.append(np.asarray(self._score(self._params, batch), np.float64)[: len(some)])
+        return np.concatenate(found) if found else np.zeros(0)

@@ -35,11 +35,13 @@ def batch_of(
 ) -> dict[str, np.ndarray]:
     """One trajectory a row, padded to [rows, seq_len]; rows beyond the last trajectory weigh nothing.
 
+    The last token is in the row, too, though nothing follows it: a reward model reads there.
+
     Args:
       advantages: [len(trajectories)] float32, the same for every token of an answer.
 
     Raises:
-      ValueError: a trajectory of more than seq_len + 1 tokens, or more of them than rows.
+      ValueError: a trajectory of more than seq_len tokens, or more of them than rows.
     """
     if len(trajectories) > rows:
         raise ValueError(f"{len(trajectories)} trajectories do not fit into {rows} rows.")
@@ -51,16 +53,14 @@ def batch_of(
         for key in ("loss_weights", "sampler_logprobs", "advantages")
     }
     for row, (trajectory, advantage) in enumerate(zip(trajectories, advantages, strict=True)):
-        n = len(trajectory.tokens) - 1
+        n = len(trajectory.tokens)
         if n > seq_len:
-            raise ValueError(
-                f"a trajectory has {n + 1} tokens; rollout.seq_len={seq_len} holds {seq_len + 1}."
-            )
-        ints["tokens"][row, :n] = trajectory.tokens[:-1]
-        ints["targets"][row, :n] = trajectory.tokens[1:]
+            raise ValueError(f"a trajectory has {n} tokens, more than rollout.seq_len={seq_len}.")
+        ints["tokens"][row, :n] = trajectory.tokens
+        ints["targets"][row, : n - 1] = trajectory.tokens[1:]
         ints["segment_ids"][row, :n] = 1
         ints["positions"][row, :n] = np.arange(n)
-        floats["loss_weights"][row, :n] = trajectory.mask[1:]
-        floats["sampler_logprobs"][row, :n] = trajectory.logprobs[1:]
-        floats["advantages"][row, :n] = advantage * trajectory.mask[1:]
+        floats["loss_weights"][row, : n - 1] = trajectory.mask[1:]
+        floats["sampler_logprobs"][row, : n - 1] = trajectory.logprobs[1:]
+        floats["advantages"][row, : n - 1] = advantage * trajectory.mask[1:]
     return ints | floats

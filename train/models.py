@@ -32,7 +32,8 @@ class Role:
       trained: it has gradients and an optimizer state. Other roles are frozen.
       without_adapters: the policy with its adapters switched off; it has no parameters of its own.
       shares_base: its own adapters over the policy's frozen parameters.
-      head: a readout that the model has. If the source lacks it, it is new.
+      head: a readout that the model has. If the source lacks it, it is new: zero, or a copy of `head_from`.
+      head_from: name of a readout of the source, of the same shape.
       needs_head: a source without `head` is an error.
       dtype: of its parameters; None: `config.precision` decides.
       rules: sharding of its parameters and activations; None: those of the run.
@@ -44,6 +45,7 @@ class Role:
     without_adapters: bool = False
     shares_base: bool = False
     head: Readout | None = None
+    head_from: str | None = None
     needs_head: bool = False
     dtype: KeptDtype | None = None
     rules: ShardingRules | None = None

@@ -129,7 +129,7 @@ def role_start(config: LearnerConfig, name: str, role: Role, policy: PolicyStart
         else:
             base = config.run.apply_to(model.load_config(source))
             params = _read(source, base, param_shardings(base, mesh, rules), _dtype_on_load(config, role))
-            params = _with_new_heads(cfg, params)
+            params = _with_new_heads(cfg, params, role.head_from)
         params = kept(config, role, cfg, params)
         return jax.device_put(params, shardings_like(params, layout))
 
@@ -153,7 +153,7 @@ def kept(config: LearnerConfig, role: Role, cfg: ModelConfig, params: Params) ->
             "the weights of config.init_from are quantized, and quantized weights are not trained: give "
             "config.adapters, or a model with dense weights."
         )
-    trained = _in_dtype(cfg, trained, config.precision.params)
+    trained = in_dtype(cfg, trained, config.precision.params_at_start)
     if rest and role.trained and isinstance(config.adapters, QLoRA):
         rest = _frozen_as(cfg, rest, config.adapters.base, config.adapters)
     elif rest and (frozen := role.dtype or config.precision.frozen) is not None:
@@ -164,7 +164,7 @@ def kept(config: LearnerConfig, role: Role, cfg: ModelConfig, params: Params) ->
 def _frozen_as(cfg: ModelConfig, params: Params, dtype: str, how: QLoRA) -> Params:
     """In a dtype, or quantized as `how` says, with what is not quantized in bfloat16."""
     few_bits = dtype in ("int8", "nf4")
-    halved = _in_dtype(cfg, params, "bfloat16" if few_bits else dtype)
+    halved = in_dtype(cfg, params, "bfloat16" if few_bits else dtype)
     if not few_bits:
         return halved
     plain = cfg.replace(adapters=None)
@@ -175,7 +175,7 @@ def _frozen_as(cfg: ModelConfig, params: Params, dtype: str, how: QLoRA) -> Para
     return jax.tree.map(pick, quantized, halved, is_leaf=is_quantized)
 
 
-def _in_dtype(cfg: ModelConfig, params: Params, dtype: str) -> Params:
+def in_dtype(cfg: ModelConfig, params: Params, dtype: str) -> Params:
     """Dense parameters in a dtype, but for those that a model has in float32 whatever its dtype is."""
     wanted = cast(dict[Any, Any], flatten_dict(model.param_shapes(cfg.replace(param_dtype=dtype))))
     flat = cast(dict[Any, Any], flatten_dict(params))
@@ -191,7 +191,7 @@ def _policy_params(
         make = jax.jit(lambda key: model.init(cfg, key), out_shardings=layout)
         return make(jax.random.key(config.seed))
     base = policy.base()
-    dtype = None if cfg.adapters is not None else config.precision.params
+    dtype = None if cfg.adapters is not None else config.precision.params_at_start
     params = _read(policy.source, base, param_shardings(base, mesh, rules), dtype)
     params = _with_new_heads(cfg, params)
     if policy.new_adapters is not None:
@@ -205,16 +205,20 @@ def _read(source: str, cfg: ModelConfig, shardings: Params, dtype: str | None) -
 
 
 def _dtype_on_load(config: LearnerConfig, role: Role) -> str | None:
-    dtype = config.precision.params if role.trained else role.dtype or config.precision.frozen
+    dtype = config.precision.params_at_start if role.trained else role.dtype or config.precision.frozen
     return "bfloat16" if dtype == "bfloat16" else None
 
 
-def _with_new_heads(cfg: ModelConfig, params: Params) -> Params:
-    """With the readouts that `cfg` has and `params` lack; they start at zero."""
-    shapes = model.param_shapes(cfg)
-    names = [f"{head.name}_head{end}" for head in cfg.heads for end in ("", "_bias")]
-    missing = {name: shapes[name] for name in names if name in shapes and name not in params}
-    return params | {name: jnp.zeros(s.shape, s.dtype) for name, s in missing.items()}
+def _with_new_heads(cfg: ModelConfig, params: Params, like: str | None = None) -> Params:
+    """With the readouts that `cfg` has and `params` lack; they start at zero, or as the readout `like` is."""
+    shapes, new = model.param_shapes(cfg), {}
+    for head in cfg.heads:
+        for end in ("_head", "_head_bias"):
+            name, other = f"{head.name}{end}", f"{like}{end}"
+            if name in shapes and name not in params:
+                zeros = jnp.zeros(shapes[name].shape, shapes[name].dtype)
+                new[name] = jnp.array(params[other], zeros.dtype) if other in params else zeros
+    return params | new
 
 
 def _with_adapters(source: str, cfg: ModelConfig, adapters: lora.LoRA | None) -> ModelConfig:

@@ -33,10 +33,10 @@ from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.alignment.constitution import check_template, fill
 from rl.alignment.options import OptionScorer
-from rl.alignment.prompts import read_prompts, shown
 from rl.alignment.shards import Row, in_shards, lines, seed_of
 from rl.alignment.writer import CLOSE, OPEN, SamplingSpec, Writer, Written
 from rl.loaded import LoadedModel, Messages
+from rl.prompts import read_prompts, shown
 from train.config import Execution
 
 DESCRIPTION = __doc__ or ""

@@ -34,10 +34,10 @@ from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.alignment.constitution import Principle, check_template, draw, fill, read_constitution
 from rl.alignment.options import OptionScorer
-from rl.alignment.prompts import read_prompts, shown
 from rl.alignment.shards import Row, in_shards, lines, seed_of
 from rl.alignment.writer import SamplingSpec, Writer, Written
 from rl.loaded import LoadedModel, Messages
+from rl.prompts import read_prompts, shown
 from train.config import Execution
 
 DESCRIPTION = __doc__ or ""
@@ -84,6 +84,30 @@ class JudgeConfig:
         check_template("template", self.template, "prompt", "first", "second")
 
 
+@dataclasses.dataclass(frozen=True)
+class JudgeSpec:
+    """A judge that other commands ask; the fields are those of JudgeConfig."""
+
+    model: str = ""  # empty: the model that answers
+    constitution: str = ""
+    template: str = TEMPLATE
+    min_margin: float = 0.5
+    agreement: bool = True
+    seq_len: int = 8192
+
+    def __post_init__(self):
+        check_at_least(1, seq_len=self.seq_len)
+        check_template("template", self.template, "prompt", "first", "second")
+
+
+class Contest(NamedTuple):
+    """Two answers to a dialogue, compared by a principle."""
+
+    messages: Messages
+    principle: str
+    answers: tuple[str, str]
+
+
 class Preference(NamedTuple):
     """Log-odds in nats that the first answer is the better one, in either order and in the mean."""
 
@@ -115,6 +139,36 @@ class Preference(NamedTuple):
 def preference(in_order: Sequence[float], swapped: Sequence[float]) -> Preference:
     """From the log-probabilities of (A, B) with the first answer as A, and with the second answer as A."""
     return Preference(float(in_order[0] - in_order[1]), float(swapped[1] - swapped[0]))
+
+
+class Judge:
+    """Asks a model which of two answers it prefers. Raises ConfigError for a bad constitution."""
+
+    def __init__(self, spec: JudgeSpec, judging: LoadedModel, rows: int, seed: int):
+        self._spec, self._seed = spec, seed
+        self._principles = read_constitution(spec.constitution)
+        self._scorer = OptionScorer(judging, ("A", "B"), spec.seq_len, rows)
+
+    def preferred(self, contests: Sequence[tuple[Messages, tuple[str, str]]], first: int) -> list[int | None]:
+        """0 or 1, the better answer of each; None: it can't be told. `first` numbers them, for the principles."""
+        spec, numbers = self._spec, range(first, first + len(contests))
+        drawn = [draw(self._principles, self._seed, i, 0).text for i in numbers]
+        full = [
+            Contest(messages, principle, answers)
+            for principle, (messages, answers) in zip(drawn, contests, strict=True)
+        ]
+        found: list[int | None] = []
+        for both in asked_in_both_orders(self._scorer.logprobs, full, spec.template):
+            told = preference(*both.tolist())
+            unclear = np.isnan(both).any() or told.fault(spec.min_margin, spec.agreement) is not None
+            found.append(None if unclear else int(told.log_odds < 0))
+        return found
+
+
+def asked_in_both_orders(score: Score, contests: Sequence[Contest], template: str) -> np.ndarray:
+    """[N, 2, 2] nats: of "A" and "B", with the first answer as A and as B; NaN for a question that is too long."""
+    asked = [_question(template, contest, order) for contest in contests for order in ((0, 1), (1, 0))]
+    return score(asked).reshape(len(contests), 2, 2)
 
 
 def judge(config: JudgeConfig, workdir: Path) -> dict[str, Any]:
@@ -188,9 +242,8 @@ def judged(
             }
         )
     going = [row for row in rows if row["dropped"] is None]
-    asked = [_question(config.template, row, order) for row in going for order in ((0, 1), (1, 0))]
-    logprobs = score(asked).reshape(len(going), 2, 2)
-    for row, both in zip(going, logprobs, strict=True):
+    contests = [Contest(row["messages"], row["principle"], tuple(row["answers"])) for row in going]
+    for row, both in zip(going, asked_in_both_orders(score, contests, config.template), strict=True):
         if np.isnan(both).any():
             row["dropped"] = "the question to the judge is longer than judge_seq_len"
             continue
@@ -199,11 +252,10 @@ def judged(
     return rows
 
 
-def _question(template: str, row: Row, order: tuple[int, int]) -> Messages:
-    first, second = (row["answers"][i] for i in order)
-    text = fill(
-        template, prompt=shown(row["messages"]), principle=row["principle"], first=first, second=second
-    )
+def _question(template: str, contest: Contest, order: tuple[int, int]) -> Messages:
+    first, second = (contest.answers[i] for i in order)
+    dialogue = shown(contest.messages)
+    text = fill(template, prompt=dialogue, principle=contest.principle, first=first, second=second)
     return [{"role": "user", "content": text}]
 
 

@@ -26,10 +26,10 @@ from data.shards import hash_of, is_current, write_dataset
 from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.alignment.constitution import Principle, draw, read_constitution
-from rl.alignment.prompts import read_prompts
 from rl.alignment.shards import Row, in_shards, lines, seed_of
 from rl.alignment.writer import SamplingSpec, Writer, Written
 from rl.loaded import LoadedModel, Messages
+from rl.prompts import read_prompts
 from train.config import Execution
 
 DESCRIPTION = __doc__ or ""

@@ -12,9 +12,9 @@ import data
 from data import SpecialTokens
 from data.chat import DEFAULT_SPECIAL_TOKENS
 from rl.alignment.constitution import CRITIQUE, Principle, draw, fill, read_constitution
-from rl.alignment.prompts import read_prompts
 from rl.alignment.revise import revised
 from rl.alignment.writer import Written, text_of
+from rl.prompts import read_prompts
 
 MARKDOWN = """# Kindness
 

@@ -18,10 +18,10 @@ from rl.alignment import judge as judging
 from rl.alignment import revise as revising
 from rl.alignment.deliberate import DeliberateConfig, deliberate
 from rl.alignment.judge import JudgeConfig, judge
-from rl.alignment.prompts import read_prompts
 from rl.alignment.revise import ReviseConfig, revise
 from rl.alignment.writer import SamplingSpec, Writer
 from rl.loaded import LoadedModel
+from rl.prompts import read_prompts
 from train.config import Execution, TrainConfig
 from train.trainer import train
 

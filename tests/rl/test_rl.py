@@ -1,7 +1,6 @@
 """RL: advantages and the objective are their formulas, sampler and trainer agree, a tiny policy learns and resumes."""
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -13,24 +12,22 @@ import pytest
 import configs
 import data
 import model
-from data.tasks import Problem, TaskSpec, generate
+from data.tasks import Problem
 from model import decoder, init
 from model.formats.checkpoint import save_native
-from rl import loop, rounds
+from rl import loop
 from rl.advantages import group_advantages, has_signal
 from rl.config import RLConfig
 from rl.loop import run
-from rl.rollout import Rollout, problems_of_step
-from rl.rounds import RoundsConfig
+from rl.rollout import problems_of_step
 from rl.trajectory import Trajectory, batch_of
 from rl.verifiers import Verdict, Verifiers, score_math
-from train.algorithms import DPO, GRPO, objective_of
+from train.algorithms import GRPO, objective_of
 from train.checkpoints import tokenizer_files
-from train.config import TrainConfig
-from train.trainer import train
+
+from .conftest import make_config, rows_of
 
 CFG = decoder(64, 32, 2, 4, 2, 8, 48)
-COUNTING = {"min_words": 1, "max_words": 1}
 
 
 def test_advantages_are_standardised_within_the_group():
@@ -81,7 +78,7 @@ def test_grpo_is_its_formula_token_by_token():
 
 def test_a_batch_refuses_what_does_not_fit():
     made = trajectories()
-    with pytest.raises(ValueError, match="holds 3"):
+    with pytest.raises(ValueError, match="more than rollout.seq_len=2"):
         batch_of(made, np.zeros(4), 2, 4)
     with pytest.raises(ValueError, match="do not fit into 3 rows"):
         batch_of(made, np.zeros(4), 12, 3)
@@ -122,72 +119,10 @@ def test_math_is_compared_as_mathematics_and_a_bomb_is_killed():
         assert [v.value for v in verifiers.score(problems, answers)] == [1, 1, 0, 0]
 
 
-def fine_tuned(root, dialogues, steps, more_texts=()):
-    """A toy that was trained on these dialogues alone."""
-    texts = [m["content"] for d in dialogues * 20 for m in d]
-    tokenizer = data.train_tokenizer("bpe", [*texts, *more_texts], 280, digits=1)
-    tokenizer.save(root / "tokenizer")
-    data.write_chat_dataset(dialogues, tokenizer, root / "chat")
-    config = {
-        "tokenizer": str(root / "tokenizer"),
-        "steps": steps,
-        "model": {
-            "width": 32,
-            "layers": 2,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "head_dim": 16,
-            "ffn_width": 64,
-        },
-        "data": {"mixture": {str(root / "chat"): 1.0}, "seq_len": 120, "batch_size": 16},
-        "optimizer": {"peak_lr": 1e-2},
-        "schedule": {"warmup_steps": 5},
-        "mesh": {"data": 8},
-    }
-    train(configs.build(TrainConfig, configs.overlay(TrainConfig, config)), root / "sft")
-    return root / "sft"
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """A policy that answers in the asked format, with a number from 1 to 5 drawn at random."""
-    problems = generate([TaskSpec("letter_counting", COUNTING)], "train", 150, 0)
-    drawn = np.random.default_rng(0).integers(1, 6, len(problems))
-    problems = [dataclasses.replace(p, answer=str(n)) for p, n in zip(problems, drawn)]
-    dialogues = [data.tasks.dialogue(p, "") for p in problems]
-    return fine_tuned(tmp_path_factory.mktemp("policy"), dialogues, 60)
-
-
-def make_config(policy, **changes):
-    config = {
-        "init_from": str(policy),
-        "tasks": [
-            {
-                "name": "letter_counting",
-                "config": COUNTING,
-            }
-        ],
-        "instruction": "",
-        "problems": 100,
-        "evaluate_problems": 10,
-        "steps": 24,
-        "rollout": {"prompts": 8, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "optimizer": {"peak_lr": 3e-3},
-        "schedule": {"warmup_steps": 2},
-        "checkpoint": {"every": 5, "keep": 2},
-    } | changes
-    return configs.build(RLConfig, configs.overlay(RLConfig, config))
-
-
 @pytest.fixture(scope="module")
 def whole(policy, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, run(make_config(policy), workdir)
-
-
-def rows_of(workdir, split="train"):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["split"] == split]
 
 
 def test_sampler_and_trainer_agree_at_every_step(whole):
@@ -314,125 +249,6 @@ def test_a_reward_model_without_its_head_is_refused(policy, tmp_path):
         configs.ConfigError, match=r"algorithm.reward=.* has no head 'reward' \(its heads: none\)"
     ):
         run(ppo_config(policy, reward=str(policy)), tmp_path)
-
-
-def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they_were_cut_off(
-    policy, tmp_path
-):
-    config = {
-        "init_from": str(policy),
-        "tasks": [{"name": "letter_counting", "config": COUNTING}],
-        "instruction": "",
-        "rounds": 2,
-        "problems": 40,
-        "evaluate_problems": 20,
-        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "steps": 15,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 2},
-            "mesh": {"data": 8},
-        },
-    }
-    config = configs.build(RoundsConfig, configs.overlay(RoundsConfig, config))
-    final = rounds.run(config, tmp_path)
-    assert final["accuracy"] > final["accuracy_at_start"] + 0.2 and final["accuracy"] > 0.6
-    rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows] == [1, 2, 3] and rows[0]["sampled"] == 320
-    assert rows[1]["solved"] > rows[0]["solved"]
-    tokenizer = data.load_tokenizer(policy)
-    for record in data.open_dataset(tmp_path / "round-1" / "answers"):
-        answer = tokenizer.decode(record.tokens[record.mask].tolist())
-        assert answer.rstrip().endswith("</answer>") or "</answer>" in answer  # and it was right
-    before = (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns
-    shutil.rmtree(tmp_path / "round-2" / "train")  # cut off in the second round's training
-    assert rounds.run(config, tmp_path)["accuracy"] == final["accuracy"]
-    assert (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(configs.ConfigError, match="holds rounds of another config"):
-        rounds.run(dataclasses.replace(config, keep=2), tmp_path)
-    hopeless = dataclasses.replace(config, min_reward=5.0)
-    with pytest.raises(configs.ConfigError, match="none of 320 answers earned enough"):
-        rounds.run(hopeless, tmp_path / "hopeless")
-    assert not (tmp_path / "hopeless" / "round-1" / "answers").exists()
-
-
-def test_the_best_answers_are_kept_once_each_best_first():
-    group = [
-        Rollout(None, text, dataclasses.replace(trajectories(1)[0], stop_reason=stop))
-        for text, stop in (("a", "stop"), ("b", "stop"), ("b", "stop"), ("c", "length"), ("d", "stop"))
-    ]
-    config = RoundsConfig(keep=2, min_reward=0.5)
-    kept = rounds.best(group, np.array([0.6, 2.0, 2.0, 3.0, 0.4]), config)
-    assert [rollout.text for rollout in kept] == ["b", "a"]
-    pairs = RoundsConfig(learn_from="pairs", min_gap=1.0, train=TrainConfig(algorithm=DPO()))
-    better, worse = rounds.pair(group, np.array([0.6, 2.0, 2.0, 3.0, 0.4]), pairs)
-    assert (better.text, worse.text) == ("b", "d")  # "c" was cut short
-    assert rounds.pair(group, np.array([0.6, 1.0, 1.0, 3.0, 0.4]), pairs) is None
-    with pytest.raises(ValueError, match="Give train.algorithm.kind=DPO"):
-        RoundsConfig(learn_from="pairs")
-
-
-def test_iterative_dpo_on_pairs_that_verifiers_rank_raises_the_accuracy(policy, tmp_path):
-    config = {
-        "init_from": str(policy),
-        "tasks": [{"name": "letter_counting", "config": COUNTING}],
-        "instruction": "",
-        "learn_from": "pairs",
-        "problems": 40,
-        "evaluate_problems": 20,
-        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "algorithm": {"kind": "DPO"},
-            "steps": 15,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 1e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 2},
-            "mesh": {"data": 8},
-        },
-    }
-    final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
-    assert final["accuracy"] > final["accuracy_at_start"] + 0.2
-    assert data.open_dataset(tmp_path / "round-1" / "answers").kind == "preference"
-
-
-SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
-TWO_TASKS = [{"name": "letter_counting", "config": COUNTING}, {"name": "chain_sum", "config": SUMS}]
-
-
-@pytest.fixture(scope="module")
-def half_knowing(tmp_path_factory):
-    """It has seen right answers to one task, and numbers drawn at random to the other."""
-    problems = generate([TaskSpec(**task) for task in TWO_TASKS], "train", 300, 0)
-    rng = np.random.default_rng(0)
-    drawn = lambda p: dataclasses.replace(p, answer=str(rng.integers(20, 200)))
-    problems = [p if p.task == "letter_counting" else drawn(p) for p in problems]
-    dialogues = [data.tasks.dialogue(p, "") for p in problems]
-    return fine_tuned(tmp_path_factory.mktemp("half_knowing"), dialogues, 150, ["I don't know."] * 50)
-
-
-def test_a_model_that_learns_to_abstain_answers_less_and_is_right_more_often(half_knowing, tmp_path):
-    config = {
-        "init_from": str(half_knowing),
-        "tasks": TWO_TASKS,
-        "instruction": "",
-        "learn_from": "knowledge",
-        "rounds": 1,
-        "problems": 100,
-        "evaluate_problems": 60,
-        "rollout": {"prompts": 50, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "steps": 60,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 5},
-            "mesh": {"data": 8},
-        },
-    }
-    final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
-    assert 0.2 < final["coverage"] < 0.8
-    # answering as many problems at random would be right as often as before
-    assert final["precision"] > final["accuracy_at_start"] + 0.2
 
 
 def test_a_run_that_has_begun_goes_on_without_naming_its_first_model_unless_a_reference_needs_it(

@@ -1,7 +1,7 @@
 """Algorithms: each is a variant of `config.algorithm`, beside its like in one file."""
 
 from train.algorithms.algorithm import Algorithm, Metrics, objective_of
-from train.algorithms.distillation import Distillation
+from train.algorithms.distillation import Distillation, OnPolicyDistillation
 from train.algorithms.kto import KTO
 from train.algorithms.language_modelling import LanguageModelling
 from train.algorithms.masked import MaskedLanguageModelling
@@ -26,6 +26,7 @@ __all__ = [
     "LanguageModelling",
     "MaskedLanguageModelling",
     "Metrics",
+    "OnPolicyDistillation",
     "ProcessRewardModel",
     "RewardModel",
     "SimPO",

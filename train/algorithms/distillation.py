@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from model import WeightedSum
+from configs import ConfigError
+from configs.typed import check_at_least
+from model import Output, WeightedSum
+from model.logprobs import ScoreOptions, scores_of_logits
 from model.readouts.heads import LinearHead
 from train import losses
 from train.algorithms.algorithm import Algorithm, Metrics, with_aux
@@ -72,15 +75,7 @@ class Distillation(Algorithm):
             divergence_BT = losses.top_k_kl(student_BTk, batch["teacher_logprobs"].astype(jnp.float32))
         else:
             teacher = models["teacher"](batch_inputs(batch))
-            V = min(
-                out.logits.shape[-1], teacher.logits.shape[-1]
-            )  # beyond the tokenizer's tokens is padding
-            divergence_BT = losses.jsd(
-                out.logits[..., :V],
-                jax.lax.stop_gradient(teacher.logits[..., :V]),
-                self.beta,
-                self.temperature,
-            )
+            divergence_BT = divergence(out, teacher, self.beta, self.temperature)
         chosen_BT = jnp.take_along_axis(out.logits, batch["targets"][..., None], axis=-1)[..., 0]
         nll_BT = jax.nn.logsumexp(out.logits, axis=-1) - chosen_BT
         metrics = {
@@ -93,3 +88,51 @@ class Distillation(Algorithm):
             metrics["hidden"] = WeightedSum.of(hidden_BT, weights_BT)
             loss_BT += self.hidden_weight * hidden_BT
         return with_aux(WeightedSum.of(loss_BT, weights_BT), metrics, out.aux)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPolicyDistillation(Algorithm):
+    """The divergence to a teacher on what the student itself wrote, so that it learns where its own answers lead.
+
+    Agarwal et al. 2023 (GKD with lambda 1), arXiv:2306.13649. Batches are rollouts of `python -m rl`; their rewards
+    have no part in the loss. No gradient flows through the sampling.
+    """
+
+    teacher: str = ""  # what `init_from` takes
+    beta: float = 1.0  # as in Distillation: 1 is the reverse KL, KL(student || teacher)
+    minibatches: int = 1  # updates from one set of rollouts
+    temperature: float | None = None  # divides the logits of both; None: that of the rollouts
+
+    batch_kind: ClassVar[str] = "trajectory"
+
+    def __post_init__(self):
+        check_at_least(1, minibatches=self.minibatches)
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta}; wanted 0 to 1.")
+
+    def roles(self) -> dict[str, Role]:
+        if not self.teacher:
+            raise ConfigError("give config.algorithm.teacher: a model with the policy's tokenizer.")
+        return {"policy": Role(trained=True), "teacher": Role(source=self.teacher)}
+
+    def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
+        mask_BT, temperature = batch["loss_weights"], self.temperature or 1.0
+        out = models["policy"](batch_inputs(batch))
+        teacher = models["teacher"](batch_inputs(batch))
+        divergence_BT = divergence(out, teacher, self.beta, temperature)
+        options = ScoreOptions(temperature, entropy=True)
+        scores = jax.lax.stop_gradient(scores_of_logits(out.logits, batch["targets"], options))
+        sampled_BT = batch["sampler_logprobs"]
+        metrics = {
+            "divergence": WeightedSum.of(divergence_BT, mask_BT),
+            "mismatch_kl": WeightedSum.of(losses.kl_k3(sampled_BT, scores.logprobs), mask_BT),
+            "entropy": WeightedSum.of(cast(jax.Array, scores.entropy), mask_BT),
+        }
+        return with_aux(WeightedSum.of(divergence_BT, mask_BT), metrics, out.aux)
+
+
+def divergence(student: Output, teacher: Output, beta: float, temperature: float) -> jax.Array:
+    """[B, T] nats; logits beyond the smaller vocabulary are padding. No gradient through the teacher."""
+    V = min(student.logits.shape[-1], teacher.logits.shape[-1])
+    theirs_BTV = jax.lax.stop_gradient(teacher.logits[..., :V])
+    return losses.jsd(student.logits[..., :V], theirs_BTV, beta, temperature)

@@ -32,7 +32,8 @@ class PPO(Algorithm):
     """
 
     reward: str | None = None  # a run of the algorithm RewardModel; None: verifiers' rewards alone
-    value: str | None = None  # where the value model starts; None: the reward model, or else the policy
+    # where the value model starts; None: the reward model, its head too, or else the policy with a head of zeros
+    value: str | None = None
     clip: float = 0.2
     dual_clip: float | None = None  # above 1: bounds the loss of a negative advantage
     value_clip: float | None = 0.2
@@ -64,7 +65,13 @@ class PPO(Algorithm):
         roles = {
             "policy": Role(trained=True),
             "reference": Role(),
-            "value": Role(source=start, trained=True, head=VALUE, lr_scale=self.value_lr_scale),
+            "value": Role(
+                source=start,
+                trained=True,
+                head=VALUE,
+                head_from=REWARD.name,
+                lr_scale=self.value_lr_scale,
+            ),
         }
         if self.reward is not None:
             roles["reward"] = Role(source=self.reward, head=REWARD, needs_head=True)

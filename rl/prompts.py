@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from configs import ConfigError
 from data.formats import Dialogue, Prompt, detect, read_example
@@ -40,7 +41,7 @@ def read_prompts(source: str | os.PathLike, most: int = 0) -> list[list[Message]
     return found
 
 
-def shown(messages: list[Message]) -> str:
+def shown(messages: Sequence[Mapping[str, Any]]) -> str:
     """A dialogue as text, for a judge: a line for each message."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
