@@ -41,6 +41,7 @@ from data.rows import (
     stack,
 )
 from data.shards import Dataset, DatasetError, open_dataset
+from data.spans import SpanCorrupted, SpanCorruption
 
 BatchKind = Literal["lm", "preference", "labelled", "steps"]
 Packer = ConcatAndSplit | FirstFit | BestFit
@@ -63,6 +64,7 @@ class Reading:
     packing: Packing = "concat"
     join_related: bool = True
     curriculum: Curriculum | None = None
+    spans: SpanCorruption | None = None  # of kind "lm", with packing "concat" or "best_fit" of whole texts
     shuffle: bool = True
     num_epochs: int | None = None
     too_long: TooLong = "drop"
@@ -134,7 +136,7 @@ def make_run_batches(spec: BatchSpec, steps: int, kind: BatchKind, **position: i
 
 
 def reading_of(spec: BatchSpec, kind: BatchKind) -> Reading:
-    return Reading(kind, spec.packing, spec.join_related, spec.curriculum)
+    return Reading(kind, spec.packing, spec.join_related, spec.curriculum, spec.spans)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -238,7 +240,9 @@ def _open_source(
             f"{' or '.join(_MADE_OF[reading.kind])}."
             + (" Run tokenize_dataset on it first." if dataset.kind == "text" else "")
         )
-    if reading.kind == "lm":
+    if reading.spans is not None and dataset.kind == "tokens":
+        source = _open_corrupted(dataset, reading, reading.spans, seq_len, seed)
+    elif reading.kind == "lm":
         if (dataset.kind, reading.packing) not in _PACKERS:
             raise ValueError(f"packing={reading.packing!r}; known are concat, best_fit, related")
         packer = _PACKERS[dataset.kind, reading.packing](dataset, reading, seq_len, seed)
@@ -253,6 +257,20 @@ def _open_source(
     if source.packer.rows_per_epoch == 0:
         raise DatasetError(f"{dataset.folder}: {_no_rows(dataset, source.packer.dropped, seq_len)}")
     return source
+
+
+def _open_corrupted(
+    dataset: Dataset, reading: Reading, spans: SpanCorruption, seq_len: int, seed: int
+) -> PackedRows:
+    if reading.packing == "related" or reading.curriculum is not None:
+        raise ConfigError(
+            'spans are hidden in texts by themselves: use packing="concat" or "best_fit", no curriculum.'
+        )
+    if spans.sentinel_ids is not None:
+        spans.check(seq_len)
+    corrupted = SpanCorrupted(dataset, spans, seq_len, seed)
+    packer = _PACKERS["chat", reading.packing](corrupted, reading, seq_len, seed)
+    return PackedRows(corrupted, packer, seq_len, reading.pad_id)
 
 
 def _no_rows(dataset: Dataset, dropped: int, seq_len: int) -> str:
@@ -272,7 +290,7 @@ def _concat(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Pack
     return ConcatAndSplit(_lengths(dataset), seq_len, seed, reading.shuffle, orders)
 
 
-def _best_fit(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+def _best_fit(dataset: Dataset | SpanCorrupted, reading: Reading, seq_len: int, seed: int) -> Packer:
     _refuse_curriculum(reading)
     too_long = "cut" if dataset.kind == "tokens" else reading.too_long
     return BestFit(_lengths(dataset), seq_len, seed, reading.shuffle, too_long)
@@ -284,7 +302,7 @@ def _related(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Pac
     return RelatedRows(_lengths(dataset), seq_len, seed, reading.shuffle, groups, order, reading.join_related)
 
 
-def _first_fit(dataset: Dataset, reading: Reading, seq_len: int, seed: int) -> Packer:
+def _first_fit(dataset: Dataset | SpanCorrupted, reading: Reading, seq_len: int, seed: int) -> Packer:
     orders = _orders(dataset, reading, seed)
     return FirstFit(_lengths(dataset), seq_len, seed, reading.shuffle, reading.too_long, orders)
 
@@ -307,14 +325,15 @@ def _refuse_curriculum(reading: Reading) -> None:
         )
 
 
-def _lengths(dataset: Dataset) -> np.ndarray:
+def _lengths(dataset: Dataset | SpanCorrupted) -> np.ndarray:
     assert dataset.lengths is not None
     return dataset.lengths
 
 
-def _orders(dataset: Dataset, reading: Reading, seed: int) -> Orders | None:
+def _orders(dataset: Dataset | SpanCorrupted, reading: Reading, seed: int) -> Orders | None:
     if reading.curriculum is None:
         return None
+    assert isinstance(dataset, Dataset)  # hidden spans have no curriculum
     keys = _lengths(dataset) if reading.curriculum.by == "length" else read_scores(dataset)
     return curriculum_orders(keys, reading.curriculum, seed)
 

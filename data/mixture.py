@@ -17,6 +17,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from configs.typed import ConfigError
+from data.spans import SpanCorruption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,9 @@ class BatchSpec:
     )
     join_related: bool = True  # with "related", a group's documents in a row are one segment, not one each
     curriculum: Curriculum | None = None
+    spans: SpanCorruption | None = (
+        None  # of token datasets: hidden spans are learned in place of the next token
+    )
     seq_len: int = 256  # tokens a row
     batch_size: int = 16  # rows a step over all devices; for preferences two rows are one pair
     seed: int = 0  # of the shuffle

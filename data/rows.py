@@ -9,6 +9,7 @@ import numpy as np
 
 from data.packing import PairOrder, Piece
 from data.shards import Dataset, TokenRecord
+from data.spans import SpanCorrupted
 
 Batch = dict[str, np.ndarray]
 
@@ -18,7 +19,7 @@ class PackedRows:
 
     rows_per_example = 1
 
-    def __init__(self, dataset: Dataset, packer: Any, seq_len: int, pad_id: int):
+    def __init__(self, dataset: Dataset | SpanCorrupted, packer: Any, seq_len: int, pad_id: int):
         self.packer, self._dataset, self._seq_len, self._pad_id = packer, dataset, seq_len, pad_id
 
     def __getitem__(self, index: int) -> Batch:

@@ -56,7 +56,7 @@ def check_validation(spec: DataSpec, kind: BatchKind) -> None:
     """
     if spec.validation:
         per_step = spec.batch_size // (2 if kind == "preference" else 1)
-        open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, Reading(kind))
+        open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, Reading(kind, spans=spec.spans))
 
 
 def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, spec: Preset) -> None:

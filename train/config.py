@@ -9,6 +9,7 @@ from typing import Literal, cast
 import jax
 
 from configs.typed import check_at_least
+from data import Tokenizer
 from data.batches import BatchKind
 from data.mixture import BatchSpec
 from model import ModelConfig, ShardingRules
@@ -49,6 +50,16 @@ class Precision:
     # of models that no gradient changes (references, teachers, rewards); None: as they are trained or stored
     frozen: KeptDtype | None = None
 
+    @property
+    def masters(self) -> bool:
+        """Whether the optimizer's state has float32 copies of the parameters."""
+        return self.params == "bfloat16" and self.rounding == "masters"
+
+    @property
+    def params_at_start(self) -> Literal["float32", "bfloat16"]:
+        """The dtype in which trained parameters are read: masters have every bit of the source."""
+        return "float32" if self.masters else self.params
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec(BatchSpec):
@@ -61,6 +72,12 @@ class DataSpec(BatchSpec):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, validation_batches=self.validation_batches)
+
+    def with_tokenizer(self, tokenizer: Tokenizer) -> DataSpec:
+        """With the tokenizer's ids of what hides spans. Raises ConfigError for tokens that it has not."""
+        if self.spans is None:
+            return self
+        return dataclasses.replace(self, spans=self.spans.with_tokenizer(tokenizer))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from train.models import Batch, Model, Role, bind
 from train.optimizers import make_optimizer
 from train.references import check_frozen
 from train.rounding import with_masters
-from train.start import PolicyStart, RoleStart, role_start
+from train.start import PolicyStart, RoleStart, in_dtype, role_start
 from train.step import State, make_train_step, new_state
 
 
@@ -66,8 +66,7 @@ def make_plan(
         if role.trained:
             steps = config.steps * updates_per_step
             made = make_optimizer(config.optimizer, config.schedule, steps, starts[name].cfg, role.lr_scale)
-            masters = config.precision.params == "bfloat16" and config.precision.rounding == "masters"
-            optimizers[name] = with_masters(made) if masters else made
+            optimizers[name] = with_masters(made) if config.precision.masters else made
     return Plan(algorithm, mesh, roles, starts, optimizers)
 
 
@@ -190,7 +189,9 @@ def _restore_or_init(
     checkpoints: TrainCheckpoints | None, config: LearnerConfig, plan: Plan
 ) -> tuple[State, dict[str, Any]]:
     trained = {name: start for name, start in plan.starts.items() if plan.roles[name].trained}
-    make = lambda params: new_state(params, plan.optimizers, config.seed, config.average_decay > 0)
+    make = lambda params: _rounded(
+        new_state(params, plan.optimizers, config.seed, config.average_decay > 0), config, plan
+    )
     initial = lambda: {name: start.load() for name, start in trained.items()}
     if checkpoints is None:
         return jax.jit(make)(initial()), {}
@@ -203,6 +204,16 @@ def _restore_or_init(
     }
     _check_precision(config, checkpoints.progress())
     return checkpoints.restore_or_init(initial, make, layouts, others)
+
+
+def _rounded(state: State, config: LearnerConfig, plan: Plan) -> State:
+    """A new state whose trained parameters are in their dtype; masters and averages are made before."""
+    params = {}
+    for name, own in state.params.items():
+        trained, rest = split_trained(own)
+        trained = in_dtype(plan.starts[name].cfg, trained, config.precision.params)
+        params[name] = join(trained, rest) if rest else trained
+    return dataclasses.replace(state, params=params)
 
 
 def _check_precision(config: LearnerConfig, progress: dict[str, Any]) -> None:

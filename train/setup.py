@@ -47,6 +47,7 @@ def prepare_run(config: TrainConfig, workdir: Path | None = None) -> Setup:
     if source is None:
         raise ConfigError("give config.tokenizer (a tokenizer or run folder) or config.init_from.")
     tokenizer = data.load_tokenizer(source)
+    config = dataclasses.replace(config, data=config.data.with_tokenizer(tokenizer))
     _check_batch(config, mesh)
     roles = config.algorithm.roles()
     follows = [name for name, role in roles.items() if name != "policy" and role.source is None]

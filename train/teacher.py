@@ -70,6 +70,7 @@ def write_cache(config: TeacherConfig, workdir: Path, log: Any = print) -> dict[
         raise ConfigError("python -m train.teacher runs on one host: its devices share the rows.")
     prepare_compiler()
     tokenizer = data.load_tokenizer(config.teacher)
+    config = dataclasses.replace(config, data=config.data.with_tokenizer(tokenizer))
     mesh, rules = make_mesh(config.mesh), config.sharding
     cfg = config.run.apply_to(model.load_config(config.teacher))
     check_datasets(config.data, tokenizer, config.teacher, cfg.vocab_size)

@@ -151,7 +151,7 @@ class _Run:
             row += spec.batch_size
 
     def _validation_batches(self) -> Iterator[dict[str, np.ndarray]]:
-        spec, reading = self.config.data, data.Reading(self.config.batch_kind)
+        spec, reading = self.config.data, data.Reading(self.config.batch_kind, spans=self.config.data.spans)
         return data.make_batches(
             spec.validation, spec.batch_size, spec.seq_len, spec.seed, reading, **self._rows_here()
         )

@@ -102,6 +102,13 @@ class Tokenizer(abc.ABC):
         """Ids of plain text. Adds no bos; never yields a special id, whatever the text spells."""
         return self.encode_batch([text])[0]
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a special token, or of a text that is one token; None if it is neither."""
+        if token in self.special_tokens:
+            return self.special_tokens[token]
+        ids = self.encode(token)
+        return ids[0] if len(ids) == 1 else None
+
     def encode_batch(self, texts: Sequence[str], continuation: bool = False) -> list[list[int]]:
         """`encode` of each text, on all cores where the backend can.
 

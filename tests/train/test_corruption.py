@@ -11,6 +11,7 @@ import pytest
 
 import data
 from configs import ConfigError
+from data.tokenizer.training import DEFAULT_SPECIAL_TOKENS, SpecialTokens
 from model import Inputs, apply, decoder
 from tests.policy import adamw, objective_of, policy_state, policy_step
 from train.algorithms import LanguageModelling, MaskedLanguageModelling
@@ -151,6 +152,12 @@ def test_special_tokens_are_found_in_the_tokenizer_or_missed_by_name():
     found = LanguageModelling(fim_rate=0.5, fim_tokens=single).with_tokenizer(tokenizer)
     assert found.fim_ids == (70, 71, 72)
     assert MaskedLanguageModelling(mask_token=single[0]).with_tokenizer(tokenizer).mask_id == 70
+    names = ["[MASK]", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    special = SpecialTokens([*DEFAULT_SPECIAL_TOKENS, *names])
+    theirs = data.train_tokenizer("bpe", ["a cat sat on a mat"] * 20, 270, special)
+    wanted = [theirs.special_tokens[name] for name in names]
+    assert MaskedLanguageModelling().with_tokenizer(theirs).mask_id == wanted[0]
+    assert LanguageModelling(fim_rate=0.5).with_tokenizer(theirs).fim_ids == tuple(wanted[1:])
     with pytest.raises(ConfigError, match="sees both sides"):
         objective_of(MaskedLanguageModelling(mask_id=3), CFG)(fresh(CFG), packed_batch())
 

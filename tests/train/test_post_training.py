@@ -262,6 +262,19 @@ def test_bfloat16_parameters_learn_like_float32_ones_and_resume_bit_for_bit(
         train(other, tmp_path / "parts")
 
 
+def test_masters_begin_with_every_bit_of_a_float32_source(corpus, uninterrupted):
+    precision = {"params": "bfloat16", "rounding": "masters"}
+    config = make_config(corpus, init_from=str(uninterrupted[0]), tokenizer=None, precision=precision)
+    setup = prepare_run(config)
+    state = Learner(config, setup.plan, setup.tokenizer).state
+    source = flatten_dict(model.load(uninterrupted[0])[1])
+    masters = flatten_dict(state.opt_state["policy"].masters)
+    assert {x.dtype for x in flatten_dict(state.params["policy"]).values()} == {jnp.dtype(jnp.bfloat16)}
+    for path, kept in flatten_dict(state.params["policy"]).items():
+        np.testing.assert_array_equal(masters[path], source[path])
+        np.testing.assert_array_equal(kept, source[path].astype(jnp.bfloat16))
+
+
 def test_any_model_that_can_be_described_can_be_pretrained(corpus, uninterrupted, tmp_path):
     """From its saved form in a file, from an architecture at a path, and by a preset."""
     cfg = model.load_config(uninterrupted[0])

@@ -56,13 +56,12 @@ class LanguageModelling(Algorithm):
     def with_tokenizer(self, tokenizer: Tokenizer) -> LanguageModelling:
         if not self.fim_rate or self.fim_ids is not None:
             return self
-        ids = [tokenizer.encode(token) for token in self.fim_tokens]
-        if any(len(each) != 1 for each in ids) or len({each[0] for each in ids}) != 3:
+        prefix, suffix, middle = (tokenizer.id_of(token) for token in self.fim_tokens)
+        if prefix is None or suffix is None or middle is None or len({prefix, suffix, middle}) != 3:
             raise ConfigError(
                 f"config.algorithm.fim_tokens={self.fim_tokens}: the tokenizer has not each of them as one token. Name "
                 "its own, give fim_ids, or train a tokenizer with these special tokens."
             )
-        prefix, suffix, middle = (each[0] for each in ids)
         return dataclasses.replace(self, fim_ids=(prefix, suffix, middle))
 
     def trains_mtp(self, cfg: ModelConfig) -> bool:

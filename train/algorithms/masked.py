@@ -33,13 +33,13 @@ class MaskedLanguageModelling(Algorithm):
     def with_tokenizer(self, tokenizer: Tokenizer) -> MaskedLanguageModelling:
         if self.mask_id is not None:
             return self
-        ids = tokenizer.encode(self.mask_token)
-        if len(ids) != 1:
+        mask_id = tokenizer.id_of(self.mask_token)
+        if mask_id is None:
             raise ConfigError(
                 f"config.algorithm.mask_token={self.mask_token!r} is no token of the tokenizer. Name its own, or give "
                 "mask_id."
             )
-        return dataclasses.replace(self, mask_id=ids[0])
+        return dataclasses.replace(self, mask_id=mask_id)
 
     def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         policy = models["policy"]
