@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,12 +18,19 @@ import numpy as np
 from data import Tokenizer
 from model import ModelConfig
 from model.weights import in_whole_bytes
-from serve.engine_config import EngineConfig
-from serve.programs import Programs
-from serve.request import MAX_STOP_TOKENS, FinishReason, Output, Request, RequestError, Sequence
+from serve.blocks import chain_root
+from serve.drafters import NgramIndex, Payoff
+from serve.engine_config import EngineConfig, bucket_of
+from serve.plan import PrefillBatch, VerifyBatch
+from serve.programs import PromptScores
+from serve.request import MAX_STOP_TOKENS, FinishReason, Output, Request, RequestError
+from serve.runner import Runner
 from serve.sampling import Sampled
-from serve.scheduler import DecodeBatch, PrefillBatch, Scheduler
+from serve.scheduler import Scheduler
+from serve.sequence import Sequence
 from serve.text import TextStream
+
+_ALONE = 5.0  # times `burst_seconds` for a chunk while no other request decodes; a cancel waits for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +40,19 @@ class EngineStats:
     running: int
     waiting: int
     pages: int
-    pages_free: int
+    pages_free: int  # those that a new request can have, cached ones among them
+    pages_cached: int  # held by no request, and kept for one that begins with their tokens
     preemptions: int
     prompt_tokens: int  # of admitted requests, each once
     generated_tokens: int
     steps: int  # calls of `step` that had work
     programs: int  # shapes compiled or taken over
+    prefix_queries: int = 0  # tokens of prompts that were looked up in the prefix cache
+    prefix_hits: int = 0  # those that were found
+    drafts: int = 0  # guesses that were verified, of one or more tokens each
+    draft_tokens: int = 0  # tokens of these
+    accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()  # how often the first, second, ... token of a draft was right
 
 
 class Engine:
@@ -71,14 +85,19 @@ class Engine:
             )
         self._eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
         params = in_whole_bytes(params)
-        self._programs = Programs(cfg, params, self.config, self.vocab_size)
+        self._runner = Runner(cfg, params, self.config, self.vocab_size)
         self._params = self._placed(params)
-        self._scheduler = Scheduler(self.config)
+        self._scheduler = Scheduler(self.config, cfg.vocab_size)
         self._sequences: dict[str, Sequence] = {}  # not finished, or finished and not reported yet
         self._touched: dict[str, Sequence] = {}  # has new tokens for the next outputs
         self._number = 0
         self._prompt_tokens, self._generated_tokens, self._steps = 0, 0, 0
-        self._seconds_per_step: float | None = None
+        self._updates = 0  # how often the parameters were replaced
+        self._seconds_per_step: float | None = None  # of decoding
+        self._seconds_per_token: float | None = None  # of prefill, padding included
+        self._payoff = Payoff()
+        self._drafts, self._draft_tokens = 0, 0
+        self._accepted_per_position = [0] * self.config.draft_tokens
 
     def submit(self, request: Request) -> str:
         """Queue a request; returns its id.
@@ -100,6 +119,9 @@ class Engine:
         if seed is None:
             seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0])
         sequence = Sequence(request, id, number, seed, limit, stop_ids, stream)
+        sequence.cache_root = self._cache_root(request)
+        if self.config.draft_tokens:
+            sequence.draft_index = NgramIndex()
         self._sequences[id] = sequence
         self._scheduler.add(sequence)
         self._prompt_tokens += len(request.prompt)
@@ -136,17 +158,22 @@ class Engine:
         return limit, stop_ids
 
     def step(self) -> list[Output]:
-        """One round: admit, one chunk of prefill, then decode. Returns an output for each request with new tokens
-        or an end.
+        """One round: admit, then one chunk of prefill and one burst of decoding, both under way together. Returns an
+        output for each request with new tokens or an end.
         """
         if not self.has_work:
             return []
         self._scheduler.admit()
-        if (batch := self._scheduler.next_prefill()) is not None:
-            self._prefill(batch)
-        steps = 1 if self._scheduler.catching_up() else self._burst()
-        if (batch := self._scheduler.next_decode(steps)) is not None:
-            self._decode(batch)
+        # Rows that decode get their pages first: for them the youngest may lose its row, and needs no chunk then.
+        decoding = self._scheduler.decoding()
+        prefill = self._scheduler.next_prefill(self._most_prefill_tokens(bool(decoding)))
+        start = time.monotonic()
+        finish_decode = self._start_decode(decoding, 1 if prefill else self._burst()) if decoding else None
+        finish_prefill = self._start_prefill(prefill) if prefill else None
+        for finish in (finish_decode, finish_prefill):
+            if finish is not None:
+                finish(start)
+                start = time.monotonic()
         self._steps += 1
         return self._report()
 
@@ -195,12 +222,15 @@ class Engine:
         """
         params = in_whole_bytes(params)
         _check_same(self._params, params)
-        self._scheduler.preempt_all()
+        self._scheduler.forget_all()
         self._params, self.version = self._placed(params), version
+        self._updates += 1
+        for sequence in self._sequences.values():
+            sequence.hashes, sequence.cache_root = [], self._cache_root(sequence.request)
 
     def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Compile every program there is; from then on a need to compile raises `CompilationAfterWarmup`."""
-        self._programs.warmup(progress)
+        self._runner.warmup(progress)
 
     def abort(self, error: str) -> list[Output]:
         """End every request with "error" and empty the cache; the engine can go on with new ones.
@@ -210,7 +240,8 @@ class Engine:
         for sequence in [a for a in self._sequences.values() if a.finish_reason is None]:
             sequence.error = error
             self._finish(sequence, "error")
-        self._programs.reset()
+        self._scheduler.forget_all()
+        self._runner.reset()
         return self._report()
 
     @property
@@ -225,13 +256,23 @@ class Engine:
             running=len(scheduler.active),
             waiting=len(scheduler.waiting),
             pages=scheduler.pool.total,
-            pages_free=scheduler.pool.free,
+            pages_free=scheduler.pool.available,
+            pages_cached=scheduler.pool.cached,
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,
-            programs=self._programs.compiled,
+            programs=self._runner.compiled,
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            drafts=self._drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=sum(self._accepted_per_position),
+            accepted_per_position=tuple(self._accepted_per_position),
         )
+
+    def _cache_root(self, request: Request) -> bytes:
+        return chain_root(request.cache_salt, request.adapter, self._updates)
 
     def _limit(self, prompt: int, max_tokens: int | None) -> int:
         longest = self.config.max_length
@@ -250,7 +291,7 @@ class Engine:
 
     def _placed(self, params: Any) -> Any:
         may_alias = False if self.config.copy_params else None
-        return jax.device_put(params, self._programs.param_shardings, may_alias=may_alias)
+        return jax.device_put(params, self._runner.param_shardings, may_alias=may_alias)
 
     def _burst(self) -> int:
         """Decode steps of one dispatch, fewer when they are slow and someone watches."""
@@ -259,80 +300,122 @@ class Engine:
             return steps if limit is None else 1
         return max(1, min(steps, int(limit / self._seconds_per_step)))
 
-    def _prefill(self, batch: PrefillBatch) -> None:
-        sampled = self._programs.prefill(self._params, batch.rows, batch.tokens, batch.count)
-        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-            sequence.cached += count
-        complete = np.array([int(sequence.cached == sequence.length) for sequence in batch.sequences])
-        self._take(batch.sequences, complete, sampled)
+    def _most_prefill_tokens(self, others_wait: bool) -> int | None:
+        """Tokens of a chunk that take as long as a burst may; more when no answer waits for its next token."""
+        limit = self.config.burst_seconds
+        if limit is None:
+            return None
+        if self._seconds_per_token is None:
+            return self.config.chunk_buckets[0]
+        return int((limit if others_wait else _ALONE * limit) / self._seconds_per_token)
 
-    def _decode(self, batch: DecodeBatch) -> None:
-        start = time.monotonic()
-        device_count, sampled = self._programs.decode(
-            self._params, batch.rows, batch.token, batch.budget, batch.steps
-        )
-        counts = np.asarray(device_count)[: len(batch.sequences)]
-        for sequence, count in zip(batch.sequences, counts.tolist(), strict=True):
-            sequence.cached += count
-        seconds = (time.monotonic() - start) / max(int(counts.max()), 1)
-        known = self._seconds_per_step
-        self._seconds_per_step = seconds if known is None else 0.8 * known + 0.2 * seconds
-        self._take(batch.sequences, counts, sampled)
+    def _start_prefill(self, batch: PrefillBatch) -> Callable[[float], None]:
+        """Dispatch; what is returned takes the results, given the time when the device began with it."""
+        sampled, scores = self._runner.prefill(self._params, batch)
 
-    def _take(self, sequences: list[Sequence], counts: np.ndarray, sampled: Sampled) -> None:
-        """Add `counts` new tokens to each sequence; one copy from the device for all."""
-        tokens, logprobs, model_logprobs = jax.device_get(
-            (sampled.token, sampled.logprob, sampled.model_logprob)
-        )
-        wanted = any(sequence.request.sampling.logprobs for sequence in sequences)
-        top = (
-            jax.device_get((sampled.top_token, sampled.top_logprob)) if wanted else (np.empty(0), np.empty(0))
-        )
-        finite = np.isfinite(logprobs).tolist()
-        now = time.monotonic()
-        for i, (sequence, count) in enumerate(zip(sequences, counts.tolist(), strict=True)):
-            good = (finite[i][: max(count, 1)] + [False]).index(False)
-            if good < max(count, 1):  # of a chunk too, before its pages can pass to another row
-                self._programs.clean(sequence.pages)
-            kept = self._extend(sequence, tokens[i, : min(good, count)].tolist())
-            if good < max(count, 1) and sequence.finish_reason is None:
-                sequence.error = "the model's logits are not finite; its parameters may be damaged"
-                self._finish(sequence, "error")
-            if not kept:
-                continue
-            self._touched[sequence.id] = sequence
-            sequence.first_token_at = sequence.first_token_at or now
-            sequence.logprobs += logprobs[i, :kept].tolist()
-            sequence.versions += [self.version] * kept
-            self._generated_tokens += kept
-            if sequence.request.sampling.logprobs is not None:
-                sequence.model_logprobs += model_logprobs[i, :kept].tolist()
-            if sequence.request.sampling.logprobs:
-                n = sequence.request.sampling.logprobs
-                ids, values = top[0][i, :kept, :n].tolist(), top[1][i, :kept, :n].tolist()
-                sequence.top_logprobs += [
-                    list(zip(*place, strict=True)) for place in zip(ids, values, strict=True)
-                ]
+        def finish(start: float) -> None:
+            fetched = _fetch(sampled, batch.sequences)
+            seconds = (time.monotonic() - start) / batch.tokens.size
+            self._seconds_per_token = _mean(self._seconds_per_token, seconds)
+            if scores is not None:
+                _take_scores(batch, scores)
+            for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
+                complete = sequence.computed + count == sequence.length
+                self._take(sequence, i, count, int(complete and sequence.limit > 0), fetched)
+                if complete and sequence.limit == 0 and sequence.finish_reason is None:
+                    self._finish(sequence, "length")
 
-    def _extend(self, sequence: Sequence, new: list[int]) -> int:
-        """Add tokens up to the first that ends the sequence; returns how many were kept."""
-        if not new:
-            return 0
-        kept = len(new)
-        reason: FinishReason | None = None
-        if new[-1] in sequence.stop_ids:  # the device stops a row there, so it can only be the last
-            reason, sequence.stop_reason = "stop", new[-1]
-        if sequence.stream is not None:
-            for i, token in enumerate(new[:-1] if reason else new):
-                if sequence.stream.push(token):
-                    kept, reason, sequence.stop_reason = i + 1, "stop", sequence.stream.matched
-                    break
-        sequence.tokens += new[:kept]
-        if reason is None and len(sequence.tokens) >= sequence.limit:
-            reason = "length"
+        return finish
+
+    def _start_decode(self, sequences: list[Sequence], steps: int) -> Callable[[float], None]:
+        drafts = [self._draft(sequence) for sequence in sequences]
+        if any(drafts):
+            rows = bucket_of(len(sequences), self.config.row_buckets)
+            expected = [
+                min(len(draft), sequence.draft_index.mean_accepted)
+                for sequence, draft in zip(sequences, drafts, strict=True)
+                if sequence.draft_index is not None
+            ]
+            if self._payoff.pays(rows, len(sequences), expected):
+                return self._start_verify(self._scheduler.next_verify(sequences, drafts))
+        batch = self._scheduler.next_decode(sequences, steps)
+        device_count, sampled = self._runner.decode(self._params, batch)
+
+        def finish(start: float) -> None:
+            counts = np.asarray(device_count)[: len(batch.sequences)].tolist()
+            fetched = _fetch(sampled, batch.sequences)
+            seconds = (time.monotonic() - start) / max(*counts, 1)
+            self._seconds_per_step = _mean(self._seconds_per_step, seconds)
+            self._payoff.record("decode", len(batch.token), seconds)
+            for i, (sequence, count) in enumerate(zip(batch.sequences, counts, strict=True)):
+                self._take(sequence, i, count, count, fetched)
+
+        return finish
+
+    def _start_verify(self, batch: VerifyBatch) -> Callable[[float], None]:
+        sampled = self._runner.verify(self._params, batch)
+
+        def finish(start: float) -> None:
+            fetched = _fetch(sampled, batch.sequences)
+            self._payoff.record("verify", len(batch.tokens), time.monotonic() - start)
+            for i, (sequence, draft) in enumerate(zip(batch.sequences, batch.drafts, strict=True)):
+                model_tokens = fetched.token[i].tolist()
+                pairs = enumerate(zip(draft, model_tokens, strict=False))
+                accepted = next((j for j, (guess, token) in pairs if guess != token), len(draft))
+                if draft:
+                    self._record_draft(sequence, len(draft), accepted)
+                self._take(sequence, i, accepted + 1, accepted + 1, fetched)
+
+        return finish
+
+    def _draft(self, sequence: Sequence) -> list[int]:
+        if (index := sequence.draft_index) is None:
+            return []
+        index.extend(sequence.slice(len(index), sequence.length))
+        guess = index.propose(min(self.config.draft_tokens, sequence.limit - len(sequence.tokens) - 1))
+        return guess if sequence.matcher is None else guess[: sequence.matcher.valid(guess)]
+
+    def _record_draft(self, sequence: Sequence, tokens: int, accepted: int) -> None:
+        self._drafts, self._draft_tokens = self._drafts + 1, self._draft_tokens + tokens
+        for j in range(accepted):
+            self._accepted_per_position[j] += 1
+        if sequence.draft_index is not None:
+            sequence.draft_index.record(accepted)
+
+    def _take(self, sequence: Sequence, i: int, computed: int, count: int, fetched: Sampled) -> None:
+        """`computed` more tokens of a sequence, row `i` of the batch, are in the cache; the first `count` sampled
+        ones are its next."""
+        finite = np.isfinite(fetched.logprob[i, : max(count, 1)]).tolist()
+        good = [*finite, False].index(False)
+        reason = None
+        if new := fetched.token[i, : min(good, count)].tolist():
+            kept, reason = sequence.extend(new)
+            self._keep(sequence, i, kept, fetched)
+        if good == max(count, 1):
+            self._scheduler.advance(sequence, computed)
+        else:  # of a chunk too, before its pages can pass to another row
+            self._runner.clean(self._scheduler.own_pages(sequence))
         if reason is not None:
             self._finish(sequence, reason)
-        return kept
+        elif good < max(count, 1):
+            sequence.error = "the model's logits are not finite; its parameters may be damaged"
+            self._finish(sequence, "error")
+
+    def _keep(self, sequence: Sequence, i: int, kept: int, fetched: Sampled) -> None:
+        """Record what belongs to the `kept` new tokens of row `i`."""
+        self._touched[sequence.id] = sequence
+        sequence.first_token_at = sequence.first_token_at or time.monotonic()
+        sequence.logprobs += fetched.logprob[i, :kept].tolist()
+        sequence.processed_logprobs += fetched.processed_logprob[i, :kept].tolist()
+        sequence.kept_mass += fetched.kept_mass[i, :kept].tolist()
+        sequence.versions += [self.version] * kept
+        self._generated_tokens += kept
+        alternatives = sequence.request.sampling.logprobs
+        if alternatives is not None:
+            sequence.model_logprobs += fetched.model_logprob[i, :kept].tolist()
+        if alternatives:
+            places = fetched.top_token[i, :kept, :alternatives], fetched.top_logprob[i, :kept, :alternatives]
+            sequence.top_logprobs += _pairs(*places)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
@@ -350,6 +433,38 @@ class Engine:
                 del self._sequences[out.id]
         self._touched = {}
         return outputs
+
+
+def _mean(known: float | None, new: float) -> float:
+    return new if known is None else 0.8 * known + 0.2 * new
+
+
+def _fetch(sampled: Sampled, sequences: list[Sequence]) -> Sampled:
+    """In numpy, by one copy from the device; the alternatives only where one of the sequences wants them."""
+    if not any(sequence.request.sampling.logprobs for sequence in sequences):
+        sampled = dataclasses.replace(sampled, top_token=cast(Any, None), top_logprob=cast(Any, None))
+    return jax.device_get(sampled)
+
+
+def _take_scores(batch: PrefillBatch, device_scores: PromptScores) -> None:
+    scores = jax.device_get(device_scores)
+    for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
+        start = sequence.computed
+        stop = min(start + count, len(sequence.request.prompt) - 1)
+        if start >= stop or not sequence.wants_prompt_scores:
+            continue
+        # A chunk that is computed again after a preemption replaces what it said before.
+        sequence.prompt_logprobs[start:stop] = scores.logprob[i, : stop - start].tolist()
+        if wanted := sequence.request.sampling.prompt_logprobs:
+            places = (
+                scores.top_token[i, : stop - start, :wanted],
+                scores.top_logprob[i, : stop - start, :wanted],
+            )
+            sequence.prompt_top_logprobs[start:stop] = _pairs(*places)
+
+
+def _pairs(tokens: Any, logprobs: Any) -> list[list[tuple[int, float]]]:
+    return [list(zip(*place, strict=True)) for place in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
 def _check_same(old: Any, new: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from model import ModelConfig
+from model.cache import has_recurrent_state
 from model.kernels.paged_attention.pages import check_cache_dtype
 
 _FIRST_CHUNK = 32  # tokens of the smallest prefill chunk
@@ -26,10 +27,13 @@ class EngineConfig:
     prefill_chunk: int = 256  # most tokens of one prompt that one step computes
     prefill_tokens: int = 2048  # most tokens (rows times chunk) that one prefill computes, padding included
     decode_steps: int = 8  # most tokens a row gets from one dispatch
-    burst_seconds: float | None = (
-        None  # fewer decode steps in a dispatch when they would take longer than this
-    )
-    row_buckets: tuple[int, ...] | None = None  # default: 1, 4, 16, ... max_rows
+    # fewer decode steps in a dispatch, and smaller chunks of prompts, when they would take longer than this
+    burst_seconds: float | None = None
+    # keep the pages of prefixes for requests that begin with the same tokens; default: where the model allows it
+    prefix_cache: bool | None = None
+    draft_tokens: int = 0  # most tokens that prompt lookup guesses for one step of a row; 0: no speculation
+    prompt_logprobs: bool = False  # whether requests may ask for log-probabilities of their prompts
+    row_buckets: tuple[int, ...] | None = None  # default: 1, 2, 4, 8, ... max_rows
     chunk_buckets: tuple[int, ...] | None = None  # tokens; default: 32, 256, ... prefill_chunk
     context_buckets: tuple[int, ...] | None = None  # tokens; default: 256, 1024, ... max_length
     # of keys and values; default: that of the computation. "int8", "float8_e4m3fn": quantised, each head of each token
@@ -61,6 +65,19 @@ class EngineConfig:
                 f"num_pages={num_pages} of page_size={self.page_size} hold {num_pages * self.page_size} tokens, fewer "
                 f"than one row of max_length={length}. Give num_pages >= {row_pages} or a smaller max_length."
             )
+        if (
+            isinstance(self.draft_tokens, bool)
+            or not isinstance(self.draft_tokens, int)
+            or self.draft_tokens < 0
+        ):
+            raise ValueError(f"draft_tokens={self.draft_tokens!r}; wanted a whole number of at least 0.")
+        by_row = has_recurrent_state(cfg)
+        for name in ("prefix_cache", "draft_tokens"):
+            if by_row and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: this model has states of whole rows (recurrent blocks), which "
+                    f"cannot be shared or taken back. Leave {name} out."
+                )
         chunk = min(self.prefill_chunk, length)
         return EngineSizes(
             max_rows=self.max_rows,
@@ -70,7 +87,10 @@ class EngineConfig:
             prefill_tokens=self.prefill_tokens,
             decode_steps=self.decode_steps,
             burst_seconds=self.burst_seconds,
-            row_buckets=_buckets("row_buckets", self.row_buckets, 1, 4, self.max_rows),
+            prefix_cache=not by_row if self.prefix_cache is None else self.prefix_cache,
+            draft_tokens=self.draft_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            row_buckets=_buckets("row_buckets", self.row_buckets, 1, 2, self.max_rows),
             chunk_buckets=_buckets("chunk_buckets", self.chunk_buckets, _FIRST_CHUNK, 8, chunk),
             context_buckets=_buckets("context_buckets", self.context_buckets, _FIRST_CONTEXT, 4, length),
             cache_dtype=self.cache_dtype or cfg.dtype,
@@ -90,6 +110,9 @@ class EngineSizes:
     prefill_tokens: int
     decode_steps: int
     burst_seconds: float | None
+    prefix_cache: bool
+    draft_tokens: int
+    prompt_logprobs: bool
     row_buckets: tuple[int, ...]
     chunk_buckets: tuple[int, ...]  # tokens
     context_buckets: tuple[int, ...]  # tokens
@@ -103,17 +126,31 @@ class EngineSizes:
         return tuple(dict.fromkeys(-(-tokens // self.page_size) for tokens in self.context_buckets))
 
     def prefill_rows(self, chunk: int) -> tuple[int, ...]:
-        """Row buckets of a prefill with this chunk: those within `prefill_tokens`, and at least the smallest."""
-        return tuple(r for r in self.row_buckets if r * chunk <= self.prefill_tokens) or self.row_buckets[:1]
+        """Row buckets of a prefill with this chunk: each four times the one before, within `prefill_tokens`, and at
+        least the smallest."""
+        kept: list[int] = []
+        for rows in self.row_buckets:
+            if not kept or rows >= 4 * kept[-1] or rows == self.row_buckets[-1]:
+                kept.append(rows)
+        return tuple(rows for rows in kept if rows * chunk <= self.prefill_tokens) or self.row_buckets[:1]
 
     def shapes(self) -> list[tuple[str, int, int, int]]:
-        """Every program there is: (kind, rows, chunk, pages a row); the chunk of a decode is 1."""
+        """Every program there is: (kind, rows, chunk, pages a row); the chunk of a decode is 1.
+
+        "score" is a prefill with log-probabilities of the prompt, "verify" checks drafts.
+        """
         shapes = [("clean", 1, 1, self.page_buckets[-1])]
         shapes += [("decode", rows, 1, pages) for rows in self.row_buckets for pages in self.page_buckets]
-        for chunk in self.chunk_buckets:
+        if self.draft_tokens:
+            chunk = self.draft_tokens + 1
             shapes += [
-                ("prefill", r, chunk, pages) for r in self.prefill_rows(chunk) for pages in self.page_buckets
+                ("verify", rows, chunk, pages) for rows in self.row_buckets for pages in self.page_buckets
             ]
+        for kind in ("prefill", "score") if self.prompt_logprobs else ("prefill",):
+            for chunk in self.chunk_buckets:
+                shapes += [
+                    (kind, r, chunk, pages) for r in self.prefill_rows(chunk) for pages in self.page_buckets
+                ]
         return shapes
 
 

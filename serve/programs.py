@@ -1,20 +1,14 @@
-"""The compiled steps: a prefill of one chunk a row, and several decode steps in one loop.
+"""The functions that an engine compiles: a step of several tokens a row, and several decode steps in one loop."""
 
-Each is compiled ahead of time for one shape of `EngineSizes.shapes`; after `warmup` a shape that is not there yet is
-an error, so that a server never stops to compile.
-"""
-
-# R rows, C tokens of a chunk, P pages a row, S decode steps at most, V vocabulary
+# R rows, C tokens of a chunk, N places with logits, P pages a row, S decode steps at most, V vocabulary
+# H tokens of history, W words of a packed mask
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import flax.struct
@@ -29,12 +23,9 @@ from model.kernels import backend
 from model.kernels.paged_attention.pages import row_by_row
 from model.layout import relayout
 from serve.engine_config import EngineSizes
-from serve.request import MAX_LOGPROBS, MAX_STOP_TOKENS
+from serve.logits import RowEdits, all_allowed, edit_logits
+from serve.request import MAX_BIASES, MAX_LOGPROBS, MAX_STOP_TOKENS
 from serve.sampling import RowSampling, Sampled, sample
-
-# Compiled programs of this process. A second engine of the same model and sizes compiles nothing.
-_COMPILED: dict[tuple, Any] = {}
-_COMPILERS = 4  # threads of `warmup`; each compilation takes one core and some memory
 
 
 class CompilationAfterWarmup(RuntimeError):
@@ -50,97 +41,19 @@ class Rows:
     number: Any  # [R] int32, the row of the recurrent state that is its own
     stop_ids: Any  # [R, 16] int32, filled up with -1
     sampling: RowSampling
+    edits: RowEdits
+    history: Any  # [R, H] int32, prompt and output of rows with edits, and what is computed now
+    allowed: Any  # [R, W] uint32 ([R, C, W] when drafts are verified), tokens that may come next
+    adapter: Any  # [R] int32, -1: none
 
 
-class Programs:
-    """The programs of one engine, and the cache pages that they pass on."""
+@flax.struct.dataclass
+class PromptScores:
+    """Of the tokens of a chunk, given those before."""
 
-    def __init__(self, cfg: ModelConfig, params: Any, config: EngineSizes, vocab_size: int):
-        self._config = config
-        self.param_shardings = jax.tree.map(lambda x: x.sharding, params)
-        self._steps = Steps(cfg, params, config, vocab_size)
-        self._new_pages = jax.jit(self._steps.new_pages, out_shardings=self._steps.places)
-        self.pages = self._new_pages()
-        leaves, treedef = jax.tree.flatten(params)
-        signature = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-        sizes = (
-            config.num_pages,
-            config.max_rows,
-            config.page_size,
-            config.cache_dtype,
-            config.decode_steps,
-            vocab_size,
-        )
-        self._key = (cfg, treedef, signature, sizes, self._steps.backend)
-        self._mine: dict[tuple, Any] = {}
-        self._sealed = False
-
-    def reset(self) -> None:
-        """Empty pages, for when a failed call has lost them."""
-        self.pages = self._new_pages()
-
-    def clean(self, pages: list[int]) -> None:
-        """Zero these pages. A masked slot has weight 0, but 0 * NaN is NaN: what is not finite must not be reused."""
-        width = self._config.page_buckets[-1]
-        index_P = np.full(width, self._config.num_pages + 1, np.int32)
-        index_P[: len(pages)] = pages
-        self.pages = self._program("clean", 1, 1, width)(self.pages, index_P)
-
-    def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
-        """Compile every shape, several at once; after that none may be missing.
-
-        `progress(done, all, seconds)` is called after each.
-        """
-        shapes, start = self._config.shapes(), time.monotonic()
-        pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS))
-        try:
-            futures = [pool.submit(self._program, *shape) for shape in shapes]
-            for i, future in enumerate(concurrent.futures.as_completed(futures)):
-                future.result()
-                if progress is not None:
-                    progress(i + 1, len(shapes), time.monotonic() - start)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        self._sealed = True
-
-    def prefill(self, params: Any, rows: Rows, tokens_RC: np.ndarray, count_R: np.ndarray) -> Sampled:
-        """Compute the first `count_R` tokens of each row's chunk and sample what follows them.
-
-        Returns: device arrays [R, 1, ...], without waiting for them.
-        """
-        R, C = tokens_RC.shape
-        program = self._program("prefill", R, C, rows.page_table.shape[1])
-        self.pages, sampled = program(params, self.pages, rows, tokens_RC, count_R)
-        return sampled
-
-    def decode(
-        self, params: Any, rows: Rows, token_R: np.ndarray, budget_R: np.ndarray, steps: int
-    ) -> tuple[jax.Array, Sampled]:
-        """Up to `steps` tokens more for each row, at most `budget_R` of them, up to a stop token.
-
-        Returns: how many each row got, [R], and the tokens [R, S, ...]; device arrays, without waiting for them.
-        """
-        program = self._program("decode", len(token_R), 1, rows.page_table.shape[1])
-        self.pages, count_R, sampled = program(params, self.pages, rows, token_R, budget_R, np.int32(steps))
-        return count_R, sampled
-
-    @property
-    def compiled(self) -> int:
-        return len(self._mine)
-
-    def _program(self, kind: str, R: int, C: int, P: int) -> Any:
-        shape = (kind, R, C, P)
-        if shape not in self._mine:
-            if self._sealed:
-                raise CompilationAfterWarmup(
-                    f"{kind} with {R} rows, {C} tokens a row and {P} pages a row was not compiled by warmup. "
-                    f"Known shapes: {sorted(self._mine)}."
-                )
-            key = (*self._key, shape)
-            if key not in _COMPILED:
-                _COMPILED[key] = self._steps.lower(*shape).compile()
-            self._mine[shape] = _COMPILED[key]
-        return self._mine[shape]
+    logprob: jax.Array  # [R, C] float32, of the next token, at temperature 1
+    top_token: jax.Array  # [R, C, 20] int32
+    top_logprob: jax.Array  # [R, C, 20] float32
 
 
 class Steps:
@@ -189,60 +102,149 @@ class Steps:
             jitted = jax.jit(clean, donate_argnums=0, out_shardings=self.places)
             return jitted.lower(self.pages, array(np.int32, P))
         floats, ints = array(np.float32, R), array(np.int32, R)
-        sampling = RowSampling(floats, ints, floats, floats, array(np.uint32, R, 2), ints)
-        rows = Rows(array(np.int32, R, P), ints, ints, array(np.int32, R, MAX_STOP_TOKENS), sampling)
-        if kind == "prefill":
-            function, more = _prefill, (array(np.int32, R, C), ints)
-            out_shardings, static = (self.places, self._inputs), ()
-        else:
-            function, more = _decode, (ints, ints, array(np.int32))
-            out_shardings = (self.places, self._inputs, self._inputs)
-            static = (self._config.decode_steps,)
-        step = functools.partial(function, self._cfg, self._of_pages.scan, self._vocab_size, *static)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
-        return jitted.lower(self._params, self.pages, rows, *more)
+        sampling = RowSampling(floats, ints, floats, floats, floats, array(np.uint32, R, 2), ints)
+        biases = array(np.int32, R, MAX_BIASES), array(np.float32, R, MAX_BIASES)
+        edits = RowEdits(array(np.bool_, R), floats, floats, floats, ints, ints, *biases)
+        W = all_allowed(vocab_size=self._cfg.vocab_size).shape[-1]
+        allowed = array(np.uint32, R, C, W) if kind == "verify" else array(np.uint32, R, W)
+        stop_ids, history = (
+            array(np.int32, R, MAX_STOP_TOKENS),
+            array(np.int32, R, P * self._config.page_size),
+        )
+        rows = Rows(array(np.int32, R, P), ints, ints, stop_ids, sampling, edits, history, allowed, ints)
+        tokens = array(np.int32, R, C)
+        functions = {
+            "prefill": (_prefill, (tokens, ints), 1),
+            "score": (_score, (tokens, ints, tokens), 2),
+            "verify": (_verify, (tokens, ints), 1),
+            "decode": (
+                functools.partial(_decode, self._config.decode_steps),
+                (ints, ints, array(np.int32)),
+                2,
+            ),
+        }
+        function, more, results = functions[kind]
+        step = functools.partial(function, _Model(self._cfg, self._of_pages.scan, self._vocab_size))
+        out_shardings = (self.places, *[self._inputs] * results)
+        return jax.jit(step, donate_argnums=1, out_shardings=out_shardings).lower(
+            self._params, self.pages, rows, *more
+        )
 
 
-def _prefill(cfg, scan, vocab_size, params, pages, rows: Rows, tokens_RC, count_R):
-    cfg, params = relayout(cfg, params, scan=scan)
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """The model as the steps run it."""
+
+    cfg: ModelConfig
+    scan: bool  # of the cache, and so of the blocks
+    vocab_size: int
+
+    def laid_out(self, params) -> tuple[_Model, Any]:
+        """With the parameters in the layout of the cache."""
+        cfg, params = relayout(self.cfg, params, scan=self.scan)
+        return dataclasses.replace(self, cfg=cfg), params
+
+    def sample(self, rows: Rows, logits_RV, history_RH, length_R) -> Sampled:
+        """The token after the first `length_R` of each row."""
+        edited_RV = edit_logits(logits_RV, rows.edits, rows.stop_ids, history_RH, length_R, rows.allowed)
+        return sample(logits_RV, rows.sampling, length_R, self.vocab_size, edited_RV)
+
+
+def _forward(model: _Model, params, pages, rows: Rows, tokens_RC, count_R, length_R, logits_at=None):
+    """(logits [R, N, V], pages) of the first `count_R` tokens of each row, after `length_R` in the cache."""
     real_RC = (jnp.arange(tokens_RC.shape[1]) < count_R[:, None]).astype(jnp.int32)
-    cache = Cache(pages, rows.page_table, rows.length, rows.number)
-    last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
-    out = apply(cfg, params, Inputs(tokens_RC, segment_ids=real_RC), cache, logits_at=last_R1)
-    sampled = sample(out.logits[:, 0], rows.sampling, rows.length + count_R, vocab_size)
+    cache = Cache(pages, rows.page_table, length_R, rows.number)
+    adapter_R = None if model.cfg.adapters is None else rows.adapter
+    inputs = Inputs(tokens_RC, segment_ids=real_RC, adapter_ids=adapter_R)
+    out = apply(model.cfg, params, inputs, cache, logits_at=logits_at)
     assert out.cache is not None  # one went in
-    return out.cache.layers, jax.tree.map(lambda x: x[:, None], sampled)
+    return out.logits, out.cache.layers
 
 
-def _decode(cfg, scan, vocab_size, max_steps, params, pages, rows: Rows, token_R, budget_R, steps):
-    cfg, params = relayout(cfg, params, scan=scan)
-    R = len(token_R)
-    count = min(MAX_LOGPROBS, cfg.vocab_size)
-    floats, ints = jnp.zeros((R, max_steps)), jnp.zeros((R, max_steps), jnp.int32)
-    empty = Sampled(
-        ints, floats, floats, *(jnp.zeros((R, max_steps, count), t) for t in (jnp.int32, jnp.float32))
+def _prefill(model: _Model, params, pages, rows: Rows, tokens_RC, count_R):
+    model, params = model.laid_out(params)
+    last_R1 = jnp.maximum(count_R - 1, 0)[:, None]
+    logits_R1V, pages = _forward(model, params, pages, rows, tokens_RC, count_R, rows.length, last_R1)
+    sampled = model.sample(rows, logits_R1V[:, 0], rows.history, rows.length + count_R)
+    return pages, jax.tree.map(lambda x: x[:, None], sampled)
+
+
+def _score(model: _Model, params, pages, rows: Rows, tokens_RC, count_R, targets_RC):
+    """A prefill that also scores the token after each."""
+    model, params = model.laid_out(params)
+    logits_RCV, pages = _forward(model, params, pages, rows, tokens_RC, count_R, rows.length)
+    last_R11 = jnp.maximum(count_R - 1, 0)[:, None, None]
+    last_RV = jnp.take_along_axis(logits_RCV, last_R11, axis=1)[:, 0]
+    sampled = model.sample(rows, last_RV, rows.history, rows.length + count_R)
+    log_z_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+    target_RC = jnp.take_along_axis(logits_RCV, targets_RC[:, :, None], axis=2)[:, :, 0]
+    shape = (*logits_RCV.shape[:2], min(MAX_LOGPROBS, logits_RCV.shape[2]))
+    values_RCK, tokens_RCK = jax.lax.cond(
+        jnp.any(rows.sampling.alternatives > 0),
+        lambda: tuple(jax.lax.top_k(logits_RCV, shape[2])),
+        lambda: (jnp.zeros(shape), jnp.zeros(shape, jnp.int32)),
     )
+    scores = PromptScores(target_RC - log_z_RC, tokens_RCK, values_RCK - log_z_RC[:, :, None])
+    return pages, jax.tree.map(lambda x: x[:, None], sampled), scores
+
+
+def _verify(model: _Model, params, pages, rows: Rows, tokens_RC, count_R):
+    """The model's token after each of these, drawn as if those before it were the output."""
+    model, params = model.laid_out(params)
+    R, C = tokens_RC.shape
+    logits_RCV, pages = _forward(model, params, pages, rows, tokens_RC, count_R, rows.length)
+    length_RC = rows.length[:, None] + 1 + jnp.arange(C)
+    flat = lambda x: x.reshape(R * C, *x.shape[2:])
+    rows_of_places = jax.tree.map(
+        lambda x: jnp.repeat(x, C, axis=0), dataclasses.replace(rows, allowed=rows.number)
+    )
+    rows_of_places = dataclasses.replace(rows_of_places, allowed=flat(rows.allowed))
+    sampled = model.sample(rows_of_places, flat(logits_RCV), rows_of_places.history, flat(length_RC))
+    return pages, jax.tree.map(lambda x: x.reshape(R, C, *x.shape[1:]), sampled)
+
+
+def _decode(max_steps: int, model: _Model, params, pages, rows: Rows, token_R, budget_R, steps):
+    model, params = model.laid_out(params)
+    R = len(token_R)
+    # The buffers have the shapes of what a step gives; the compiler drops this sample.
+    one = jax.eval_shape(
+        model.sample,
+        rows,
+        jax.ShapeDtypeStruct((R, model.cfg.vocab_size), jnp.float32),
+        rows.history,
+        rows.length,
+    )
+    empty = jax.tree.map(lambda x: jnp.zeros((R, max_steps, *x.shape[1:]), x.dtype), one)
 
     def more(carry):
-        i, _, _, _, active_R, _, _ = carry
+        i, _, _, _, active_R, _, _, _ = carry
         return (i < steps) & jnp.any(active_R)
 
     def step(carry):
-        i, pages, length_R, token_R, active_R, count_R, all_sampled = carry
-        cache = Cache(pages, rows.page_table, length_R, rows.number)
-        inputs = Inputs(token_R[:, None], segment_ids=active_R[:, None].astype(jnp.int32))
-        out = apply(cfg, params, inputs, cache)
-        assert out.cache is not None  # one went in
-        length_R = out.cache.length
-        sampled = sample(out.logits[:, 0], rows.sampling, length_R, vocab_size)
+        i, pages, length_R, token_R, active_R, count_R, history_RH, all_sampled = carry
+        logits_R1V, pages = _forward(
+            model, params, pages, rows, token_R[:, None], active_R.astype(jnp.int32), length_R
+        )
+        length_R += active_R
+        sampled = model.sample(rows, logits_R1V[:, 0], history_RH, length_R)
+        history_RH = history_RH.at[jnp.arange(R), length_R].set(sampled.token, mode="drop")
         all_sampled = jax.tree.map(lambda buffer, x: buffer.at[:, i].set(x), all_sampled, sampled)
         count_R += active_R
         stopped_R = jnp.any(sampled.token[:, None] == rows.stop_ids, axis=1)
         active_R &= ~stopped_R & (count_R < budget_R)
-        return i + 1, out.cache.layers, length_R, sampled.token, active_R, count_R, all_sampled
+        return i + 1, pages, length_R, sampled.token, active_R, count_R, history_RH, all_sampled
 
-    start = (jnp.int32(0), pages, rows.length, token_R, budget_R > 0, jnp.zeros(R, jnp.int32), empty)
-    _, pages, _, _, _, count_R, all_sampled = jax.lax.while_loop(more, step, start)
+    start = (
+        jnp.int32(0),
+        pages,
+        rows.length,
+        token_R,
+        budget_R > 0,
+        jnp.zeros(R, jnp.int32),
+        rows.history,
+        empty,
+    )
+    _, pages, _, _, _, count_R, _, all_sampled = jax.lax.while_loop(more, step, start)
     return pages, count_R, all_sampled
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections import abc
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from serve.text import TextStream
+    from serve.sequence import Sequence
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -18,6 +17,9 @@ MAX_STOP_CHARS = 256
 MAX_STOP_TOKENS = 16  # a request's own and the tokenizer's together
 MAX_LOGPROBS = 20  # alternatives a token
 MAX_SEED = 2**64 - 1
+MAX_BIASES = 300  # of one request, as in OpenAI's API
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 16
 
 
 class RequestError(ValueError):
@@ -29,27 +31,67 @@ class RequestError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Grammar:
+    """What an output must match, as llguidance reads it (github.com/guidance-ai/llguidance)."""
+
+    kind: Literal["json_schema", "regex", "lark", "choice"]
+    source: (
+        str | tuple[str, ...]
+    )  # the schema as JSON text, the expression, the grammar; of "choice" the texts
+
+    def __post_init__(self):
+        if self.kind not in ("json_schema", "regex", "lark", "choice"):
+            raise RequestError(
+                "grammar", f"kind={self.kind!r:.100}; wanted json_schema, regex, lark or choice."
+            )
+        if self.kind == "choice":
+            source = self.source
+            if isinstance(source, str) or not source or not all(isinstance(text, str) for text in source):
+                raise RequestError(
+                    "grammar", f"choice of {source!r:.100}; wanted a list of at least one text."
+                )
+            object.__setattr__(self, "source", tuple(source))
+        elif not isinstance(self.source, str):
+            raise RequestError("grammar", f"the source is {type(self.source).__name__}; wanted text.")
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. RequestError for a value of the wrong type or range.
 
-    Filters apply in the order temperature, top_k, top_p (of what top_k kept), min_p; ties at a limit are kept.
+    Logits are changed in the order repetition_penalty, frequency_penalty and presence_penalty, logit_bias; then what
+    bad_words_ids, min_tokens and grammar forbid gets no probability. Filters apply in the order temperature, top_k,
+    top_p (of what top_k kept), min_p, typical_p (of what all others kept); ties at a limit are kept.
     """
 
-    max_tokens: int | None = None  # None: until the engine's max_length
+    max_tokens: int | None = None  # None: until the engine's max_length; 0: only with prompt_logprobs
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = (
         0.0  # least probability relative to the likeliest token's (Nguyen et al. 2024, arXiv:2407.01082)
     )
+    typical_p: float = (
+        1.0  # mass of the tokens closest to the entropy (Meister et al. 2022, arXiv:2202.00666)
+    )
+    # divides positive logits of tokens in prompt and output, multiplies negative ones (Keskar et al. 2019,
+    # arXiv:1909.05858)
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0  # taken from the logit of each token in the output
+    frequency_penalty: float = 0.0  # taken as often as the token is in the output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added); a dict is taken too
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not contain
+    min_tokens: int = 0  # no stop token is sampled before the output has so many
+    grammar: Grammar | None = None  # what the output must match
     seed: int | None = None  # None: derived from the engine's seed and the request's number
     stop: tuple[str, ...] = ()  # strings; the text ends before the first that appears
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's eos_ids
     ignore_eos: bool = False  # do not stop at the tokenizer's eos_ids
     logprobs: int | None = None  # model log-probabilities (temperature 1), with so many alternatives a token
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens after the first
 
     def __post_init__(self):
-        _check_int("max_tokens", self.max_tokens, 1, optional=True)
+        _check_int("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, optional=True)
         _check_float("temperature", self.temperature, 0.0, 100.0)
         if 0 < self.temperature < 1e-3:
             raise RequestError(
@@ -59,17 +101,33 @@ class SamplingParams:
         _check_int("top_k", self.top_k, 0)
         _check_float("top_p", self.top_p, 0.0, 1.0, above=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("typical_p", self.typical_p, 0.0, 1.0, above=True)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_float("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check_int("seed", self.seed, 0, MAX_SEED, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError("ignore_eos", f"ignore_eos={self.ignore_eos!r}; wanted True or False.")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError("grammar", f"grammar is {type(self.grammar).__name__}; wanted serve.Grammar.")
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_tokens("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        object.__setattr__(self, "bad_words_ids", _checked_bad_words(self.bad_words_ids))
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise RequestError(
                 "stop_token_ids",
                 f"{len(self.stop_token_ids)} stop_token_ids; at most {MAX_STOP_TOKENS} can be given.",
             )
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before the temperature."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias) or self.min_tokens > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +139,14 @@ class Request:
     id: str | None = None  # None: the engine makes one
     detokenize: bool = False  # fill in `Output.text` (always so when there are stop strings)
     continuation: bool = False  # the text goes on from the prompt's: a SentencePiece prefix space is kept
+    cache_salt: str = ""  # only requests of the same salt share cached prefixes
+    adapter: str | None = None  # name of a loaded adapter; None: the model without adapters
 
     def __post_init__(self):
+        if not isinstance(self.cache_salt, str):
+            raise RequestError("cache_salt", f"cache_salt={self.cache_salt!r:.100}; wanted a string.")
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise RequestError("adapter", f"adapter={self.adapter!r:.100}; wanted the name of one.")
         if not isinstance(self.sampling, SamplingParams):
             raise RequestError(
                 "sampling", f"sampling is {type(self.sampling).__name__}; wanted SamplingParams."
@@ -94,84 +158,6 @@ class Request:
             raise RequestError(
                 "prompt", "the prompt has no tokens; begin with tokenizer.bos_id when there is no text."
             )
-
-
-class Sequence:
-    """The engine's own record of a request: what has been sampled so far and what of it is in the cache."""
-
-    __slots__ = (
-        "admitted_at",
-        "cached",
-        "error",
-        "finish_reason",
-        "first_token_at",
-        "finished_at",
-        "id",
-        "limit",
-        "logprobs",
-        "model_logprobs",
-        "number",
-        "pages",
-        "reported",
-        "reported_text",
-        "request",
-        "row",
-        "seed",
-        "stop_ids",
-        "stop_reason",
-        "stream",
-        "submitted_at",
-        "tokens",
-        "top_logprobs",
-        "versions",
-    )
-
-    def __init__(
-        self,
-        request: Request,
-        id: str,
-        number: int,
-        seed: int,
-        limit: int,
-        stop_ids: tuple[int, ...],
-        stream: TextStream | None,
-    ):
-        self.request, self.id, self.number = request, id, number
-        self.seed, self.limit, self.stop_ids = seed, limit, stop_ids
-        self.stream = stream  # None when no text is wanted
-        self.tokens: list[int] = []  # sampled; the prompt is in the request
-        self.logprobs: list[float] = []
-        self.model_logprobs: list[float] = []
-        self.top_logprobs: list[list[tuple[int, float]]] = []
-        self.versions: list[int] = []
-        self.row = -1  # of the batch; -1: waiting
-        self.pages: list[int] = []
-        self.cached = 0  # tokens (of prompt and output) whose keys and values are in the cache
-        self.reported, self.reported_text = 0, 0
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
-        self.error: str | None = None
-        self.submitted_at = time.monotonic()
-        self.admitted_at: float | None = None
-        self.first_token_at: float | None = None
-        self.finished_at: float | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
-
-    def slice(self, start: int, stop: int) -> list[int]:
-        """Tokens start to stop of prompt and output together."""
-        prompt = self.request.prompt
-        split = len(prompt)
-        return [*prompt[start:stop], *self.tokens[max(start - split, 0) : max(stop - split, 0)]]
-
-    def output(self) -> Output:
-        """What is new since the last call."""
-        stop, text_stop = len(self.tokens), len(self.stream.text) if self.stream is not None else 0
-        out = Output(self.id, self.finish_reason, self, self.reported, stop, self.reported_text, text_stop)
-        self.reported, self.reported_text = stop, text_stop
-        return out
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -224,6 +210,36 @@ class Output:
     def top_logprobs(self) -> list[list[tuple[int, float]]]:
         """(token id, log p at temperature 1) of the likeliest tokens at each place; empty unless asked for."""
         return self._sequence.top_logprobs[: self._stop]
+
+    @property
+    def processed_logprobs(self) -> list[float]:
+        """log p(token) in nats under the distribution that it was drawn from: after edits, temperature and filters."""
+        return self._sequence.processed_logprobs[: self._stop]
+
+    @property
+    def kept_mass(self) -> list[float]:
+        """The share of the distribution after edits and temperature that the filters kept; greedy: the token's own."""
+        return self._sequence.kept_mass[: self._stop]
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """The sum of `logprobs`, by which the best of several outputs is chosen."""
+        return sum(self.logprobs)
+
+    @property
+    def prompt_logprobs(self) -> list[float]:
+        """log p in nats at temperature 1 of the prompt's tokens from the second on; empty unless asked for."""
+        return list(self._sequence.prompt_logprobs)
+
+    @property
+    def prompt_top_logprobs(self) -> list[list[tuple[int, float]]]:
+        """As `top_logprobs`, for the places of `prompt_logprobs`."""
+        return list(self._sequence.prompt_top_logprobs)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found in the prefix cache."""
+        return self._sequence.prefix_hits
 
     @property
     def versions(self) -> list[int]:
@@ -318,3 +334,54 @@ def _checked_tokens(field: str, tokens: Any) -> tuple[int, ...]:
         if isinstance(token, bool) or not hasattr(token, "__index__"):
             raise RequestError(field, f"{field}[{i}]={token!r:.100}; wanted a token id, a whole number.")
     return tuple(token.__index__() for token in tokens)
+
+
+def _checked_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    pairs = tuple(bias.items()) if isinstance(bias, abc.Mapping) else bias
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+    ):
+        raise RequestError(
+            "logit_bias", f"logit_bias={bias!r:.100}; wanted token ids with what is added to each."
+        )
+    if len(pairs) > MAX_BIASES:
+        raise RequestError(
+            "logit_bias", f"logit_bias has {len(pairs)} tokens; at most {MAX_BIASES} can be given."
+        )
+    tokens = _checked_tokens("logit_bias", [token for token, _ in pairs])
+    if len(set(tokens)) < len(tokens):
+        raise RequestError("logit_bias", "logit_bias names a token twice.")
+    for _, value in pairs:
+        _check_float("logit_bias", value, -100.0, 100.0)
+    return tuple((token, float(value)) for token, (_, value) in zip(tokens, pairs, strict=True))
+
+
+def _checked_bad_words(words: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(words, (list, tuple)):
+        raise RequestError(
+            "bad_words_ids", f"bad_words_ids={words!r:.100}; wanted a list of lists of token ids."
+        )
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError("bad_words_ids", f"{len(words)} bad words; at most {MAX_BAD_WORDS} can be given.")
+    checked = tuple(_checked_tokens("bad_words_ids", word) for word in words)
+    if not all(1 <= len(word) <= MAX_BAD_WORD_TOKENS for word in checked):
+        raise RequestError("bad_words_ids", f"a bad word must have 1 to {MAX_BAD_WORD_TOKENS} tokens.")
+    return checked
+
+
+def choices(request: Request, count: int) -> list[Request]:
+    """`count` requests for outputs to one prompt, of which the engine computes it once where prefixes are cached.
+
+    Each has a seed of its own: that of the request plus its index, or the engine's choice when the request has none.
+    """
+    seed = request.sampling.seed
+    return [
+        dataclasses.replace(
+            request,
+            id=None if request.id is None else f"{request.id}-{i}",
+            sampling=request.sampling
+            if seed is None
+            else dataclasses.replace(request.sampling, seed=(seed + i) % (MAX_SEED + 1)),
+        )
+        for i in range(count)
+    ]

@@ -26,6 +26,7 @@ class RowSampling:
     top_k: Any  # [R] int32
     top_p: Any  # [R] float32
     min_p: Any  # [R] float32
+    typical_p: Any  # [R] float32
     seed: Any  # [R, 2] uint32, high and low word
     alternatives: Any  # [R] int32, top log-probabilities wanted; 0 for none
 
@@ -35,31 +36,45 @@ class Sampled:
     token: jax.Array  # [R] int32
     logprob: jax.Array  # [R] float32, at the sampling temperature; NaN when the logits are not finite
     model_logprob: jax.Array  # [R] float32, at temperature 1
+    processed_logprob: jax.Array  # [R] float32, under the distribution that the token was drawn from
+    kept_mass: jax.Array  # [R] float32, the share of the distribution that the filters kept
     top_token: jax.Array  # [R, 20] int32
     top_logprob: jax.Array  # [R, 20] float32
 
 
-def sample(logits_RV: jax.Array, rows: RowSampling, position_R: jax.Array, vocab_size: int) -> Sampled:
+def sample(
+    logits_RV: jax.Array,
+    rows: RowSampling,
+    position_R: jax.Array,
+    vocab_size: int,
+    edited_RV: jax.Array | None = None,
+) -> Sampled:
     """One token a row.
 
     Args:
       logits_RV: float32.
       position_R: where the new token will stand, counted from the first token of the prompt.
       vocab_size: ids from here on (padding of the embedding) are never chosen.
+      edited_RV: the logits to choose from (serve.logits); None: `logits_RV`.
     """
     V = logits_RV.shape[1]
     greedy_R = rows.temperature == 0
-    scaled_RV = logits_RV / jnp.where(greedy_R, 1.0, rows.temperature)[:, None]
-    choice_RV = jnp.where(jnp.arange(V) < vocab_size, scaled_RV, -jnp.inf)
-    filtered_R = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+    temperature_R1 = jnp.where(greedy_R, 1.0, rows.temperature)[:, None]
+    scaled_RV = logits_RV / temperature_R1
+    full_RV = scaled_RV if edited_RV is None else edited_RV / temperature_R1
+    full_RV = jnp.where(jnp.arange(V) < vocab_size, full_RV, -jnp.inf)
+    filtered_R = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
     # Each `cond` saves work that no row asked for, without another program to compile.
-    choice_RV = jax.lax.cond(jnp.any(filtered_R & ~greedy_R), _filter, lambda x, _: x, choice_RV, rows)
+    choice_RV = jax.lax.cond(jnp.any(filtered_R & ~greedy_R), _filter, lambda x, _: x, full_RV, rows)
     greedy_token_R = jnp.argmax(choice_RV, axis=-1).astype(jnp.int32)
     drawn_R = jax.lax.cond(
         jnp.any(~greedy_R), _draw, lambda *_: greedy_token_R, choice_RV, rows.seed, position_R
     )
     token_R = jnp.where(greedy_R, greedy_token_R, drawn_R)
     model_log_z_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    full_log_z_R, kept_log_z_R = jax.nn.logsumexp(full_RV, axis=-1), jax.nn.logsumexp(choice_RV, axis=-1)
+    # A greedy row keeps its token alone.
+    kept_log_z_R = jnp.where(greedy_R, _at(choice_RV, token_R), kept_log_z_R)
     count = min(MAX_LOGPROBS, V)
     top = jax.lax.cond(
         jnp.any(rows.alternatives > 0),
@@ -70,6 +85,8 @@ def sample(logits_RV: jax.Array, rows: RowSampling, position_R: jax.Array, vocab
         token_R,
         _at(scaled_RV, token_R) - jax.nn.logsumexp(scaled_RV, axis=-1),
         _at(logits_RV, token_R) - model_log_z_R,
+        _at(choice_RV, token_R) - kept_log_z_R,
+        jnp.exp(kept_log_z_R - full_log_z_R),
         top[1],
         top[0] - model_log_z_R[:, None],
     )
@@ -88,7 +105,18 @@ def _filter(choice_RV: jax.Array, rows: RowSampling) -> jax.Array:
     nucleus_RV = order_RV >= _threshold(order_RV, probs_RV, rows.top_p)[:, None]
     kept_RV &= nucleus_RV | (rows.top_p >= 1)[:, None]
     kept_RV &= choice_RV >= choice_RV.max(axis=-1, keepdims=True) + jnp.log(rows.min_p)[:, None]
-    return jnp.where(kept_RV, choice_RV, -jnp.inf)
+    choice_RV = jnp.where(kept_RV, choice_RV, -jnp.inf)
+    return jax.lax.cond(jnp.any(rows.typical_p < 1), _typical, lambda x, _: x, choice_RV, rows)
+
+
+def _typical(choice_RV: jax.Array, rows: RowSampling) -> jax.Array:
+    """-inf beyond the smallest set, of the tokens with surprise closest to the entropy, that has mass typical_p."""
+    logprobs_RV = jax.nn.log_softmax(choice_RV, axis=-1)
+    probs_RV = jnp.exp(logprobs_RV)
+    entropy_R1 = -jnp.sum(jnp.where(probs_RV > 0, probs_RV * logprobs_RV, 0), axis=-1, keepdims=True)
+    order_RV = _ordered_bits(-jnp.abs(logprobs_RV + entropy_R1))
+    kept_RV = order_RV >= _threshold(order_RV, probs_RV, rows.typical_p)[:, None]
+    return jnp.where(kept_RV | (rows.typical_p >= 1)[:, None], choice_RV, -jnp.inf)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

@@ -1,56 +1,46 @@
 """Who runs: a queue in order of arrival, rows of the batch, and pages for each; all on the host.
 
-Invariants: an sequence holds pages only while it has a row; free + held pages are all; whoever came first runs first,
-and when pages run out the one that came last goes back to the queue, to be computed again from its tokens.
+Invariants: a sequence holds pages only while it has a row; free + cached + held pages are all; queue and batch are in
+order of arrival. When pages run out, the sequence that came last goes back to the queue, to be computed again from its
+tokens.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
+import bisect
 import time
 
-import numpy as np
-
+from serve.blocks import BlockPool, block_hash
 from serve.engine_config import EngineSizes, bucket_of
-from serve.pages import PagePool
-from serve.programs import Rows
-from serve.request import MAX_STOP_TOKENS, Sequence
-from serve.sampling import RowSampling
-
-
-@dataclasses.dataclass
-class PrefillBatch:
-    sequences: list[Sequence]
-    counts: list[int]  # tokens of each to compute now
-    rows: Rows
-    tokens: np.ndarray  # [R, C] int32
-    count: np.ndarray  # [R] int32; 0 for rows that only pad
-
-
-@dataclasses.dataclass
-class DecodeBatch:
-    sequences: list[Sequence]
-    rows: Rows
-    token: np.ndarray  # [R] int32, the last token of each, not in the cache yet
-    budget: np.ndarray  # [R] int32, tokens to make at most; 0 for rows that only pad
-    steps: int
+from serve.plan import (
+    DecodeBatch,
+    PrefillBatch,
+    RowTable,
+    VerifyBatch,
+    chunk_of,
+    decode_batch,
+    prefill_batch,
+    verify_batch,
+)
+from serve.sequence import Sequence
 
 
 class Scheduler:
     """Holds every sequence that is not finished, either waiting or active (with a row)."""
 
-    def __init__(self, config: EngineSizes):
+    def __init__(self, config: EngineSizes, vocab_size: int):
         self.config = config
-        self.pool = PagePool(config.num_pages)
-        self.waiting: collections.deque[Sequence] = collections.deque()
-        self.active: list[Sequence] = []  # in order of arrival
+        self.pool = BlockPool(config.num_pages)
+        self.waiting: list[Sequence] = []
+        self.active: list[Sequence] = []
         self.preemptions = 0
+        self.prefix_queries, self.prefix_hits = 0, 0  # tokens of prompts
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
-        self._table = _RowTable(config)
+        self._table = RowTable(config, vocab_size)
+        self._owners: dict[bytes, Sequence] = {}  # hash of a prompt's block -> who computes it now
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        bisect.insort(self.waiting, sequence, key=_number)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, finished or cancelled."""
@@ -60,72 +50,127 @@ class Scheduler:
             self._release(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Send the youngest active sequence back to the head of the queue; what was cached is forgotten."""
+        """Send an active sequence back to the queue; of its pages it finds again what the prefix cache keeps."""
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        self.add(sequence)
         self.preemptions += 1
 
     def preempt_all(self) -> None:
         for sequence in reversed(self.active.copy()):
             self.preempt(sequence)
 
-    def admit(self) -> None:
-        """Give rows and pages to those who wait, in order; each active row is left a page to grow into."""
-        while self.waiting and self._free_rows:
-            sequence = self.waiting[0]
-            needed = self._pages_for(sequence.length)
-            if self.active and needed + len(self.active) > self.pool.free:
-                return
-            self.waiting.popleft()
-            sequence.row = self._free_rows.pop()
-            self._table.set(sequence)
-            self._grow(sequence, needed)
-            self.active.append(sequence)
-            sequence.admitted_at = sequence.admitted_at or time.monotonic()
+    def forget_all(self) -> None:
+        """Preempt every sequence and empty the prefix cache: other parameters make other keys and values."""
+        self.preempt_all()
+        self.pool.forget_all()
 
-    def next_prefill(self) -> PrefillBatch | None:
-        """The next chunk of the rows that have tokens to catch up with; the first in order sets the chunk's size."""
+    def admit(self) -> None:
+        """Give rows and pages to those who wait, in order; each active row is left a page to grow into.
+
+        A sequence waits while another computes the next block of its prompt, and shares that block afterwards.
+        """
+        for sequence in self.waiting.copy():
+            if not self._free_rows:
+                return
+            shared = self._share(sequence)
+            following = sequence.hashes[len(shared)] if len(shared) < self._full_blocks(sequence) else None
+            if following in self._owners:
+                self.pool.give_back(shared)
+                continue
+            needed = self._pages_for(sequence.length) - len(shared)
+            if self.active and needed + len(self.active) > self.pool.available:
+                self.pool.give_back(shared)
+                return
+            self._start(sequence, shared, needed)
+
+    def _start(self, sequence: Sequence, shared: list[int], needed: int) -> None:
+        self.waiting.remove(sequence)
+        sequence.row = self._free_rows.pop()
+        self._table.set(sequence)
+        sequence.computed = len(shared) * self.config.page_size
+        sequence.registered = len(shared)
+        self._hold(sequence, shared)
+        self._grow(sequence, needed)
+        bisect.insort(self.active, sequence, key=_number)
+        for hash in sequence.hashes[len(shared) : self._full_blocks(sequence)]:
+            self._owners.setdefault(hash, sequence)
+        if sequence.admitted_at is None:
+            sequence.admitted_at = time.monotonic()
+            sequence.prefix_hits = sequence.computed
+            if self.config.prefix_cache:
+                self.prefix_queries += len(sequence.request.prompt)
+                self.prefix_hits += sequence.computed
+
+    def advance(self, sequence: Sequence, count: int) -> None:
+        """`count` more tokens are computed, and nothing was wrong with them: others may share their full blocks."""
+        # What was computed after a stop string is no part of the sequence.
+        sequence.computed = min(sequence.computed + count, sequence.length)
+        if not self.config.prefix_cache or sequence.row < 0:
+            return
+        self._hash(sequence, sequence.computed // self.config.page_size)
+        for i in range(sequence.registered, sequence.computed // self.config.page_size):
+            hash = sequence.hashes[i]
+            self.pool.register(sequence.pages[i], hash)
+            self._disown(sequence, hash)
+        sequence.registered = max(sequence.registered, sequence.computed // self.config.page_size)
+
+    def own_pages(self, sequence: Sequence) -> list[int]:
+        """Its pages that no other sequence can have."""
+        return [page for page in sequence.pages if not self.pool.is_registered(page)]
+
+    def next_prefill(self, most_tokens: int | None = None) -> PrefillBatch | None:
+        """The next chunk of the rows that have tokens to catch up with; the first in order sets the chunk's size.
+
+        `most_tokens`: of all rows together, padding included; at least the smallest chunk of one row is computed.
+        """
         behind = self.catching_up()
         if not behind:
             return None
-        C = chunk_of(behind[0].length - behind[0].cached, self.config.chunk_buckets)
-        sequences = behind[: self.config.prefill_rows(C)[-1]]
-        R = bucket_of(len(sequences), self.config.row_buckets)
-        counts = [min(sequence.length - sequence.cached, C) for sequence in sequences]
-        tokens_RC, count_R = np.zeros((R, C), np.int32), np.zeros(R, np.int32)
-        for row, sequence, count in zip(tokens_RC, sequences, counts):
-            row[:count] = sequence.slice(sequence.cached, sequence.cached + count)
-        count_R[: len(counts)] = counts
-        longest = max(sequence.cached + count for sequence, count in zip(sequences, counts, strict=True))
-        return PrefillBatch(sequences, counts, self._rows(sequences, R, longest), tokens_RC, count_R)
+        buckets = self.config.chunk_buckets
+        if most_tokens is not None:
+            buckets = tuple(size for size in buckets if size <= most_tokens) or buckets[:1]
+        C = chunk_of(behind[0].length - behind[0].computed, buckets)
+        rows = self.config.prefill_rows(C)
+        if most_tokens is not None:
+            rows = tuple(R for R in rows if R * C <= most_tokens) or rows[:1]
+        # The program that scores prompts has larger logits, so that others do not share it.
+        alike = [one for one in behind if one.wants_prompt_scores == behind[0].wants_prompt_scores]
+        sequences = alike[: rows[-1]]
+        return prefill_batch(self._table, sequences, bucket_of(len(sequences), rows), C)
 
     def catching_up(self) -> list[Sequence]:
         """Active sequences with tokens of the prompt, or after a preemption of the output, still to compute."""
-        return [sequence for sequence in self.active if not self._decodes(sequence)]
+        return [sequence for sequence in self.active if not sequence.decodes]
 
-    def next_decode(self, steps: int) -> DecodeBatch | None:
-        """All rows that have only their last token to compute, each with pages for at least one step."""
+    def decoding(self) -> list[Sequence]:
+        """Active sequences with only their last token to compute, each with a page for it."""
         for sequence in self.active.copy():
-            if sequence.row >= 0 and self._decodes(sequence):
+            if sequence.row >= 0 and sequence.decodes:
                 self._ensure_page(sequence)
-        sequences = [sequence for sequence in self.active if self._decodes(sequence)]
-        if not sequences:
-            return None
-        budgets = [self._budget(sequence, steps) for sequence in sequences]
-        R = bucket_of(len(sequences), self.config.row_buckets)
-        token_R, budget_R = np.zeros(R, np.int32), np.zeros(R, np.int32)
-        token_R[: len(sequences)] = [sequence.tokens[-1] for sequence in sequences]
-        budget_R[: len(sequences)] = budgets
-        longest = max(sequence.cached + budget for sequence, budget in zip(sequences, budgets, strict=True))
-        return DecodeBatch(sequences, self._rows(sequences, R, longest), token_R, budget_R, max(budgets))
+        return [sequence for sequence in self.active if sequence.decodes]
 
-    def _decodes(self, sequence: Sequence) -> bool:
-        return bool(sequence.tokens) and sequence.cached == sequence.length - 1
+    def next_decode(self, sequences: list[Sequence], steps: int) -> DecodeBatch:
+        """Up to `steps` tokens for each of `decoding`; one, where the host makes the mask of each."""
+        if any(sequence.needs_host for sequence in sequences):
+            steps = 1
+        budgets = [self._budget(sequence, steps) for sequence in sequences]
+        return decode_batch(
+            self._table, sequences, bucket_of(len(sequences), self.config.row_buckets), budgets
+        )
+
+    def next_verify(self, sequences: list[Sequence], drafts: list[list[int]]) -> VerifyBatch:
+        """One token for each of `decoding`, and as many of its draft as its limit and the free pages allow."""
+        cut = [
+            draft[: self._budget(sequence, len(draft) + 1) - 1]
+            for sequence, draft in zip(sequences, drafts, strict=True)
+        ]
+        R = bucket_of(len(sequences), self.config.row_buckets)
+        return verify_batch(self._table, sequences, R, self.config.draft_tokens + 1, cut)
 
     def _ensure_page(self, sequence: Sequence) -> None:
         """A place for one more token, taken from the youngest if need be; that may be the sequence itself."""
-        while len(sequence.pages) * self.config.page_size < sequence.cached + 1:
-            if self.pool.free:
+        while len(sequence.pages) * self.config.page_size < sequence.computed + 1:
+            if self.pool.available:
                 self._grow(sequence, 1)
                 continue
             youngest = self.active[-1]
@@ -136,78 +181,51 @@ class Scheduler:
     def _budget(self, sequence: Sequence, steps: int) -> int:
         """Steps that this row can take now: within max_tokens, and with the pages that are free."""
         wanted = min(steps, sequence.limit - len(sequence.tokens))
-        missing = self._pages_for(sequence.cached + wanted) - len(sequence.pages)
-        self._grow(sequence, min(max(missing, 0), self.pool.free))
-        return min(wanted, len(sequence.pages) * self.config.page_size - sequence.cached)
+        missing = self._pages_for(sequence.computed + wanted) - len(sequence.pages)
+        self._grow(sequence, min(max(missing, 0), self.pool.available))
+        return min(wanted, len(sequence.pages) * self.config.page_size - sequence.computed)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
 
+    def _full_blocks(self, sequence: Sequence) -> int:
+        """Blocks that can be shared: full ones, without the last token, whose logits are wanted."""
+        return (sequence.length - 1) // self.config.page_size if self.config.prefix_cache else 0
+
+    def _share(self, sequence: Sequence) -> list[int]:
+        """Pages of the cache for the start of the sequence, held from now on."""
+        blocks = self._full_blocks(sequence)
+        self._hash(sequence, blocks)
+        # A prompt that is to be scored is computed whole.
+        return [] if sequence.wants_prompt_scores else self.pool.share(sequence.hashes[:blocks])
+
+    def _hash(self, sequence: Sequence, blocks: int) -> None:
+        Z = self.config.page_size
+        for i in range(len(sequence.hashes), blocks):
+            before = sequence.hashes[-1] if sequence.hashes else sequence.cache_root
+            sequence.hashes.append(block_hash(before, sequence.slice(i * Z, (i + 1) * Z)))
+
+    def _disown(self, sequence: Sequence, hash: bytes) -> None:
+        if self._owners.get(hash) is sequence:
+            del self._owners[hash]
+
     def _grow(self, sequence: Sequence, count: int) -> None:
         if count:
-            pages = self.pool.take(count)
-            self._table.page_table[sequence.row, len(sequence.pages) : len(sequence.pages) + count] = pages
-            sequence.pages += pages
+            self._hold(sequence, self.pool.take(count))
+
+    def _hold(self, sequence: Sequence, pages: list[int]) -> None:
+        start = len(sequence.pages)
+        self._table.page_table[sequence.row, start : start + len(pages)] = pages
+        sequence.pages += pages
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.pages)
+        for hash in sequence.hashes:
+            self._disown(sequence, hash)
         self._free_rows.append(sequence.row)
         self.active.remove(sequence)
-        sequence.row, sequence.pages, sequence.cached = -1, [], 0
-
-    def _rows(self, sequences: list[Sequence], R: int, longest: int) -> Rows:
-        P = bucket_of(self._pages_for(longest), self.config.page_buckets)
-        return self._table.take(
-            [sequence.row for sequence in sequences], [sequence.cached for sequence in sequences], R, P
-        )
+        sequence.row, sequence.pages, sequence.computed, sequence.registered = -1, [], 0, 0
 
 
-def chunk_of(tokens: int, buckets: tuple[int, ...]) -> int:
-    """The chunk for so many tokens: the smallest bucket that holds them, or a smaller one when more than half of
-    that would be padding."""
-    fitting = bucket_of(min(tokens, buckets[-1]), buckets)
-    full = [bucket for bucket in buckets if bucket <= tokens]
-    return full[-1] if full and fitting > 2 * tokens else fitting
-
-
-class _RowTable:
-    """What the programs must know of each row, kept as arrays so that a batch is a few gathers."""
-
-    def __init__(self, config: EngineSizes):
-        rows = config.max_rows + 1  # the last one pads: greedy, never active
-        self._padding = config.max_rows
-        self._no_page = config.num_pages  # the page that stays zero
-        self.page_table = np.full((rows, config.page_buckets[-1]), self._no_page, np.int32)
-        self._stop_ids = np.full((rows, MAX_STOP_TOKENS), -1, np.int32)
-        self._sampling = RowSampling(
-            temperature=np.zeros(rows, np.float32),
-            top_k=np.zeros(rows, np.int32),
-            top_p=np.ones(rows, np.float32),
-            min_p=np.zeros(rows, np.float32),
-            seed=np.zeros((rows, 2), np.uint32),
-            alternatives=np.zeros(rows, np.int32),
-        )
-
-    def set(self, sequence: Sequence) -> None:
-        row, sampling, table = sequence.row, sequence.request.sampling, self._sampling
-        self.page_table[row] = self._no_page
-        self._stop_ids[row] = -1
-        self._stop_ids[row, : len(sequence.stop_ids)] = sequence.stop_ids
-        table.temperature[row], table.top_p[row], table.min_p[row] = (
-            sampling.temperature,
-            sampling.top_p,
-            sampling.min_p,
-        )
-        table.top_k[row] = min(sampling.top_k, np.iinfo(np.int32).max)
-        table.seed[row] = sequence.seed >> 32, sequence.seed & 0xFFFFFFFF
-        table.alternatives[row] = sampling.logprobs or 0
-
-    def take(self, rows: list[int], lengths: list[int], R: int, P: int) -> Rows:
-        index = np.full(R, self._padding)
-        index[: len(rows)] = rows
-        length = np.zeros(R, np.int32)
-        length[: len(rows)] = lengths
-        sampling = RowSampling(*(getattr(self._sampling, f)[index] for f in RowSampling.__dataclass_fields__))
-        return Rows(
-            self.page_table[index, :P], length, index.astype(np.int32), self._stop_ids[index], sampling
-        )
+def _number(sequence: Sequence) -> int:
+    return sequence.number

@@ -268,7 +268,7 @@ def test_nothing_compiles_after_warmup_whatever_is_asked_for(engine):
 
 def test_a_shape_unknown_after_warmup_raises(make_engine):
     engine = make_engine()
-    engine._programs._sealed = True
+    engine._runner._sealed = True
     engine.submit(Request([5]))
     with pytest.raises(CompilationAfterWarmup, match="prefill with 1 rows"):
         engine.step()
@@ -308,7 +308,7 @@ def test_the_engine_runs_where_its_parameters_are(make_engine, alone, params, cf
     fewest = {"row_buckets": (), "context_buckets": ()}
     third = make_engine(jax.device_put(params, jax.devices()[3]), **fewest)
     assert [out.tokens for out in third.generate(batch)] == expected
-    assert jax.tree.leaves(third._programs.pages)[0].devices() == {jax.devices()[3]}
+    assert jax.tree.leaves(third._runner.pages)[0].devices() == {jax.devices()[3]}
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 1, 1, 1, 2), MESH_AXES)
     shardings = jax.tree.map(
         lambda axes: named_sharding(mesh, ShardingRules(), axes),
@@ -317,8 +317,8 @@ def test_the_engine_runs_where_its_parameters_are(make_engine, alone, params, cf
     )
     sharded = make_engine(jax.device_put(params, shardings), **fewest)
     assert [out.tokens for out in sharded.generate(batch)] == expected
-    assert "tensor" in str(jax.tree.leaves(sharded._programs.pages)[0].sharding.spec)
-    programs = [e._programs._steps.lower("prefill", 4, 32, 4).compile() for e in (third, sharded)]
+    assert "tensor" in str(jax.tree.leaves(sharded._runner.pages)[0].sharding.spec)
+    programs = [e._runner._steps.lower("prefill", 4, 32, 4).compile() for e in (third, sharded)]
     assert_divided(*programs, 0.6, 0.9)
 
 

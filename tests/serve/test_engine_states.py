@@ -80,26 +80,29 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.stats.pages_free == self.engine.stats.pages
 
     @invariant()
-    def pages_are_free_or_held_by_one(self):
+    def pages_are_free_cached_or_held(self):
         scheduler = self.engine._scheduler
+        pool = scheduler.pool
         held = [page for answer in scheduler.active for page in answer.pages]
-        assert len(held) == len(set(held)) == scheduler.pool.held
-        assert scheduler.pool.free + scheduler.pool.held == scheduler.pool.total
+        assert len(set(held)) == pool.held and all(
+            len(set(a.pages)) == len(a.pages) for a in scheduler.active
+        )
+        assert all(pool.is_registered(page) for page in held if held.count(page) > 1)
+        assert pool.free + pool.cached + pool.held == pool.total
         assert all(not answer.pages and answer.row < 0 for answer in scheduler.waiting)
         rows = [answer.row for answer in scheduler.active]
         assert len(rows) == len(set(rows)) <= self.engine.config.max_rows
         for answer in scheduler.active:
             size = self.engine.config.page_size
-            assert answer.cached <= len(answer.pages) * size and answer.cached <= answer.length
+            assert answer.computed <= len(answer.pages) * size and answer.computed <= answer.length
             table = scheduler._table.page_table[answer.row]
             assert table[: len(answer.pages)].tolist() == answer.pages
             assert set(table[len(answer.pages) :].tolist()) <= {scheduler.pool.total}
 
     @invariant()
-    def first_come_first_served(self):
-        numbers = [a.number for a in self.engine._scheduler.active]
-        waiting = [a.number for a in self.engine._scheduler.waiting]
-        assert numbers + waiting == sorted(numbers + waiting)
+    def queue_and_batch_are_in_order_of_arrival(self):
+        for sequences in (self.engine._scheduler.active, self.engine._scheduler.waiting):
+            assert [a.number for a in sequences] == sorted(a.number for a in sequences)
 
     def teardown(self):
         for _ in range(1000):

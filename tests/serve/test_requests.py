@@ -117,7 +117,7 @@ def test_a_model_with_an_encoder_is_refused(cfg):
 
 def test_default_buckets_end_at_the_limits(cfg):
     config = EngineConfig(max_rows=100, max_length=3000, prefill_chunk=512, page_size=16).resolve(cfg)
-    assert config.row_buckets == (1, 4, 16, 64, 100)
+    assert config.row_buckets == (1, 2, 4, 8, 16, 32, 64, 100)
     assert config.chunk_buckets == (32, 256, 512)
     assert config.context_buckets == (256, 1024, 3000) and config.page_buckets == (16, 64, 188)
     assert config.prefill_rows(512) == (1, 4) and config.prefill_rows(32) == (1, 4, 16, 64)

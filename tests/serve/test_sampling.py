@@ -12,7 +12,9 @@ from serve.sampling import RowSampling, _draw, _filter, sample
 V = 50
 
 
-def row_sampling(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, alternatives=0):
+def row_sampling(
+    rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, seeds=None, alternatives=0
+):
     full = lambda value, dtype: np.full(rows, value, dtype)
     seeds = np.arange(rows) if seeds is None else seeds
     return RowSampling(
@@ -20,6 +22,7 @@ def row_sampling(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=Non
         full(top_k, np.int32),
         full(top_p, np.float32),
         full(min_p, np.float32),
+        full(typical_p, np.float32),
         np.stack([np.zeros(rows), seeds], axis=1).astype(np.uint32),
         full(alternatives, np.int32),
     )

@@ -5,13 +5,13 @@ import pytest
 
 from serve import Request, SamplingParams
 from serve.engine_config import EngineConfig
-from serve.pages import PagePool
-from serve.request import Sequence
-from serve.scheduler import Scheduler, chunk_of
+from serve.plan import chunk_of
+from serve.scheduler import Scheduler
+from serve.sequence import Sequence
 
 
 def sequence(number, prompt_tokens, max_tokens=8):
-    request = Request([1] * prompt_tokens, SamplingParams())
+    request = Request([1 + number] * prompt_tokens, SamplingParams())
     return Sequence(request, f"a{number}", number, number, max_tokens, (), None)
 
 
@@ -20,19 +20,7 @@ def scheduler(cfg):
     config = EngineConfig(
         max_rows=3, page_size=4, num_pages=16, max_length=64, prefill_chunk=16, chunk_buckets=(4,)
     )
-    return Scheduler(config.resolve(cfg))
-
-
-def test_pages_are_handed_out_once_and_only_held_ones_come_back():
-    pool = PagePool(5)
-    first, second = pool.take(2), pool.take(3)
-    assert sorted(first + second) == list(range(5)) and pool.free == 0
-    with pytest.raises(RuntimeError, match="0 of 5 are free"):
-        pool.take(1)
-    pool.give_back(first)
-    with pytest.raises(RuntimeError, match="is not held"):
-        pool.give_back(first)
-    assert (pool.free, pool.held) == (2, 3)
+    return Scheduler(config.resolve(cfg), cfg.vocab_size)
 
 
 @pytest.mark.parametrize("buckets", [(32, 256), (32, 256, 2048), (16,), (8, 64, 100)])
@@ -51,7 +39,7 @@ def test_a_request_that_does_not_fit_is_not_overtaken_by_one_that_would(schedule
     for one in (first, large, small):
         scheduler.add(one)
     scheduler.admit()
-    assert scheduler.active == [first] and list(scheduler.waiting) == [large, small]
+    assert scheduler.active == [first] and scheduler.waiting == [large, small]
     scheduler.remove(first)
     scheduler.admit()
     assert scheduler.active == [large, small]
@@ -66,10 +54,10 @@ def test_prefill_batches_many_rows_in_chunks_and_decode_takes_those_that_are_don
     assert batch.sequences == [long, short] and batch.counts == [16, 3]
     assert batch.tokens.shape == (3, 16) and batch.count.tolist() == [16, 3, 0]
     np.testing.assert_array_equal(batch.rows.length, [0, 0, 0])
-    long.cached, short.cached = 16, 3
+    long.computed, short.computed = 16, 3
     short.tokens.append(7)
     assert scheduler.catching_up() == [long]
-    decode = scheduler.next_decode(4)
+    decode = scheduler.next_decode(scheduler.decoding(), 4)
     assert decode.sequences == [short] and decode.token[0] == 7 and decode.budget[0] == 4
     assert scheduler.next_prefill().counts == [4]
 
@@ -79,9 +67,9 @@ def test_a_burst_ends_at_max_tokens_and_at_the_last_free_page(scheduler):
     for each in (one, two):
         scheduler.add(each)
     scheduler.admit()
-    assert scheduler.pool.free == 2
+    assert scheduler.pool.available == 2
     for each in (one, two):
-        each.cached = each.length
+        each.computed = each.length
         each.tokens.append(5)
-    batch = scheduler.next_decode(8)
-    assert batch.budget[:2].tolist() == [2, 4] and batch.steps == 4 and scheduler.pool.free == 0
+    batch = scheduler.next_decode(scheduler.decoding(), 8)
+    assert batch.budget[:2].tolist() == [2, 4] and batch.steps == 4 and scheduler.pool.available == 0
