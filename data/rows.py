@@ -24,7 +24,11 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> Batch:
         pieces = self.packer.row(int(index))
-        records = self._dataset.read([piece.document for piece in pieces])
+        documents = [piece.document for piece in pieces]
+        if isinstance(self._dataset, SpanCorrupted):
+            records = self._dataset.read(documents, int(index) // self.packer.rows_per_epoch)
+        else:
+            records = self._dataset.read(documents)
         return make_row(pieces, records, self._seq_len, self._pad_id)
 
 

@@ -2,7 +2,7 @@
 
 A text of n tokens becomes <mode> text with each span replaced by a sentinel, then each sentinel with its span; the loss
 counts the second half. Raffel et al. 2019 (T5), arXiv:1910.10683, section 3.1.4; Tay et al. 2022 (UL2),
-arXiv:2205.05131. Which tokens are hidden is a function of the seed and the text's number alone.
+arXiv:2205.05131. Which tokens are hidden is a function of the seed, the text's number and the epoch alone.
 """
 
 from __future__ import annotations
@@ -136,17 +136,17 @@ class SpanCorrupted:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def read(self, indices: Sequence[int]) -> list[TokenRecord]:
+    def read(self, indices: Sequence[int], epoch: int = 0) -> list[TokenRecord]:
         records = self._dataset.read([int(self._document[i]) for i in indices])
-        return [self._corrupted(int(i), record) for i, record in zip(indices, records, strict=True)]
+        return [self._corrupted(int(i), epoch, record) for i, record in zip(indices, records, strict=True)]
 
-    def _corrupted(self, i: int, record: TokenRecord) -> TokenRecord:
+    def _corrupted(self, i: int, epoch: int, record: TokenRecord) -> TokenRecord:
         text = record.tokens[self._start[i] : self._stop[i]]
         denoiser, spans = self._spans.denoisers[self._denoiser[i]], self._spans
         if spans.sentinel_ids is None or spans.mode_ids is None:
             raise ConfigError("config.data.spans has no ids of sentinels: give sentinel_ids and mode_ids.")
         mode = [spans.mode_ids[self._denoiser[i]]] if denoiser.mode else []
-        return corrupt(text, denoiser, np.array(spans.sentinel_ids, np.int32), mode, (self._seed, i))
+        return corrupt(text, denoiser, np.array(spans.sentinel_ids, np.int32), mode, (self._seed, epoch, i))
 
 
 def corrupt(
@@ -155,7 +155,8 @@ def corrupt(
     """The record of a text, int32 [n] with n of at least 2: length `denoiser.length(n)`."""
     hidden, spans = denoiser.counts(len(text))
     if denoiser.mean_length:
-        shown_lengths = _random_parts(len(text) - hidden, spans, *seeds, 0)
+        # one part more than there are spans: what follows the last one, perhaps nothing
+        shown_lengths = _random_parts(len(text) - hidden + 1, spans + 1, *seeds, 0)[:-1]
         hidden_lengths = _random_parts(hidden, spans, *seeds, 1)
     else:
         shown_lengths, hidden_lengths = np.array([len(text) - hidden]), np.array([hidden])
@@ -164,6 +165,7 @@ def corrupt(
         shown += [text[at : at + before], sentinel[None]]
         filled += [sentinel[None], text[at + before : at + before + length]]
         at += before + length
+    shown.append(text[at:])
     tokens = np.concatenate([*shown, *filled]).astype(np.int32)
     return TokenRecord(tokens, np.arange(len(tokens)) >= sum(map(len, shown)))
 

@@ -81,6 +81,9 @@ def test_parts_fit_a_row_and_hold_every_token_of_the_dataset_once(texts, spans):
         own = [part for part, d in zip(parts, corrupted._document, strict=True) if d == document]
         if len(wanted.tokens) > 1:
             np.testing.assert_array_equal(np.concatenate(own), wanted.tokens)
+    later = corrupted.read(range(len(corrupted)), epoch=1)  # other spans of the same lengths
+    assert [len(record.tokens) for record in later] == corrupted.lengths.tolist()
+    assert any(not np.array_equal(a.tokens, b.tokens) for a, b in zip(records, later, strict=True))
     other = SpanCorrupted(dataset, spans, 64, seed=4)
     assert any(
         not np.array_equal(a.tokens, b.tokens)

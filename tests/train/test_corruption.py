@@ -17,7 +17,9 @@ from tests.policy import adamw, objective_of, policy_state, policy_step
 from train.algorithms import LanguageModelling, MaskedLanguageModelling
 from train.algorithms.corruption import fill_in_the_middle, mask_tokens
 from train.algorithms.language_modelling import neftune_noise
+from train.trainer import train
 
+from .conftest import make_config
 from .test_experts import fresh, jit
 from .test_step import packed_batch
 
@@ -183,3 +185,12 @@ def test_an_encoder_learns_to_fill_in_what_is_masked():
         state, metrics = step(state, batch)
         seen.append(float(metrics["accuracy"].mean()))
     assert np.mean(seen[-20:]) > 0.8 and np.mean(seen[:20]) < 0.3
+
+
+def test_a_run_learns_to_fill_in_hidden_spans_from_its_config(corpus, tmp_path):
+    """Numbers that rise by one: what is hidden is known from what is shown."""
+    spans = {"sentinel_ids": [200, 201, 202], "mode_ids": [-1]}
+    final = train(make_config(corpus, steps=600, optimizer={"peak_lr": 1e-2}, data={"spans": spans}), tmp_path)
+    # two hidden numbers and a sentinel; numbers of the text's range drawn at random would cost 2.7
+    assert final["validation_loss"] < 1.6
+    assert "sentinel_ids" in (tmp_path / "config.json").read_text()
