@@ -1,4 +1,4 @@
-"""Labels of steps from rollouts, for a process reward model: give config.init_from, a model that reasons line by line."""
+"""Labels of steps from rollouts, for a process reward model: config.init_from is a model that reasons line by line."""
 
 from ml_collections import ConfigDict
 
