@@ -66,6 +66,13 @@ def _options() -> argparse.ArgumentParser:
         "--api-key", help="key that clients must send; default: $CRUCIBLE_API_KEY, none when unset"
     )
     parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which browsers may reach a server without a key, beside localhost and addresses; '*' is any",
+    )
+    parser.add_argument(
         "--seed", type=int, default=0, help="of answers to requests without a seed; default 0"
     )
     return parser
@@ -73,19 +80,22 @@ def _options() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     from serve.connections import ServerConfig, bind, make_server
+    from serve.hosts import shown_host
     from serve.server import make_app
 
+    api_key = os.environ.get("CRUCIBLE_API_KEY") or None if options.api_key is None else options.api_key
+    if api_key is not None and not api_key.strip():
+        raise ConfigError("--api-key is empty; give a key, or leave the flag out to serve without one.")
     path = model_path(options.model)
     sock = bind(options.host, options.port)  # first, so that a taken port is known before minutes of work
     _say(f"Loading {path} ...")
     cfg, params, tokenizer = _load(path, options.dtype)
     engine = _engine(cfg, params, tokenizer, options)
     engine.warmup(_progress)
-    api_key = options.api_key or os.environ.get("CRUCIBLE_API_KEY") or None
     name = options.name or (path.stem if path.is_file() else path.resolve().name)
-    config = ServerConfig(name, api_key=api_key, max_waiting=options.max_waiting)
-    shown = "localhost" if options.host in ("127.0.0.1", "localhost", "0.0.0.0", "::") else options.host
-    url = f"http://{shown}:{sock.getsockname()[1]}"
+    hosts = None if api_key or "*" in options.allow_host else tuple(options.allow_host)
+    config = ServerConfig(name, api_key=api_key, allowed_hosts=hosts, max_waiting=options.max_waiting)
+    url = f"http://{shown_host(options.host)}:{sock.getsockname()[1]}"
     key = "needs the API key" if api_key else "needs no key (set one with --api-key or CRUCIBLE_API_KEY)"
     ready = f"Ready. Chat with {name}: {url}\nOpenAI API: {url}/v1 ({key}). Ctrl-C stops."
     server = make_server(make_app(engine, config), config, lambda: _say(ready))

@@ -22,6 +22,7 @@ from serve.api import ApiError
 
 log = logging.getLogger("crucible.serve")
 
+_BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 OPEN_PATHS = frozenset({"/", "/health"})  # all others need the key, when there is one
 
 
@@ -31,6 +32,9 @@ class ServerConfig:
 
     model_name: str
     api_key: str | None = None
+    allowed_hosts: (
+        tuple[str, ...] | None
+    ) = ()  # names in Host beside addresses and localhost; None allows any
     max_waiting: int = 64  # requests beyond the engine's rows before answers are 503
     max_body_bytes: int = 4 << 20
     body_seconds: float = 30.0  # to send a body
@@ -202,6 +206,7 @@ def bind(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind(address)
+        sock.listen(_BACKLOG)  # with SO_REUSEADDR a second bind succeeds until one socket listens
     except OSError as error:
         sock.close()
         raise OSError(

@@ -21,6 +21,7 @@ from serve.api import ApiError, ChatBody, CompletionBody, parse_body, refusal
 from serve.chat_prompt import template_arguments
 from serve.connections import EventStream, KeyCheck, ServerConfig, read_body, unless_disconnected
 from serve.engine import Engine
+from serve.hosts import HostCheck
 from serve.loop import EngineFailed, EngineLoop, Overloaded, Ticket
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.replies import DONE, ChatReply, CompletionReply, Reply, event
@@ -77,7 +78,8 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
     app.exception_handler(ApiError)(_answer_api_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     app.exception_handler(Exception)(_answer_defect)
-    return KeyCheck(app, config.api_key)
+    keyed = KeyCheck(app, config.api_key)
+    return keyed if config.allowed_hosts is None else HostCheck(keyed, config.allowed_hosts)
 
 
 class Service:

@@ -12,6 +12,8 @@ import pytest
 
 from configs import ConfigError
 from serve.__main__ import main, model_path
+from serve.connections import bind
+from serve.hosts import shown_host
 
 from ..conftest import ROOT
 
@@ -115,3 +117,29 @@ def test_a_port_that_no_machine_has_is_an_error_before_anything_is_loaded(port, 
     assert main([f"--model={run_folder}", f"--port={port}"]) == 2
     message = capsys.readouterr().err
     assert f"port={port}; wanted 0 to 65535" in message and "Loading" not in message
+
+
+def test_an_empty_key_is_an_error_not_a_server_without_one(run_folder, capsys):
+    assert main([f"--model={run_folder}", "--port=0", "--api-key="]) == 2
+    message = capsys.readouterr().err
+    assert "--api-key is empty" in message and "Loading" not in message
+
+
+def test_of_two_servers_started_together_the_second_fails_before_loading():
+    first = bind("127.0.0.1", 0)
+    with first, pytest.raises(OSError, match="Is another server running"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "host,shown",
+    [
+        ("127.0.0.1", "localhost"),
+        ("::", "localhost"),
+        ("::1", "[::1]"),
+        ("fe80::2", "[fe80::2]"),
+        ("box", "box"),
+    ],
+)
+def test_a_host_is_shown_as_urls_have_it(host, shown):
+    assert shown_host(host) == shown

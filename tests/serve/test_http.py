@@ -363,15 +363,17 @@ def test_other_content_types_are_refused(port):
 
 def test_slow_and_oversized_headers_and_slow_bodies_do_not_hold_a_connection(port):
     slow = socket.create_connection(("127.0.0.1", port), timeout=10)
-    slow.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+    slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
     start = time.monotonic()
     assert slow.recv(100) == b"" and 0.5 < time.monotonic() - start < 5
     large = socket.create_connection(("127.0.0.1", port), timeout=10)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        large.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: " + b"x" * 1_000_000 + b"\r\n\r\n")
+        large.sendall(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Large: " + b"x" * 1_000_000 + b"\r\n\r\n"
+        )
     assert large.recv(20).startswith(b"HTTP/1.1 4")
     body = socket.create_connection(("127.0.0.1", port), timeout=10)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     body.sendall(head)
     assert body.recv(20).startswith(b"HTTP/1.1 408")
     for connection in (slow, large, body):
@@ -381,7 +383,7 @@ def test_slow_and_oversized_headers_and_slow_bodies_do_not_hold_a_connection(por
 def test_a_client_that_goes_away_frees_its_place_before_and_after_the_first_token(server):
     engine, port = server
     body = json.dumps(CHAT | {"max_tokens": 30, "stream": True, "n": 8, "ignore_eos": True}).encode()
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
     original, seen = engine.step, []
 
@@ -522,3 +524,22 @@ def test_answers_under_way_finish_when_the_server_is_told_to_stop(make_engine):
     thread.join(20)
     [(status, answer)] = got
     assert status == 200 and answer["usage"]["completion_tokens"] == 25
+
+
+@pytest.mark.parametrize(
+    "headers,status",
+    [
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example:8000"}, 403),
+        ({"Host": ""}, 403),
+        ({"Host": "[bad"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://evil.example"}, 403),
+        ({"Host": "localhost:1", "Origin": "null"}, 403),
+        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "192.168.1.5"}, 200),
+    ],
+)
+def test_pages_of_other_sites_do_not_reach_a_server_without_a_key(port, headers, status):
+    assert post(port, CHAT | {"max_tokens": 1}, headers=headers)[0] == status
+    assert post(port, b"", "/v1/models", method="GET", headers=headers)[0] == status
