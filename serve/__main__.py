@@ -66,6 +66,13 @@ def _options() -> argparse.ArgumentParser:
         "--api-key", help="key that clients must send; default: $CRUCIBLE_API_KEY, none when unset"
     )
     parser.add_argument(
+        "--alias", action="append", default=[], help="another name under which clients may ask for the model"
+    )
+    parser.add_argument("--open-metrics", action="store_true", help="serve /metrics without the key")
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], help="site whose pages may use the API; '*' is any"
+    )
+    parser.add_argument(
         "--allow-host",
         action="append",
         default=[],
@@ -94,7 +101,15 @@ def _serve(options: argparse.Namespace) -> int:
     engine.warmup(_progress)
     name = options.name or (path.stem if path.is_file() else path.resolve().name)
     hosts = None if api_key or "*" in options.allow_host else tuple(options.allow_host)
-    config = ServerConfig(name, api_key=api_key, allowed_hosts=hosts, max_waiting=options.max_waiting)
+    config = ServerConfig(
+        name,
+        tuple(options.alias),
+        api_key,
+        open_metrics=options.open_metrics,
+        cors_origins=tuple(options.cors_origin),
+        allowed_hosts=hosts,
+        max_waiting=options.max_waiting,
+    )
     url = f"http://{shown_host(options.host)}:{sock.getsockname()[1]}"
     key = "needs the API key" if api_key else "needs no key (set one with --api-key or CRUCIBLE_API_KEY)"
     ready = f"Ready. Chat with {name}: {url}\nOpenAI API: {url}/v1 ({key}). Ctrl-C stops."

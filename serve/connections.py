@@ -15,6 +15,7 @@ from typing import Any
 import fastapi
 import uvicorn
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -22,6 +23,7 @@ from serve.api import ApiError
 
 log = logging.getLogger("crucible.serve")
 
+_FAREWELL_SECONDS = 3  # to send the errors of answers that did not end while the server drained
 _BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
 OPEN_PATHS = frozenset({"/", "/health"})  # all others need the key, when there is one
 
@@ -31,17 +33,23 @@ class ServerConfig:
     """Name and limits of a server."""
 
     model_name: str
+    aliases: tuple[str, ...] = ()  # other names of the model
     api_key: str | None = None
+    open_metrics: bool = False  # /metrics without the key
+    cors_origins: tuple[
+        str, ...
+    ] = ()  # sites whose pages may read answers, as "https://chat.example"; "*" is any
     allowed_hosts: (
         tuple[str, ...] | None
     ) = ()  # names in Host beside addresses and localhost; None allows any
     max_waiting: int = 64  # requests beyond the engine's rows before answers are 503
     max_body_bytes: int = 4 << 20
     body_seconds: float = 30.0  # to send a body
+    idle_seconds: int = 75  # between two requests of a connection; longer than proxies and pools wait
     header_seconds: float = 10.0  # to send a request line and headers
     max_connections: int = 1024  # open at once; more get 503
     request_seconds: float = 600.0  # of one answer, a reader's slowness included
-    drain_seconds: int = 30  # after SIGTERM, for answers under way
+    drain_seconds: int = 30  # after SIGTERM, for answers under way; those that take longer end with an error
 
 
 async def read_body(http: fastapi.Request, config: ServerConfig) -> bytes:
@@ -49,6 +57,10 @@ async def read_body(http: fastapi.Request, config: ServerConfig) -> bytes:
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which other sites' pages can't send without asking
         raise ApiError(415, f"Content-Type is {kind[:100]!r}; send application/json.")
+    encoding = http.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        message = f"Content-Encoding is {encoding[:100]!r}; send the body as it is."
+        raise ApiError(415, message, headers={"Accept-Encoding": "identity", "Connection": "close"})
     limit, body = config.max_body_bytes, bytearray()
     too_large = ApiError(413, f"the body is larger than {limit} bytes.", headers={"Connection": "close"})
     declared = http.headers.get("content-length", "0")
@@ -60,6 +72,9 @@ async def read_body(http: fastapi.Request, config: ServerConfig) -> bytes:
                 body += piece
                 if len(body) > limit:
                     raise too_large
+    except ClientDisconnect:
+        log.warning("a client left after %d bytes of its body", len(body))
+        raise ApiError(499, "the client left before its body was whole.") from None
     except TimeoutError:
         headers = {"Connection": "close"}
         raise ApiError(
@@ -114,14 +129,14 @@ async def unless_disconnected(work: Awaitable[Any], receive: Receive) -> Any:
 
 
 class KeyCheck:
-    """Lets nothing but `OPEN_PATHS` through without the key. Keys are compared in constant time."""
+    """Lets nothing but `open_paths` through without the key. Keys are compared in constant time."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
-        self._app = app
+    def __init__(self, app: ASGIApp, api_key: str | None, open_paths: frozenset[str] = OPEN_PATHS):
+        self._app, self._open_paths = app, open_paths
         self._wanted = None if api_key is None else _digest(api_key.encode("utf-8"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._wanted is not None and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self._wanted is not None and scope["path"] not in self._open_paths:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, key = given.partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._wanted):
@@ -148,6 +163,12 @@ def make_server(
             await super().startup(sockets)
             if self.started:
                 on_ready()
+
+        async def shutdown(self, sockets=None) -> None:
+            give_up = self.lifespan.state["give_up"]
+            timer = asyncio.get_running_loop().call_later(config.drain_seconds, give_up)
+            await super().shutdown(sockets)
+            timer.cancel()
 
     class Protocol(H11Protocol):
         """Closes connections that do not bring their headers in time."""
@@ -191,7 +212,8 @@ def make_server(
             access_log=False,
             server_header=False,
             limit_concurrency=config.max_connections,
-            timeout_graceful_shutdown=config.drain_seconds,
+            timeout_keep_alive=config.idle_seconds,
+            timeout_graceful_shutdown=config.drain_seconds + _FAREWELL_SECONDS,
         )
     )
 

@@ -17,13 +17,15 @@ from serve.api import ApiError
 
 
 class HostCheck:
-    """Lets through requests for an IP address, localhost or a name in `names`, from the same origin or from none.
+    """Lets through requests for an IP address, localhost or a name in `names`.
 
+    An Origin, where there is one, must be the server's own or in `origins`.
     A rebound name is never an IP address, so addresses are safe whichever they are.
     """
 
-    def __init__(self, app: ASGIApp, names: Collection[str]):
+    def __init__(self, app: ASGIApp, names: Collection[str], origins: Collection[str] = ()):
         self._app, self._names = app, frozenset(name.lower() for name in names)
+        self._origins = frozenset(origin.lower() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._refusal(scope)) is not None:
@@ -36,11 +38,14 @@ class HostCheck:
         if not self._trusted(host):
             message = f"Host is {host[:100]!r}, which is not a name of this server; start it with --allow-host=NAME."
             return ApiError(403, message, None, "host_not_allowed")
-        origin = headers.get(b"origin")
-        if origin is not None and origin.decode("latin-1").lower().partition("://")[2] != host:
-            shown = origin.decode("latin-1")[:100]
-            return ApiError(403, f"Origin {shown!r} is another site.", None, "origin_not_allowed")
-        return None
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        same = b"origin" not in headers or origin.partition("://")[2] == host
+        if same or not self._origins.isdisjoint({origin, "*"}):
+            return None
+        message = (
+            f"Origin {origin[:100]!r} is another site; start the server with --cors-origin to let it in."
+        )
+        return ApiError(403, message, None, "origin_not_allowed")
 
     def _trusted(self, host: str) -> bool:
         try:

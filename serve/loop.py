@@ -22,6 +22,14 @@ class Overloaded(Exception):
 class EngineFailed(Exception):
     """The request was lost to a failure of the engine."""
 
+    status = 500  # of the HTTP answer
+
+
+class ServerStopping(EngineFailed):
+    """The server ends before the answer has."""
+
+    status = 503
+
 
 class Ticket:
     """One request under way; `next` waits for its output."""
@@ -89,6 +97,10 @@ class EngineLoop:
         """Stop a request that has no reader any more; nothing when it has finished."""
         if not ticket.done:
             self._command(lambda: self.engine.cancel(ticket.id))
+
+    def give_up(self) -> None:
+        """Ends all answers under way with an error, when the server has drained for long enough."""
+        self._fail_all(ServerStopping("the server is stopping and this answer took too long; ask again."))
 
     @property
     def under_way(self) -> int:

@@ -14,18 +14,20 @@ from typing import Any
 import fastapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from data import ChatTemplateError, Tokenizer
 from serve.api import ApiError, ChatBody, CompletionBody, parse_body, refusal
 from serve.chat_prompt import template_arguments
-from serve.connections import EventStream, KeyCheck, ServerConfig, read_body, unless_disconnected
+from serve.connections import OPEN_PATHS, EventStream, KeyCheck, ServerConfig, read_body, unless_disconnected
 from serve.engine import Engine
 from serve.hosts import HostCheck
 from serve.loop import EngineFailed, EngineLoop, Overloaded, Ticket
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.replies import DONE, ChatReply, CompletionReply, Reply, event
 from serve.request import Output, Request, RequestError, SamplingParams
+from serve.targets import PlainTargets
 
 _PAGE = Path(__file__).parent / "static" / "chat_page.html"
 
@@ -38,7 +40,7 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_):
         service.loop.start()
-        yield
+        yield {"give_up": service.loop.give_up}
         await service.loop.stop()
 
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -66,20 +68,31 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model_card()]}
+        return {"object": "list", "data": [service.model_card(name) for name in service.names]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return service.model_card()
+        return service.model_card(name)
 
     app.post("/v1/chat/completions")(service.chat)
     app.post("/v1/completions")(service.complete)
     app.exception_handler(ApiError)(_answer_api_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     app.exception_handler(Exception)(_answer_defect)
-    keyed = KeyCheck(app, config.api_key)
-    return keyed if config.allowed_hosts is None else HostCheck(keyed, config.allowed_hosts)
+    return _guarded(app, config)
+
+
+def _guarded(app: ASGIApp, config: ServerConfig) -> ASGIApp:
+    """The application behind the checks, outermost last."""
+    app = KeyCheck(app, config.api_key, OPEN_PATHS | {"/metrics"} if config.open_metrics else OPEN_PATHS)
+    if config.cors_origins:
+        headers = ["Authorization", "Content-Type"]
+        origins = list(config.cors_origins)
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
+    if config.allowed_hosts is not None:
+        app = HostCheck(app, config.allowed_hosts, config.cors_origins)
+    return PlainTargets(app)
 
 
 class Service:
@@ -93,12 +106,16 @@ class Service:
         longest = max(len(self.tokenizer.bytes_of(i)) for i in range(self.tokenizer.vocab_size))
         self._longest_text = longest * engine.config.max_length  # bytes; more can't be max_length tokens
 
-    def model_card(self) -> dict[str, Any]:
-        card = {"id": self.config.model_name, "object": "model", "created": 0, "owned_by": "crucible"}
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.config.model_name, *self.config.aliases)
+
+    def model_card(self, name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": 0, "owned_by": "crucible"}
         return card | {"max_model_len": self.engine.config.max_length}
 
     def check_model(self, name: str) -> None:
-        if name != self.config.model_name:
+        if name not in self.names:
             message = f"The model {name[:100]!r} does not exist; this server has {self.config.model_name!r}."
             raise ApiError(404, message, "model", "model_not_found")
 
@@ -189,7 +206,7 @@ class Service:
                 504, f"no answer within {self.config.request_seconds:g} s.", None, "timeout"
             ) from None
         except EngineFailed as error:
-            raise ApiError(500, str(error)) from None
+            raise ApiError(error.status, str(error)) from None
         finally:
             self._cancel(tickets)
         return Response(status_code=499) if outputs is None else JSONResponse(reply.whole(outputs))
@@ -235,7 +252,7 @@ async def _events(
         if usage:
             yield event(reply.last())
     except EngineFailed as error:
-        yield event(ApiError(500, str(error)).body())
+        yield event(ApiError(error.status, str(error)).body())
     finally:
         for future in waiting:
             future.cancel()
