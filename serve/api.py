@@ -29,6 +29,7 @@ _IGNORED = frozenset(
 # Fields that are not served: fine with the value that asks for nothing, refused with any other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
+    "chat_template_kwargs": (None, {}),
     "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none", "auto"),
@@ -36,6 +37,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
     "presence_penalty": (None, 0),
+    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
     "verbosity": (None, "medium"),

@@ -245,6 +245,8 @@ BAD_CHATS = [
     {"response_format": {"type": "json_object"}},
     {"logit_bias": {"5": 100}},
     {"frequency_penalty": 0.5},
+    {"repetition_penalty": 1.1},
+    {"chat_template_kwargs": {"enable_thinking": False}},
     {"presence_penalty": False},
     {"chat_template": "{% for i in range(10**9) %}x{% endfor %}"},
     {"temprature": 1},
@@ -655,3 +657,8 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error(make_engine, stream,
     assert status == (200 if stream else 503) and "the server is stopping" in text
     assert not stream or text.endswith("data: [DONE]\n\n")
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_extras_that_ask_for_nothing_pass(port):
+    extras = {"repetition_penalty": 1.0, "chat_template_kwargs": {}}
+    assert post(port, CHAT | {"max_tokens": 1} | extras)[0] == 200
