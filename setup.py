@@ -33,6 +33,7 @@ CORE = [
     "tiktoken",  # its files, read and written
     "regex",  # Unicode classes in pre-tokenisers
     "jinja2>=3.1",  # chat templates, sandboxed
+    "llguidance>=1.9",  # masks of tokens for JSON schemas, expressions and grammars: Rust, with limits of time
     "fastapi",  # the HTTP API
     "uvicorn",  # its server
     "prometheus-client",  # /metrics

@@ -7,10 +7,11 @@ arXiv:2308.16369. The HTTP server, rollouts and evaluations all drive this one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections import abc
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -23,12 +24,15 @@ from serve.drafters import NgramIndex, Payoff
 from serve.engine_config import EngineConfig, bucket_of
 from serve.plan import PrefillBatch, VerifyBatch
 from serve.programs import PromptScores
-from serve.request import MAX_STOP_TOKENS, FinishReason, Output, Request, RequestError
+from serve.request import MAX_STOP_TOKENS, FinishReason, Output, Request, RequestError, SamplingParams
 from serve.runner import Runner
 from serve.sampling import Sampled
 from serve.scheduler import Scheduler
 from serve.sequence import Sequence
 from serve.text import TextStream
+
+if TYPE_CHECKING:
+    from serve.grammar import GrammarCompiler
 
 _ALONE = 5.0  # times `burst_seconds` for a chunk while no other request decodes; a cancel waits for it
 
@@ -120,6 +124,8 @@ class Engine:
             seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0])
         sequence = Sequence(request, id, number, seed, limit, stop_ids, stream)
         sequence.cache_root = self._cache_root(request)
+        if sampling.grammar is not None:
+            sequence.matcher = self._grammars.compile(sampling.grammar)
         if self.config.draft_tokens:
             sequence.draft_index = NgramIndex()
         self._sequences[id] = sequence
@@ -130,7 +136,7 @@ class Engine:
     def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
         """Whether this engine can serve the request: (most new tokens, stop ids) or RequestError.
 
-        Reads only what never changes, so any thread may call it.
+        Any thread may call it. It compiles a new grammar, which can take a second: call it off the hot path.
         """
         prompt, sampling = request.prompt, request.sampling
         low, high = min(prompt), max(prompt)
@@ -140,7 +146,8 @@ class Engine:
                 f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {self.vocab_size - 1}.",
             )
         limit = self._limit(len(prompt), sampling.max_tokens)
-        eos_ids = () if sampling.ignore_eos else self._eos_ids
+        # A grammar ends with one of the tokenizer's own stop tokens.
+        eos_ids = () if sampling.ignore_eos and sampling.grammar is None else self._eos_ids
         stop_ids = tuple(dict.fromkeys((*eos_ids, *sampling.stop_token_ids)))
         if len(stop_ids) > MAX_STOP_TOKENS:
             raise RequestError(
@@ -155,7 +162,39 @@ class Engine:
             raise RequestError(
                 "stop", "this engine has no tokenizer: neither stop strings nor text can be had."
             )
+        if request.adapter is not None:
+            raise RequestError(
+                "adapter", f"this engine has no adapter named {request.adapter!r:.100}; none is loaded."
+            )
+        self._check_edits(sampling)
         return limit, stop_ids
+
+    def _check_edits(self, sampling: SamplingParams) -> None:
+        biased = [token for token, _ in sampling.logit_bias]
+        for field, tokens in (("logit_bias", biased), ("bad_words_ids", sum(sampling.bad_words_ids, ()))):
+            if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
+                raise RequestError(
+                    field, f"{field} names the token {outside[0]}; wanted 0 to {self.vocab_size - 1}."
+                )
+        if sampling.prompt_logprobs is not None and not self.config.prompt_logprobs:
+            raise RequestError(
+                "prompt_logprobs", "this engine was made without EngineConfig.prompt_logprobs."
+            )
+        if sampling.grammar is not None:
+            if not self._eos_ids:
+                raise RequestError("grammar", "a grammar needs a tokenizer with a token that ends the text.")
+            if sampling.min_tokens or sampling.bad_words_ids:
+                raise RequestError(
+                    "grammar", "min_tokens and bad_words_ids could forbid every token that a grammar allows."
+                )
+            self._grammars.compile(sampling.grammar)
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from serve.grammar import GrammarCompiler
+
+        assert self.tokenizer is not None  # `check` has seen its stop tokens
+        return GrammarCompiler(self.tokenizer, self.cfg.vocab_size)
 
     def step(self) -> list[Output]:
         """One round: admit, then one chunk of prefill and one burst of decoding, both under way together. Returns an
@@ -373,6 +412,8 @@ class Engine:
             return []
         index.extend(sequence.slice(len(index), sequence.length))
         guess = index.propose(min(self.config.draft_tokens, sequence.limit - len(sequence.tokens) - 1))
+        ends = (j for j, token in enumerate(guess) if token in sequence.stop_ids)
+        guess = guess[: next(ends, len(guess))]
         return guess if sequence.matcher is None else guess[: sequence.matcher.valid(guess)]
 
     def _record_draft(self, sequence: Sequence, tokens: int, accepted: int) -> None:
@@ -391,11 +432,16 @@ class Engine:
         if new := fetched.token[i, : min(good, count)].tolist():
             kept, reason = sequence.extend(new)
             self._keep(sequence, i, kept, fetched)
+            if sequence.matcher is not None:
+                sequence.matcher.accept(sequence.tokens[-kept:])
         if good == max(count, 1):
             self._scheduler.advance(sequence, computed)
         else:  # of a chunk too, before its pages can pass to another row
             self._runner.clean(self._scheduler.own_pages(sequence))
-        if reason is not None:
+        if sequence.matcher is not None and sequence.matcher.error is not None:
+            sequence.error = f"the grammar ended: {sequence.matcher.error:.500}"
+            self._finish(sequence, "error")
+        elif reason is not None:
             self._finish(sequence, reason)
         elif good < max(count, 1):
             sequence.error = "the model's logits are not finite; its parameters may be damaged"

@@ -10,6 +10,7 @@ from serve.request import FinishReason, Output, Request
 
 if TYPE_CHECKING:
     from serve.drafters import NgramIndex
+    from serve.grammar import Matcher
     from serve.text import TextStream
 
 
@@ -35,7 +36,7 @@ class Sequence:
     limit: int
     stop_ids: tuple[int, ...]
     stream: TextStream | None  # None when no text is wanted
-    matcher: None = None  # of the grammar
+    matcher: Matcher | None = None  # of the grammar
     adapter: int = -1  # slot of the adapter; -1: none
     cache_root: bytes = b""
 
