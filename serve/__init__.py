@@ -12,6 +12,7 @@ from configs.lazy import lazy_exports
 _HOME = {
     "Engine": "serve.engine",
     "EngineConfig": "serve.engine_config",
+    "Grammar": "serve.request",
     "Output": "serve.request",
     "Request": "serve.request",
     "RequestError": "serve.request",
@@ -23,6 +24,7 @@ __all__ = [
     "CompilationAfterWarmup",
     "Engine",
     "EngineConfig",
+    "Grammar",
     "Output",
     "Request",
     "RequestError",
@@ -33,6 +35,6 @@ if TYPE_CHECKING:
     from serve.engine import Engine
     from serve.engine_config import EngineConfig
     from serve.programs import CompilationAfterWarmup
-    from serve.request import Output, Request, RequestError, SamplingParams
+    from serve.request import Grammar, Output, Request, RequestError, SamplingParams
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)
