@@ -11,6 +11,7 @@ import functools
 import time
 from collections import abc
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from data import Tokenizer
 from model import ModelConfig
 from model.weights import in_whole_bytes
+from serve.adapters import AdapterSlots
 from serve.blocks import chain_root
 from serve.drafters import NgramIndex, Payoff
 from serve.engine_config import EngineConfig, bucket_of
@@ -88,7 +90,11 @@ class Engine:
                 "they do not belong together."
             )
         self._eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
-        params = in_whole_bytes(params)
+        params, sizes = in_whole_bytes(params), self.config
+        self._adapters = None
+        if sizes.adapter_slots:
+            self._adapters = AdapterSlots(cfg, sizes.adapter_slots, sizes.adapter_rank, sizes.adapter_targets)
+            cfg, params = self._adapters.extend(params)
         self._runner = Runner(cfg, params, self.config, self.vocab_size)
         self._params = self._placed(params)
         self._scheduler = Scheduler(self.config, cfg.vocab_size)
@@ -124,6 +130,8 @@ class Engine:
             seed = int(np.random.SeedSequence([self.config.seed, number]).generate_state(1, np.uint64)[0])
         sequence = Sequence(request, id, number, seed, limit, stop_ids, stream)
         sequence.cache_root = self._cache_root(request)
+        if self._adapters is not None:
+            sequence.adapter = self._adapters.slot(request.adapter)
         if sampling.grammar is not None:
             sequence.matcher = self._grammars.compile(sampling.grammar)
         if self.config.draft_tokens:
@@ -162,9 +170,12 @@ class Engine:
             raise RequestError(
                 "stop", "this engine has no tokenizer: neither stop strings nor text can be had."
             )
-        if request.adapter is not None:
+        if self._adapters is not None:
+            self._adapters.slot(request.adapter)
+        elif request.adapter is not None:
             raise RequestError(
-                "adapter", f"this engine has no adapter named {request.adapter!r:.100}; none is loaded."
+                "adapter",
+                f"this engine has no adapter named {request.adapter!r:.100}; it was made without adapter_slots.",
             )
         self._check_edits(sampling)
         return limit, stop_ids
@@ -260,12 +271,40 @@ class Engine:
           ValueError: another tree, shape or dtype than the engine was made with.
         """
         params = in_whole_bytes(params)
-        _check_same(self._params, params)
+        _check_same(self._params if self._adapters is None else self._adapters.without(self._params), params)
+        if self._adapters is not None:
+            params = self._adapters.join(params, self._params)
         self._scheduler.forget_all()
         self._params, self.version = self._placed(params), version
         self._updates += 1
         for sequence in self._sequences.values():
             sequence.hashes, sequence.cache_root = [], self._cache_root(sequence.request)
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Let requests name the LoRA adapter of a PEFT folder; between steps, while others run.
+
+        Raises:
+          ValueError: the engine has no slots, or none is free, the name is taken, or the folder does not fit.
+        """
+        if self._adapters is None:
+            raise ValueError("this engine has no slots for adapters; make it with adapter_slots=1 or more.")
+        self._params = self._adapters.load(name, folder, self._params)
+
+    def drop_adapter(self, name: str) -> None:
+        """Free the slot of an adapter. ValueError: a request under way uses it, or there is none of this name."""
+        users = [id for id, sequence in self._sequences.items() if sequence.request.adapter == name]
+        if users:
+            raise ValueError(
+                f"the adapter {name!r} is in use by {len(users)} requests, {users[0]!r} among them."
+            )
+        if self._adapters is None:
+            raise ValueError(f"this engine has no adapter named {name!r}.")
+        self._adapters.drop(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return [] if self._adapters is None else self._adapters.names
 
     def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Compile every program there is; from then on a need to compile raises `CompilationAfterWarmup`."""
@@ -311,7 +350,8 @@ class Engine:
         )
 
     def _cache_root(self, request: Request) -> bytes:
-        return chain_root(request.cache_salt, request.adapter, self._updates)
+        adapter = 0 if self._adapters is None else self._adapters.identity(request.adapter)
+        return chain_root(request.cache_salt, adapter, self._updates)
 
     def _limit(self, prompt: int, max_tokens: int | None) -> int:
         longest = self.config.max_length

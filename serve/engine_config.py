@@ -33,6 +33,9 @@ class EngineConfig:
     prefix_cache: bool | None = None
     draft_tokens: int = 0  # most tokens that prompt lookup guesses for one step of a row; 0: no speculation
     prompt_logprobs: bool = False  # whether requests may ask for log-probabilities of their prompts
+    adapter_slots: int = 0  # LoRA adapters that can be loaded at one time
+    adapter_rank: int = 16  # the largest of them; smaller ones are padded
+    adapter_targets: tuple[str, ...] = ("*",)  # linear maps that they may change, see model.blocks.lora
     row_buckets: tuple[int, ...] | None = None  # default: 1, 2, 4, 8, ... max_rows
     chunk_buckets: tuple[int, ...] | None = None  # tokens; default: 32, 256, ... prefill_chunk
     context_buckets: tuple[int, ...] | None = None  # tokens; default: 256, 1024, ... max_length
@@ -65,12 +68,9 @@ class EngineConfig:
                 f"num_pages={num_pages} of page_size={self.page_size} hold {num_pages * self.page_size} tokens, fewer "
                 f"than one row of max_length={length}. Give num_pages >= {row_pages} or a smaller max_length."
             )
-        if (
-            isinstance(self.draft_tokens, bool)
-            or not isinstance(self.draft_tokens, int)
-            or self.draft_tokens < 0
-        ):
-            raise ValueError(f"draft_tokens={self.draft_tokens!r}; wanted a whole number of at least 0.")
+        _check_positive("adapter_rank", self.adapter_rank)
+        for name in ("draft_tokens", "adapter_slots"):
+            _check_positive(name, getattr(self, name), least=0)
         by_row = has_recurrent_state(cfg)
         for name in ("prefix_cache", "draft_tokens"):
             if by_row and getattr(self, name):
@@ -90,6 +90,9 @@ class EngineConfig:
             prefix_cache=not by_row if self.prefix_cache is None else self.prefix_cache,
             draft_tokens=self.draft_tokens,
             prompt_logprobs=self.prompt_logprobs,
+            adapter_slots=self.adapter_slots,
+            adapter_rank=self.adapter_rank,
+            adapter_targets=tuple(self.adapter_targets),
             row_buckets=_buckets("row_buckets", self.row_buckets, 1, 2, self.max_rows),
             chunk_buckets=_buckets("chunk_buckets", self.chunk_buckets, _FIRST_CHUNK, 8, chunk),
             context_buckets=_buckets("context_buckets", self.context_buckets, _FIRST_CONTEXT, 4, length),
@@ -113,6 +116,9 @@ class EngineSizes:
     prefix_cache: bool
     draft_tokens: int
     prompt_logprobs: bool
+    adapter_slots: int
+    adapter_rank: int
+    adapter_targets: tuple[str, ...]
     row_buckets: tuple[int, ...]
     chunk_buckets: tuple[int, ...]  # tokens
     context_buckets: tuple[int, ...]  # tokens
@@ -170,6 +176,6 @@ def _buckets(name: str, given: tuple[int, ...] | None, first: int, factor: int, 
     return (*sorted({size for size in given if size < last}), last)
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}; wanted a whole number of at least 1.")
+def _check_positive(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}; wanted a whole number of at least {least}.")

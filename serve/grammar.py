@@ -9,7 +9,6 @@ import collections
 import json
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import llguidance
 import numpy as np
@@ -19,15 +18,6 @@ from serve.request import Grammar, RequestError
 
 MAX_SOURCE = 256 * 1024  # characters
 _KEPT = 64  # compiled grammars
-# Bounds of time and memory, in llguidance's own units: a grammar or a text that needs more is an error.
-_LIMITS: dict[str, Any] = {
-    "max_items_in_row": 2000,
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-    "max_lexer_states": 50_000,
-    "max_grammar_size": 500_000,
-}
 
 
 class Matcher:
@@ -69,7 +59,15 @@ class GrammarCompiler:
             eos_token=list(tokenizer.eos_ids),
         )
         self._stop_ids = frozenset(tokenizer.eos_ids)
-        self._limits = llguidance.LLParserLimits(**_LIMITS)
+        # Bounds of time and memory: a grammar, or a text, that needs more is an error.
+        self._limits = llguidance.LLParserLimits(
+            max_items_in_row=2000,
+            initial_lexer_fuel=1_000_000,
+            step_lexer_fuel=200_000,
+            step_max_items=50_000,
+            max_lexer_states=50_000,
+            max_grammar_size=500_000,
+        )
         self._lock = threading.Lock()
         self._compiled: collections.OrderedDict[Grammar, llguidance.LLMatcher] = collections.OrderedDict()
 

@@ -124,7 +124,9 @@ class Steps:
             ),
         }
         function, more, results = functions[kind]
-        step = functools.partial(function, _Model(self._cfg, self._of_pages.scan, self._vocab_size))
+        step = functools.partial(
+            function, _Model(self._cfg, self._of_pages.scan, self._vocab_size, self._config.adapter_slots > 0)
+        )
         out_shardings = (self.places, *[self._inputs] * results)
         return jax.jit(step, donate_argnums=1, out_shardings=out_shardings).lower(
             self._params, self.pages, rows, *more
@@ -138,6 +140,7 @@ class _Model:
     cfg: ModelConfig
     scan: bool  # of the cache, and so of the blocks
     vocab_size: int
+    adapters_by_row: bool  # otherwise all rows have the first adapter, if there is one
 
     def laid_out(self, params) -> tuple[_Model, Any]:
         """With the parameters in the layout of the cache."""
@@ -154,7 +157,7 @@ def _forward(model: _Model, params, pages, rows: Rows, tokens_RC, count_R, lengt
     """(logits [R, N, V], pages) of the first `count_R` tokens of each row, after `length_R` in the cache."""
     real_RC = (jnp.arange(tokens_RC.shape[1]) < count_R[:, None]).astype(jnp.int32)
     cache = Cache(pages, rows.page_table, length_R, rows.number)
-    adapter_R = None if model.cfg.adapters is None else rows.adapter
+    adapter_R = rows.adapter if model.adapters_by_row else None
     inputs = Inputs(tokens_RC, segment_ids=real_RC, adapter_ids=adapter_R)
     out = apply(model.cfg, params, inputs, cache, logits_at=logits_at)
     assert out.cache is not None  # one went in

@@ -45,6 +45,7 @@ class Runner:
             config.page_size,
             config.cache_dtype,
             config.decode_steps,
+            config.adapter_slots,
             vocab_size,
         )
         self._key = (cfg, treedef, signature, sizes, self._steps.backend)
