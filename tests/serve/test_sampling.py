@@ -56,6 +56,24 @@ def test_filters_keep_what_sorting_keeps(seed, top_k, top_p, min_p, scale):
         assert set(np.flatnonzero(np.isfinite(result)).tolist()) == kept_by_sorting(row, top_k, top_p, min_p)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    typical_p=st.sampled_from([0.05, 0.4, 0.9]),
+    top_k=st.sampled_from([0, 9]),
+    scale=st.sampled_from([0.3, 3.0]),
+)
+def test_typical_sampling_keeps_the_tokens_closest_to_the_entropy(seed, typical_p, top_k, scale):
+    logits = np.random.default_rng(seed).normal(size=(1, V)).astype(np.float32) * scale
+    found = np.isfinite(np.asarray(_filter(logits, row_sampling(1, top_k=top_k, typical_p=typical_p))[0]))
+    kept = sorted(kept_by_sorting(logits[0], top_k, 1.0, 0.0))
+    logprobs = logits[0, kept].astype(np.float64)
+    logprobs -= np.log(np.exp(logprobs).sum())
+    order = np.argsort(np.abs(-logprobs - -(np.exp(logprobs) * logprobs).sum()))
+    count = int(np.sum(np.cumsum(np.exp(logprobs[order])) < typical_p)) + 1
+    assert set(np.flatnonzero(found)) == {kept[i] for i in order[:count]}
+
+
 def test_filters_are_those_of_each_row():
     logits = np.tile(np.linspace(0, 5, V, dtype=np.float32), (3, 1))
     rows = row_sampling(3).replace(
