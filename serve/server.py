@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
-import re
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 import fastapi
@@ -25,11 +21,10 @@ from serve.engine import Engine
 from serve.hosts import HostCheck
 from serve.loop import EngineFailed, EngineLoop, Overloaded, Ticket
 from serve.metrics import CONTENT_TYPE, Metrics
+from serve.page import chat_page
 from serve.replies import DONE, ChatReply, CompletionReply, Reply, event
 from serve.request import Output, Request, RequestError, SamplingParams
 from serve.targets import PlainTargets
-
-_PAGE = Path(__file__).parent / "static" / "chat_page.html"
 
 
 def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
@@ -44,10 +39,10 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
         await service.loop.stop()
 
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    page, policy = _page()
+    page, policy = chat_page()
 
     @app.get("/")
-    async def chat_page() -> Response:
+    async def show_page() -> Response:
         headers = {
             "Content-Security-Policy": policy,
             "Cache-Control": "no-cache",
@@ -271,17 +266,3 @@ async def _answer_http_exception(_: fastapi.Request, error: HTTPException) -> Re
 
 async def _answer_defect(_: fastapi.Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, f"a defect in the server: {type(error).__name__}.").body(), 500)
-
-
-def _page() -> tuple[bytes, str]:
-    """The chat page and the policy that lets it run its own script and style, and nothing else."""
-    page = _PAGE.read_bytes()
-
-    def hashes(tag: bytes) -> str:
-        parts = re.findall(rb"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)
-        return " ".join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(part).digest()).decode()}'" for part in parts
-        )
-
-    policy = f"default-src 'none'; script-src {hashes(b'script')}; style-src {hashes(b'style')}; connect-src 'self'; "
-    return page, policy + "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

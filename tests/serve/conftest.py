@@ -1,6 +1,7 @@
 """A tiny model, a tokenizer trained on a few sentences, and one compiled engine that the tests share."""
 
 import contextlib
+import shutil
 import threading
 
 import jax
@@ -85,3 +86,49 @@ def serving(engine, **options):
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+_CHROMIUM_OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("needs Debian's chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=[*_CHROMIUM_OPTIONS, "--no-first-run"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens pages; afterwards there must have been no error on any, but for answers with an error status.
+
+    `route(page)` runs before the page is loaded.
+    """
+    errors, contexts = [], []
+
+    def open_url(url, width=1000, height=700, route=None, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        if route is not None:
+            route(page)
+        page.goto(url)
+        return page
+
+    yield open_url
+    for context in contexts:
+        context.close()
+    assert [e for e in errors if "the server responded with a status of 4" not in e] == []

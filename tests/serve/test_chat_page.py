@@ -1,8 +1,6 @@
 """The chat page in a real browser."""
 
-import json
 import re
-import shutil
 import time
 
 import pytest
@@ -11,20 +9,7 @@ from serve import Request, SamplingParams
 
 from .conftest import serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --no-first-run".split()
 STEP_SECONDS = 0.12  # of the slowed engine, so that a test can look at an answer while it comes
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install chromium")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +32,6 @@ def url(slow_engine):
         yield f"http://127.0.0.1:{port}/"
 
 
-@pytest.fixture
-def open_page(browser):
-    """Opens pages; afterwards there must have been no error on any, but for answers with an error status."""
-    errors, contexts = [], []
-
-    def open_url(url, width=1000, height=700, **options):
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(url)
-        return page
-
-    yield open_url
-    for context in contexts:
-        context.close()
-    assert [e for e in errors if "the server responded with a status of 4" not in e] == []
-
-
 def settings(page, **values):
     page.get_by_role("button", name="Settings").click()
     for name, value in values.items():
@@ -80,12 +44,13 @@ def ask(page, text):
     page.get_by_label("Message").press("Enter")
 
 
-def letters(text):
-    return re.sub(r"[\s`]", "", text)
-
-
 def shown(page):
-    return letters(page.locator(".assistant .body").last.text_content())
+    return page.locator(".assistant .body").last.text_content()
+
+
+def answer_of(page):
+    """The last answer, as the page keeps it."""
+    return page.evaluate("chat.messages[chat.messages.length - 1].content")
 
 
 def wait_until_done(page):
@@ -109,18 +74,15 @@ def test_an_answer_streams_in_and_shows_its_tokens_per_second(open_page, url, ma
     assert box.input_value() == "Hi\nyou"
     box.press("Enter")
     page.wait_for_function("() => document.querySelector('.busy .body')?.textContent.length > 0")
-    early = shown(page)
+    early, early_answer = shown(page), answer_of(page)
     wait_until_done(page)
-    assert (
-        shown(page) == letters(out.text)
-        and early != shown(page)
-        and shown(page).startswith(early.rstrip("\ufffd"))
-    )
+    assert answer_of(page) == out.text and out.text.startswith(early_answer) and early_answer != out.text
+    assert early and shown(page) != early
     facts = page.locator(".assistant .facts").text_content()
     assert re.search(
         r"^24 tokens · \d+\.\d tokens/s · first after \d\.\d\d s · cut at the token limit$", facts
     )
-    assert page.locator(".user").inner_text() == "Hi\nyou" and box.input_value() == ""
+    assert page.locator(".user .body").inner_text() == "Hi\nyou" and box.input_value() == ""
 
 
 def test_stop_ends_the_answer_on_the_page_and_in_the_engine(open_page, url, slow_engine):
@@ -186,27 +148,3 @@ def test_a_phone_shows_everything_within_its_width(open_page, url):
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, re.findall(r"\d+", background)[:3])) < 60  # dark, as the phone asks for
-
-
-def test_markup_in_an_answer_is_shown_as_text_and_code_as_code(open_page, url):
-    script = "<script>document.title='owned'</script>"
-    answer = "Use `a < b`:\n\n```html\n<img src=x onerror=alert(1)>\n\n<b>\n```\n" + script
-    chunks = [
-        {"choices": [{"index": 0, "delta": {"content": part}, "finish_reason": None}], "usage": None}
-        for part in re.findall(r"(?s).{1,7}", answer)
-    ]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
-    page = open_page(url)
-    page.route(
-        "**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream")
-    )
-    ask(page, "<img src=y onerror=alert(2)>")
-    wait_until_done(page)
-    page.wait_for_function("() => document.querySelectorAll('.assistant pre').length === 1")
-    assert page.locator(".assistant pre code").text_content() == "<img src=x onerror=alert(1)>\n\n<b>"
-    assert page.locator(".assistant p code").text_content() == "a < b"
-    assert script in page.locator(".assistant").text_content()
-    assert page.locator("#dialogue img, #dialogue script, #dialogue b").count() == 0
-    assert page.locator(".user").text_content() == "<img src=y onerror=alert(2)>"
-    assert page.title() != "owned"
