@@ -86,9 +86,9 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from serve.connections import ServerConfig, bind, make_server
-    from serve.hosts import shown_host
-    from serve.server import make_app
+    from serve.http.connections import ServerConfig, bind, make_server
+    from serve.http.hosts import shown_host
+    from serve.http.server import make_app
 
     api_key = os.environ.get("CRUCIBLE_API_KEY") or None if options.api_key is None else options.api_key
     if api_key is not None and not api_key.strip():

@@ -70,8 +70,8 @@ def engine(shared_engine):
 @contextlib.contextmanager
 def serving(engine, **options):
     """A server in a thread; gives its port."""
-    from serve.connections import ServerConfig, bind, make_server
-    from serve.server import make_app
+    from serve.http.connections import ServerConfig, bind, make_server
+    from serve.http.server import make_app
 
     config = ServerConfig(**({"model_name": "tiny", "max_waiting": 8} | options))
     sock = bind("127.0.0.1", 0)

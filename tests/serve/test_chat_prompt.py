@@ -7,8 +7,8 @@ import tarfile
 import openai
 import pytest
 
-from serve.api import ApiError, ChatBody, parse_body
-from serve.chat_prompt import template_arguments
+from serve.http.api import ApiError, ChatBody, parse_body
+from serve.http.chat_prompt import template_arguments
 
 from .conftest import serving
 

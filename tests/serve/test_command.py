@@ -12,8 +12,8 @@ import pytest
 
 from configs import ConfigError
 from serve.__main__ import main, model_path
-from serve.connections import bind
-from serve.hosts import shown_host
+from serve.http.connections import bind
+from serve.http.hosts import shown_host
 
 from ..conftest import ROOT
 

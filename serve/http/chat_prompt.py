@@ -9,7 +9,7 @@ from typing import Any
 
 from data import Tokenizer
 from data.templates import variables_of
-from serve.api import ApiError, ChatBody
+from serve.http.api import ApiError, ChatBody
 
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch that turns reasoning on and off
 

@@ -14,17 +14,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from data import ChatTemplateError, Tokenizer
-from serve.api import ApiError, ChatBody, CompletionBody, parse_body, refusal
-from serve.chat_prompt import template_arguments
-from serve.connections import OPEN_PATHS, EventStream, KeyCheck, ServerConfig, read_body, unless_disconnected
 from serve.engine import Engine
-from serve.hosts import HostCheck
-from serve.loop import EngineFailed, EngineLoop, Overloaded, Ticket
-from serve.metrics import CONTENT_TYPE, Metrics
+from serve.http.api import ApiError, ChatBody, CompletionBody, parse_body, refusal
+from serve.http.chat_prompt import template_arguments
+from serve.http.connections import (
+    OPEN_PATHS,
+    EventStream,
+    KeyCheck,
+    ServerConfig,
+    read_body,
+    unless_disconnected,
+)
+from serve.http.hosts import HostCheck
+from serve.http.loop import EngineFailed, EngineLoop, Overloaded, Ticket
+from serve.http.metrics import CONTENT_TYPE, Metrics
+from serve.http.replies import DONE, ChatReply, CompletionReply, Reply, event
+from serve.http.targets import PlainTargets
 from serve.page import chat_page
-from serve.replies import DONE, ChatReply, CompletionReply, Reply, event
 from serve.request import Output, Request, RequestError, SamplingParams
-from serve.targets import PlainTargets
 
 
 def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:

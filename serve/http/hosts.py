@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.api import ApiError
+from serve.http.api import ApiError
 
 
 class HostCheck:
