@@ -7,12 +7,11 @@ arXiv:2308.16369. The HTTP server, rollouts and evaluations all drive this one.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections import abc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,19 +21,17 @@ from model import ModelConfig
 from model.weights import in_whole_bytes
 from serve.adapters import AdapterSlots
 from serve.blocks import chain_root
-from serve.drafters import NgramIndex, Payoff
+from serve.checks import RequestChecks
+from serve.drafters import Speculation
 from serve.engine_config import EngineConfig, bucket_of
-from serve.plan import PrefillBatch, VerifyBatch
-from serve.programs import PromptScores
-from serve.request import MAX_STOP_TOKENS, FinishReason, Output, Request, RequestError, SamplingParams
+from serve.plan import DecodeBatch, PrefillBatch, VerifyBatch
+from serve.request import FinishReason, Output, Request, RequestError
+from serve.results import fetch, keep, take_scores
 from serve.runner import Runner
 from serve.sampling import Sampled
 from serve.scheduler import Scheduler
 from serve.sequence import Sequence
 from serve.text import TextStream
-
-if TYPE_CHECKING:
-    from serve.grammar import GrammarCompiler
 
 _ALONE = 5.0  # times `burst_seconds` for a chunk while no other request decodes; a cancel waits for it
 
@@ -89,12 +86,12 @@ class Engine:
                 f"the tokenizer has {self.vocab_size} tokens and the model {cfg.vocab_size}: "
                 "they do not belong together."
             )
-        self._eos_ids = () if tokenizer is None else tuple(tokenizer.eos_ids)
         params, sizes = in_whole_bytes(params), self.config
         self._adapters = None
         if sizes.adapter_slots:
             self._adapters = AdapterSlots(cfg, sizes.adapter_slots, sizes.adapter_rank, sizes.adapter_targets)
             cfg, params = self._adapters.extend(params)
+        self._checks = RequestChecks(sizes, tokenizer, self.vocab_size, cfg.vocab_size, self._adapters)
         self._runner = Runner(cfg, params, self.config, self.vocab_size)
         self._params = self._placed(params)
         self._scheduler = Scheduler(self.config, cfg.vocab_size)
@@ -105,9 +102,7 @@ class Engine:
         self._updates = 0  # how often the parameters were replaced
         self._seconds_per_step: float | None = None  # of decoding
         self._seconds_per_token: float | None = None  # of prefill, padding included
-        self._payoff = Payoff()
-        self._drafts, self._draft_tokens = 0, 0
-        self._accepted_per_position = [0] * self.config.draft_tokens
+        self._speculation = Speculation(self.config.draft_tokens)
 
     def submit(self, request: Request) -> str:
         """Queue a request; returns its id.
@@ -133,9 +128,8 @@ class Engine:
         if self._adapters is not None:
             sequence.adapter = self._adapters.slot(request.adapter)
         if sampling.grammar is not None:
-            sequence.matcher = self._grammars.compile(sampling.grammar)
-        if self.config.draft_tokens:
-            sequence.draft_index = NgramIndex()
+            sequence.matcher = self._checks.grammars.compile(sampling.grammar)
+        self._speculation.start(sequence)
         self._sequences[id] = sequence
         self._scheduler.add(sequence)
         self._prompt_tokens += len(request.prompt)
@@ -146,66 +140,7 @@ class Engine:
 
         Any thread may call it. It compiles a new grammar, which can take a second: call it off the hot path.
         """
-        prompt, sampling = request.prompt, request.sampling
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= self.vocab_size:
-            raise RequestError(
-                "prompt",
-                f"token id {low if low < 0 else high} is outside the vocabulary, 0 to {self.vocab_size - 1}.",
-            )
-        limit = self._limit(len(prompt), sampling.max_tokens)
-        # A grammar ends with one of the tokenizer's own stop tokens.
-        eos_ids = () if sampling.ignore_eos and sampling.grammar is None else self._eos_ids
-        stop_ids = tuple(dict.fromkeys((*eos_ids, *sampling.stop_token_ids)))
-        if len(stop_ids) > MAX_STOP_TOKENS:
-            raise RequestError(
-                "stop_token_ids",
-                f"{len(stop_ids)} stop tokens with the tokenizer's own; at most {MAX_STOP_TOKENS}.",
-            )
-        if any(not 0 <= token < self.vocab_size for token in stop_ids):
-            raise RequestError(
-                "stop_token_ids", f"stop_token_ids={stop_ids} must lie in 0 to {self.vocab_size - 1}."
-            )
-        if self.tokenizer is None and (request.detokenize or sampling.stop):
-            raise RequestError(
-                "stop", "this engine has no tokenizer: neither stop strings nor text can be had."
-            )
-        if self._adapters is not None:
-            self._adapters.slot(request.adapter)
-        elif request.adapter is not None:
-            raise RequestError(
-                "adapter",
-                f"this engine has no adapter named {request.adapter!r:.100}; it was made without adapter_slots.",
-            )
-        self._check_edits(sampling)
-        return limit, stop_ids
-
-    def _check_edits(self, sampling: SamplingParams) -> None:
-        biased = [token for token, _ in sampling.logit_bias]
-        for field, tokens in (("logit_bias", biased), ("bad_words_ids", sum(sampling.bad_words_ids, ()))):
-            if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
-                raise RequestError(
-                    field, f"{field} names the token {outside[0]}; wanted 0 to {self.vocab_size - 1}."
-                )
-        if sampling.prompt_logprobs is not None and not self.config.prompt_logprobs:
-            raise RequestError(
-                "prompt_logprobs", "this engine was made without EngineConfig.prompt_logprobs."
-            )
-        if sampling.grammar is not None:
-            if not self._eos_ids:
-                raise RequestError("grammar", "a grammar needs a tokenizer with a token that ends the text.")
-            if sampling.min_tokens or sampling.bad_words_ids:
-                raise RequestError(
-                    "grammar", "min_tokens and bad_words_ids could forbid every token that a grammar allows."
-                )
-            self._grammars.compile(sampling.grammar)
-
-    @functools.cached_property
-    def _grammars(self) -> GrammarCompiler:
-        from serve.grammar import GrammarCompiler
-
-        assert self.tokenizer is not None  # `check` has seen its stop tokens
-        return GrammarCompiler(self.tokenizer, self.cfg.vocab_size)
+        return self._checks.check(request)
 
     def step(self) -> list[Output]:
         """One round: admit, then one chunk of prefill and one burst of decoding, both under way together. Returns an
@@ -306,9 +241,13 @@ class Engine:
         """Names of the adapters that are loaded."""
         return [] if self._adapters is None else self._adapters.names
 
-    def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
-        """Compile every program there is; from then on a need to compile raises `CompilationAfterWarmup`."""
-        self._runner.warmup(progress)
+    def warmup(self, progress: Callable[[int, int, float], None] | None = None, *, wait: bool = True) -> None:
+        """Compile every program there is; from then on a need to compile raises `CompilationAfterWarmup`.
+
+        wait=False: in a thread, while the engine serves with what is compiled so far. The first answer needs one
+        program, and is slow until more are there.
+        """
+        (self._runner.warmup if wait else self._runner.warmup_behind)(progress)
 
     def abort(self, error: str) -> list[Output]:
         """End every request with "error" and empty the cache; the engine can go on with new ones.
@@ -343,30 +282,15 @@ class Engine:
             programs=self._runner.compiled,
             prefix_queries=scheduler.prefix_queries,
             prefix_hits=scheduler.prefix_hits,
-            drafts=self._drafts,
-            draft_tokens=self._draft_tokens,
-            accepted_tokens=sum(self._accepted_per_position),
-            accepted_per_position=tuple(self._accepted_per_position),
+            drafts=self._speculation.drafts,
+            draft_tokens=self._speculation.tokens,
+            accepted_tokens=sum(self._speculation.accepted_per_position),
+            accepted_per_position=tuple(self._speculation.accepted_per_position),
         )
 
     def _cache_root(self, request: Request) -> bytes:
         adapter = 0 if self._adapters is None else self._adapters.identity(request.adapter)
         return chain_root(request.cache_salt, adapter, self._updates)
-
-    def _limit(self, prompt: int, max_tokens: int | None) -> int:
-        longest = self.config.max_length
-        if prompt >= longest:
-            raise RequestError(
-                "prompt",
-                f"the prompt has {prompt} tokens; with at least one to sequence it may have {longest - 1}.",
-            )
-        if max_tokens is not None and prompt + max_tokens > longest:
-            raise RequestError(
-                "max_tokens",
-                f"a prompt of {prompt} tokens and max_tokens={max_tokens} are more than the {longest} tokens of the "
-                f"context; give max_tokens of at most {longest - prompt}.",
-            )
-        return longest - prompt if max_tokens is None else max_tokens
 
     def _placed(self, params: Any) -> Any:
         may_alias = False if self.config.copy_params else None
@@ -388,16 +312,23 @@ class Engine:
             return self.config.chunk_buckets[0]
         return int((limit if others_wait else _ALONE * limit) / self._seconds_per_token)
 
+    def _is_ready(self, kind: str, batch: PrefillBatch | DecodeBatch | VerifyBatch) -> bool:
+        R, P = batch.rows.page_table.shape
+        C = 1 if isinstance(batch, DecodeBatch) else batch.tokens.shape[1]
+        return self._runner.is_ready(kind, R, C, P)
+
     def _start_prefill(self, batch: PrefillBatch) -> Callable[[float], None]:
         """Dispatch; what is returned takes the results, given the time when the device began with it."""
+        if not self._is_ready("prefill" if batch.targets is None else "score", batch):
+            batch = self._scheduler.next_alone(batch.sequences)
         sampled, scores = self._runner.prefill(self._params, batch)
 
         def finish(start: float) -> None:
-            fetched = _fetch(sampled, batch.sequences)
+            fetched = fetch(sampled, batch.sequences)
             seconds = (time.monotonic() - start) / batch.tokens.size
             self._seconds_per_token = _mean(self._seconds_per_token, seconds)
             if scores is not None:
-                _take_scores(batch, scores)
+                take_scores(batch, scores)
             for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
                 complete = sequence.computed + count == sequence.length
                 self._take(sequence, i, count, int(complete and sequence.limit > 0), fetched)
@@ -407,25 +338,22 @@ class Engine:
         return finish
 
     def _start_decode(self, sequences: list[Sequence], steps: int) -> Callable[[float], None]:
-        drafts = [self._draft(sequence) for sequence in sequences]
-        if any(drafts):
-            rows = bucket_of(len(sequences), self.config.row_buckets)
-            expected = [
-                min(len(draft), sequence.draft_index.mean_accepted)
-                for sequence, draft in zip(sequences, drafts, strict=True)
-                if sequence.draft_index is not None
-            ]
-            if self._payoff.pays(rows, len(sequences), expected):
-                return self._start_verify(self._scheduler.next_verify(sequences, drafts))
+        rows = bucket_of(len(sequences), self.config.row_buckets)
+        if (drafts := self._speculation.draft(sequences, rows)) is not None:
+            verify = self._scheduler.next_verify(sequences, drafts)
+            if self._is_ready("verify", verify):
+                return self._start_verify(verify)
         batch = self._scheduler.next_decode(sequences, steps)
+        if not self._is_ready("decode", batch):
+            return self._start_prefill(self._scheduler.next_alone(sequences))
         device_count, sampled = self._runner.decode(self._params, batch)
 
         def finish(start: float) -> None:
             counts = np.asarray(device_count)[: len(batch.sequences)].tolist()
-            fetched = _fetch(sampled, batch.sequences)
+            fetched = fetch(sampled, batch.sequences)
             seconds = (time.monotonic() - start) / max(*counts, 1)
             self._seconds_per_step = _mean(self._seconds_per_step, seconds)
-            self._payoff.record("decode", len(batch.token), seconds)
+            self._speculation.payoff.record("decode", len(batch.token), seconds)
             for i, (sequence, count) in enumerate(zip(batch.sequences, counts, strict=True)):
                 self._take(sequence, i, count, count, fetched)
 
@@ -435,33 +363,13 @@ class Engine:
         sampled = self._runner.verify(self._params, batch)
 
         def finish(start: float) -> None:
-            fetched = _fetch(sampled, batch.sequences)
-            self._payoff.record("verify", len(batch.tokens), time.monotonic() - start)
+            fetched = fetch(sampled, batch.sequences)
+            self._speculation.payoff.record("verify", len(batch.tokens), time.monotonic() - start)
             for i, (sequence, draft) in enumerate(zip(batch.sequences, batch.drafts, strict=True)):
-                model_tokens = fetched.token[i].tolist()
-                pairs = enumerate(zip(draft, model_tokens, strict=False))
-                accepted = next((j for j, (guess, token) in pairs if guess != token), len(draft))
-                if draft:
-                    self._record_draft(sequence, len(draft), accepted)
+                accepted = self._speculation.accept(sequence, draft, fetched.token[i].tolist())
                 self._take(sequence, i, accepted + 1, accepted + 1, fetched)
 
         return finish
-
-    def _draft(self, sequence: Sequence) -> list[int]:
-        if (index := sequence.draft_index) is None:
-            return []
-        index.extend(sequence.slice(len(index), sequence.length))
-        guess = index.propose(min(self.config.draft_tokens, sequence.limit - len(sequence.tokens) - 1))
-        ends = (j for j, token in enumerate(guess) if token in sequence.stop_ids)
-        guess = guess[: next(ends, len(guess))]
-        return guess if sequence.matcher is None else guess[: sequence.matcher.valid(guess)]
-
-    def _record_draft(self, sequence: Sequence, tokens: int, accepted: int) -> None:
-        self._drafts, self._draft_tokens = self._drafts + 1, self._draft_tokens + tokens
-        for j in range(accepted):
-            self._accepted_per_position[j] += 1
-        if sequence.draft_index is not None:
-            sequence.draft_index.record(accepted)
 
     def _take(self, sequence: Sequence, i: int, computed: int, count: int, fetched: Sampled) -> None:
         """`computed` more tokens of a sequence, row `i` of the batch, are in the cache; the first `count` sampled
@@ -471,7 +379,9 @@ class Engine:
         reason = None
         if new := fetched.token[i, : min(good, count)].tolist():
             kept, reason = sequence.extend(new)
-            self._keep(sequence, i, kept, fetched)
+            keep(sequence, i, kept, fetched, self.version)
+            self._touched[sequence.id] = sequence
+            self._generated_tokens += kept
             if sequence.matcher is not None:
                 sequence.matcher.accept(sequence.tokens[-kept:])
         if good == max(count, 1):
@@ -486,22 +396,6 @@ class Engine:
         elif good < max(count, 1):
             sequence.error = "the model's logits are not finite; its parameters may be damaged"
             self._finish(sequence, "error")
-
-    def _keep(self, sequence: Sequence, i: int, kept: int, fetched: Sampled) -> None:
-        """Record what belongs to the `kept` new tokens of row `i`."""
-        self._touched[sequence.id] = sequence
-        sequence.first_token_at = sequence.first_token_at or time.monotonic()
-        sequence.logprobs += fetched.logprob[i, :kept].tolist()
-        sequence.processed_logprobs += fetched.processed_logprob[i, :kept].tolist()
-        sequence.kept_mass += fetched.kept_mass[i, :kept].tolist()
-        sequence.versions += [self.version] * kept
-        self._generated_tokens += kept
-        alternatives = sequence.request.sampling.logprobs
-        if alternatives is not None:
-            sequence.model_logprobs += fetched.model_logprob[i, :kept].tolist()
-        if alternatives:
-            places = fetched.top_token[i, :kept, :alternatives], fetched.top_logprob[i, :kept, :alternatives]
-            sequence.top_logprobs += _pairs(*places)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason, sequence.finished_at = reason, time.monotonic()
@@ -523,34 +417,6 @@ class Engine:
 
 def _mean(known: float | None, new: float) -> float:
     return new if known is None else 0.8 * known + 0.2 * new
-
-
-def _fetch(sampled: Sampled, sequences: list[Sequence]) -> Sampled:
-    """In numpy, by one copy from the device; the alternatives only where one of the sequences wants them."""
-    if not any(sequence.request.sampling.logprobs for sequence in sequences):
-        sampled = dataclasses.replace(sampled, top_token=cast(Any, None), top_logprob=cast(Any, None))
-    return jax.device_get(sampled)
-
-
-def _take_scores(batch: PrefillBatch, device_scores: PromptScores) -> None:
-    scores = jax.device_get(device_scores)
-    for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
-        start = sequence.computed
-        stop = min(start + count, len(sequence.request.prompt) - 1)
-        if start >= stop or not sequence.wants_prompt_scores:
-            continue
-        # A chunk that is computed again after a preemption replaces what it said before.
-        sequence.prompt_logprobs[start:stop] = scores.logprob[i, : stop - start].tolist()
-        if wanted := sequence.request.sampling.prompt_logprobs:
-            places = (
-                scores.top_token[i, : stop - start, :wanted],
-                scores.top_logprob[i, : stop - start, :wanted],
-            )
-            sequence.prompt_top_logprobs[start:stop] = _pairs(*places)
-
-
-def _pairs(tokens: Any, logprobs: Any) -> list[list[tuple[int, float]]]:
-    return [list(zip(*place, strict=True)) for place in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
 
 def _check_same(old: Any, new: Any) -> None:

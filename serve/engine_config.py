@@ -141,23 +141,31 @@ class EngineSizes:
         return tuple(rows for rows in kept if rows * chunk <= self.prefill_tokens) or self.row_buckets[:1]
 
     def shapes(self) -> list[tuple[str, int, int, int]]:
-        """Every program there is: (kind, rows, chunk, pages a row); the chunk of a decode is 1.
+        """Every program there is, the smallest first: (kind, rows, chunk, pages a row); the chunk of a decode is 1.
 
         "score" is a prefill with log-probabilities of the prompt, "verify" checks drafts.
         """
-        shapes = [("clean", 1, 1, self.page_buckets[-1])]
-        shapes += [("decode", rows, 1, pages) for rows in self.row_buckets for pages in self.page_buckets]
+        chunks = {"prefill": self.chunk_buckets, "decode": (1,)}
         if self.draft_tokens:
-            chunk = self.draft_tokens + 1
-            shapes += [
-                ("verify", rows, chunk, pages) for rows in self.row_buckets for pages in self.page_buckets
-            ]
-        for kind in ("prefill", "score") if self.prompt_logprobs else ("prefill",):
-            for chunk in self.chunk_buckets:
-                shapes += [
-                    (kind, r, chunk, pages) for r in self.prefill_rows(chunk) for pages in self.page_buckets
-                ]
-        return shapes
+            chunks["verify"] = (self.draft_tokens + 1,)
+        if self.prompt_logprobs:
+            chunks["score"] = self.chunk_buckets
+        shapes = [
+            (kind, rows, chunk, pages)
+            for kind, of_kind in chunks.items()
+            for chunk in of_kind
+            for rows in (self.prefill_rows(chunk) if kind in ("prefill", "score") else self.row_buckets)
+            for pages in self.page_buckets
+        ]
+        # A request alone needs the first two; while the second compiles, the first decodes as well.
+        shapes.sort(key=lambda shape: (shape[1] * shape[3], shape[0] not in ("prefill", "decode"), shape[2]))
+        shapes.sort(key=lambda shape: shape != self.first_shape)
+        return [*shapes, ("clean", 1, 1, self.page_buckets[-1])]
+
+    @property
+    def first_shape(self) -> tuple[str, int, int, int]:
+        """The program that can do everything, slowly, for one short row."""
+        return "prefill", self.row_buckets[0], self.chunk_buckets[0], self.page_buckets[0]
 
 
 def bucket_of(size: int, buckets: tuple[int, ...]) -> int:

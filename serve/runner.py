@@ -9,7 +9,9 @@ yet is an error, so that a server never stops to compile.
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +25,11 @@ from serve.plan import DecodeBatch, PrefillBatch, VerifyBatch
 from serve.programs import CompilationAfterWarmup, PromptScores, Steps
 from serve.sampling import Sampled
 
-# Compiled programs of this process. A second engine of the same model and sizes compiles nothing.
-_COMPILED: dict[tuple, Any] = {}
+# Programs of this process, compiled or under way. A second engine of the same model and sizes compiles nothing.
+_COMPILED: dict[tuple, concurrent.futures.Future] = {}
+_COMPILED_LOCK = threading.Lock()
+Progress = Callable[[int, int, float], None]
+log = logging.getLogger("crucible.serve")
 _COMPILERS = 4  # threads of `warmup`; each compilation takes one core and some memory
 
 
@@ -50,7 +55,7 @@ class Runner:
         )
         self._key = (cfg, treedef, signature, sizes, self._steps.backend)
         self._mine: dict[tuple, Any] = {}
-        self._sealed = False
+        self._sealed, self._warming = False, False
 
     def reset(self) -> None:
         """Empty pages, for when a failed call has lost them."""
@@ -63,13 +68,34 @@ class Runner:
         index_P[: len(pages)] = pages
         self.pages = self._program("clean", 1, 1, width)(self.pages, index_P)
 
-    def warmup(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+    def warmup(self, progress: Progress | None = None) -> None:
         """Compile every shape, several at once; after that none may be missing.
 
         `progress(done, all, seconds)` is called after each.
         """
+        self._compile_all(min(os.cpu_count() or 1, _COMPILERS), progress)
+
+    def warmup_behind(self, progress: Progress | None = None) -> None:
+        """`warmup` in a thread, the smallest programs first; meanwhile `is_ready` says which are there."""
+        self._warming = True
+
+        def compile_all():
+            try:
+                self._compile_all(1, progress)
+            except Exception:
+                log.exception("compiling ahead ended; programs are compiled when they are needed")
+            finally:
+                self._warming = False
+
+        threading.Thread(target=compile_all, name="warmup", daemon=True).start()
+
+    def is_ready(self, kind: str, R: int, C: int, P: int) -> bool:
+        """Whether a step need not wait for this program, or nothing compiles it ahead."""
+        return not self._warming or (kind, R, C, P) in self._mine
+
+    def _compile_all(self, threads: int, progress: Progress | None) -> None:
         shapes, start = self._config.shapes(), time.monotonic()
-        pool = concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS))
+        pool = concurrent.futures.ThreadPoolExecutor(threads)
         try:
             futures = [pool.submit(self._program, *shape) for shape in shapes]
             for i, future in enumerate(concurrent.futures.as_completed(futures)):
@@ -123,8 +149,19 @@ class Runner:
                     f"{kind} with {R} rows, {C} tokens a row and {P} pages a row was not compiled by warmup. "
                     f"Known shapes: {sorted(self._mine)}."
                 )
-            key = (*self._key, shape)
-            if key not in _COMPILED:
-                _COMPILED[key] = self._steps.lower(*shape).compile()
-            self._mine[shape] = _COMPILED[key]
+            self._mine[shape] = self._compiled(shape)
         return self._mine[shape]
+
+    def _compiled(self, shape: tuple[str, int, int, int]) -> Any:
+        """The program of this process, compiled by one thread while others wait for it."""
+        key = (*self._key, shape)
+        with _COMPILED_LOCK:
+            known = _COMPILED.get(key)
+            future = _COMPILED.setdefault(key, concurrent.futures.Future())
+        if known is None:
+            try:
+                future.set_result(self._steps.lower(*shape).compile())
+            except BaseException as error:
+                del _COMPILED[key]
+                future.set_exception(error)
+        return future.result()

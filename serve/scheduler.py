@@ -138,6 +138,12 @@ class Scheduler:
         sequences = alike[: rows[-1]]
         return prefill_batch(self._table, sequences, bucket_of(len(sequences), rows), C)
 
+    def next_alone(self, sequences: list[Sequence]) -> PrefillBatch:
+        """The smallest chunk of the one with the fewest tokens, whose last may be a sampled one: for the time when
+        no larger program is compiled."""
+        one = min(sequences, key=lambda sequence: len(sequence.tokens))
+        return prefill_batch(self._table, [one], self.config.row_buckets[0], self.config.chunk_buckets[0])
+
     def catching_up(self) -> list[Sequence]:
         """Active sequences with tokens of the prompt, or after a preemption of the output, still to compute."""
         return [sequence for sequence in self.active if not sequence.decodes]

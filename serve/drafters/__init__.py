@@ -8,5 +8,6 @@ probability, and every token stays the one that the request gets without specula
 
 from serve.drafters.ngram import NgramIndex
 from serve.drafters.payoff import Payoff
+from serve.drafters.speculation import Speculation
 
-__all__ = ["NgramIndex", "Payoff"]
+__all__ = ["NgramIndex", "Payoff", "Speculation"]

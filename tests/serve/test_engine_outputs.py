@@ -1,6 +1,9 @@
 """What outputs say beside their tokens: log-probabilities of prompts, of the distribution drawn from, and several
 outputs to one prompt; and how drafts fare when tokens are drawn."""
 
+import threading
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -185,3 +188,39 @@ def test_a_chunk_is_as_long_as_a_burst_may_be_while_others_wait_for_their_next_t
     assert computed == [4, 8, 12, 16, 20, 24, 28]
     assert engine._most_prefill_tokens(False) == 25  # with nobody to wait, five times as long
     engine.abort("done")
+
+
+def test_the_first_answer_needs_one_program_while_others_compile_behind_it(make_engine, monkeypatch):
+    """The programs of this size are this test's own, so that none is compiled before."""
+    sizes = {
+        "max_rows": 2,
+        "row_buckets": (1,),
+        "num_pages": 23,
+        "chunk_buckets": (4,),
+        "context_buckets": (64,),
+    }
+    sampling = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    requests = [Request(PROMPT[:n], sampling) for n in (6, 30, 3)]
+    wanted = [out.tokens for out in make_engine().generate(requests)]
+    engine, go_on, compiled = make_engine(**sizes), threading.Event(), []
+    steps = engine._runner._steps
+    lower = steps.lower
+
+    def slow_lower(kind, *shape):
+        if (
+            kind,
+            *shape,
+        ) != engine.config.first_shape and threading.current_thread() is not threading.main_thread():
+            assert go_on.wait(60)
+        compiled.append((kind, *shape))
+        return lower(kind, *shape)
+
+    monkeypatch.setattr(steps, "lower", slow_lower)
+    engine.warmup(wait=False)
+    assert [out.tokens for out in engine.generate(requests)] == wanted
+    assert compiled == [engine.config.first_shape] == [("prefill", 1, 4, 16)]
+    go_on.set()
+    while engine._runner._warming:
+        time.sleep(0.01)
+    assert sorted(compiled) == sorted(engine.config.shapes())
+    assert [out.tokens for out in engine.generate(requests)] == wanted and engine._runner._sealed
