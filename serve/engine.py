@@ -24,7 +24,7 @@ from serve.blocks import chain_root
 from serve.checks import RequestChecks
 from serve.drafters import Speculation
 from serve.engine_config import EngineConfig, bucket_of
-from serve.plan import DecodeBatch, PrefillBatch, VerifyBatch
+from serve.plan import PrefillBatch, VerifyBatch
 from serve.request import FinishReason, Output, Request, RequestError
 from serve.results import fetch, keep, take_scores
 from serve.runner import Runner
@@ -312,21 +312,18 @@ class Engine:
             return self.config.chunk_buckets[0]
         return int((limit if others_wait else _ALONE * limit) / self._seconds_per_token)
 
-    def _is_ready(self, kind: str, batch: PrefillBatch | DecodeBatch | VerifyBatch) -> bool:
-        R, P = batch.rows.page_table.shape
-        C = 1 if isinstance(batch, DecodeBatch) else batch.tokens.shape[1]
-        return self._runner.is_ready(kind, R, C, P)
-
     def _start_prefill(self, batch: PrefillBatch) -> Callable[[float], None]:
         """Dispatch; what is returned takes the results, given the time when the device began with it."""
-        if not self._is_ready("prefill" if batch.targets is None else "score", batch):
+        if not self._runner.is_ready(*batch.shape):
             batch = self._scheduler.next_alone(batch.sequences)
+        measured = self._runner.has(*batch.shape)
         sampled, scores = self._runner.prefill(self._params, batch)
 
         def finish(start: float) -> None:
             fetched = fetch(sampled, batch.sequences)
             seconds = (time.monotonic() - start) / batch.tokens.size
-            self._seconds_per_token = _mean(self._seconds_per_token, seconds)
+            if measured:
+                self._seconds_per_token = _mean(self._seconds_per_token, seconds)
             if scores is not None:
                 take_scores(batch, scores)
             for i, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
@@ -341,30 +338,34 @@ class Engine:
         rows = bucket_of(len(sequences), self.config.row_buckets)
         if (drafts := self._speculation.draft(sequences, rows)) is not None:
             verify = self._scheduler.next_verify(sequences, drafts)
-            if self._is_ready("verify", verify):
+            if self._runner.is_ready(*verify.shape):
                 return self._start_verify(verify)
         batch = self._scheduler.next_decode(sequences, steps)
-        if not self._is_ready("decode", batch):
+        if not self._runner.is_ready(*batch.shape):
             return self._start_prefill(self._scheduler.next_alone(sequences))
+        measured = self._runner.has(*batch.shape)
         device_count, sampled = self._runner.decode(self._params, batch)
 
         def finish(start: float) -> None:
             counts = np.asarray(device_count)[: len(batch.sequences)].tolist()
             fetched = fetch(sampled, batch.sequences)
             seconds = (time.monotonic() - start) / max(*counts, 1)
-            self._seconds_per_step = _mean(self._seconds_per_step, seconds)
-            self._speculation.payoff.record("decode", len(batch.token), seconds)
+            if measured:
+                self._seconds_per_step = _mean(self._seconds_per_step, seconds)
+                self._speculation.payoff.record("decode", len(batch.token), seconds)
             for i, (sequence, count) in enumerate(zip(batch.sequences, counts, strict=True)):
                 self._take(sequence, i, count, count, fetched)
 
         return finish
 
     def _start_verify(self, batch: VerifyBatch) -> Callable[[float], None]:
+        measured = self._runner.has(*batch.shape)
         sampled = self._runner.verify(self._params, batch)
 
         def finish(start: float) -> None:
             fetched = fetch(sampled, batch.sequences)
-            self._speculation.payoff.record("verify", len(batch.tokens), time.monotonic() - start)
+            if measured:
+                self._speculation.payoff.record("verify", len(batch.tokens), time.monotonic() - start)
             for i, (sequence, draft) in enumerate(zip(batch.sequences, batch.drafts, strict=True)):
                 accepted = self._speculation.accept(sequence, draft, fetched.token[i].tolist())
                 self._take(sequence, i, accepted + 1, accepted + 1, fetched)

@@ -27,6 +27,12 @@ class PrefillBatch:
         np.ndarray | None
     )  # [R, C] int32, the token after each; None: no prompt's log-probabilities are wanted
 
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        """That of its program, see `EngineSizes.shapes`."""
+        kind = "prefill" if self.targets is None else "score"
+        return kind, *self.tokens.shape, self.rows.page_table.shape[1]
+
 
 @dataclasses.dataclass
 class DecodeBatch:
@@ -36,6 +42,10 @@ class DecodeBatch:
     budget: np.ndarray  # [R] int32, tokens to make at most; 0 for rows that only pad
     steps: int
 
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        return "decode", len(self.token), 1, self.rows.page_table.shape[1]
+
 
 @dataclasses.dataclass
 class VerifyBatch:
@@ -44,6 +54,10 @@ class VerifyBatch:
     rows: Rows
     tokens: np.ndarray  # [R, C] int32: the last token of each, and its draft
     count: np.ndarray  # [R] int32; 0 for rows that only pad
+
+    @property
+    def shape(self) -> tuple[str, int, int, int]:
+        return "verify", *self.tokens.shape, self.rows.page_table.shape[1]
 
 
 class RowTable:

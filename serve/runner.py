@@ -91,7 +91,11 @@ class Runner:
 
     def is_ready(self, kind: str, R: int, C: int, P: int) -> bool:
         """Whether a step need not wait for this program, or nothing compiles it ahead."""
-        return not self._warming or (kind, R, C, P) in self._mine
+        return not self._warming or self.has(kind, R, C, P)
+
+    def has(self, kind: str, R: int, C: int, P: int) -> bool:
+        """Whether a step with this program measures its computation alone, without compiling it first."""
+        return (kind, R, C, P) in self._mine
 
     def _compile_all(self, threads: int, progress: Progress | None) -> None:
         shapes, start = self._config.shapes(), time.monotonic()
@@ -111,9 +115,8 @@ class Runner:
 
         Returns: device arrays [R, 1, ...], and the scores of the prompts if they are wanted, without waiting for them.
         """
-        R, C = batch.tokens.shape
-        kind, targets = ("prefill", ()) if batch.targets is None else ("score", (batch.targets,))
-        program = self._program(kind, R, C, batch.rows.page_table.shape[1])
+        targets = () if batch.targets is None else (batch.targets,)
+        program = self._program(*batch.shape)
         self.pages, sampled, *scores = program(
             params, self.pages, batch.rows, batch.tokens, batch.count, *targets
         )
@@ -124,7 +127,7 @@ class Runner:
 
         Returns: how many each row got, [R], and the tokens [R, S, ...]; device arrays, without waiting for them.
         """
-        program = self._program("decode", len(batch.token), 1, batch.rows.page_table.shape[1])
+        program = self._program(*batch.shape)
         self.pages, count_R, sampled = program(
             params, self.pages, batch.rows, batch.token, batch.budget, np.int32(batch.steps)
         )
@@ -132,8 +135,7 @@ class Runner:
 
     def verify(self, params: Any, batch: VerifyBatch) -> Sampled:
         """The model's token after each of the batch's, [R, C, ...]; device arrays, without waiting for them."""
-        R, C = batch.tokens.shape
-        program = self._program("verify", R, C, batch.rows.page_table.shape[1])
+        program = self._program(*batch.shape)
         self.pages, sampled = program(params, self.pages, batch.rows, batch.tokens, batch.count)
         return sampled
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LENGTHS = (4, 3, 2)  # of the n-grams that are looked up, the longest first
-_WEIGHT = 0.3  # of the last draft in the running mean of accepted tokens
+_LENGTHS = (5, 3)  # of the n-grams that are looked up, the longest first
+_WEIGHT = 0.4  # of the last draft in the running mean of accepted tokens
 _LEAST_ACCEPTED = 0.4  # a mean below this pauses the drafts of a sequence
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # tokens
 
@@ -16,10 +16,11 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # tokens
 class NgramIndex:
     """The n-grams of one sequence, where each was last seen, and how its drafts fared."""
 
-    def __init__(self):
+    def __init__(self, mean_accepted: float = 1.0):
+        """`mean_accepted`: what to expect of the first draft, from other sequences."""
         self._tokens: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its last occurrence
-        self.mean_accepted = 1.0  # tokens of a draft, as a running mean
+        self.mean_accepted = mean_accepted  # tokens of a draft, as a running mean
         self._pause, self._resume_at = _FIRST_PAUSE, 0
 
     def extend(self, tokens: Sequence[int]) -> None:

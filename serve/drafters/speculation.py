@@ -6,6 +6,9 @@ from serve.drafters.ngram import NgramIndex
 from serve.drafters.payoff import Payoff
 from serve.sequence import Sequence
 
+_WEIGHT = 0.05  # of the last draft in the running mean over all sequences
+_FIRST_MEAN = 2.0  # accepted tokens: high enough for a first try where a step of several tokens is slow
+
 
 class Speculation:
     """The drafts of one engine.
@@ -21,21 +24,22 @@ class Speculation:
         self.drafts, self.tokens = 0, 0
         self.accepted_per_position = [0] * most_tokens
         self._most_tokens = most_tokens
+        self._mean_accepted = _FIRST_MEAN
 
     def start(self, sequence: Sequence) -> None:
         if self._most_tokens:
-            sequence.draft_index = NgramIndex()
+            sequence.draft_index = NgramIndex(self._mean_accepted)
 
     def draft(self, sequences: list[Sequence], rows: int) -> list[list[int]] | None:
         """A draft for each sequence of a batch of `rows`, [] for some; None where plain decoding is faster."""
         if not self._most_tokens:
             return None
-        drafts, expected = [], []
-        for sequence in sequences:
-            drafts.append(self._draft(sequence))
-            if drafts[-1] and sequence.draft_index is not None:
-                expected.append(min(len(drafts[-1]), sequence.draft_index.mean_accepted))
-        return drafts if expected and self.payoff.pays(rows, len(sequences), expected) else None
+        drafts = [self._draft(sequence) for sequence in sequences]
+        expected = [
+            min(len(draft), sequence.draft_index.mean_accepted) if sequence.draft_index is not None else 0.0
+            for sequence, draft in zip(sequences, drafts, strict=True)
+        ]
+        return drafts if any(drafts) and self.payoff.pays(rows, expected) else None
 
     def accept(self, sequence: Sequence, draft: list[int], tokens: list[int]) -> int:
         """How many tokens of the draft are those that the model gave in its place."""
@@ -46,6 +50,7 @@ class Speculation:
             for j in range(accepted):
                 self.accepted_per_position[j] += 1
             sequence.draft_index.record(accepted)
+            self._mean_accepted += _WEIGHT * (accepted - self._mean_accepted)
         return accepted
 
     def _draft(self, sequence: Sequence) -> list[int]:
