@@ -1,6 +1,7 @@
 """The engine's pages: quantised, and read by the kernel for TPUs, interpreted; of a tiny model that repeats what it
 reads."""
 
+import dataclasses
 import functools
 
 import jax
@@ -60,10 +61,14 @@ def tokens_of(learnt, tokenizer, params=None, **options):
     sizes = {"max_rows": 4, "page_size": 16, "prefill_chunk": 16, "decode_steps": 4}
     buckets = {"row_buckets": (), "chunk_buckets": (), "context_buckets": ()}
     engine = Engine(learnt[0], params or learnt[1], tokenizer, **(sizes | buckets | options))
+    engine._speculation.payoff.pays = lambda *_: True
     sampling = SamplingParams(max_tokens=14, ignore_eos=True)
     lengths = (1, 13, 20, 24)
     prompts = [Request(row[:length].tolist(), sampling) for row, length in zip(repeats(4, 1), lengths)]
-    return [out.tokens for out in engine.generate(prompts)]
+    outputs = engine.generate(prompts)
+    if engine.config.draft_tokens:
+        assert engine.stats.accepted_tokens > 20  # what repeats itself is guessed right
+    return [out.tokens for out in outputs]
 
 
 @pytest.mark.parametrize("dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
@@ -93,6 +98,15 @@ def test_the_kernel_says_what_gathered_rows_say(learnt, tokenizer, dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_the_kernel_verifies_drafts_as_gathered_rows_do(learnt, tokenizer, dtype):
+    wanted = tokens_of(learnt, tokenizer, cache_dtype=dtype)
+    assert tokens_of(learnt, tokenizer, cache_dtype=dtype, draft_tokens=3) == wanted
+    with backend.use("tpu", interpret=True):
+        assert tokens_of(learnt, tokenizer, cache_dtype=dtype, draft_tokens=3) == wanted
+
+
+@pytest.mark.slow
 def test_the_kernel_says_the_same_on_a_mesh(learnt, tokenizer):
     cfg, params = learnt
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 1, 1, 1, 2), MESH_AXES)
@@ -109,15 +123,17 @@ def test_the_kernel_says_the_same_on_a_mesh(learnt, tokenizer):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_program_for_a_tpu_copies_no_pages(dtype):
+@pytest.mark.parametrize("kind,chunk", [("decode", 1), ("verify", 4), ("prefill", 32)])
+def test_a_program_for_a_tpu_copies_no_pages(dtype, kind, chunk):
     """Of stacked layers, and of heads whose channels don't fill a TPU's vectors."""
     cfg = decoder(4096, 576, 2, 9, 3, 64, 1024, dtype="bfloat16", scan=True)
     params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_chip("v5e")), params)
     config = EngineConfig(max_rows=16, num_pages=4096, page_size=128, max_length=1024, cache_dtype=dtype)
+    config = dataclasses.replace(config, draft_tokens=3)
     with backend.use("tpu", "v5e"):
         steps = Steps(cfg, params, config.resolve(cfg), cfg.vocab_size)
-        text = steps.lower("decode", 16, 1, 8).compile().as_text()
+        text = steps.lower(kind, 16, chunk, 8).compile().as_text()
     assert "paged_attention" in text
     assert_not_moved(text, jax.tree.leaves(steps.pages))
 
