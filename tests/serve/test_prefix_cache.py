@@ -1,10 +1,13 @@
 """Requests that begin with the same tokens share pages, and get the tokens that they would get alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from model import Block, RMSNorm, init
+from model.blocks.latent_attention import LatentAttention
 from model.blocks.mamba2 import Mamba2
 from serve import Engine, Request, SamplingParams
 
@@ -126,3 +129,38 @@ def test_states_of_whole_rows_are_not_shared(cfg, tokenizer):
     with pytest.raises(ValueError, match="prefix_cache=True.*recurrent"):
         Engine(cfg, params, tokenizer, prefix_cache=True)
     assert not Engine(cfg, params, tokenizer, max_rows=1).config.prefix_cache
+
+
+@pytest.mark.parametrize("kind", ["window", "latent"])
+def test_pages_of_windows_and_latent_attention_are_shared_too(cfg, tokenizer, kind):
+    block = cfg.blocks[0]
+    mixer = (
+        LatentAttention(4, 6, 4, 5, kv_rank=12)
+        if kind == "latent"
+        else dataclasses.replace(block.mixer, window=9)
+    )
+    cfg = cfg.replace(blocks=(dataclasses.replace(block, mixer=mixer), cfg.blocks[1]))
+    params = init(cfg, jax.random.key(2))
+    sizes = {"max_rows": 4, "page_size": 4, "row_buckets": (4,), "chunk_buckets": (16,), "prefill_chunk": 16}
+    engines = [Engine(cfg, params, tokenizer, **sizes, prefix_cache=cached) for cached in (True, False)]
+    tails = [[7], [8, 9, 10], [11] * 9]
+    found, hits, _ = ask(engines[0], *tails)
+    assert hits == 2 * 20
+    wanted = [ask(engines[1], tail)[0][0] for tail in tails]
+    assert [out.tokens for out in found] == [out.tokens for out in wanted]
+
+
+def test_a_hit_changes_no_bit_where_the_programs_are_the_same(make_engine):
+    """One bucket of rows and of context. With other shapes a product may add up in another order."""
+    sizes = {"row_buckets": (4,), "context_buckets": (64,), "chunk_buckets": (16,)}
+    cached, plain = make_engine(**sizes), make_engine(**sizes, prefix_cache=False)
+    tails = [[7], [8, 9, 10], [7, 8], [11] * 9]
+    found, hits, _ = ask(cached, *tails)
+    assert hits == 3 * 20
+    for tail, ours in zip(tails, found, strict=True):
+        theirs = plain.generate([Request([*PREFIX, *tail], GREEDY)])[0]
+        assert (ours.tokens, ours.logprobs, ours.top_logprobs) == (
+            theirs.tokens,
+            theirs.logprobs,
+            theirs.top_logprobs,
+        )
