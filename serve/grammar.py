@@ -15,6 +15,7 @@ import numpy as np
 
 from data import Tokenizer
 from serve.request import Grammar, RequestError
+from serve.schemas import with_exclusive_branches
 
 MAX_SOURCE = 256 * 1024  # characters
 _KEPT = 64  # compiled grammars
@@ -41,6 +42,11 @@ class Matcher:
     def accept(self, tokens: Sequence[int]) -> None:
         """Add tokens to the output. A token that ends it is not told: a grammar that is complete takes none."""
         self._state.consume_tokens([token for token in tokens if token not in self._stop_ids])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text may end here."""
+        return self._state.is_accepting()
 
     @property
     def error(self) -> str | None:
@@ -110,8 +116,16 @@ def _choice(texts: Sequence[str]) -> str:
     return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, texts)))
 
 
+def _json_schema(text: str) -> str:
+    try:
+        schema = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(with_exclusive_branches(schema)))
+
+
 _SOURCES = {
-    "json_schema": llguidance.LLMatcher.grammar_from_json_schema,
+    "json_schema": _json_schema,
     "regex": llguidance.LLMatcher.grammar_from_regex,
     "lark": llguidance.LLMatcher.grammar_from_lark,
     "choice": _choice,

@@ -1,82 +1,80 @@
-"""What the OpenAI API takes: request bodies, read strictly, with a reason for everything that is wrong.
+"""What the OpenAI API takes: chat completions and completions as in OpenAI's API reference.
 
-Chat completions and completions as in OpenAI's API reference, with vLLM's extras `top_k`, `min_p`, `ignore_eos`,
-`stop_token_ids` and `stream_options.continuous_usage_stats`.
+vLLM's extras are taken too: sampling fields that OpenAI lacks, `structured_outputs`, `chat_template_kwargs`,
+`continue_final_message` and `stream_options.continuous_usage_stats`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
 from typing import Annotated, Any, Literal, TypeVar
 
-import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from serve.request import MAX_LOGPROBS, RequestError, SamplingParams
+from serve.http.body import Strict, is_int, json_object, shown, validated
+from serve.http.errors import ApiError
+from serve.http.messages import Message, Tool
+from serve.request import MAX_LOGPROBS, Grammar, SamplingParams
 
 MAX_CHOICES = 16  # answers of one HTTP request: prompts times n
 MAX_MESSAGES = 2048
 MAX_TOOLS = 128
-MAX_NESTING = 64  # levels of objects and lists in a body
+_GREEDY = 1e-3  # temperatures below are greedy
 
-# Fields of OpenAI's API that change no answer here, whatever their value: labels, where a copy is kept, how fast it is
-# wanted, and how many tools may be called at once, since no answer has tool calls.
+# Fields of OpenAI's API that change no answer here, whatever their value: labels, where a copy is kept, and how fast it
+# is wanted.
 _IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention "
-    "parallel_tool_calls prediction".split()
+    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction "
+    "request_id priority".split()
 )
 # Fields that are not served: fine with the value that asks for nothing, refused with any other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
-    "chat_template_kwargs": (None, {}),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
+    "early_stopping": (None, False),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
-    "logit_bias": (None, {}),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
     "modalities": (None, ["text"]),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
     "suffix": (None, ""),
+    "use_beam_search": (None, False),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kinds.get(self.status, kind)}
-        return {"error": {**error, "param": self.param, "code": self.code}}
-
-
-class _Strict(pydantic.BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # padding against traffic analysis; never sent
 
 
-class _Body(_Strict):
+class JsonSchema(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")]
+    strict: bool | None = None  # a schema always holds
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's: what the whole answer must match."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+class Body(Strict):
     """What both endpoints take. Ranges of sampling parameters are those of `SamplingParams`."""
 
     model: str
@@ -87,137 +85,189 @@ class _Body(_Strict):
     top_p: float | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None  # -1: all, as vLLM has it
     min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Any = None
     stop_token_ids: Any = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = None
     max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
-    def sampling(self, choice: int, logprobs: int | None, max_tokens: int | None) -> SamplingParams:
+    def sampling(
+        self,
+        choice: int,
+        logprobs: int | None,
+        max_tokens: int | None,
+        grammar: Grammar | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """Parameters of the answer number `choice`; each has a seed of its own when one was given."""
-        return SamplingParams(
+        fields = (
+            "top_p",
+            "min_p",
+            "typical_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+        given: dict[str, float] = {
+            name: value for name in fields if (value := getattr(self, name)) is not None
+        }
+        temperature = 1.0 if self.temperature is None else self.temperature
+        params = SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            min_tokens=self.min_tokens or 0,
+            temperature=0.0 if temperature < _GREEDY else temperature,
             top_k=max(self.top_k or 0, 0),
-            top_p=1.0 if self.top_p is None else self.top_p,
-            min_p=0.0 if self.min_p is None else self.min_p,
+            logit_bias=tuple(self._biases()),
             seed=None if self.seed is None else (self.seed + choice) % 2**64,
-            stop=() if self.stop is None else self.stop,
+            stop=() if self.stop in (None, "", []) else self.stop,
             stop_token_ids=() if self.stop_token_ids is None else self.stop_token_ids,
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=self.grammar() if grammar is None else grammar,
         )
+        return dataclasses.replace(params, **given)
+
+    def grammar(self) -> Grammar | None:
+        """What the whole answer must match."""
+        found = [*self._of_response_format(), *self._of_structured_outputs()]
+        if len(found) > 1:
+            message = "response_format and structured_outputs ask for more than one form; give one of them."
+            raise ApiError(400, message, "structured_outputs")
+        return found[0] if found else None
+
+    def _of_response_format(self) -> list[Grammar]:
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return []
+        if wanted.type == "json_object":
+            return [Grammar("json_schema", '{"type": "object"}')]
+        if wanted.json_schema is None:
+            raise ApiError(
+                400, "response_format of type json_schema needs json_schema.", "response_format.json_schema"
+            )
+        return [Grammar("json_schema", json.dumps(wanted.json_schema.schema_))]
+
+    def _of_structured_outputs(self) -> list[Grammar]:
+        wanted = self.structured_outputs
+        if wanted is None:
+            return []
+        found = []
+        if wanted.json_ is not None:
+            schema = wanted.json_ if isinstance(wanted.json_, str) else json.dumps(wanted.json_)
+            found.append(Grammar("json_schema", schema))
+        if wanted.regex is not None:
+            found.append(Grammar("regex", wanted.regex))
+        if wanted.choice is not None:
+            found.append(Grammar("choice", tuple(wanted.choice)))
+        if wanted.grammar is not None:
+            found.append(Grammar("lark", wanted.grammar))
+        return found
+
+    def _biases(self) -> list[tuple[int, float]]:
+        pairs = []
+        for token, value in (self.logit_bias or {}).items():
+            if not (token.isascii() and token.isdecimal() and len(token) < 10):
+                raise ApiError(400, f"logit_bias names {token[:100]!r}; wanted token ids.", "logit_bias")
+            pairs.append((int(token), value))
+        return pairs
 
 
-class FunctionCall(_Strict):
-    name: str
-    arguments: str  # JSON, as a model wrote it
-
-
-class ToolCall(_Strict):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class Message(_Strict):
-    """A message as clients send it, and as they send back what they were answered."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Any = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None  # vLLM's newer name of the same
-    refusal: str | None = None
-    audio: None = None
-    function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def for_template(self, where: str) -> dict[str, Any]:
-        """The fields that chat templates read; "developer" is what newer clients call "system".
-
-        What an assistant said may be nothing beside its tool calls or reasoning.
-        """
-        assistant = {key: getattr(self, key) for key in ("tool_calls", "reasoning_content", "reasoning")}
-        for key, value in (assistant | {"refusal": self.refusal}).items():
-            if value and self.role != "assistant":
-                raise ApiError(
-                    400, f"{where}.{key} is of role {self.role}; wanted assistant.", f"{where}.{key}"
-                )
-        if self.tool_call_id is not None and self.role != "tool":
-            name = f"{where}.tool_call_id"
-            raise ApiError(400, f"{name} is of role {self.role}; wanted tool.", name)
-        content = self.refusal if self.content is None else self.content
-        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role}
-        if content is not None or not any(assistant.values()):
-            shown["content"] = _text_of(content, f"{where}.content")
-        if self.tool_calls:
-            shown["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        rest = {"name": self.name, "tool_call_id": self.tool_call_id}
-        rest["reasoning_content"] = self.reasoning_content or self.reasoning
-        return shown | {key: value for key, value in rest.items() if value is not None}
-
-
-class Function(_Strict):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Strict):
-    type: Literal["function"]
-    function: Function
-
-
-class ChatBody(_Body):
+class ChatBody(Body):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
     def dialogue(self) -> list[dict[str, Any]]:
         return [message.for_template(f"messages[{i}]") for i, message in enumerate(self.messages)]
 
-    def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the prompt tells of, in the form that templates know; None for none."""
-        if self.tool_choice not in (None, "none", "auto"):
-            message = f"tool_choice={_shown(self.tool_choice)} is not supported: answers here are text alone."
-            raise ApiError(400, message, "tool_choice")
-        if self.tools and self.tool_choice != "none":
-            message = (
-                "tools: this server does not read tool calls out of an answer. Leave tools out, or give "
-                'tool_choice="none" to show them to the model and get its text.'
-            )
-            raise ApiError(400, message, "tools")
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()] or None
+    def check_continuation(self) -> None:
+        """Raises ApiError where the last message can't be gone on with as asked."""
+        if not self.continue_final_message:
+            if self.add_generation_prompt is False:
+                message = "add_generation_prompt=false is only served with continue_final_message=true."
+                raise ApiError(400, message, "add_generation_prompt")
+            return
+        if self.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt can't both be true."
+            raise ApiError(400, message, "continue_final_message")
+        last = self.messages[-1]
+        if last.role != "assistant" or last.tool_calls or last.content is None:
+            message = "continue_final_message needs a last message of role assistant that is text alone."
+            raise ApiError(400, message, "continue_final_message")
 
-    def choices(self) -> list[SamplingParams]:
+    @property
+    def must_call(self) -> Literal["required", "one"] | None:
+        """Whether the answer must be calls, or one call of the function that is named."""
+        if self.tool_choice == "required":
+            return "required"
+        return "one" if isinstance(self.tool_choice, dict) else None
+
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the answer may call. Raises ApiError for a choice that can't be."""
+        tools, choice = self.tools or [], self.tool_choice
+        names = [tool.function.name for tool in tools]
+        if len(set(names)) < len(names):
+            raise ApiError(400, "two tools have the same name.", "tools")
+        if choice in (None, "auto", "none"):
+            return [] if choice == "none" else tools
+        named = (
+            choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+        )
+        name = named.get("name") if isinstance(named, dict) else None
+        if choice != "required" and name not in names:
+            message = (
+                f"tool_choice={shown(choice)}; wanted none, auto, required, or one of the tools by name."
+            )
+            raise ApiError(400, message, "tool_choice")
+        if not tools:
+            raise ApiError(400, f"tool_choice={shown(choice)} needs tools.", "tool_choice")
+        if self.grammar() is not None:
+            message = f"tool_choice={shown(choice)} can't be met together with a form of the whole answer."
+            raise ApiError(400, message, "tool_choice")
+        return [tool for tool in tools if name in (None, tool.function.name)]
+
+    def choices(self, grammar: Grammar | None = None) -> list[SamplingParams]:
         limit, newer = self.max_tokens, self.max_completion_tokens
         if limit is not None and newer is not None and limit != newer:
             message = f"max_tokens={limit} and max_completion_tokens={newer} differ; give one of them."
             raise ApiError(400, message, "max_tokens")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return [self.sampling(i, logprobs, limit if newer is None else newer) for i in range(self.n or 1)]
+        limit = limit if newer is None else newer
+        return [self.sampling(i, logprobs, limit, grammar) for i in range(self.n or 1)]
 
 
-class CompletionBody(_Body):
+class CompletionBody(Body):
     prompt: Any
     best_of: int | None = None
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    add_special_tokens: bool | None = None  # begin a text with the tokenizer's bos; default true
+    add_special_tokens: bool | None = None  # begin a text as the tokenizer's files have it; default true
 
     def prompts(self) -> list[str | list[int]]:
         """One or more prompts, each text or token ids."""
         prompt = self.prompt
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_int(prompt[0])):
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and is_int(prompt[0])):
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt:
             raise ApiError(400, "prompt must be a string, a list of token ids, or a list of those.", "prompt")
@@ -227,7 +277,7 @@ class CompletionBody(_Body):
             )
             raise ApiError(400, message, "prompt")
         for i, item in enumerate(prompt):
-            tokens = isinstance(item, list) and all(_is_int(token) for token in item)
+            tokens = isinstance(item, list) and all(is_int(token) for token in item)
             if not (isinstance(item, str) or tokens):
                 raise ApiError(400, f"prompt[{i}] is neither a string nor a list of token ids.", "prompt")
         return prompt
@@ -235,99 +285,39 @@ class CompletionBody(_Body):
     def choices(self) -> list[SamplingParams]:
         if self.best_of not in (None, self.n or 1):
             raise ApiError(400, f"best_of={self.best_of} is not served; leave it out.", "best_of")
+        if self.echo and self.stream:
+            raise ApiError(400, "echo is only served with stream=false.", "echo")
         max_tokens = 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default for completions
-        return [self.sampling(i, self.logprobs, max_tokens) for i in range(self.n or 1)]
+        scores = self.echo and (self.logprobs is not None or max_tokens == 0)
+        prompt = (self.logprobs or 0) if scores else None
+        return [
+            self.sampling(i, self.logprobs, max_tokens, prompt_logprobs=prompt) for i in range(self.n or 1)
+        ]
 
 
-BodyType = TypeVar("BodyType", bound=_Body)
+def _named_function(choice: Any) -> str | None:
+    """Of a tool_choice as {"type": "function", "function": {"name": ...}}."""
+    function = (
+        choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    )
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
 
 
-def parse_body(raw: bytes, kind: type[BodyType]) -> BodyType:
+Kind = TypeVar("Kind", bound=Body)
+
+
+def parse_body(raw: bytes, kind: type[Kind]) -> Kind:
     """A checked request body; ApiError with status 400 and the reason for anything else."""
-    fields = _json_object(raw)
+    fields = json_object(raw)
     for name, neutral in _NEUTRAL.items():
         value = fields.pop(name, None)
         if isinstance(value, bool) and not any(value is n for n in neutral) or value not in neutral:
-            raise ApiError(400, f"{name}={_shown(value)} is not supported by this server.", name)
-    fields = {name: value for name, value in fields.items() if name not in _IGNORED}
-    try:
-        body = kind.model_validate(fields)
-    except pydantic.ValidationError as error:
-        raise _first_reason(error) from None
+            raise ApiError(400, f"{name}={shown(value)} is not supported by this server.", name)
+    for name in ("echo", "best_of"):  # of completions alone; false and 1 ask for nothing
+        if name not in kind.model_fields and fields.get(name) in (False, 1):
+            del fields[name]
+    body = validated(kind, {name: value for name, value in fields.items() if name not in _IGNORED})
     if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options is only allowed with stream=true.", "stream_options")
     return body
-
-
-def refusal(error: RequestError) -> ApiError:
-    """The engine's reason as an answer with status 400.
-
-    On `context_length_exceeded` clients shorten the prompt, so it is for what counts the tokens ("40 tokens") alone:
-    not for a max_tokens that is no number of tokens, nor for an empty prompt.
-    """
-    too_long = error.field in ("prompt", "max_tokens") and re.search(r"\d tokens", str(error))
-    code = "context_length_exceeded" if too_long else None
-    return ApiError(400, str(error), error.field, code)
-
-
-def _json_object(raw: bytes) -> dict[str, Any]:
-    def no_constant(name: str):
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=no_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # escapes can spell lone surrogates
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply.") from None
-    except UnicodeEncodeError:
-        raise ApiError(400, "the body has a lone surrogate (half of a \\ud83d\\ude42 pair).") from None
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}.") from None
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object; it is {_shown(value)}.")
-    _check_nesting(value)
-    return value
-
-
-def _check_nesting(value: Any) -> None:
-    level, depth = [value], 0
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
-        depth += 1
-        if depth > MAX_NESTING:
-            raise ApiError(400, f"the body is nested too deeply: more than {MAX_NESTING} levels.")
-
-
-def _first_reason(error: pydantic.ValidationError) -> ApiError:
-    first = error.errors(include_url=False)[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {path[:100]}", path[:100])
-    if first["type"] == "missing":
-        return ApiError(400, f"Missing required parameter: {path}.", path)
-    return ApiError(400, f"{path}={_shown(first['input'])}: {first['msg']}.", path)
-
-
-def _text_of(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise ApiError(
-            400, f"{where} must be a string or a list of text parts; it is {_shown(content)}.", where
-        )
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            wanted = '{"type": "text", "text": "..."}'
-            raise ApiError(400, f"{where}[{i}] is {_shown(part)}; wanted {wanted}.", f"{where}[{i}]")
-    return "".join(part["text"] for part in content)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=repr)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serve.http.api import ApiError
+from serve.http.errors import ApiError
 
 log = logging.getLogger("crucible.serve")
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.http.api import ApiError
+from serve.http.errors import ApiError
 
 
 class HostCheck:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
-from data import Tokenizer
+from data import StreamDecoder, Tokenizer
+from serve.http.reader import Reader
+from serve.parsers import Piece
 from serve.request import Output
 
 
@@ -24,34 +27,41 @@ class Reply:
         self._created = int(time.time())
         self._prompt_tokens = prompt_tokens
         self._completion_tokens: dict[int, int] = {}
-        self._text_offset: dict[int, int] = {}
+        self._cached_tokens: dict[int, int] = {}
 
     def whole(self, outputs: list[Output]) -> dict[str, Any]:
         """The answer in one piece; `outputs` are the last ones of each choice."""
-        choices = [self._whole_choice(i, out) for i, out in enumerate(outputs)]
+        choices = []
+        for i, out in enumerate(outputs):
+            self._count(i, out)
+            choices.append(self._whole_choice(i, out))
         return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says before the first token of a choice."""
         return None
 
-    def chunk(self, index: int, out: Output) -> dict[str, Any] | None:
-        """The chunk of one choice, or None when there is nothing to show yet."""
-        self._completion_tokens[index] = out.num_tokens
-        if not (out.new_text or out.finished or (self._logprobs and out.new_tokens)):
-            return None
+    def chunks(self, index: int, out: Output) -> list[dict[str, Any]]:
+        """The chunks of one choice; none when there is nothing to show yet."""
+        self._count(index, out)
         start = out.num_tokens - len(out.new_tokens)
-        choice = self._chunk_choice(index, out, self._places(out, start) if self._logprobs else None)
-        return {**self._head(self.chunk_kind), "choices": [choice]}
+        places = self._places(out, start) if self._logprobs else None
+        choices = self._chunk_choices(index, out, places)
+        return [{**self._head(self.chunk_kind), "choices": [choice]} for choice in choices]
 
     def last(self) -> dict[str, Any]:
         """The chunk with the usage, after all choices."""
         return {**self._head(self.chunk_kind), "choices": [], "usage": self.usage()}
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         new = sum(self._completion_tokens.values())
         counts = {"prompt_tokens": self._prompt_tokens, "completion_tokens": new}
-        return {**counts, "total_tokens": self._prompt_tokens + new}
+        cached = {"prompt_tokens_details": {"cached_tokens": max(self._cached_tokens.values(), default=0)}}
+        return {**counts, "total_tokens": self._prompt_tokens + new, **cached}
+
+    def _count(self, index: int, out: Output) -> None:
+        self._completion_tokens[index] = out.num_tokens
+        self._cached_tokens[index] = out.cached_tokens
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
@@ -59,7 +69,7 @@ class Reply:
     def _whole_choice(self, index: int, out: Output) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _chunk_choice(self, index: int, out: Output, places: Any) -> dict[str, Any]:
+    def _chunk_choices(self, index: int, out: Output, places: Any) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     def _places(self, out: Output, start: int) -> list[tuple[int, float, list[tuple[int, float]]]]:
@@ -78,24 +88,68 @@ class Reply:
 class ChatReply(Reply):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        logprobs: bool,
+        new_reader: Callable[[], Reader],
+        show_reasoning: bool = True,
+    ):
+        super().__init__(model, tokenizer, prompt_tokens, logprobs)
+        self._new_reader, self._show_reasoning = new_reader, show_reasoning
+        self._readers: dict[int, Reader] = {}
+
+    def reader(self, index: int) -> Reader:
+        if index not in self._readers:
+            self._readers[index] = self._new_reader()
+        return self._readers[index]
+
     def opening(self, index: int) -> dict[str, Any]:
         choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
         return {**self._head(self.chunk_kind), "choices": [{**choice, "logprobs": None}]}
 
     def _whole_choice(self, index: int, out: Output) -> dict[str, Any]:
-        self._completion_tokens[index] = out.num_tokens
-        places = self._places(out, 0) if self._logprobs else None
+        reader = self.reader(index)
+        reader.push(out)
+        content = reader.content or (None if reader.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if reader.reasoning and self._show_reasoning:
+            message["reasoning_content"] = reader.reasoning
+        if reader.calls:
+            message["tool_calls"] = [call.body() for call in reader.calls]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": out.text, "refusal": None},
-            "logprobs": self._content(places),
-            "finish_reason": out.finish_reason,
+            "message": message,
+            "logprobs": self._content(self._places(out, 0) if self._logprobs else None),
+            "finish_reason": reader.finish_reason(out),
         }
 
-    def _chunk_choice(self, index: int, out: Output, places: Any) -> dict[str, Any]:
-        delta = {"content": out.new_text} if out.new_text else {}
-        logprobs = self._content(places)
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": out.finish_reason}
+    def _chunk_choices(self, index: int, out: Output, places: Any) -> list[dict[str, Any]]:
+        reader = self.reader(index)
+        pieces = reader.push(out)
+        deltas = [delta for piece in pieces if (delta := self._delta(reader, piece))]
+        if not deltas and (out.finished or places):
+            deltas = [{}]
+        choices = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
+        if choices:
+            choices[0]["logprobs"] = self._content(places)
+            choices[-1]["finish_reason"] = reader.finish_reason(out)
+        return choices
+
+    def _delta(self, reader: Reader, piece: Piece) -> dict[str, Any]:
+        if piece.kind == "content":
+            return {"content": piece.text}
+        if piece.kind == "reasoning":
+            return {"reasoning_content": piece.text} if self._show_reasoning else {}
+        call: dict[str, Any] = {"index": piece.index, "function": {"arguments": piece.text}}
+        if piece.name is not None:
+            call |= {"id": reader.calls[piece.index].id, "type": "function"}
+            call["function"] = {"name": piece.name, "arguments": piece.text}
+        return {"tool_calls": [call]}
 
     def _content(self, places: Any) -> dict[str, Any] | None:
         if places is None:
@@ -113,13 +167,38 @@ class ChatReply(Reply):
 class CompletionReply(Reply):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def _whole_choice(self, index: int, out: Output) -> dict[str, Any]:
-        self._completion_tokens[index] = out.num_tokens
-        places = self._places(out, 0) if self._logprobs else None
-        return self._choice(index, out.text, places, out.finish_reason)
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        prompts: list[list[int]],
+        logprobs: bool,
+        echo: bool = False,
+        n: int = 1,
+    ):
+        super().__init__(model, tokenizer, sum(map(len, prompts)), logprobs)
+        self._prompts, self._n, self._echo = prompts, n, echo
+        self._offsets: dict[int, _Offsets] = {}
 
-    def _chunk_choice(self, index: int, out: Output, places: Any) -> dict[str, Any]:
-        return self._choice(index, out.new_text, places, out.finish_reason)
+    def _whole_choice(self, index: int, out: Output) -> dict[str, Any]:
+        places: list[Any] | None = self._places(out, 0) if self._logprobs else None
+        text = out.text
+        if self._echo:
+            prompt = self._prompts[index // self._n]
+            text = self._tokenizer.decode(prompt) + text
+            if places is not None:
+                places = self._prompt_places(prompt, out) + places
+        return self._choice(index, text, places, out.finish_reason)
+
+    def _chunk_choices(self, index: int, out: Output, places: Any) -> list[dict[str, Any]]:
+        shown = out.new_text or out.finished or places
+        return [self._choice(index, out.new_text, places, out.finish_reason)] if shown else []
+
+    def _prompt_places(self, prompt: list[int], out: Output) -> list[Any]:
+        """As `_places`, for the prompt; nothing comes before its first token."""
+        alternatives = out.prompt_top_logprobs or [[]] * len(out.prompt_logprobs)
+        after = zip(prompt[1:], out.prompt_logprobs, alternatives, strict=True)
+        return [(prompt[0], None, None), *after]
 
     def _choice(self, index: int, text: str, places: Any, reason: str | None) -> dict[str, Any]:
         return {
@@ -132,19 +211,29 @@ class CompletionReply(Reply):
     def _columns(self, index: int, places: Any) -> dict[str, Any] | None:
         if places is None:
             return None
-        tokens, offsets = [self._spelling(token) for token, _, _ in places], []
-        for token in tokens:
-            offsets.append(self._text_offset.get(index, 0))
-            self._text_offset[index] = offsets[-1] + len(token)
+        offsets = self._offsets.setdefault(index, _Offsets(self._tokenizer, continuation=not self._echo))
         return {
-            "tokens": tokens,
+            "tokens": [self._spelling(token) for token, _, _ in places],
             "token_logprobs": [value for _, value, _ in places],
             "top_logprobs": [
-                {self._spelling(t): v for t, v in [*others, (token, value)]}
+                None if others is None else {self._spelling(t): v for t, v in [*others, (token, value)]}
                 for token, value, others in places
             ],
-            "text_offset": offsets,
+            "text_offset": [offsets.of(token) for token, _, _ in places],
         }
+
+
+class _Offsets:
+    """Where in the text each token's first character is; of one whose bytes end a character, where that begins."""
+
+    def __init__(self, tokenizer: Tokenizer, continuation: bool):
+        self._decoder = StreamDecoder(tokenizer, continuation=continuation)
+        self._length = 0
+
+    def of(self, token: int) -> int:
+        start = self._length
+        self._length += len(self._decoder.push(token))
+        return start
 
 
 def event(value: dict[str, Any]) -> bytes:

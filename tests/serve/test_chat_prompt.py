@@ -7,8 +7,10 @@ import tarfile
 import openai
 import pytest
 
-from serve.http.api import ApiError, ChatBody, parse_body
-from serve.http.chat_prompt import template_arguments
+from serve.http.api import ChatBody, parse_body
+from serve.http.chat_prompt import chat_prompt, template_arguments
+from serve.http.errors import ApiError
+from serve.parsers import form_of
 
 from .conftest import serving
 
@@ -25,9 +27,11 @@ def shown(tokenizer, template, tool_template=None, **fields):
     """The text that the model reads of a request's fields."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template, tokenizer.tool_template = template, tool_template
-    raw = json.dumps({"model": "tiny", "messages": [ASKED]} | fields).encode()
-    ids, _ = tokenizer.apply_chat_template(**template_arguments(parse_body(raw, ChatBody), tokenizer))
-    return tokenizer.decode(ids, keep_special=True)
+    body = parse_body(json.dumps({"model": "tiny", "messages": [ASKED]} | fields).encode(), ChatBody)
+    form = form_of(template, tool_template)
+    prompt = chat_prompt(body, template_arguments(body, tokenizer, form), tokenizer, form)
+    body.choices()
+    return tokenizer.decode(prompt.tokens, keep_special=True)
 
 
 @pytest.mark.parametrize("said", [{"content": None}, {}])
@@ -106,18 +110,102 @@ def test_tools_are_shown_where_no_call_is_wanted_and_the_template_reads_them(tok
     assert json.loads(shown(tokenizer, plain, template, tools=[TOOL], tool_choice="none")) == [TOOL]
     for choice in (None, "none", "auto"):
         assert shown(tokenizer, template, tools=[], tool_choice=choice) == "no tools"
-    for fields, param in (
-        ({"tools": [TOOL]}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "auto"}, "tools"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
-    ):
-        with pytest.raises(ApiError) as error:
-            shown(tokenizer, template, **fields)
-        assert (error.value.status, error.value.param) == (400, param)
     with pytest.raises(ApiError, match="shows no tools"):
         shown(tokenizer, plain, tools=[TOOL], tool_choice="none")
     with pytest.raises(ApiError, match="shows no tool calls"):
         shown(tokenizer, plain, messages=[ASKED, {"role": "assistant", "tool_calls": [CALL]}])
+
+
+HERMES = '{{ tools | tojson }}{# <tool_call> "arguments" #}'
+NAMED = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    "fields,param,words",
+    [
+        ({"tools": [TOOL]}, "tools", "is not read here"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "is not read here"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tools", "is not read here"),
+        ({"tools": [TOOL, TOOL]}, "tools", "same name"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tool_choice": NAMED}, "tool_choice", "one of the tools by name"),
+        ({"tools": [TOOL], "tool_choice": "must"}, "tool_choice", "one of the tools by name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "one of the tools by name"),
+    ],
+)
+def test_tools_that_can_not_be_called_are_refused_by_name(tokenizer, fields, param, words):
+    with pytest.raises(ApiError, match=words) as error:
+        shown(tokenizer, "{{ tools | tojson }}", **fields)
+    assert (error.value.status, error.value.param) == (400, param)
+
+
+def test_a_required_call_excludes_another_form_of_the_answer(tokenizer):
+    assert json.loads(shown(tokenizer, HERMES, tools=[TOOL], tool_choice="required")) == [TOOL]
+    with pytest.raises(ApiError, match="together with a form"):
+        fields = {"tools": [TOOL], "tool_choice": NAMED, "response_format": {"type": "json_object"}}
+        shown(tokenizer, HERMES, **fields)
+
+
+def test_variables_of_the_template_can_be_set_within_bounds(tokenizer):
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert shown(tokenizer, SWITCH, **kwargs) == "False"
+    assert shown(tokenizer, SWITCH, chat_template_kwargs={}) == "unset"
+    for template, bad in (
+        (SWITCH, {"other": 1}),
+        ("{{ messages }}", {"messages": "x"}),
+        ("{{ bos_token }}", {"bos_token": "x"}),
+        (SWITCH, {"enable_thinking": "x" * 5000}),
+    ):
+        with pytest.raises(ApiError) as error:
+            shown(tokenizer, template, chat_template_kwargs=bad)
+        assert error.value.status == 400 and error.value.param.startswith("chat_template_kwargs.")
+    with pytest.raises(ApiError):
+        shown(tokenizer, SWITCH, chat_template_kwargs={"enable_thinking": [1]})
+
+
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+TURNS += "{% if add_generation_prompt %}<assistant>{% endif %}"
+THINKS = TURNS + "{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}"
+MAY_THINK = TURNS + "{# </think> #}"
+
+
+@pytest.mark.parametrize(
+    "template,last,text",
+    [
+        (TURNS, {"content": "4, I "}, "<assistant>4, I "),
+        (TURNS, {"content": "<|im_end|>"}, "<assistant><|im_end|>"),  # text, and no token that ends a turn
+        (THINKS, {"content": "4", "reasoning_content": "Sum."}, "<assistant><think>\nSum.\n</think>\n\n4"),
+        (MAY_THINK, {"content": "4", "reasoning_content": "Sum."}, "<assistant><think>\nSum.\n</think>\n\n4"),
+        (MAY_THINK, {"content": "4"}, "<assistant>4"),
+    ],
+)  # fmt: skip
+def test_the_last_message_is_continued_as_the_model_would_have_written_it(tokenizer, template, last, text):
+    messages = [ASKED, {"role": "assistant"} | last]
+    fields = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False}
+    prompt = shown(tokenizer, template, **fields)
+    assert prompt == f"<user>{ASKED['content']};" + text
+    assert shown(tokenizer, template, **fields | {"add_generation_prompt": None}) == prompt
+
+
+@pytest.mark.parametrize(
+    "fields,param",
+    [
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        (
+            {
+                "continue_final_message": True,
+                "messages": [ASKED, {"role": "assistant", "tool_calls": [CALL]}],
+            },
+            "continue_final_message",
+        ),
+    ],
+)
+def test_a_continuation_that_can_not_be_is_refused(tokenizer, fields, param):
+    with pytest.raises(ApiError) as error:
+        shown(tokenizer, TURNS, **fields)
+    assert (error.value.status, error.value.param) == (400, param)
 
 
 UNREAD = {
@@ -126,15 +214,16 @@ UNREAD = {
     "prediction": {"type": "content", "content": "4"},
 }  # fmt: skip
 DEFAULTS = {
-    "audio": None, "frequency_penalty": 0.0, "function_call": "auto", "functions": [], "logit_bias": {},
+    "audio": None, "echo": False, "best_of": 1, "stop": "", "repetition_penalty": 1.0, "chat_template_kwargs": {},
+    "length_penalty": 1.0, "use_beam_search": False, "skip_special_tokens": True, "anything_null": None,
+    "structured_outputs": None, "frequency_penalty": 0.0, "function_call": "auto", "functions": [], "logit_bias": {},
     "modalities": ["text"], "presence_penalty": 0, "response_format": {"type": "text"}, "verbosity": "medium",
-    "web_search_options": None, "tools": [], "tool_choice": "auto", "reasoning_effort": None, "top_logprobs": None,
+    "web_search_options": None, "tools": [], "tool_choice": "auto", "reasoning_effort": None, "top_logprobs": 0,
 }  # fmt: skip
 UNSERVED = {
-    "audio": {"voice": "alloy", "format": "wav"}, "frequency_penalty": 0.1, "function_call": {"name": "f"},
-    "functions": [{"name": "f"}], "logit_bias": {"5": 1}, "modalities": ["text", "audio"], "presence_penalty": 1,
-    "response_format": {"type": "json_object"}, "verbosity": "high", "web_search_options": {},
-    "tool_choice": "required", "reasoning_effort": "high",
+    "audio": {"voice": "alloy", "format": "wav"}, "function_call": {"name": "f"}, "functions": [{"name": "f"}],
+    "modalities": ["text", "audio"], "verbosity": "high", "web_search_options": {}, "skip_special_tokens": False,
+    "tool_choice": "required", "reasoning_effort": "high", "use_beam_search": True,
 }  # fmt: skip
 
 
@@ -166,9 +255,10 @@ def test_the_official_client_sends_back_what_it_was_answered(client):
     second = client.chat.completions.create(messages=messages, **sizes)
     plain = [*messages[:1], {"role": "assistant", "content": said.content}, messages[2]]
     again = client.chat.completions.create(messages=plain, **sizes)
-    assert second.usage == again.usage and second.choices[0].message == again.choices[0].message
+    assert second.usage.prompt_tokens == again.usage.prompt_tokens
+    assert second.choices[0].message == again.choices[0].message
     dumped = client.chat.completions.create(messages=[messages[0], said.model_dump(), messages[2]], **sizes)
-    assert dumped.usage == again.usage
+    assert dumped.usage.prompt_tokens == again.usage.prompt_tokens
 
 
 def test_a_dialogue_with_tool_calls_is_answered(make_engine, tokenizer):

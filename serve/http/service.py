@@ -1,0 +1,204 @@
+"""The endpoints that generate: what a request asks of the engine, and the answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import fastapi
+from fastapi.responses import JSONResponse, Response
+
+from data import ChatTemplateError, Tokenizer
+from serve.engine import Engine
+from serve.http.api import Body, ChatBody, CompletionBody, parse_body
+from serve.http.chat_prompt import ChatPrompt, chat_prompt, template_arguments
+from serve.http.connections import EventStream, ServerConfig, read_body, unless_disconnected
+from serve.http.errors import ApiError, refusal
+from serve.http.loop import EngineFailed, EngineLoop, Overloaded, Ticket
+from serve.http.reader import Reader
+from serve.http.replies import DONE, ChatReply, CompletionReply, Reply, event
+from serve.parsers import form_of
+from serve.request import Output, Request, RequestError, SamplingParams
+
+
+class Service:
+    """The endpoints that generate, over one engine."""
+
+    def __init__(self, engine: Engine, config: ServerConfig, loop: EngineLoop):
+        self.engine, self.config, self.loop = engine, config, loop
+        if engine.tokenizer is None:
+            raise ValueError("a server needs an engine with a tokenizer.")
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.form = form_of(self.tokenizer.chat_template, self.tokenizer.tool_template)
+        longest = max(len(self.tokenizer.bytes_of(i)) for i in range(self.tokenizer.vocab_size))
+        self._longest_text = longest * engine.config.max_length  # bytes; more can't be max_length tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.config.model_name, *self.config.aliases, *self.engine.adapters)
+
+    def model_card(self, name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": 0, "owned_by": "crucible"}
+        return card | {"max_model_len": self.engine.config.max_length}
+
+    def check_model(self, name: str) -> None:
+        if name not in self.names:
+            message = f"The model {name[:100]!r} does not exist; this server has {self.config.model_name!r}."
+            raise ApiError(404, message, "model", "model_not_found")
+
+    async def chat(self, http: fastapi.Request) -> Response:
+        body = parse_body(await read_body(http, self.config), ChatBody)
+        self.check_model(body.model)
+        prompt, params = await asyncio.to_thread(self._chat_prompt, body)
+        requests = [Request(prompt.tokens, each, continuation=prompt.continued) for each in params]
+
+        def new_reader() -> Reader:
+            return Reader(self.form, self.tokenizer, requests[0], prompt.end, prompt.tools)
+
+        shown = body.include_reasoning is not False
+        counts = len(prompt.tokens), bool(body.logprobs)
+        reply = ChatReply(self.config.model_name, self.tokenizer, *counts, new_reader, shown)
+        return await self._answer(http, body, reply, requests)
+
+    def _chat_prompt(self, body: ChatBody) -> tuple[ChatPrompt, list[SamplingParams]]:
+        arguments = template_arguments(body, self.tokenizer, self.form)
+        self._check_text("messages", _characters(arguments["messages"]))
+        self._check_text("tools", _characters(arguments["tools"]))
+        try:
+            prompt = chat_prompt(body, arguments, self.tokenizer, self.form)
+        except ChatTemplateError as error:
+            raise ApiError(400, str(error), "messages") from None
+        try:
+            return prompt, body.choices(prompt.grammar)
+        except RequestError as error:
+            raise refusal(error) from None
+
+    async def complete(self, http: fastapi.Request) -> Response:
+        body = parse_body(await read_body(http, self.config), CompletionBody)
+        self.check_model(body.model)
+        prompts = await asyncio.to_thread(self._encode, body)
+        logprobs, echo = body.logprobs is not None, bool(body.echo)
+        reply = CompletionReply(self.config.model_name, self.tokenizer, prompts, logprobs, echo, body.n or 1)
+        try:
+            params = body.choices()
+            requests = [Request(prompt, each, continuation=True) for prompt in prompts for each in params]
+        except RequestError as error:
+            raise refusal(error) from None
+        return await self._answer(http, body, reply, requests)
+
+    def _encode(self, body: CompletionBody) -> list[list[int]]:
+        bos = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
+        start = bos if self.tokenizer.around is None else self.tokenizer.around[0]
+        if body.add_special_tokens is False:
+            start = ()
+        prompts = []
+        for prompt in body.prompts():
+            if isinstance(prompt, str):
+                self._check_text("prompt", len(prompt))
+                prompt = [*start, *self.tokenizer.encode(prompt)]
+            prompts.append(prompt)
+        return prompts
+
+    def _check_text(self, field: str, characters: int) -> None:
+        if characters > self._longest_text:
+            message = (
+                f"{field} has {characters} characters, more than {self.engine.config.max_length} tokens of the context "
+                "can hold."
+            )
+            raise ApiError(400, message, field, "context_length_exceeded")
+
+    async def _answer(
+        self, http: fastapi.Request, body: Body, reply: Reply, requests: list[Request]
+    ) -> Response:
+        adapter = body.model if body.model in self.engine.adapters else None
+        more = {"detokenize": True, "adapter": adapter, "cache_salt": body.cache_salt or ""}
+        requests = [dataclasses.replace(request, **more) for request in requests]
+        await asyncio.to_thread(self._check, requests)
+        try:
+            tickets = self.loop.submit({f"{reply.id}-{i}": request for i, request in enumerate(requests)})
+        except Overloaded as error:
+            raise ApiError(
+                503, f"The server is busy: {error}", None, "overloaded", {"Retry-After": "2"}
+            ) from None
+        except EngineFailed as error:
+            raise ApiError(503, str(error)) from None
+        if body.stream:
+            options = body.stream_options
+            usage = bool(options and options.include_usage)
+            events = _events(tickets, reply, usage, bool(options and options.continuous_usage_stats))
+            return EventStream(events, lambda: self._cancel(tickets), self.config.request_seconds)
+        return await self._whole(http, tickets, reply)
+
+    def _check(self, requests: list[Request]) -> None:
+        """Raises ApiError for what the engine can't serve; compiles grammars, which may take a second."""
+        try:
+            for request in requests:
+                self.engine.check(request)
+        except RequestError as error:
+            raise refusal(error) from None
+
+    async def _whole(self, http: fastapi.Request, tickets: list[Ticket], reply: Reply) -> Response:
+        async def collect() -> list[Output]:
+            return list(await asyncio.gather(*(_last_output(ticket) for ticket in tickets)))
+
+        try:
+            async with asyncio.timeout(self.config.request_seconds):
+                outputs = await unless_disconnected(collect(), http.receive)
+        except TimeoutError:
+            raise ApiError(
+                504, f"no answer within {self.config.request_seconds:g} s.", None, "timeout"
+            ) from None
+        except EngineFailed as error:
+            raise ApiError(error.status, str(error)) from None
+        finally:
+            self._cancel(tickets)
+        return Response(status_code=499) if outputs is None else JSONResponse(reply.whole(outputs))
+
+    def _cancel(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            self.loop.cancel(ticket)
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a dialogue or in tools; reasoning does not count, which templates leave out of earlier turns."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(_characters(item) for key, item in value.items() if key != "reasoning_content")
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
+async def _last_output(ticket: Ticket) -> Output:
+    while not (out := await ticket.next()).finished:
+        pass
+    return out
+
+
+async def _events(
+    tickets: list[Ticket], reply: Reply, usage: bool, continuous: bool
+) -> AsyncGenerator[bytes]:
+    """Server-sent events of all choices, as their outputs come in."""
+    counts = {"usage": None} if usage and not continuous else {}
+    waiting = {asyncio.ensure_future(ticket.next()): i for i, ticket in enumerate(tickets)}
+    try:
+        for i in range(len(tickets)):
+            if (opening := reply.opening(i)) is not None:
+                yield event(opening | counts)
+        while waiting:
+            ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in ready:
+                i, out = waiting.pop(future), future.result()
+                for chunk in reply.chunks(i, out):
+                    yield event(chunk | ({"usage": reply.usage()} if continuous else counts))
+                if not out.finished:
+                    waiting[asyncio.ensure_future(tickets[i].next())] = i
+        if usage:
+            yield event(reply.last())
+    except EngineFailed as error:
+        yield event(ApiError(error.status, str(error)).body())
+    finally:
+        for future in waiting:
+            future.cancel()
+    yield DONE
