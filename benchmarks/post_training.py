@@ -142,46 +142,15 @@ def dialogues_of(row: dict[str, Any]) -> list[list[dict[str, str]]]:
 def ours(options: argparse.Namespace) -> None:
     import jax
 
-    import configs
     import data
-    from data.conversations import ConversationConfig, write_conversations
     from model.compilation import prepare_compiler
-    from train.config import TrainConfig
     from train.learner import Learner
     from train.mesh import place_batch
     from train.metrics import Window
     from train.setup import prepare_run
 
     prepare_compiler()
-    folder, kind = options.folder, KINDS[options.method]
-    sub = {"chat": "chat", "preference": "preferences", "labelled": "labelled"}[kind]
-    datasets = {}
-    for name in ("train", "held_out"):
-        file = str(folder / f"{options.method}-{name}.jsonl")
-        write_conversations(
-            ConversationConfig((file,), str(folder / "model")), folder / options.method / name
-        )
-        datasets[name] = {str(folder / options.method / name / sub / "train"): 1.0}
-    algorithm = {"sft": "LanguageModelling", "dpo": "DPO", "kto": "KTO"}[options.method]
-    adapters = {"rank": RANK, "alpha": ALPHA, "kind": "LoRA" if options.base == "dense" else "QLoRA"}
-    config = configs.build(
-        TrainConfig,
-        {
-            "init_from": str(folder / "model"),
-            "algorithm": {"kind": algorithm},
-            "adapters": adapters,
-            "steps": options.steps,
-            "data": {
-                "mixture": datasets["train"],
-                "validation": datasets["held_out"],
-                "batch_size": options.rows,
-                "seq_len": options.length,
-                "packing": "concat",
-            },
-            "optimizer": {"peak_lr": RATES[options.method], "b2": 0.999, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": max(options.steps // 10, 1), "final_fraction": 0.0},
-        },
-    )
+    config = config_of(options)
     setup = prepare_run(config)
     learner = Learner(config, setup.plan, setup.tokenizer)
     place = lambda batch: place_batch(batch, learner.mesh, config.sharding)
@@ -194,18 +163,11 @@ def ours(options: argparse.Namespace) -> None:
         return window.means()
 
     figure = "loss" if options.method == "sft" else "accuracy"
-    if options.adapter is not None:
-        import model
-        from model.formats.peft import load_adapters
-
-        _, params = load_adapters(*model.load(folder / "model"), [options.adapter])
-        with jax.set_mesh(learner.mesh):
-            after = held_out(
-                jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, learner.params)
-            )
-        print(json.dumps({"after": after[figure], "loss_after": after["loss"]}))
-        return
     with jax.set_mesh(learner.mesh):
+        if options.adapter is not None:
+            after = held_out(with_adapter(options, learner.params))
+            print(json.dumps({"after": after[figure], "loss_after": after["loss"]}))
+            return
         before, seconds = held_out(), []
         for batch in data.make_run_batches(config.data, options.steps, config.batch_kind):
             began = time.perf_counter()
@@ -221,6 +183,48 @@ def ours(options: argparse.Namespace) -> None:
     said_of |= {"seconds_a_step": statistics.median(seconds[3:]), "first_step_seconds": seconds[0]}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(json.dumps(said_of | {"peak_MB": peak, "parameters_MB": kept / 1e6}))
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    """The run's config; writes its datasets."""
+    import configs
+    from data.conversations import ConversationConfig, write_conversations
+    from train.config import TrainConfig
+
+    folder, datasets = options.folder, {}
+    sub = {"chat": "chat", "preference": "preferences", "labelled": "labelled"}[KINDS[options.method]]
+    for name in ("train", "held_out"):
+        file, written = folder / f"{options.method}-{name}.jsonl", folder / options.method / name
+        write_conversations(ConversationConfig((str(file),), str(folder / "model")), written)
+        datasets[name] = {str(written / sub / "train"): 1.0}
+    algorithm = {"sft": "LanguageModelling", "dpo": "DPO", "kto": "KTO"}[options.method]
+    settings = {
+        "init_from": str(folder / "model"),
+        "algorithm": {"kind": algorithm},
+        "adapters": {"rank": RANK, "alpha": ALPHA, "kind": "LoRA" if options.base == "dense" else "QLoRA"},
+        "steps": options.steps,
+        "data": {
+            "mixture": datasets["train"],
+            "validation": datasets["held_out"],
+            "batch_size": options.rows,
+            "seq_len": options.length,
+            "packing": "concat",
+        },
+        "optimizer": {"peak_lr": RATES[options.method], "b2": 0.999, "weight_decay": 0.0},
+        "schedule": {"warmup_steps": max(options.steps // 10, 1), "final_fraction": 0.0},
+    }
+    return configs.build(TrainConfig, settings)
+
+
+def with_adapter(options: argparse.Namespace, like: Any) -> Any:
+    """The model's parameters with a PEFT adapter, placed as `like`."""
+    import jax
+
+    import model
+    from model.formats.peft import load_adapters
+
+    _, params = load_adapters(*model.load(options.folder / "model"), [options.adapter])
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, like)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class SpanCorruption:
         return dataclasses.replace(self, sentinel_ids=sentinels, mode_ids=modes)
 
     def longest_text(self, seq_len: int) -> int:
-        """Tokens of the longest text whose record fits into a row, whatever the denoiser."""
+        """The greatest number of tokens that fits into a row with every denoiser."""
         longest = seq_len
         while longest > 2 and max(denoiser.length(longest) for denoiser in self.denoisers) > seq_len:
             longest -= 1

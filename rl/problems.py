@@ -1,4 +1,4 @@
-"""The problems of a run: procedural tasks, whose answers verifiers reward, or a file of prompts for other rewards."""
+"""The problems of a run: procedural tasks with verifiers, or a file of prompts without them."""
 
 from __future__ import annotations
 

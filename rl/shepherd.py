@@ -32,7 +32,7 @@ from data.steps import SEPARATOR
 from data.tasks import INSTRUCTION, Problem, TaskSpec, prompt
 from data.tokenize import describe
 from model.compilation import prepare_compiler
-from rl.alignment.shards import Row, in_shards, lines, seed_of
+from rl.alignment.shards import Row, dropped_counts, in_shards, lines, print_dropped, seed_of
 from rl.config import RewardSpec, RolloutSpec
 from rl.loaded import LoadedModel
 from rl.problems import training_problems
@@ -201,7 +201,6 @@ def _record(row: Row) -> tuple[TokenRecord, np.ndarray]:
 
 
 def _report(rows: Sequence[Row], kept: Sequence[Row]) -> dict[str, Any]:
-    dropped = collections.Counter(row["dropped"] for row in rows if row["dropped"] is not None)
     labels = [label for row in kept for label in row["labels"]]
     return {
         "solutions": len(rows),
@@ -209,7 +208,7 @@ def _report(rows: Sequence[Row], kept: Sequence[Row]) -> dict[str, Any]:
         "right": sum(row["correct"] for row in kept),
         "steps": len(labels),
         "mean_label": float(np.mean(labels)) if labels else None,
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dropped_counts(rows),
     }
 
 
@@ -217,8 +216,7 @@ def main(config: ShepherdConfig, workdir: Path) -> int:
     report = label_steps(config, workdir)
     counts = f"{report['kept']:,} of {report['solutions']:,} solutions, {report['steps']:,} steps"
     print(f"{workdir / 'steps'}: {counts}, mean label {report['mean_label']:.3f}")
-    for reason, count in report["dropped"].items():
-        print(f"  dropped: {count:,} x {reason}")
+    print_dropped(report)
     return exits.DONE
 
 

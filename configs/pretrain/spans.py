@@ -15,8 +15,6 @@ def get_config(kind="t5"):
     denoisers = UL2 if kind == "ul2" else (Denoiser(),)
     named = [dataclasses.replace(each, mode=MODES.get(each.mode, "")) for each in denoisers]
     config = stdlib.get_config()
-    config.data.spans = {
-        "sentinel": "<|reserved_{}|>",
-        "denoisers": tuple(dataclasses.asdict(each) for each in named),
-    }
+    spans = {"sentinel": "<|reserved_{}|>", "denoisers": tuple(dataclasses.asdict(each) for each in named)}
+    config.update({"data": {"spans": spans}})
     return config

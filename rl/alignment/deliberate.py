@@ -33,7 +33,7 @@ from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.alignment.constitution import check_template, fill
 from rl.alignment.options import OptionScorer
-from rl.alignment.shards import Row, in_shards, lines, seed_of
+from rl.alignment.shards import Row, dropped_counts, in_shards, lines, print_dropped, seed_of
 from rl.alignment.writer import CLOSE, OPEN, SamplingSpec, Writer, Written
 from rl.loaded import LoadedModel, Messages
 from rl.prompts import read_prompts, shown
@@ -252,13 +252,12 @@ def _message(row: Row) -> dict[str, str]:
 
 def _report(rows: Sequence[Row], prompts: int) -> dict[str, Any]:
     kept = [row for row in rows if row["dropped"] is None]
-    dropped = collections.Counter(row["dropped"] for row in rows if row["dropped"] is not None)
     return {
         "prompts": prompts,
         "sampled": len(rows),
         "kept": len(kept),
         "prompts_kept": len({row["prompt"] for row in kept}),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dropped_counts(rows),
     }
 
 
@@ -266,8 +265,7 @@ def main(config: DeliberateConfig, workdir: Path) -> int:
     report = deliberate(config, workdir)
     counts = f"{report['kept']:,} of {report['sampled']:,} answers, to {report['prompts_kept']:,} prompts"
     print(f"{workdir / 'chat'}: {counts} of {report['prompts']:,}")
-    for reason, count in report["dropped"].items():
-        print(f"  dropped: {count:,} x {reason}")
+    print_dropped(report)
     return exits.DONE
 
 

@@ -14,7 +14,6 @@ Bai et al. 2022, arXiv:2212.08073, section 4; Lee et al. 2023 (RLAIF), arXiv:230
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import math
@@ -34,7 +33,7 @@ from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.alignment.constitution import Principle, check_template, draw, fill, read_constitution
 from rl.alignment.options import OptionScorer
-from rl.alignment.shards import Row, in_shards, lines, seed_of
+from rl.alignment.shards import Row, dropped_counts, in_shards, lines, print_dropped, seed_of
 from rl.alignment.writer import SamplingSpec, Writer, Written
 from rl.loaded import LoadedModel, Messages
 from rl.prompts import read_prompts, shown
@@ -86,7 +85,7 @@ class JudgeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSpec:
-    """A judge that other commands ask; the fields are those of JudgeConfig."""
+    """The judge of `python -m rl.rounds`; the fields are those of JudgeConfig."""
 
     model: str = ""  # empty: the model that answers
     constitution: str = ""
@@ -274,14 +273,13 @@ def _pair(row: Row) -> dict[str, Any]:
 def _report(rows: Sequence[Row]) -> dict[str, Any]:
     found = [preference(*row["logprobs"]) for row in rows if row["logprobs"] is not None]
     kept = [preference(*row["logprobs"]) for row in rows if row["dropped"] is None]
-    dropped = collections.Counter(row["dropped"] for row in rows if row["dropped"] is not None)
     certain = [max(item.probability, 1 - item.probability) for item in kept]
     return {
         "prompts": len(rows),
         "kept": len(kept),
         "mean_probability": float(np.mean(certain)) if kept else None,
         "mean_leaning": float(np.mean([item.leaning for item in found])) if found else None,
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dropped_counts(rows),
     }
 
 
@@ -290,8 +288,7 @@ def main(config: JudgeConfig, workdir: Path) -> int:
     print(f"{workdir / 'preferences'}: {report['kept']:,} pairs of {report['prompts']:,} prompts")
     print(f"  the judge's mean probability of the chosen answer: {report['mean_probability']:.1%}")
     print(f"  its leaning to the answer that stands first: {report['mean_leaning']:+.2f} nats")
-    for reason, count in report["dropped"].items():
-        print(f"  dropped: {count:,} x {reason}")
+    print_dropped(report)
     return exits.DONE
 
 

@@ -10,7 +10,6 @@ The same command, given again, goes on from what is finished. Bai et al. 2022, a
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import sys
@@ -26,7 +25,7 @@ from data.shards import hash_of, is_current, write_dataset
 from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
 from rl.alignment.constitution import Principle, draw, read_constitution
-from rl.alignment.shards import Row, in_shards, lines, seed_of
+from rl.alignment.shards import Row, dropped_counts, in_shards, lines, print_dropped, seed_of
 from rl.alignment.writer import SamplingSpec, Writer, Written
 from rl.loaded import LoadedModel, Messages
 from rl.prompts import read_prompts
@@ -154,12 +153,11 @@ def _says(role: str, text: str) -> dict[str, str]:
 
 def _report(rows: Sequence[Row]) -> dict[str, Any]:
     kept = _going(rows)
-    dropped = collections.Counter(row["dropped"] for row in rows if row["dropped"] is not None)
     return {
         "prompts": len(rows),
         "kept": len(kept),
         "changed": sum(row["rounds"][-1]["revision"] != row["answer"] for row in kept),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dropped_counts(rows),
     }
 
 
@@ -167,8 +165,7 @@ def main(config: ReviseConfig, workdir: Path) -> int:
     report = revise(config, workdir)
     counts = f"{report['kept']:,} of {report['prompts']:,} prompts, {report['changed']:,} answers changed"
     print(f"{workdir / 'chat'}: {counts}")
-    for reason, count in report["dropped"].items():
-        print(f"  dropped: {count:,} x {reason}")
+    print_dropped(report)
     return exits.DONE
 
 

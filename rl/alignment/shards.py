@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,17 @@ def in_shards(
     for file in files:
         with open(file, encoding="utf-8") as opened:
             yield from map(json.loads, opened)
+
+
+def dropped_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows were dropped for which reason, by reason."""
+    counts = collections.Counter(row["dropped"] for row in rows if row["dropped"] is not None)
+    return dict(sorted(counts.items()))
+
+
+def print_dropped(report: Row) -> None:
+    for reason, count in report["dropped"].items():
+        print(f"  dropped: {count:,} x {reason}")
 
 
 def lines(rows: Sequence[Row]) -> str:

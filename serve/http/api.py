@@ -141,7 +141,7 @@ class Body(Strict):
         """What the whole answer must match."""
         found = [*self._of_response_format(), *self._of_structured_outputs()]
         if len(found) > 1:
-            message = "response_format and structured_outputs ask for more than one form; give one of them."
+            message = "response_format and structured_outputs give more than one form; wanted one of them."
             raise ApiError(400, message, "structured_outputs")
         return found[0] if found else None
 

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from serve.http.errors import ApiError
 
 log = logging.getLogger("crucible.serve")
+_LAST_EVENT_SECONDS = 1.0
 
 _FAREWELL_SECONDS = 3  # to send the errors of answers that did not end while the server drained
 _BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
@@ -88,10 +89,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], None], seconds: float):
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], None], seconds: float, too_late: bytes
+    ):
+        """`too_late`: the last events of a stream that is cut off after `seconds`."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._close, self._seconds = events, close, seconds
+        self._events, self._close, self._seconds, self._too_late = events, close, seconds, too_late
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -99,8 +103,13 @@ class EventStream(Response):
                 await unless_disconnected(self._send_all(send), receive)
         except TimeoutError:
             log.warning("an answer was cut off after %g s", self._seconds)
+            with contextlib.suppress(TimeoutError):  # a reader may be what was slow
+                await asyncio.wait_for(self._end(send), _LAST_EVENT_SECONDS)
         finally:
             self._close()
+
+    async def _end(self, send: Send) -> None:
+        await send({"type": "http.response.body", "body": self._too_late, "more_body": False})
 
     async def _send_all(self, send: Send) -> bool:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import secrets
 import time
@@ -14,7 +15,7 @@ from serve.parsers import Piece
 from serve.request import Output
 
 
-class Reply:
+class Reply(abc.ABC):
     """The fields that all parts of one HTTP answer share, and the counts of its usage."""
 
     prefix: str
@@ -66,11 +67,13 @@ class Reply:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
+    @abc.abstractmethod
     def _whole_choice(self, index: int, out: Output) -> dict[str, Any]:
-        raise NotImplementedError
+        """A finished choice."""
 
+    @abc.abstractmethod
     def _chunk_choices(self, index: int, out: Output, places: Any) -> list[dict[str, Any]]:
-        raise NotImplementedError
+        """What is new of a choice."""
 
     def _places(self, out: Output, start: int) -> list[tuple[int, float, list[tuple[int, float]]]]:
         """(token, log-probability, alternatives) from `start` on; a stop token is no part of the answer."""

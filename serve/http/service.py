@@ -128,7 +128,8 @@ class Service:
             options = body.stream_options
             usage = bool(options and options.include_usage)
             events = _events(tickets, reply, usage, bool(options and options.continuous_usage_stats))
-            return EventStream(events, lambda: self._cancel(tickets), self.config.request_seconds)
+            too_late = event(self._too_late().body()) + DONE
+            return EventStream(events, lambda: self._cancel(tickets), self.config.request_seconds, too_late)
         return await self._whole(http, tickets, reply)
 
     def _check(self, requests: list[Request]) -> None:
@@ -147,14 +148,15 @@ class Service:
             async with asyncio.timeout(self.config.request_seconds):
                 outputs = await unless_disconnected(collect(), http.receive)
         except TimeoutError:
-            raise ApiError(
-                504, f"no answer within {self.config.request_seconds:g} s.", None, "timeout"
-            ) from None
+            raise self._too_late() from None
         except EngineFailed as error:
             raise ApiError(error.status, str(error)) from None
         finally:
             self._cancel(tickets)
         return Response(status_code=499) if outputs is None else JSONResponse(reply.whole(outputs))
+
+    def _too_late(self) -> ApiError:
+        return ApiError(504, f"no answer within {self.config.request_seconds:g} s.", None, "timeout")
 
     def _cancel(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:

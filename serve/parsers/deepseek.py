@@ -17,6 +17,7 @@ class DeepseekParser(StateParser):
 
     def __init__(self) -> None:
         super().__init__()
+        self._state = self._content
         self._space, self._head = "", ""
         self._value = ValueScanner()
 

@@ -13,6 +13,7 @@ class HermesParser(StateParser):
 
     def __init__(self) -> None:
         super().__init__()
+        self._state = self._content
         self._space = ""  # at the end of content; no part of it when a call follows
         self._scanner, self._read = CallScanner(), ""
 

@@ -13,6 +13,7 @@ class MistralParser(StateParser):
 
     def __init__(self) -> None:
         super().__init__()
+        self._state = self._content
         self._space = ""
         self._scanner, self._value, self._name = CallScanner(), ValueScanner(), ""
 

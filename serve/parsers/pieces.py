@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 
@@ -87,12 +87,16 @@ class Trimmed:
 
 
 class StateParser:
-    """A parser as a machine: `_state` uses up what it can of `_feed`, and says whether another step may follow."""
+    """A parser as a machine: `_state` uses up what it can of `_feed`, and says whether another step may follow.
+
+    A subclass sets its first state.
+    """
+
+    _state: Callable[[], bool]
 
     def __init__(self) -> None:
         self._feed = Feed()
         self._pieces: list[Piece] = []
-        self._state = self._content
         self._calls = -1  # index of the last call
 
     def push(self, text: str) -> list[Piece]:
@@ -120,6 +124,3 @@ class StateParser:
     def _add_arguments(self, text: str) -> None:
         if text:
             self._pieces.append(Piece("call", text, self._calls))
-
-    def _content(self) -> bool:
-        raise NotImplementedError

@@ -10,6 +10,7 @@ import configs
 import data
 from data.tasks import TaskSpec, generate
 from rl.config import RLConfig
+from rl.rounds import RoundsConfig
 from train.config import TrainConfig
 from train.trainer import train
 
@@ -71,6 +72,26 @@ def make_config(policy, **changes):
         "checkpoint": {"every": 5, "keep": 2},
     } | changes
     return configs.build(RLConfig, configs.overlay(RLConfig, config))
+
+
+def rounds_config(policy, train, **changes):
+    """Rounds on `tasks`; `train` are keys of the fine-tuning in them."""
+    config = {
+        "init_from": str(policy),
+        "tasks": [{"name": "letter_counting", "config": COUNTING}],
+        "instruction": "",
+        "problems": 40,
+        "evaluate_problems": 20,
+        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
+    } | changes
+    tuning = {
+        "steps": 15,
+        "data": {"seq_len": 120, "batch_size": 16},
+        "schedule": {"warmup_steps": 2},
+        "mesh": {"data": 8},
+    }
+    config["train"] = tuning | train | {"optimizer": {"weight_decay": 0.0} | train.get("optimizer", {})}
+    return configs.build(RoundsConfig, configs.overlay(RoundsConfig, config))
 
 
 def rows_of(workdir, split="train"):

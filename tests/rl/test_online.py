@@ -32,7 +32,7 @@ from train.config import Execution, TrainConfig
 from train.models import Model
 from train.trainer import train
 
-from .conftest import COUNTING, make_config, rows_of
+from .conftest import COUNTING, make_config, rounds_config, rows_of
 
 ASKED = [
     problem.question
@@ -216,24 +216,17 @@ def test_online_dpo_on_pairs_that_a_judge_orders_makes_the_preferred_answer_like
     constitution.write_text("- Prefer three.\n")
     monkeypatch.setattr("rl.alignment.judge.OptionScorer", PrefersThree)
     template = "{prompt}|{principle}|{first}|{second}"
-    config = {
-        "init_from": str(policy),
-        "prompts": str(questions),
-        "learn_from": "pairs",
-        "judge": {"constitution": str(constitution), "template": template},
-        "rounds": 1,
-        "problems": 64,
-        "rollout": {"prompts": 32, "group": 6, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "algorithm": {"kind": "DPO"},
-            "steps": 15,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 1e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 2},
-            "mesh": {"data": 8},
-        },
-    }
-    rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path / "run")
+    config = rounds_config(
+        policy,
+        {"algorithm": {"kind": "DPO"}, "optimizer": {"peak_lr": 1e-3}},
+        prompts=str(questions),
+        learn_from="pairs",
+        judge={"constitution": str(constitution), "template": template},
+        rounds=1,
+        problems=64,
+        rollout={"prompts": 32, "group": 6, "max_new_tokens": 24, "seq_len": 120},
+    )
+    rounds.run(config, tmp_path / "run")
     tokenizer = data.load_tokenizer(policy)
     text = lambda record: tokenizer.decode(record.tokens[record.mask].tolist())
     pairs = [tuple(map(text, pair)) for pair in data.open_dataset(tmp_path / "run" / "round-1" / "answers")]
@@ -242,11 +235,10 @@ def test_online_dpo_on_pairs_that_a_judge_orders_makes_the_preferred_answer_like
 
     def share(source):
         engine, tokens = make_engine(source)
-        asked = [tokenizer.apply_chat_template(prompt(p))[0] for p in training_problems(rounds_config)[:40]]
+        asked = [tokenizer.apply_chat_template(prompt(p))[0] for p in training_problems(config)[:40]]
         outputs = engine.generate([tokens(ids, seed) for seed, ids in enumerate(asked)])
         return np.mean([">3<" in tokenizer.decode(out.tokens) for out in outputs])
 
-    rounds_config = configs.build(RoundsConfig, configs.overlay(RoundsConfig, config))
     assert share(tmp_path / "run" / "round-1" / "train") > share(policy) + 0.3
 
 

@@ -16,30 +16,14 @@ from rl.rounds import RoundsConfig
 from train.algorithms import DPO
 from train.config import TrainConfig
 
-from .conftest import COUNTING, fine_tuned
+from .conftest import COUNTING, fine_tuned, rounds_config
 from .test_rl import trajectories
 
 
 def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they_were_cut_off(
     policy, tmp_path
 ):
-    config = {
-        "init_from": str(policy),
-        "tasks": [{"name": "letter_counting", "config": COUNTING}],
-        "instruction": "",
-        "rounds": 2,
-        "problems": 40,
-        "evaluate_problems": 20,
-        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "steps": 15,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 2},
-            "mesh": {"data": 8},
-        },
-    }
-    config = configs.build(RoundsConfig, configs.overlay(RoundsConfig, config))
+    config = rounds_config(policy, {"optimizer": {"peak_lr": 3e-3}}, rounds=2)
     final = rounds.run(config, tmp_path)
     assert final["accuracy"] > final["accuracy_at_start"] + 0.2 and final["accuracy"] > 0.6
     rows = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
@@ -78,24 +62,8 @@ def test_the_best_answers_are_kept_once_each_best_first():
 
 
 def test_iterative_dpo_on_pairs_that_verifiers_rank_raises_the_accuracy(policy, tmp_path):
-    config = {
-        "init_from": str(policy),
-        "tasks": [{"name": "letter_counting", "config": COUNTING}],
-        "instruction": "",
-        "learn_from": "pairs",
-        "problems": 40,
-        "evaluate_problems": 20,
-        "rollout": {"prompts": 20, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "algorithm": {"kind": "DPO"},
-            "steps": 15,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 1e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 2},
-            "mesh": {"data": 8},
-        },
-    }
-    final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
+    train = {"algorithm": {"kind": "DPO"}, "optimizer": {"peak_lr": 1e-3}}
+    final = rounds.run(rounds_config(policy, train, learn_from="pairs"), tmp_path)
     assert final["accuracy"] > final["accuracy_at_start"] + 0.2
     assert data.open_dataset(tmp_path / "round-1" / "answers").kind == "preference"
 
@@ -116,24 +84,18 @@ def half_knowing(tmp_path_factory):
 
 
 def test_a_model_that_learns_to_abstain_answers_less_and_is_right_more_often(half_knowing, tmp_path):
-    config = {
-        "init_from": str(half_knowing),
-        "tasks": TWO_TASKS,
-        "instruction": "",
-        "learn_from": "knowledge",
-        "rounds": 1,
-        "problems": 100,
-        "evaluate_problems": 60,
-        "rollout": {"prompts": 50, "group": 8, "max_new_tokens": 24, "seq_len": 120},
-        "train": {
-            "steps": 60,
-            "data": {"seq_len": 120, "batch_size": 16},
-            "optimizer": {"peak_lr": 3e-3, "weight_decay": 0.0},
-            "schedule": {"warmup_steps": 5},
-            "mesh": {"data": 8},
-        },
-    }
-    final = rounds.run(configs.build(RoundsConfig, configs.overlay(RoundsConfig, config)), tmp_path)
+    train = {"steps": 60, "optimizer": {"peak_lr": 3e-3}, "schedule": {"warmup_steps": 5}}
+    config = rounds_config(
+        half_knowing,
+        train,
+        tasks=TWO_TASKS,
+        learn_from="knowledge",
+        rounds=1,
+        problems=100,
+        evaluate_problems=60,
+        rollout={"prompts": 50, "group": 8, "max_new_tokens": 24, "seq_len": 120},
+    )
+    final = rounds.run(config, tmp_path)
     assert 0.2 < final["coverage"] < 0.8
     # answering as many problems at random would be right as often as before
     assert final["precision"] > final["accuracy_at_start"] + 0.2

@@ -1,12 +1,17 @@
 """A tiny model, a tokenizer trained on a few sentences, and one compiled engine that the tests share."""
 
 import contextlib
+import http.client
+import json
 import shutil
 import threading
 
 import jax
+import openai
 import pytest
 
+JSON = {"Content-Type": "application/json"}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "What is two plus two?"}]}
 SENTENCES = [
     "The engine serves many requests at once, and each of them gets its own tokens.",
     "A page holds sixteen tokens; when pages run out, the youngest request waits again.",
@@ -132,3 +137,33 @@ def open_page(browser):
     for context in contexts:
         context.close()
     assert [e for e in errors if "the server responded with a status of 4" not in e] == []
+
+
+@pytest.fixture(scope="module")
+def server(make_engine):
+    engine = make_engine()
+    engine.warmup()
+    with serving(engine, max_body_bytes=20_000, header_seconds=1.0, body_seconds=1.0) as port:
+        yield engine, port
+
+
+@pytest.fixture(scope="module")
+def port(server):
+    return server[1]
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(port, body, path="/v1/chat/completions", headers=None, method="POST"):
+    """(status, JSON) of one request; the body is sent as it is when it is bytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, raw, {"Content-Type": "application/json"} | (headers or {}))
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return response.status, answer

@@ -1,7 +1,6 @@
 """The official client and hostile ones against a real server."""
 
 import contextlib
-import gzip
 import http.client
 import json
 import socket
@@ -13,41 +12,9 @@ import pytest
 
 from serve import Request, SamplingParams
 
-from .conftest import serving
+from .conftest import CHAT, JSON, post
 
 KEY = "sk-test-ключ"
-JSON = {"Content-Type": "application/json"}
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "What is two plus two?"}]}
-
-
-@pytest.fixture(scope="module")
-def server(make_engine):
-    engine = make_engine()
-    engine.warmup()
-    with serving(engine, max_body_bytes=20_000, header_seconds=1.0, body_seconds=1.0) as port:
-        yield engine, port
-
-
-@pytest.fixture(scope="module")
-def port(server):
-    return server[1]
-
-
-@pytest.fixture(scope="module")
-def client(port):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-def post(port, body, path="/v1/chat/completions", headers=None, method="POST"):
-    """(status, JSON) of one request; the body is sent as it is when it is bytes."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request(method, path, raw, {"Content-Type": "application/json"} | (headers or {}))
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    connection.close()
-    return response.status, answer
 
 
 def wait_until_idle(engine, seconds=10):
@@ -92,7 +59,9 @@ def test_a_stream_adds_up_to_the_whole_answer(client):
     assert texts == [choice.message.content for choice in whole.choices] and texts[0] != texts[1]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert usage[:-1] == [None] * (len(usage) - 1)
-    counts = [(each.prompt_tokens, each.completion_tokens, each.total_tokens) for each in (usage[-1], whole.usage)]
+    counts = [
+        (each.prompt_tokens, each.completion_tokens, each.total_tokens) for each in (usage[-1], whole.usage)
+    ]
     assert counts[0] == counts[1]
     assert roles.count("assistant") == 2
 
@@ -507,174 +476,3 @@ def test_metrics_count_what_was_served(server, client):
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert after[f"vllm:{name}{label}"] == 0
     assert f"vllm:num_preemptions_total{label}" in after
-
-
-def test_every_route_but_health_and_the_page_needs_the_key(make_engine):
-    with serving(make_engine(), api_key=KEY) as port:
-        for path, method in (
-            ("/v1/models", "GET"),
-            ("/metrics", "GET"),
-            ("/v1/completions", "POST"),
-            ("/x", "GET"),
-        ):
-            for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY.encode()}):
-                status, answer = post(port, b"", path, header, method)
-                assert status == 401 and answer["error"]["code"] == "invalid_api_key"
-        right = {"Authorization": b"Bearer " + KEY.encode()}
-        assert post(port, b"", "/v1/models", right, "GET")[0] == 200
-        assert post(port, CHAT | {"max_tokens": 1}, headers=right)[0] == 200
-        assert post(port, b"", "/health", method="GET")[0] == 200
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", "/")
-        response = connection.getresponse()
-        assert response.status == 200 and b"<html" in response.read()
-        assert "unsafe-inline" not in response.headers["Content-Security-Policy"]
-        connection.close()
-
-
-def test_answers_under_way_finish_when_the_server_is_told_to_stop(make_engine):
-    engine, got = make_engine(), []
-    with serving(engine) as port:
-        body = CHAT | {"max_tokens": 25, "ignore_eos": True}
-        thread = threading.Thread(target=lambda: got.append(post(port, body)))
-        thread.start()
-        while not engine.has_work:
-            time.sleep(0.005)
-    thread.join(20)
-    [(status, answer)] = got
-    assert status == 200 and answer["usage"]["completion_tokens"] == 25
-
-
-@pytest.mark.parametrize(
-    "headers,status",
-    [
-        ({"Host": "evil.example"}, 403),
-        ({"Host": "localhost.evil.example:8000"}, 403),
-        ({"Host": ""}, 403),
-        ({"Host": "[bad"}, 403),
-        ({"Host": "localhost:1", "Origin": "http://evil.example"}, 403),
-        ({"Host": "localhost:1", "Origin": "null"}, 403),
-        ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
-        ({"Host": "[::1]:8000"}, 200),
-        ({"Host": "192.168.1.5"}, 200),
-    ],
-)
-def test_pages_of_other_sites_do_not_reach_a_server_without_a_key(port, headers, status):
-    assert post(port, CHAT | {"max_tokens": 1}, headers=headers)[0] == status
-    assert post(port, b"", "/v1/models", method="GET", headers=headers)[0] == status
-
-
-@pytest.fixture(scope="module")
-def open_server(make_engine):
-    options = {
-        "api_key": "k",
-        "open_metrics": True,
-        "aliases": ("gpt-x",),
-        "cors_origins": ("https://a.example",),
-    }
-    with serving(make_engine(), **options) as port:
-        yield port
-
-
-def raw(port, request):
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
-        sock.sendall(request)
-        return b"".join(iter(lambda: sock.recv(65536), b""))
-
-
-def test_head_and_absolute_targets_are_answered_as_the_paths_they_mean(port):
-    head = raw(port, b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200") and head.endswith(b"\r\n\r\n")
-    full = raw(port, b"GET http://localhost/v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    assert full.startswith(b"HTTP/1.1 200") and b'"tiny"' in full
-    evil = raw(
-        port, b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    )
-    assert evil.startswith(b"HTTP/1.1 403")
-    bad = raw(port, b"GET http://[x/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-    assert bad.startswith(b"HTTP/1.1 404")
-
-
-def test_an_encoded_body_is_refused_as_that(port):
-    body = gzip.compress(json.dumps(CHAT).encode())
-    status, answer = post(port, body, headers={"Content-Encoding": "gzip"})
-    assert status == 415 and "gzip" in answer["error"]["message"]
-
-
-def test_an_idle_connection_outlives_a_clients_pause(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    for pause in (6, 0):
-        connection.request("GET", "/health")
-        sock = connection.sock
-        assert json.loads(connection.getresponse().read()) == {"status": "ok"} and connection.sock is sock
-        time.sleep(pause)
-    connection.close()
-
-
-def test_metrics_can_be_open_and_other_names_and_sites_let_in(open_server):
-    port = open_server
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == ["tiny", "gpt-x"]
-        assert client.chat.completions.create(**(CHAT | {"model": "gpt-x"}), max_tokens=1).usage
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    answers = {}
-    for path, method, headers in [
-        ("/metrics", "GET", {}),
-        ("/v1/models", "GET", {}),
-        ("/v1/models", "OPTIONS", {"Origin": "https://a.example"} | asked),
-        ("/v1/models/", "OPTIONS", {"Origin": "https://b.example"} | asked),
-    ]:
-        connection.request(method, path, headers=headers)
-        response = connection.getresponse()
-        response.read()
-        answers[path, method] = response.status, response.getheader("Access-Control-Allow-Origin")
-    connection.close()
-    assert list(answers.values()) == [(200, None), (401, None), (200, "https://a.example"), (403, None)]
-
-
-def test_a_client_that_leaves_within_its_body_costs_one_line(port, caplog):
-    with socket.create_connection(("127.0.0.1", port)) as sock:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        sock.sendall(head + b"Content-Length: 100\r\n\r\n{")
-        time.sleep(0.3)
-    end = time.monotonic() + 5
-    while not caplog.records and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    [record] = caplog.records
-    assert "left after 1 bytes" in record.getMessage() and record.exc_info is None
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_longer_than_the_drain_ends_with_an_error(make_engine, stream, caplog):
-    engine = make_engine()
-    step, answers = engine.step, []
-
-    def slow_step():
-        time.sleep(0.5)
-        return step()
-
-    engine.step = slow_step
-
-    def ask(port):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        body = CHAT | {"max_tokens": 24, "ignore_eos": True, "stream": stream}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
-        response = connection.getresponse()
-        answers.append((response.status, response.read().decode()))
-
-    with serving(engine, drain_seconds=1) as port:
-        thread = threading.Thread(target=ask, args=(port,))
-        thread.start()
-        time.sleep(1)
-    thread.join(10)
-    [(status, text)] = answers
-    assert status == (200 if stream else 503) and "the server is stopping" in text
-    assert not stream or text.endswith("data: [DONE]\n\n")
-    assert not [record for record in caplog.records if record.exc_info]
-
-
-def test_extras_that_ask_for_nothing_pass(port):
-    extras = {"repetition_penalty": 1.0, "chat_template_kwargs": {}}
-    assert post(port, CHAT | {"max_tokens": 1} | extras)[0] == 200

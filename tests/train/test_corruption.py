@@ -190,7 +190,9 @@ def test_an_encoder_learns_to_fill_in_what_is_masked():
 def test_a_run_learns_to_fill_in_hidden_spans_from_its_config(corpus, tmp_path):
     """Numbers that rise by one: what is hidden is known from what is shown."""
     spans = {"sentinel_ids": [200, 201, 202], "mode_ids": [-1]}
-    final = train(make_config(corpus, steps=600, optimizer={"peak_lr": 1e-2}, data={"spans": spans}), tmp_path)
+    final = train(
+        make_config(corpus, steps=600, optimizer={"peak_lr": 1e-2}, data={"spans": spans}), tmp_path
+    )
     # two hidden numbers and a sentinel; numbers of the text's range drawn at random would cost 2.7
     assert final["validation_loss"] < 1.6
     assert "sentinel_ids" in (tmp_path / "config.json").read_text()
