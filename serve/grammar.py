@@ -14,6 +14,7 @@ import llguidance
 import numpy as np
 
 from data import Tokenizer
+from serve.logits import all_allowed
 from serve.request import Grammar, RequestError
 from serve.schemas import with_exclusive_branches
 
@@ -24,13 +25,14 @@ _KEPT = 64  # compiled grammars
 class Matcher:
     """Where one output is in its grammar."""
 
-    def __init__(self, state: llguidance.LLMatcher, stop_ids: frozenset[int]):
-        self._state, self._stop_ids = state, stop_ids
+    def __init__(self, state: llguidance.LLMatcher, stop_ids: frozenset[int], words: int):
+        self._state, self._stop_ids, self._words = state, stop_ids, words
 
     def mask(self, after: Sequence[int] = ()) -> np.ndarray:
         """uint32 [W], a bit for each token that may come after the output and `after`; see serve.logits."""
         consumed = self._state.try_consume_tokens(list(after))
-        mask_W = np.frombuffer(self._state.compute_bitmask(), np.uint32).copy()
+        # llguidance keeps a place for one token more, and with it perhaps a word
+        mask_W = np.frombuffer(self._state.compute_bitmask(), np.uint32)[: self._words].copy()
         if consumed:
             self._state.rollback(consumed)
         return mask_W
@@ -65,6 +67,7 @@ class GrammarCompiler:
             eos_token=list(tokenizer.eos_ids),
         )
         self._stop_ids = frozenset(tokenizer.eos_ids)
+        self._words = all_allowed(vocab_size=vocab_size).shape[-1]
         # Bounds of time and memory: a grammar, or a text, that needs more is an error.
         self._limits = llguidance.LLParserLimits(
             max_items_in_row=2000,
@@ -87,13 +90,13 @@ class GrammarCompiler:
             known = self._compiled.get(grammar)
             if known is not None:
                 self._compiled.move_to_end(grammar)
-                return Matcher(known.deep_copy(), self._stop_ids)
+                return Matcher(known.deep_copy(), self._stop_ids, self._words)
         made = self._made(grammar)
         with self._lock:
             self._compiled[grammar] = made
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
-            return Matcher(made.deep_copy(), self._stop_ids)
+            return Matcher(made.deep_copy(), self._stop_ids, self._words)
 
     def _made(self, grammar: Grammar) -> llguidance.LLMatcher:
         length = len(grammar.source) if isinstance(grammar.source, str) else sum(map(len, grammar.source))

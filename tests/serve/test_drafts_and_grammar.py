@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from serve import Request, RequestError, SamplingParams
+from serve.grammar import GrammarCompiler
+from serve.logits import all_allowed
 from serve.request import Grammar
 
 RNG = np.random.default_rng(0)
@@ -82,6 +84,17 @@ def test_what_a_grammar_constrains_matches_it_in_a_batch_with_others(
         assert told[2].text in ("yes", "no", 'it "depends"')
         alone = engine.generate([ask(grammars[0], seed)])[0]
         assert alone.tokens == told[0].tokens
+
+
+@pytest.mark.parametrize("vocab_size", [320, 321, 324, 352])
+def test_a_mask_has_a_bit_for_each_token_of_the_model_whatever_their_number(tokenizer, vocab_size):
+    assert tokenizer.vocab_size <= 320
+    matcher = GrammarCompiler(tokenizer, vocab_size).compile(Grammar("choice", ("a",)))
+    for after in ([], tokenizer.encode("a")):
+        mask = matcher.mask(after)
+        assert mask.shape == all_allowed(vocab_size=vocab_size).shape
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        assert set(allowed.tolist()) == (set(tokenizer.eos_ids) if after else set(tokenizer.encode("a")))
 
 
 def test_grammars_that_are_wrong_or_too_large_are_refused_and_the_engine_lives(engine, tokenizer):
