@@ -32,6 +32,7 @@ from model.readouts.mtp import look_ahead
 from model.readouts.vocabulary import vocabulary_head
 from model.sharding import ShardingRules
 from model.stacks import StackOutput, run_decoder
+from model.weights import Weight
 
 Params = dict[str, Any]
 POOLED = "the vector of the whole text, from its first token"
@@ -240,7 +241,7 @@ class Transformer(nn.Module):
             ),
         )
 
-    def _embed(self, ctx: Context, embedding_VD: jax.Array, inputs: Inputs, info: TokenInfo) -> jax.Array:
+    def _embed(self, ctx: Context, embedding_VD: Weight, inputs: Inputs, info: TokenInfo) -> jax.Array:
         cfg = self.cfg
         x_BTD = embed_tokens(self, cfg, ctx, embedding_VD, inputs.tokens, inputs.token_types)
         x_BTD = place_media(ctx, cfg.media, inputs.media, x_BTD)
@@ -251,7 +252,7 @@ class Transformer(nn.Module):
         return x_BTD
 
     def _encode(
-        self, ctx: Context, embedding_VD: jax.Array, inputs: Inputs, info: TokenInfo
+        self, ctx: Context, embedding_VD: Weight, inputs: Inputs, info: TokenInfo
     ) -> tuple[TokenInfo, dict]:
         """`info` with the encoder's output, if the inputs have encoder tokens."""
         tokens_BS, encoder = inputs.encoder_tokens, self.cfg.encoder

@@ -14,10 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from model.blocks.linear import within_block
 from model.config import ModelConfig
 from model.function import Params
-from model.kernels.quantized_matmul import formats
+from model.kernels import native
+from model.kernels.choice import said
+from model.kernels.quantized_matmul import formats, panels
 from model.kernels.quantized_matmul.formats import FORMATS, Kind
+from model.layout import relayout
+from model.packed import Packed
 from model.parameters import ParamInfo, param_info
-from model.weights import Quantized, is_quantized
+from model.weights import Quantized, in_whole_bytes, is_quantized
 
 Path = tuple[str, ...]
 
@@ -34,7 +38,7 @@ def quantize(
     """Rounds linear maps to few bits, with a scale for each block of inputs of an output; `apply` takes the result.
 
     Args:
-      kind: "int8", "fp8", "int4", "mxfp4" or "nf4".
+      kind: "int8", "fp8", "int4", "uint4" (with an offset a block), "mxfp4" or "nf4".
       block: inputs that share a scale; None: the format's; "all": one scale an output, as the experts' kernel needs.
       targets: a map's name ("q") or its path within the block ("mixer/q"), with the wildcards `*` and `?`. Routers and
         embeddings, including a tied head, are not quantized.
@@ -57,6 +61,35 @@ def dequantize(params: Params, dtype: Any = jnp.float32) -> Params:
     """The tree with each quantized weight as an array; other arrays are unchanged."""
     widen = lambda leaf: leaf.dense(dtype) if is_quantized(leaf) else leaf
     return jax.tree.map(widen, params, is_leaf=is_quantized)
+
+
+def packed_for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The same model with quantized weights as the platform of its parameters multiplies them.
+
+    On one CPU they are packed (`model.packed`), in unrolled blocks, since a scan would copy each layer's. Those of
+    experts, and of kinds and shapes without panels, stay as they are, as int8 where their dtype is int4.
+    """
+    quantized = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
+    on_cpu = [leaf for leaf in quantized if next(iter(leaf.values.devices())).platform == "cpu"]
+    if not on_cpu or any(len(leaf.values.devices()) > 1 for leaf in on_cpu):
+        return cfg, params
+    if reason := native.missing():
+        said("quantized", "plain", "there are no native kernels", reason, "Each step widens all weights first.")
+        return cfg, in_whole_bytes(params)
+    cfg, params = relayout(cfg, params, scan=False)
+    infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))
+    flat = cast(dict[Path, Any], flatten_dict(params))
+    for path, leaf in flat.items():
+        if isinstance(leaf, Quantized) and "experts" not in infos[path].axes:
+            flat[path] = _packed(leaf)
+    return cfg, in_whole_bytes(unflatten_dict(flat))
+
+
+def _packed(weight: Quantized) -> Quantized | Packed:
+    matrix = weight.matrix()
+    if panels.refusal(matrix.values_IO.shape[0], matrix.scales_NO.shape[0], weight.kind):
+        return weight
+    return Packed(panels.pack(matrix), weight.shape, weight.inputs)
 
 
 def scale_blocks(sizes: tuple[int, ...], block: int) -> tuple[int, ...] | None:
@@ -112,5 +145,7 @@ def _quantized(
     array = jnp.asarray(array).transpose(order)
     rounded = formats.quantize(array.reshape(inputs, -1), kind, block)
     values = rounded.values_IO.reshape(array.shape).transpose(back)
-    scales = rounded.scales_NO.reshape(*counts, *array.shape[len(places) :]).transpose(back)
-    return Quantized(values, scales, kind, tuple(i - len(order) for i in places))
+    by_block = lambda part: part.reshape(*counts, *array.shape[len(places) :]).transpose(back)
+    offsets = None if rounded.offsets_NO is None else by_block(rounded.offsets_NO)
+    negative = tuple(i - len(order) for i in places)
+    return Quantized(values, by_block(rounded.scales_NO), kind, negative, offsets=offsets)

@@ -25,8 +25,9 @@ from model.kernels.grouped_matmul.quantized import QUANTIZED_GROUPED_MATMUL, qua
 from model.kernels.grouped_matmul.sharded import Split, grouped_on_mesh
 from model.kernels.quantized_matmul import QUANTIZED_MATMUL, QuantizedMatrix, quantized_matmul
 from model.kernels.quantized_matmul.formats import Kind, widen
+from model.packed import Packed
 
-BITS = {"int8": 8, "fp8": 8, "int4": 4, "mxfp4": 4, "nf4": 4}
+BITS = {"int8": 8, "fp8": 8, "int4": 4, "uint4": 4, "mxfp4": 4, "nf4": 4}
 
 
 @flax.struct.dataclass
@@ -38,12 +39,13 @@ class Quantized:
     """
 
     values: jax.Array  # the parameter's shape, the format's dtype
-    scales: jax.Array  # float32, or uint8 with `scale_steps`
+    scales: jax.Array  # float32 or float16, or uint8 with `scale_steps`
     kind: Kind = flax.struct.field(pytree_node=False)
     # input axes, counted from the last axis (negative)
     inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
     # float32, what one unit of 8-bit scales stands for: one for all scales of an output (double quantization)
     scale_steps: jax.Array | None = None
+    offsets: jax.Array | None = None  # of uint4, like its scales: value times scale plus offset
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,14 +74,19 @@ class Quantized:
     def nbytes(self) -> int:
         """Bytes of the packed values and the scales."""
         steps = 0 if self.scale_steps is None else self.scale_steps.size * 4
-        return self.values.size * BITS[self.kind] // 8 + self.scales.size * self.scales.dtype.itemsize + steps
+        offsets = 0 if self.offsets is None else self.offsets.size * self.offsets.dtype.itemsize
+        scales = self.scales.size * self.scales.dtype.itemsize
+        return self.values.size * BITS[self.kind] // 8 + scales + offsets + steps
 
     def dense(self, dtype: Any) -> jax.Array:
         """The dequantized array."""
         grid = [(n, size // n) for n, size in zip(self.scales.shape, self.shape, strict=True)]
+        by_block = lambda scales: scales.reshape([part for n, _ in grid for part in (n, 1)])
         values = widen(self.values, self.kind).reshape([part for pair in grid for part in pair])
-        scales = self.float_scales.reshape([part for n, _ in grid for part in (n, 1)])
-        return (values * scales).reshape(self.shape).astype(dtype)
+        values *= by_block(self.float_scales)
+        if self.offsets is not None:
+            values += by_block(self.offsets.astype(jnp.float32))
+        return values.reshape(self.shape).astype(dtype)
 
     def matrix(self) -> QuantizedMatrix:
         """The weight as [I, O], with all input axes in one and all others in one."""
@@ -87,8 +94,21 @@ class Quantized:
         order = places + [i for i in range(self.ndim) if i not in places]
         inputs = math.prod(self.shape[i] for i in places)
         blocks = math.prod(self.scales.shape[i] for i in places)
-        values_IO = self.values.transpose(order).reshape(inputs, -1)
-        return QuantizedMatrix(values_IO, self.float_scales.transpose(order).reshape(blocks, -1), self.kind)
+        flat = lambda part, rows: part.transpose(order).reshape(rows, -1)
+        scales = self.scales if self.scale_steps is None else self.float_scales
+        offsets_NO = None if self.offsets is None else flat(self.offsets, blocks)
+        return QuantizedMatrix(flat(self.values, inputs), flat(scales, blocks), self.kind, offsets_NO)
+
+    def product(self, x_MI: jax.Array) -> jax.Array:
+        """x times the weight as a matrix, [M, O], summed in float32."""
+        return quantized_matmul(x_MI, self.matrix())
+
+    def rows(self, index: jax.Array, dtype: Any) -> jax.Array:
+        """Of a weight [outputs, inputs] some outputs, dequantized: indices [...] to [..., inputs]."""
+        pick = lambda part: None if part is None else jnp.take(part, index, axis=0)
+        parts = (self.values, self.scales, self.scale_steps, self.offsets)
+        values, scales, steps, offsets = map(pick, parts)
+        return Quantized(values, scales, self.kind, (-1,), steps, offsets).dense(dtype)
 
     def of_outputs(self, last: slice) -> Quantized:
         """A slice of the last axis, which is not an input."""
@@ -104,12 +124,19 @@ class Quantized:
         return dataclasses.replace(self, scales=units.astype(jnp.uint8), scale_steps=steps)
 
 
-Weight = jax.Array | Quantized
+Weight = jax.Array | Quantized | Packed
 
 
 def dense(weight: Weight, dtype: Any) -> jax.Array:
     """The weight as an array."""
-    return weight.dense(dtype) if isinstance(weight, Quantized) else jnp.asarray(weight, dtype)
+    return weight.dense(dtype) if isinstance(weight, (Quantized, Packed)) else jnp.asarray(weight, dtype)
+
+
+def take_rows(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
+    """Of a weight [V, D] some rows: indices [...] to [..., D]."""
+    if isinstance(weight, (Quantized, Packed)):
+        return weight.rows(index, dtype)
+    return jnp.take(weight, index, axis=0).astype(dtype)
 
 
 def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Array:
@@ -118,7 +145,7 @@ def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Ar
     The quantized kernel multiplies rows by all inputs of a weight. For another `spec`, and on a mesh of several
     devices, it is the plain product with the dequantized array.
     """
-    if not isinstance(weight, Quantized):
+    if not isinstance(weight, (Quantized, Packed)):
         return jnp.einsum(spec, x, weight, preferred_element_type=dtype)
     x = x if dtype is None else x.astype(dtype)
     (x_axes, w_axes), y_axes = spec.split("->")[0].split(","), spec.split("->")[1]
@@ -135,8 +162,7 @@ def matmul(x: jax.Array, weight: Weight, spec: str, dtype: Any = None) -> jax.Ar
     sizes = dict(zip(x_axes + w_axes, x.shape + weight.shape))
     rows = "".join(letter for letter in x_axes if letter not in inputs)
     x_MI = jnp.einsum(f"{x_axes}->{rows}{inputs}", x).reshape(-1, math.prod(sizes[i] for i in inputs))
-    y_MO = quantized_matmul(x_MI, weight.matrix())
-    y = y_MO.reshape([sizes[letter] for letter in rows + outputs])
+    y = weight.product(x_MI).reshape([sizes[letter] for letter in rows + outputs])
     return jnp.einsum(f"{rows}{outputs}->{y_axes}", y)
 
 
@@ -149,7 +175,7 @@ def grouped_product(
     """
     if not isinstance(weight, Quantized):
         return grouped_on_mesh(split, x_MI, weight, sizes_E, names)
-    if not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
+    if isinstance(weight, Quantized) and not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
         return _grouped(x_MI, weight.values, weight.float_scales[:, 0], sizes_E)
     QUANTIZED_GROUPED_MATMUL.require_plain("it takes 8-bit weights with one scale an output, on one device")
     return grouped_on_mesh(split, x_MI, weight.dense(x_MI.dtype), sizes_E, names)
@@ -190,8 +216,13 @@ def shardings_like(params: Any, shardings: Any) -> Any:
             spec = (*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec)))
             return NamedSharding(sharding.mesh, PartitionSpec(*scale_axes(spec, scales)))
 
-        steps = of_scales(leaf.scale_steps)
-        return dataclasses.replace(leaf, values=sharding, scales=of_scales(leaf.scales), scale_steps=steps)
+        return dataclasses.replace(
+            leaf,
+            values=sharding,
+            scales=of_scales(leaf.scales),
+            scale_steps=of_scales(leaf.scale_steps),
+            offsets=of_scales(leaf.offsets),
+        )
 
     return jax.tree.map(of_leaf, params, shardings, is_leaf=is_quantized)
 
@@ -212,4 +243,4 @@ def in_whole_bytes(params: Any) -> Any:
 
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf of parameters is quantized; also an `is_leaf` for `jax.tree.map`."""
-    return isinstance(leaf, Quantized)
+    return isinstance(leaf, (Quantized, Packed))

@@ -18,7 +18,7 @@ import numpy as np
 
 from data import Tokenizer
 from model import ModelConfig
-from model.weights import in_whole_bytes
+from model.quantization import packed_for_decoding
 from serve.adapters import AdapterSlots
 from serve.blocks import chain_root
 from serve.checks import RequestChecks
@@ -86,7 +86,8 @@ class Engine:
                 f"the tokenizer has {self.vocab_size} tokens and the model {cfg.vocab_size}: "
                 "they do not belong together."
             )
-        params, sizes = in_whole_bytes(params), self.config
+        self._given_cfg, sizes = cfg, self.config
+        cfg, params = packed_for_decoding(cfg, params)
         self._adapters = None
         if sizes.adapter_slots:
             self._adapters = AdapterSlots(cfg, sizes.adapter_slots, sizes.adapter_rank, sizes.adapter_targets)
@@ -205,7 +206,7 @@ class Engine:
         Raises:
           ValueError: another tree, shape or dtype than the engine was made with.
         """
-        params = in_whole_bytes(params)
+        _, params = packed_for_decoding(self._given_cfg, params)
         _check_same(self._params if self._adapters is None else self._adapters.without(self._params), params)
         if self._adapters is not None:
             params = self._adapters.join(params, self._params)

@@ -217,20 +217,23 @@ def weight_param(
     role: str = "",
 ) -> Weight:
     """As `param`, for the weight of a linear map. It may be quantized, so multiply with `model.weights.matmul`."""
-    if module.has_variable("params", name):
-        found = module.get_variable("params", name)
-        if is_quantized(found):
-            if found.shape != shape:
-                path = "/".join((*module.path, name))
-                raise ValueError(
-                    f"{path} is quantized with the shape {found.shape}; the config says {shape}."
-                )
-            return found
+    if (found := quantized_param(module, name, shape)) is not None:
+        return found
     places = input_axes_of(axes, inputs)
     box = functools.partial(
         ParamBox, names=axes, input_axes=places, role=role, decays=is_matrix(axes), is_weight=True
     )
     return _declared(module, ctx, name, shape, init, box)
+
+
+def quantized_param(module: nn.Module, name: str, shape: tuple[int, ...]) -> Weight | None:
+    """The parameter `name` if it is quantized, else None."""
+    if not module.has_variable("params", name) or not is_quantized(found := module.get_variable("params", name)):
+        return None
+    if found.shape != shape:
+        path = "/".join((*module.path, name))
+        raise ValueError(f"{path} is quantized with the shape {found.shape}; the config says {shape}.")
+    return found
 
 
 def _declared(

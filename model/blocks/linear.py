@@ -20,6 +20,7 @@ from model.blocks import lora
 from model.blocks.common import Context, bias_param, fan_in_normal, param, weight_param
 from model.blocks.lora import LoRA, LowRank
 from model.kernels import backend, order
+from model.packed import Packed
 from model.weights import Quantized, Weight, dense, is_quantized, matmul
 
 Axes = tuple[str | None, ...]
@@ -58,7 +59,7 @@ class LinearMap(NamedTuple):
         outputs = math.prod(self.weight.shape[self.inputs :])
         if self.adapter is not None:
             return self(x_BTI.reshape(B, T, *ins)).reshape(B, T, outputs)
-        if isinstance(self.weight, Quantized):
+        if isinstance(self.weight, (Quantized, Packed)):
             return self.einsum(self._spec(), x_BTI.reshape(B, T, *ins)).reshape(B, T, outputs)
         weight_IO = self.weight.reshape(I, outputs)
         if not backend.for_cpu():
@@ -97,7 +98,7 @@ class LinearMap(NamedTuple):
             gain = None if adapter.gain is None else adapter.gain[..., outputs]
             adapter = LowRank(adapter.a, adapter.b[..., outputs], gain)
         weight = self.weight
-        part = weight.of_outputs(outputs) if isinstance(weight, Quantized) else weight[..., outputs]
+        part = weight[..., outputs] if not isinstance(weight, (Quantized, Packed)) else weight.of_outputs(outputs)
         return LinearMap(part, self.inputs, adapter)
 
 
@@ -143,7 +144,7 @@ def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
     # concatenating the weights copies them, which pays off for many tokens only
     if not backend.for_cpu() or B * T < D or any(each.adapter is not None for each in maps.values()):
         return {name: each(x) for name, each in maps.items()}
-    weights = [each.weight.reshape(D, -1) for each in maps.values() if not isinstance(each.weight, Quantized)]
+    weights = [each.weight.reshape(D, -1) for each in maps.values() if not isinstance(each.weight, (Quantized, Packed))]
     if len(weights) < len(maps):
         return {name: each(x) for name, each in maps.items()}
     weight = jnp.concatenate(weights, axis=1)

@@ -150,11 +150,11 @@ def stored_shapes(path: str | Path) -> Params:
     for name, saved in _meta(path).get("quantized", {}).items():
         values: Any = jax.ShapeDtypeStruct(flat[name].shape, FORMATS[saved["kind"]].dtype)
         steps: Any = saved.get("scale_steps")
-        scales: Any = jax.ShapeDtypeStruct(
-            tuple(saved["scales"]), jnp.float32 if steps is None else jnp.uint8
-        )
+        kept = jnp.dtype(saved.get("scale_dtype", "float32")) if steps is None else jnp.dtype(jnp.uint8)
+        scales: Any = jax.ShapeDtypeStruct(tuple(saved["scales"]), kept)
         steps = None if steps is None else jax.ShapeDtypeStruct(tuple(steps), jnp.float32)
-        flat[name] = Quantized(values, scales, saved["kind"], tuple(saved["inputs"]), steps)
+        offsets: Any = scales if saved.get("offsets") else None
+        flat[name] = Quantized(values, scales, saved["kind"], tuple(saved["inputs"]), steps, offsets)
     return unflatten_dict(flat, sep="/")
 
 
@@ -237,6 +237,8 @@ def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str
     quantized = {
         name: {"kind": leaf.kind, "inputs": leaf.inputs, "scales": leaf.scales.shape}
         | ({} if leaf.scale_steps is None else {"scale_steps": leaf.scale_steps.shape})
+        | ({} if leaf.offsets is None else {"offsets": True})
+        | ({"scale_dtype": "float16"} if leaf.scales.dtype == jnp.float16 else {})
         for name, leaf in flatten_dict(params, sep="/").items()
         if isinstance(leaf, Quantized)
     }
@@ -251,7 +253,7 @@ def _model_items(cfg: ModelConfig, params: Params, tokenizer: Files) -> dict[str
 
 def _to_plain(params: Params) -> Params:
     """The tree as dicts and arrays, which Orbax stores by name."""
-    parts = ("values", "scales", "scale_steps")
+    parts = ("values", "scales", "scale_steps", "offsets")
     of = lambda leaf: {name: getattr(leaf, name) for name in parts if getattr(leaf, name) is not None}
     split = lambda leaf: of(leaf) if is_quantized(leaf) else leaf
     return jax.tree.map(split, params, is_leaf=is_quantized)

@@ -15,6 +15,7 @@ from model.blocks.common import Context, TokenInfo
 from model.blocks.norms import Norm, RMSNorm
 from model.stacks import Stack, StackModule
 from model.weighted import WeightedSum
+from model.weights import Weight, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Encoder:
         return Stack("encoder", self.blocks)
 
     def read(
-        self, ctx: Context, embedding_VD: jax.Array, scale: float, info: TokenInfo
+        self, ctx: Context, embedding_VD: Weight, scale: float, info: TokenInfo
     ) -> tuple[jax.Array, dict[str, WeightedSum]]:
         """(hidden states after the final norm [B, S, D], the blocks' aux). Call it within a compact method.
 
@@ -42,7 +43,7 @@ class Encoder:
           info: the `TokenInfo` of the encoder's tokens.
         """
         ctx = dataclasses.replace(ctx, num_blocks=len(self.blocks))
-        x_BSD = jnp.take(embedding_VD, cast(jax.Array, info.tokens), axis=0) * jnp.asarray(scale, ctx.dtype)
+        x_BSD = take_rows(embedding_VD, cast(jax.Array, info.tokens), ctx.dtype) * jnp.asarray(scale, ctx.dtype)
         module = StackModule(self.stack, ctx, self.final_norm, "what the encoder gives", name="encoder")
         x_BSD, _, aux = module(x_BSD, None, info)
         return x_BSD, aux

@@ -8,30 +8,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.blocks.common import Context, TokenInfo, param
+from model.blocks.common import Context, TokenInfo, param, quantized_param
 from model.config import ModelConfig
 from model.sharding import constrain
+from model.weights import Weight, take_rows
 
 
-def embedding_table(module: nn.Module, cfg: ModelConfig, ctx: Context) -> jax.Array:
-    """The embedding table [V, D]. Call this and the other functions here within a compact method."""
+def embedding_table(module: nn.Module, cfg: ModelConfig, ctx: Context) -> Weight:
+    """The embedding table [V, D], which may be quantized. Call this and the other functions here within a compact method."""
     # With this scale tied logits start near 1, and the first blocks do not dominate the token's vector.
     init = nn.initializers.normal(ctx.width**-0.5)
     role = "a vector for each token" + (", in and out (tied head)" if cfg.tied_head else "")
     shape, axes = (cfg.vocab_size, ctx.width), ("vocab", "embed")
-    return param(module, ctx, "embedding", shape, axes, init, role=role)
+    found = quantized_param(module, "embedding", shape)
+    return param(module, ctx, "embedding", shape, axes, init, role=role) if found is None else found
 
 
 def embed_tokens(
     module: nn.Module,
     cfg: ModelConfig,
     ctx: Context,
-    embedding_VD: jax.Array,
+    embedding_VD: Weight,
     tokens_BT: jax.Array,
     token_types_BT: jax.Array | None,
 ) -> jax.Array:
     """The token vectors [B, T, D], before media; `finish_embedding` adds the rest."""
-    x_BTD = jnp.take(embedding_VD, tokens_BT, axis=0)
+    x_BTD = take_rows(embedding_VD, tokens_BT, ctx.dtype)
     x_BTD = x_BTD * jnp.asarray(cfg.embed_scale, x_BTD.dtype)
     if cfg.token_types:
         shape, init = (cfg.token_types, ctx.width), nn.initializers.normal(0.1 * ctx.width**-0.5)

@@ -73,7 +73,7 @@ def vocabulary_head(
     module: nn.Module,
     cfg: ModelConfig,
     ctx: Context,
-    embedding_VD: jax.Array | None,
+    embedding_VD: Weight | None,
     logits_at: jax.Array | None = None,
 ) -> VocabularyHead:
     """The head of a config; a tied head uses the embedding. Call it within a compact method."""

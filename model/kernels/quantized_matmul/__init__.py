@@ -46,7 +46,15 @@ def _by_kernel(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool, chosen: ba
     # here, since Pallas takes long to import and is wanted on TPUs alone
     from model.kernels.quantized_matmul.tpu import product, tiles_for
 
-    return product(tiles_for(chosen), x_MI, w, round_rows)
+    w = w.replace(scales_NO=w.scales_NO.astype(jnp.float32))
+    if w.offsets_NO is None:
+        return product(tiles_for(chosen), x_MI, w, round_rows)
+    # (value + 8) * scale + offset: the kernel multiplies what is stored, and the rest is one number a block
+    rest_NO = w.offsets_NO.astype(jnp.float32) + 8 * w.scales_NO
+    sums_MN = x_MI.astype(jnp.float32).reshape(len(x_MI), -1, w.block).sum(-1)
+    signed = QuantizedMatrix(w.values_IO, w.scales_NO, "int4")
+    y_MO = product(tiles_for(chosen), x_MI, signed, round_rows).astype(jnp.float32)
+    return (y_MO + jax.lax.dot(sums_MN, rest_NO, precision="highest")).astype(x_MI.dtype)
 
 
 def _forward(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool, chosen: backend.Backend):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-Kind = Literal["int8", "int4", "mxfp4", "nf4", "fp8"]
+Kind = Literal["int8", "int4", "uint4", "mxfp4", "nf4", "fp8"]
 
 
 class Format(NamedTuple):
@@ -30,6 +30,7 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "int8": Format(jnp.dtype(jnp.int8), 127.0, 128),
     "int4": Format(jnp.dtype(jnp.int4), 7.0, 128),
+    "uint4": Format(jnp.dtype(jnp.int4), 15.0, 32),  # the number 0 to 15, less 8; blocks have an offset too
     "mxfp4": Format(
         jnp.dtype(jnp.int4), 6.0, 32
     ),  # codes of e2m1: a sign, two bits of exponent, one of mantissa
@@ -51,8 +52,9 @@ class QuantizedMatrix:
     """A matrix [I, O] as `quantize` rounds it. Value times scale of its block is what it stands for."""
 
     values_IO: jax.Array  # of the format's dtype
-    scales_NO: jax.Array  # float32, of mxfp4 powers of two
+    scales_NO: jax.Array  # float32 or float16, of mxfp4 powers of two
     kind: Kind = struct.field(pytree_node=False)
+    offsets_NO: jax.Array | None = None  # float32, of uint4: value times scale plus offset
 
     @property
     def block(self) -> int:
@@ -76,6 +78,12 @@ def quantize(w_IO: jax.Array, kind: Kind, block: int | None = None) -> Quantized
     if I % block:
         raise ValueError(f"blocks of {block} do not divide {I} inputs. Use a block that does, e.g. {I}.")
     w_NBO = w_IO.astype(jnp.float32).reshape(I // block, block, O)
+    if kind == "uint4":
+        least_NO = jnp.min(w_NBO, axis=1)
+        scales_NO = (jnp.max(w_NBO, axis=1) - least_NO) / form.largest
+        steps_NBO = (w_NBO - least_NO[:, None]) / jnp.where(scales_NO == 0, 1, scales_NO)[:, None]
+        values_IO = (jnp.round(steps_NBO) - 8).astype(form.dtype).reshape(I, O)
+        return QuantizedMatrix(values_IO, scales_NO, kind, least_NO)
     most_NO = jnp.max(jnp.abs(w_NBO), axis=1)
     scales_NO = _power_of_two(most_NO) if kind == "mxfp4" else most_NO / form.largest
     scaled_NBO = w_NBO / jnp.where(scales_NO == 0, 1, scales_NO)[:, None]
@@ -86,7 +94,10 @@ def quantize(w_IO: jax.Array, kind: Kind, block: int | None = None) -> Quantized
 def dequantize(w: QuantizedMatrix) -> jax.Array:
     """What it stands for, float32 [I, O]."""
     I, O = w.values_IO.shape
-    return (widen(w.values_IO, w.kind).reshape(-1, w.block, O) * w.scales_NO[:, None]).reshape(I, O)
+    wide_NBO = widen(w.values_IO, w.kind).reshape(-1, w.block, O) * w.scales_NO[:, None].astype(jnp.float32)
+    if w.offsets_NO is not None:
+        wide_NBO += w.offsets_NO[:, None].astype(jnp.float32)
+    return wide_NBO.reshape(I, O)
 
 
 def quantize_rows(x_MI: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -109,6 +120,8 @@ def widen(values: jax.Array, kind: Kind) -> jax.Array:
         level = values.astype(jnp.int32) + 8
         nearest = functools.reduce(lambda wide, i: jnp.where(level == i, NF4[i], wide), range(1, 16), NF4[0])
         return cast(jax.Array, nearest)
+    if kind == "uint4":
+        return values.astype(jnp.float32) + 8
     if kind != "mxfp4":
         return values.astype(jnp.float32)
     code = values.astype(jnp.int32)
