@@ -27,7 +27,7 @@ from model.blocks.positions import Alibi, RelativeBias, Rope
 from model.kernels import backend
 from model.kernels.attention import Mask, Scores, self_attention
 from model.kernels.attention.reference import attention, self_attention_weights
-from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout, pages
+from model.kernels.paged_attention import PAGED_ATTENTION, KVLayout, pages, request_for
 from model.kernels.paged_attention.sharded import attend_on_mesh
 from model.sharding import ShardingRules, constrain
 
@@ -342,13 +342,16 @@ def attend_pages(
 ) -> tuple[jax.Array, dict]:
     """Attention of new tokens to their rows of the cache: (output [B, T, H, E], the cache with the new tokens).
 
-    TPUs run the kernel. Other platforms gather rows, and so do TPUs where the kernel cannot serve: scores with a bias,
-    masks with a prefix or spans, and tokens that do not directly follow those in the cache.
+    TPUs run the kernel, and so does one CPU if it has the native one. Other platforms gather rows, as these do where
+    the kernel cannot serve: scores with a bias, masks with a prefix or spans, and tokens that do not directly follow
+    those in the cache.
 
     Args:
       new: the arrays that `kv_layout` names, for these tokens; None: the cache holds them already.
     """
-    if backend.current().name == "tpu":
+    request = request_for(q_BTHC, cache, kv_layout, mask, scores)
+    on_cpu = backend.for_one_cpu() and PAGED_ATTENTION.chosen_name(request) == "native"
+    if backend.current().name == "tpu" or on_cpu:
         plain = scores.bias is None and not mask.listed()
         if plain and info.cached is not None and info.page_table is not None:
             T = q_BTHC.shape[1]
@@ -382,7 +385,7 @@ def check_gathered_rows(reason: str) -> None:
     """
     platform = backend.current().name
     PAGED_ATTENTION.require_plain(
-        reason if platform == "tpu" else f"it runs on tpu, and kernels here are for {platform}"
+        reason if platform != "gpu" else "it runs on tpu and cpu, and kernels here are for gpu"
     )
     if platform == "tpu":
         _log_gathered_rows(reason)

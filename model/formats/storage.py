@@ -27,7 +27,12 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 def load(
-    path: str | Path, *, cfg: ModelConfig | None = None, shardings: Any = None, dtype: str | None = None
+    path: str | Path,
+    *,
+    cfg: ModelConfig | None = None,
+    shardings: Any = None,
+    dtype: str | None = None,
+    packed: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Read a model.
 
@@ -37,6 +42,7 @@ def load(
       shardings: a `Sharding` or a tree of them in the layout of `cfg`; default: the first device.
       dtype: of the parameters in memory, such as "bfloat16", but for those that are float32 in any model (the router's
         choice bias); default: as stored (GGUF: float32).
+      packed: quantized tensors of a GGUF file become `Quantized` weights with the file's own values and scales.
 
     Raises:
       FileNotFoundError, ValueError: nothing usable at `path`, or a damaged file; says what was found.
@@ -47,7 +53,7 @@ def load(
         same_layout = cfg is None or cfg.scan == stored.scan
         stored, params = checkpoint.load_native(found.weights, shardings if same_layout else None, dtype)
     else:
-        stored, params = _load_lazily(found, dtype)
+        stored, params = _load_lazily(found, dtype, packed)
     if cfg is None:
         cfg = stored
     _check_same_model(path, stored, cfg)
@@ -98,7 +104,7 @@ def load_lazily(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig
     return _load_lazily(resolve_model(path), dtype)
 
 
-def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Params]:
+def _load_lazily(found: ModelPath, dtype: str | None, packed: bool = False) -> tuple[ModelConfig, Params]:
     if found.kind == "native":
         return checkpoint.load_lazily(found.weights, dtype)
     if found.kind == "huggingface":
@@ -107,7 +113,7 @@ def _load_lazily(found: ModelPath, dtype: str | None) -> tuple[ModelConfig, Para
         return huggingface.load(found.weights, dtype)
     from model.formats.gguf import reading as gguf
 
-    return gguf.load(found.weights, dtype)
+    return gguf.load(found.weights, dtype, packed)
 
 
 def _place(params: Params, shardings: Any) -> Params:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +21,15 @@ from model.blocks.norms import RMSNorm
 from model.blocks.positions import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling
 from model.config import Block, ModelConfig
 from model.families.tensors import Names, Tensor, name_of, tensor_table, unflatten
-from model.formats.dequantize import dequantize
+from model.formats.dequantize import UNPACKERS, Unpacked, block_sizes, dequantize, unpack
 from model.formats.fits import check_fits
 from model.formats.gguf import container
 from model.formats.gguf.container import GGUFError, GGUFFile
 from model.formats.lazy import Lazy
 from model.function import Params
+from model.kernels.quantized_matmul.formats import FORMATS, Kind
+from model.quantization import scale_blocks
+from model.weights import Quantized
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROTATED_PAIRS = ("llama",)  # stores queries and keys with interleaved rotary pairs: (0, 1), (2, 3), ...
@@ -84,8 +88,9 @@ def load_config(path: str | Path) -> ModelConfig:
     return _config(container.read(path))
 
 
-def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Params]:
-    """(cfg, lazy parameters) of a GGUF file; quantized tensors become `dtype`, default float32.
+def load(path: str | Path, dtype: str | None = None, packed: bool = False) -> tuple[ModelConfig, Params]:
+    """(cfg, lazy parameters) of a GGUF file; quantized tensors become `dtype`, default float32, or, with `packed`,
+    `Quantized` weights with the file's own values and scales.
 
     Raises GGUFError as `load_config` does, and for missing, unknown or misshapen tensors.
     """
@@ -101,16 +106,64 @@ def load(path: str | Path, dtype: str | None = None) -> tuple[ModelConfig, Param
     _check_tensors(file, table)
     params = {}
     for tensor in table:
+        piece, stored = tensor.pieces[0], file.tensors[tensor.name]
+        if packed and stored.type in UNPACKERS and (weight := _quantized(file, cfg, tensor)) is not None:
+            params[piece.path] = weight
+            continue
         make = functools.partial(_values, file, cfg, tensor)
-        params[tensor.pieces[0].path] = Lazy(
-            tensor.pieces[0].shape, jnp.dtype(cfg.param_dtype), make, unpacked=True
-        )
+        params[piece.path] = Lazy(piece.shape, jnp.dtype(cfg.param_dtype), make, unpacked=True)
     return cfg, unflatten(params)
 
 
 def _values(file: GGUFFile, cfg: ModelConfig, tensor: Tensor) -> np.ndarray:
     stored = file.tensors[tensor.name]
-    values = dequantize(file.raw(tensor.name), stored.type, stored.shape)
+    return _to_ours(file, cfg, tensor, dequantize(file.raw(tensor.name), stored.type, stored.shape))
+
+
+def _quantized(file: GGUFFile, cfg: ModelConfig, tensor: Tensor) -> Quantized | None:
+    """A tensor [outputs, inputs] with its own values, scales and offsets, read at their first use.
+
+    None: a block of the file is no block of the parameter, because it reaches over two heads.
+    """
+    piece, stored = tensor.pieces[0], file.tensors[tensor.name]
+    elements, nbytes = block_sizes(stored.type)
+    of_one = unpack(np.zeros(nbytes, np.uint8), stored.type, (1, elements))
+    assert of_one is not None
+    block = elements // of_one.scales.size
+    axes, ndim = tuple(range(len(piece.shape))), len(piece.shape)
+    inputs = tuple(i for i in axes if math.prod(piece.shape[: i + 1]) <= stored.shape[1])
+    inputs = tuple(i - ndim for i in inputs) if tensor.transposed else (-1,)
+    sizes = tuple(piece.shape[i] for i in inputs)
+    counts = scale_blocks(sizes, block)
+    if counts is None or math.prod(sizes) != stored.shape[1]:
+        return None
+    steps = [1] * ndim
+    for i, size, n in zip(inputs, sizes, counts, strict=True):
+        steps[i] = size // n
+    every = tuple(slice(None, None, step) for step in steps)
+    # shared by the parts, so that a tensor is unpacked once
+    unpacked = functools.cache(lambda: unpack(file.raw(tensor.name), stored.type, stored.shape))
+
+    def values() -> np.ndarray:
+        return _to_ours(file, cfg, tensor, cast(Unpacked, unpacked()).values)
+
+    def of_blocks(name: str) -> np.ndarray:
+        by_input = np.repeat(getattr(unpacked(), name), block, axis=1)
+        return _to_ours(file, cfg, tensor, by_input)[every]
+
+    def lazy(name: str) -> Lazy:
+        shape = tuple(size // step for size, step in zip(piece.shape, steps, strict=True))
+        make = functools.partial(of_blocks, name)
+        return Lazy(shape, np.dtype(of_one.scales.dtype), make, unpacked=True)
+
+    kind = cast(Kind, of_one.kind)
+    whole: Any = Lazy(piece.shape, FORMATS[kind].dtype, values, unpacked=True)
+    scales: Any = lazy("scales")
+    offsets: Any = None if of_one.offsets is None else lazy("offsets")
+    return Quantized(whole, scales, kind, inputs, offsets=offsets)
+
+
+def _to_ours(file: GGUFFile, cfg: ModelConfig, tensor: Tensor, values: np.ndarray) -> np.ndarray:
     if file.metadata["general.architecture"] in ROTATED_PAIRS and (heads := heads_of(cfg, tensor)):
         values = pairs_to_halves(values, heads)
     return tensor.to_ours(values)[0]

@@ -19,8 +19,9 @@ from pathlib import Path
 import jax
 import jaxlib
 
-SOURCES = ("panels.cc",)
-TARGETS = ("crucible_panels",)
+SOURCES = ("panels.cc", "paged.cc")
+HEADERS = ("vectors.h",)
+TARGETS = ("crucible_panels", "crucible_paged")
 _FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-ffp-contract=off")
 _SECONDS = 300  # for the compiler
 
@@ -56,7 +57,8 @@ def _compiled(compiler: str) -> Path:
     if platform.system() == "Darwin":
         flags += ("-undefined", "dynamic_lookup")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [*(source.read_text() for source in sources), *flags, version, jaxlib.__version__, _processor()]
+    read = [Path(__file__).with_name(name).read_text() for name in (*SOURCES, *HEADERS)]
+    parts = [*read, *flags, version, jaxlib.__version__, _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = root / "crucible" / "native" / f"{key}.so"

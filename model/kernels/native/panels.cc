@@ -8,82 +8,19 @@
 // neither on the number of rows nor on the number of threads.
 
 #include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <memory>
 #include <type_traits>
 
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "vectors.h"
 
 namespace {
 
+using namespace crucible;
+
 constexpr int kWidth = 32;        // outputs of a panel
+constexpr int kVectors = kWidth / kLanes;
+constexpr int kRows = kLanes == 16 ? 8 : 2;  // rows whose sums fit the registers
 constexpr int64_t kChunk = 512;   // inputs that are widened at once for many rows
 constexpr int64_t kManyRows = 12; // from here on a panel is widened once for all rows
-constexpr int64_t kGrain = 1 << 17;  // multiplications that are worth a thread
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 2;
-#else
-constexpr int kLanes = 4, kRows = 2;
-#endif
-constexpr int kVectors = kWidth / kLanes;
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-
-inline Floats load(const float* from) {
-  Floats to;
-  std::memcpy(&to, from, sizeof to);
-  return to;
-}
-
-inline void store(float* to, Floats from) { std::memcpy(to, &from, sizeof from); }
-
-inline Floats all(float x) { return x - Floats{}; }
-
-// a + x * y with one rounding
-inline Floats fma(Floats x, Floats y, Floats a) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)a);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)a);
-#else
-  Floats sum;
-  for (int i = 0; i < kLanes; i++) sum[i] = __builtin_fmaf(x[i], y[i], a[i]);
-  return sum;
-#endif
-}
-
-inline Floats load(const uint16_t* half) {  // float16
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)half));
-#elif defined(__AVX2__) && defined(__F16C__)
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)half));
-#else
-  Floats wide;
-  for (int i = 0; i < kLanes; i++) {
-    uint32_t sign = (half[i] & 0x8000u) << 16, rest = half[i] & 0x7fffu;
-    uint32_t bits = rest << 13;
-    float number;
-    std::memcpy(&number, &bits, 4);
-    number *= 0x1p112f;  // moves the exponent; exact, also for subnormals
-    std::memcpy(&bits, &number, 4);
-    bits |= sign;
-    std::memcpy(&number, &bits, 4);
-    wide[i] = number;
-  }
-  return wide;
-#endif
-}
 
 struct Bits8 {
   static constexpr int64_t kPairBytes = 2 * kWidth;
@@ -266,41 +203,6 @@ void of_panel(const Weight<Scale>& w, int64_t panel, int64_t rows, const float* 
     by_rows<kRows>(rows, [&](auto n, int64_t row) {
       of_wide<n>(wide, begin, end, w.inputs, w.outputs, x + row * w.inputs, y + row * w.outputs + panel * kWidth);
     });
-  }
-}
-
-// Panels are handed out a few at a time to this thread and to those of XLA that come to help.
-struct Work {
-  std::atomic<int64_t> next{0}, done{0};
-  int64_t count, grain;
-};
-
-template <typename F>
-void in_parallel(ffi::ThreadPool& pool, int64_t count, int64_t cost, F of_one) {
-  int64_t threads = std::min<int64_t>(pool.num_threads(), std::max<int64_t>(1, count * cost / kGrain));
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; i++) of_one(i);
-    return;
-  }
-  auto work = std::make_shared<Work>();
-  work->count = count;
-  work->grain = std::max<int64_t>(1, count / (threads * 4));
-  // A thread that comes late finds no work left and touches nothing of this call.
-  auto help = [work, of_one] {
-    for (;;) {
-      int64_t begin = work->next.fetch_add(work->grain);
-      if (begin >= work->count) return;
-      int64_t end = std::min(begin + work->grain, work->count);
-      for (int64_t i = begin; i < end; i++) of_one(i);
-      work->done.fetch_add(end - begin, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 1; i < threads; i++) pool.Schedule(decltype(help)(help));
-  help();
-  while (work->done.load(std::memory_order_acquire) < count) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
   }
 }
 

@@ -20,7 +20,7 @@ from model.kernels import backend
 from model.kernels.attention import Mask, Scores
 from model.kernels.attention.mask import LISTED
 from model.kernels.choice import Implementation, Operation
-from model.kernels.paged_attention import pages, third_party
+from model.kernels.paged_attention import cpu, pages, third_party
 from model.kernels.paged_attention.kv_layout import KVLayout
 from model.kernels.paged_attention.reference import in_plain
 from model.kernels.paged_attention.rows import Rows
@@ -37,13 +37,28 @@ class Request:
     bias: bool
     sinks: bool
     key_width: int
+    value_width: int
+    page_size: int
+    dtypes: frozenset[str]  # of queries and pages
 
 
 def request_for(
     q_THC: jax.Array, cache: dict[str, jax.Array], kv_layout: KVLayout, mask: Mask, scores: Scores
 ) -> Request:
     bias, sinks = scores.bias is not None, scores.sinks_H is not None
-    return Request(backend.current(), frozenset(cache), kv_layout, mask, bias, sinks, q_THC.shape[-1])
+    values = cache[kv_layout.values]
+    return Request(
+        backend.current(),
+        frozenset(cache),
+        kv_layout,
+        mask,
+        bias,
+        sinks,
+        key_width=q_THC.shape[-1],
+        value_width=values.shape[-1] // kv_layout.heads,
+        page_size=values.shape[1],
+        dtypes=frozenset(str(x.dtype) for x in (q_THC, *cache.values())),
+    )
 
 
 def paged_attention(
@@ -169,8 +184,14 @@ PAGED_ATTENTION = Operation(
         "plain": Implementation(
             ("plain", "gpu", "tpu"), _plain, _plain_refusal, cost="It gathers whole rows for each token."
         ),
+        "native": Implementation(("plain",), cpu.native_kernel, cpu.refusal),
         "kernel": Implementation(("tpu",), _by_kernel, _kernel_refusal),
         "ragged": Implementation(("tpu",), _ragged, _ragged_refusal),
     },
-    preferred={"plain": ("plain",), "gpu": ("plain",), "tpu": ("kernel", "plain")},
+    preferred={
+        "plain": ("plain",),
+        "cpu": ("native", "plain"),
+        "gpu": ("plain",),
+        "tpu": ("kernel", "plain"),
+    },
 )
