@@ -41,6 +41,8 @@ def gae(
 def whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Array:
     """(x - mean) / standard deviation over the mask; 0 outside."""
     count = jnp.maximum(jnp.sum(mask), 1)
-    mean = jnp.sum(x * mask) / count
-    variance = jnp.sum((x - mean) ** 2 * mask) / count
-    return jnp.where(mask > 0, (x - mean) * jax.lax.rsqrt(variance + eps), 0.0)
+    centred = x - jnp.sum(x * mask) / count
+    # the mean's rounding, which division by a tiny deviation would magnify
+    centred -= jnp.sum(centred * mask) / count
+    variance = jnp.sum(centred**2 * mask) / count
+    return jnp.where(mask > 0, centred * jax.lax.rsqrt(variance + eps), 0.0)

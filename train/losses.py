@@ -199,6 +199,8 @@ def process_reward(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax
     Returns:
       [B, T].
     """
+    # outside the mask it may be anything, and must not reach the gradient
+    logits = jnp.where(mask > 0, logits, 0.0)
     loss = -labels * log_sigmoid(logits) - (1 - labels) * log_sigmoid(-logits)
     return jnp.where(mask > 0, loss, 0.0)
 
@@ -229,11 +231,10 @@ def ppo_policy(
       [B, T].
     """
     advantages = _by_token(advantages, logprobs)
-    ratio = jnp.exp(_log_ratio(logprobs, old_logprobs, mask))
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + (clip_low if clip_high is None else clip_high))
-    gain = jnp.minimum(ratio * advantages, clipped * advantages)
-    if dual_clip is not None:
-        gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    gain = _clipped_gain(
+        log_ratio, advantages, clip_low, clip_low if clip_high is None else clip_high, dual_clip
+    )
     return jnp.where(mask > 0, -gain, 0.0)
 
 
@@ -241,11 +242,12 @@ def ppo_value(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, clip: float | None = 0.2
 ) -> jax.Array:
     """0.5 max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2), [B, T] each; None: not clipped."""
+    values, old_values, returns = (jnp.where(mask > 0, x, 0.0) for x in (values, old_values, returns))
     loss = (values - returns) ** 2
     if clip is not None:
         clipped = old_values + jnp.clip(values - old_values, -clip, clip)
         loss = jnp.maximum(loss, (clipped - returns) ** 2)
-    return jnp.where(mask > 0, 0.5 * loss, 0.0)
+    return 0.5 * loss
 
 
 def grpo(
@@ -274,7 +276,7 @@ def grpo(
     if beta:
         if ref_logprobs is None:
             raise ValueError("grpo with beta needs ref_logprobs, the log-probabilities of the reference.")
-        loss += beta * jnp.where(mask > 0, kl_k3(logprobs, ref_logprobs), 0.0)
+        loss += beta * kl_k3(jnp.where(mask > 0, logprobs, 0.0), jnp.where(mask > 0, ref_logprobs, 0.0))
     return jnp.sum(loss, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
 
 
@@ -299,9 +301,7 @@ def gspo(
     """
     tokens = jnp.sum(mask, axis=-1)
     log_ratio = jnp.sum(_log_ratio(logprobs, old_logprobs, mask), axis=-1) / jnp.maximum(tokens, 1)
-    ratio = jnp.exp(log_ratio)
-    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
-    return jnp.where(tokens > 0, -gain, 0.0)
+    return jnp.where(tokens > 0, -_clipped_gain(log_ratio, advantages, clip_low, clip_high), 0.0)
 
 
 def cispo(
@@ -331,6 +331,20 @@ def cispo(
 def reinforce(logprobs: jax.Array, advantages: jax.Array, mask: jax.Array) -> jax.Array:
     """-A log-probability, [B, T]; Williams 1992. With `rloo_advantages` it is RLOO, Ahmadian et al. 2024."""
     return jnp.where(mask > 0, -_by_token(advantages, logprobs) * logprobs, 0.0)
+
+
+def _clipped_gain(
+    log_ratio: jax.Array, advantages: jax.Array, low: float, high: float, dual: float | None = None
+) -> jax.Array:
+    """min(rho A, clip(rho, 1 - low, 1 + high) A), and at least dual A where A is negative.
+
+    Where the gain no longer depends on rho, neither does its gradient: a rho that overflows is not in it.
+    """
+    top = 1 + high if dual is None else jnp.where(advantages < 0, dual, 1 + high)
+    constant = (log_ratio > jnp.log(top)) & ((advantages >= 0) | (dual is not None))
+    ratio = jnp.exp(jnp.where(constant, 0.0, log_ratio))
+    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
+    return jnp.where(constant, top * advantages, gain)
 
 
 def _log_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -385,6 +399,8 @@ def jsd(
         return _kl(teacher, student)
     if beta == 1:
         return _kl(student, teacher)
+    # -inf in both, of tokens that neither may say, would be NaN in the gradient of the mixture
+    student, teacher = jnp.maximum(student, -1e30), jnp.maximum(teacher, -1e30)
     mixture = jnp.logaddexp(student + jnp.log1p(-beta), teacher + jnp.log(beta))
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 

@@ -186,18 +186,62 @@ def test_kl_estimators_have_the_right_mean_and_the_gradients_that_are_claimed():
     assert np.abs(as_loss(losses.kl_k3) - jax.grad(kl)(logits)).max() > 0.05
 
 
-@pytest.mark.parametrize("loss", [losses.ppo_policy, losses.grpo, losses.gspo, losses.cispo])
-def test_what_is_outside_the_mask_changes_neither_loss_nor_gradient(loss):
+def grpo_with_kl(logprobs, old, advantages, mask):
+    return losses.grpo(logprobs, old, advantages, mask, ref_logprobs=old, beta=0.1)
+
+
+def masked_value(values, old, returns, mask):
+    return losses.ppo_value(values, old, jnp.broadcast_to(returns[:, None], values.shape), mask)
+
+
+def masked_steps(logits, labels, _, mask):
+    return losses.process_reward(logits, jnp.exp(labels), mask)
+
+
+@pytest.mark.parametrize("anything", [500.0, -500.0, -np.inf, np.nan])
+@pytest.mark.parametrize(
+    "loss",
+    [losses.ppo_policy, losses.grpo, grpo_with_kl, losses.gspo, losses.cispo, masked_value, masked_steps],
+)
+def test_what_is_outside_the_mask_changes_neither_loss_nor_gradient(loss, anything):
     rng = np.random.default_rng(2)
     logprobs, old = (-np.abs(rng.normal(size=(3, 5))).astype(np.float32) for _ in range(2))
     mask = (np.arange(5) < np.array([5, 2, 0])[:, None]).astype(np.float32)
     advantages = rng.normal(size=3).astype(np.float32)
-    hostile = np.where(mask > 0, logprobs, 500.0).astype(np.float32)
+    hostile = np.where(mask > 0, logprobs, anything).astype(np.float32)
     total_of = lambda x: jnp.sum(loss(x, old, jnp.asarray(advantages), jnp.asarray(mask)))
     (a, grad_a), (b, grad_b) = (jax.value_and_grad(total_of)(jnp.asarray(x)) for x in (logprobs, hostile))
     assert float(a) == float(b)
     np.testing.assert_array_equal(np.where(mask > 0, grad_a, 0), grad_a)
     np.testing.assert_array_equal(grad_a, grad_b)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("loss", [losses.ppo_policy, losses.gspo])
+def test_a_clipped_ratio_that_overflows_has_no_gradient(loss, dual_clip):
+    if loss is losses.gspo and dual_clip is not None:
+        pytest.skip("GSPO has no dual clip")
+    options = {} if loss is losses.gspo else {"dual_clip": dual_clip}
+    advantages = np.array([2.0, 0.0] if dual_clip is None else [2.0, 0.0, -2.0], np.float32)
+    old = jnp.full((len(advantages), 1), -200.0)
+    mask, start = jnp.ones_like(old), jnp.zeros_like(old)
+    total_of = lambda x: jnp.sum(loss(x, old, jnp.asarray(advantages), mask, 0.2, 0.2, **options))
+    found, gradient = jax.value_and_grad(total_of)(start)
+    assert float(found) == pytest.approx(-1.2 * 2.0 + (0 if dual_clip is None else dual_clip * 2.0))
+    np.testing.assert_array_equal(gradient, jnp.zeros_like(start))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_a_token_that_neither_may_say_leaves_the_divergence_and_its_gradient_as_they_are(beta):
+    rng = np.random.default_rng(3)
+    student, teacher = rng.normal(size=(2, 2, 4)).astype(np.float32)
+    longer = lambda x: np.concatenate([x, np.full((2, 1), -np.inf, np.float32)], axis=1)
+    of = lambda s, t: jax.value_and_grad(lambda s: jnp.sum(losses.jsd(s, jnp.asarray(t), beta)))(
+        jnp.asarray(s)
+    )
+    (a, grad_a), (b, grad_b) = of(student, teacher), of(longer(student), longer(teacher))
+    assert float(a) == pytest.approx(float(b), rel=1e-6)
+    np.testing.assert_allclose(grad_b, np.pad(grad_a, [(0, 0), (0, 1)]), rtol=1e-5, atol=1e-7)
 
 
 def test_process_reward_with_a_share_as_label_is_least_at_that_share():

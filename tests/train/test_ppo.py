@@ -43,6 +43,13 @@ def test_gae_is_its_definition_and_skips_what_the_policy_did_not_write():
     assert last_choice(jnp.asarray(mask))[0, 6] == 1
 
 
+@pytest.mark.parametrize("value", [0.1, 1000.1, -3e4 + 0.3])
+def test_equal_advantages_are_white_at_zero(value):
+    np.testing.assert_allclose(
+        whiten(jnp.full((2, 7), value), jnp.ones((2, 7))), jnp.zeros((2, 7)), atol=1e-6
+    )
+
+
 def test_the_penalty_follows_its_target():
     ppo = PPO(kl_target=2.0, kl_horizon=100)
     assert ppo.next_kl_weight(0.1, 2.0, 50) == pytest.approx(0.1)
