@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,18 @@ class ConfigError(ValueError):
     """A config, an override or a path that the user has to mend; its message needs no trace."""
 
 
-def check_at_least(least: int, **values: int) -> None:
-    """Raises ValueError that names the first key below `least`."""
+def check_at_least(least: int, **values: float) -> None:
+    """Raises ValueError that names the first key below `least`, or not finite."""
     for name, value in values.items():
-        if value < least:
+        if not least <= value < math.inf:
             raise ValueError(f"{name}={value}; wanted at least {least}.")
+
+
+def check_above(bound: int, **values: float) -> None:
+    """Raises ValueError that names the first key not above `bound`, or not finite."""
+    for name, value in values.items():
+        if not bound < value < math.inf:
+            raise ValueError(f"{name}={value}; wanted more than {bound}.")
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str = "config") -> T:
@@ -206,6 +214,8 @@ def _convert(tp: Any, value: Any, where: str) -> Any:
     if tp in (int, float, str, bool):
         if type(value) is not tp:
             raise _wrong_type(tp, value, where)
+        if value != value:
+            raise ConfigError(f"{where}=nan is no number. Wanted {type_name(tp)}.")
         return value
     raise TypeError(
         f"{where}: {type_name(tp)} is not a type that a config field can have (see configs/typed.py)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from configs.typed import check_at_least
+from configs.typed import check_above, check_at_least
 from data.tasks import INSTRUCTION, TaskSpec
 from train.algorithms import GRPO, PPO, OnPolicyDistillation
 from train.config import CheckpointSpec, LearnerConfig, MeshSpec
@@ -23,6 +23,7 @@ class RolloutSpec:
     def __post_init__(self):
         check_at_least(1, prompts=self.prompts, group=self.group, max_new_tokens=self.max_new_tokens)
         check_at_least(2, seq_len=self.seq_len)
+        check_at_least(0, temperature=self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RewardSpec:
 
     def __post_init__(self):
         check_at_least(1, workers=self.workers)
+        check_above(0, timeout=self.timeout)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,13 @@ class RLConfig(LearnerConfig):
         super().__post_init__()
         check_at_least(1, problems=self.problems, evaluate_problems=self.evaluate_problems)
         check_at_least(0, evaluate_every=self.evaluate_every, log_samples=self.log_samples)
+        if not self.rollout.temperature:
+            raise ValueError("config.rollout.temperature=0 has no log-probabilities; wanted more than 0.")
+        if isinstance(self.algorithm, GRPO) and self.rollout.group < 2:
+            raise ValueError(
+                f"config.rollout.group={self.rollout.group}: GRPO compares the answers to a prompt with each other, "
+                "and one alone teaches nothing. Give at least 2."
+            )
         if self.prompts is not None and not self.rewards_by_model:
             raise ValueError(
                 "config.prompts have no verifier, so their answers earn nothing. Take config.algorithm.kind=PPO with "

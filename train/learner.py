@@ -61,6 +61,7 @@ def make_plan(
         roles[name] = role
         if not role.without_adapters:
             starts[name] = role_start(config, name, role, policy, mesh)
+    algorithm.check_models({name: start.cfg for name, start in starts.items()})
     optimizers = {}
     for name, role in roles.items():
         if role.trained:

@@ -87,6 +87,11 @@ def _check_balance(config: TrainConfig, cfg: ModelConfig) -> None:
 def _check_batch(config: TrainConfig, mesh: Mesh) -> None:
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = 2 if config.batch_kind == "preference" else 1
+    if config.data.batch_size < config.algorithm.min_rows:
+        raise ConfigError(
+            f"config.data.batch_size={config.data.batch_size}: {type(config.algorithm).__name__} compares each row "
+            f"with another one of its batch. Use at least {config.algorithm.min_rows}."
+        )
     unit = ways * rows * config.microbatches
     if config.data.batch_size % unit:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import time
 
@@ -263,3 +264,20 @@ def test_a_run_that_has_begun_goes_on_without_naming_its_first_model_unless_a_re
         configs.ConfigError, match="give config.init_from: the reference is the policy as it was"
     ):
         run(dataclasses.replace(ppo_config(policy), init_from=None), tmp_path / "ppo")
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ({"rollout": {"temperature": 0}}, "config.rollout.temperature=0 has no log-probabilities"),
+        ({"rollout": {"group": 1}}, "config.rollout.group=1: GRPO compares"),
+        ({"algorithm": {"kind": "GRPO", "clip_low": -1}}, "clip_low=-1.0; wanted at least 0"),
+        ({"algorithm": {"kind": "PPO", "dual_clip": 0.5}}, "dual_clip=0.5; wanted more than 1"),
+        ({"algorithm": {"kind": "PPO", "gamma": 2}}, "gamma=2.0 and lam=0.95; wanted 0 to 1"),
+        ({"algorithm": {"kind": "PPO", "temperature": 0}}, "temperature=0.0; wanted more than 0, or None"),
+        ({"reward": {"timeout": 0}}, "timeout=0.0; wanted more than 0"),
+    ],
+)
+def test_a_number_that_no_reinforcement_learning_can_use_is_refused(key, said):
+    with pytest.raises(configs.ConfigError, match=re.escape(said)):
+        configs.build(RLConfig, configs.overlay(RLConfig, key))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import re
 import shutil
 
 import jax
@@ -326,6 +329,41 @@ def test_roles_that_do_not_fit_are_refused_with_the_mend(corpus, answers, uninte
     wrong = tuned(corpus, answers, uninterrupted[0], {"kind": "KTO"}, "pairs")
     with pytest.raises(configs.ConfigError, match="kind 'preference'; batches of kind 'labelled'"):
         prepare_run(wrong)
+    hidden = {"kind": "Distillation", "teacher": str(uninterrupted[0]), "hidden_weight": 1.0}
+    narrow = make_config(corpus, init_from=str(uninterrupted[0]), algorithm=hidden | {"teacher_width": 16})
+    with pytest.raises(configs.ConfigError, match=r"teacher_width=16, and the hidden .* have 32 numbers"):
+        prepare_run(narrow)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ({"algorithm": {"kind": "DPO", "beta": math.nan}}, "algorithm.beta=nan is no number"),
+        ({"algorithm": {"kind": "DPO", "beta": math.inf}}, "beta=inf; wanted more than 0"),
+        ({"algorithm": {"kind": "DPO", "nll_weight": -1}}, "nll_weight=-1.0; wanted at least 0"),
+        ({"algorithm": {"kind": "ORPO", "beta": -1}}, "beta=-1.0; wanted at least 0"),
+        ({"algorithm": {"kind": "SimPO", "beta": -1}}, "beta=-1.0; wanted more than 0"),
+        ({"algorithm": {"kind": "KTO", "beta": 0}}, "beta=0.0; wanted more than 0"),
+        ({"algorithm": {"kind": "KTO", "desired_weight": -1}}, "desired_weight=-1.0; wanted at least 0"),
+        ({"algorithm": {"kind": "RewardModel", "centring": -1}}, "centring=-1.0; wanted at least 0"),
+        (
+            {"algorithm": {"kind": "Distillation", "teacher": "t", "temperature": 0}},
+            "temperature=0.0; wanted more than 0",
+        ),
+        ({"optimizer": {"peak_lr": -1}}, "peak_lr=-1.0; wanted at least 0"),
+        ({"optimizer": {"kind": "Muon", "weight_decay": math.inf}}, "weight_decay=inf; wanted at least 0"),
+    ],
+)
+def test_a_number_that_no_run_can_use_is_refused(key, said):
+    with pytest.raises(configs.ConfigError, match=re.escape(said)):
+        configs.build(TrainConfig, configs.overlay(TrainConfig, key))
+
+
+def test_kto_refuses_a_batch_without_another_prompt(corpus, answers, uninterrupted):
+    config = tuned(corpus, answers, uninterrupted[0], {"kind": "KTO"}, "labelled")
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=1))
+    with pytest.raises(configs.ConfigError, match="batch_size=1: KTO compares each row .* Use at least 2"):
+        prepare_run(one)
 
 
 def test_a_narrow_student_learns_a_teachers_distribution_from_the_teacher_and_from_its_cache(

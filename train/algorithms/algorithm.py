@@ -25,6 +25,7 @@ class Algorithm(Protocol):
     """
 
     batch_kind: ClassVar[str]  # of data's batches, or "trajectory"
+    min_rows: ClassVar[int] = 1  # of a batch, where `prepare` compares a row with others
 
     def roles(self) -> dict[str, Role]:
         """The models by name. "policy" is trained, and is what a run's checkpoint holds as its model."""
@@ -44,6 +45,9 @@ class Algorithm(Protocol):
     def with_tokenizer(self, tokenizer: Tokenizer) -> Algorithm:
         """The algorithm with what it needs of the run's tokenizer. Raises ConfigError for what the tokenizer lacks."""
         return self
+
+    def check_models(self, cfgs: Mapping[str, ModelConfig]) -> None:
+        """Raises ConfigError for models of the roles that do not fit each other."""
 
     def trains_mtp(self, cfg: ModelConfig) -> bool:
         """Whether the loss uses the model's modules for multi-token prediction."""

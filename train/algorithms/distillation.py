@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 
 from configs import ConfigError
-from configs.typed import check_at_least
-from model import Output, WeightedSum
+from configs.typed import check_above, check_at_least
+from model import ModelConfig, Output, WeightedSum
 from model.logprobs import ScoreOptions, scores_of_logits
 from model.readouts.heads import LinearHead
 from train import losses
@@ -49,6 +50,9 @@ class Distillation(Algorithm):
             raise ValueError("Distillation needs either `teacher` or `cache`.")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta}; wanted 0 to 1.")
+        check_above(0, temperature=self.temperature)
+        check_at_least(0, nll_weight=self.nll_weight, hidden_weight=self.hidden_weight)
+        check_at_least(0, teacher_width=self.teacher_width)
         if self.cache is not None and (self.beta or self.hidden_weight):
             raise ValueError(
                 "a cache holds a teacher's likeliest tokens, enough for the forward KL alone: set beta=0 and "
@@ -63,6 +67,13 @@ class Distillation(Algorithm):
         head = LinearHead(HIDDEN, self.teacher_width) if self.hidden_weight else None
         policy = Role(trained=True, head=head)
         return {"policy": policy} | ({"teacher": Role(source=self.teacher)} if self.teacher else {})
+
+    def check_models(self, cfgs: Mapping[str, ModelConfig]) -> None:
+        if self.hidden_weight and cfgs["teacher"].token_width != self.teacher_width:
+            raise ConfigError(
+                f"config.algorithm.teacher_width={self.teacher_width}, and the hidden states of {self.teacher} have "
+                f"{cfgs['teacher'].token_width} numbers. Give that."
+            )
 
     def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         weights_BT = batch["loss_weights"]
@@ -107,6 +118,8 @@ class OnPolicyDistillation(Algorithm):
 
     def __post_init__(self):
         check_at_least(1, minibatches=self.minibatches)
+        if self.temperature is not None:
+            check_above(0, temperature=self.temperature)
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta={self.beta}; wanted 0 to 1.")
 

@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 import jax
 import jax.numpy as jnp
 
+from configs.typed import check_above, check_at_least
 from model import WeightedSum
 from model.logprobs import TokenScores
 from train import losses
@@ -39,6 +40,11 @@ class KTO(Algorithm):
     reference: str | None = None  # a model in place of the policy at the start
 
     batch_kind: ClassVar[str] = "labelled"
+    min_rows: ClassVar[int] = 2
+
+    def __post_init__(self):
+        check_above(0, beta=self.beta)
+        check_at_least(0, desired_weight=self.desired_weight, undesired_weight=self.undesired_weight)
 
     def roles(self) -> dict[str, Role]:
         return {"policy": Role(trained=True), "reference": Role(source=self.reference)}

@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 import jax
 import jax.numpy as jnp
 
-from configs.typed import check_at_least
+from configs.typed import check_above, check_at_least
 from model import WeightedSum
 from model.logprobs import ScoreOptions, TokenScores
 from train import losses
@@ -41,6 +41,9 @@ class GRPO(Algorithm):
 
     def __post_init__(self):
         check_at_least(1, minibatches=self.minibatches)
+        check_at_least(0, clip_low=self.clip_low, clip_high=self.clip_high)
+        if self.temperature is not None:
+            check_above(0, temperature=self.temperature)
 
     def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         temperature = 1.0 if self.temperature is None else self.temperature

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 
-from configs.typed import check_at_least
+from configs.typed import check_above, check_at_least
 from model import ScalarHead, WeightedSum
 from model.logprobs import ScoreOptions, TokenScores
 from train import losses
@@ -55,10 +56,16 @@ class PPO(Algorithm):
 
     def __post_init__(self):
         check_at_least(1, minibatches=self.minibatches, epochs=self.epochs, kl_horizon=self.kl_horizon)
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ValueError(
-                f"kl_target={self.kl_target}; wanted more than 0, or None for a fixed kl_weight."
-            )
+        check_at_least(0, clip=self.clip, value_weight=self.value_weight, value_lr_scale=self.value_lr_scale)
+        check_at_least(0, kl_weight=self.kl_weight)
+        if not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
+            raise ValueError(f"gamma={self.gamma} and lam={self.lam}; wanted 0 to 1.")
+        if self.dual_clip is not None:
+            check_above(1, dual_clip=self.dual_clip)
+        for name in ("value_clip", "kl_target", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}; wanted more than 0, or None.")
 
     def roles(self) -> dict[str, Role]:
         start = self.value or self.reward

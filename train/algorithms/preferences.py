@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, cast
 import jax
 import jax.numpy as jnp
 
+from configs.typed import check_above, check_at_least
 from model import WeightedSum
 from model.logprobs import ScoreOptions, TokenScores
 from train import losses
@@ -52,8 +53,8 @@ class DPO(Algorithm):
 
     def __post_init__(self):
         _check_smoothing(self.label_smoothing)
-        if self.beta <= 0:
-            raise ValueError(f"beta={self.beta}; wanted more than 0.")
+        check_above(0, beta=self.beta)
+        check_at_least(0, nll_weight=self.nll_weight)
         if self.label_smoothing and self.variant in ("hinge", "ipo"):
             raise ValueError(
                 f"label_smoothing={self.label_smoothing} has no meaning for variant={self.variant!r}. Set it to 0, or "
@@ -102,6 +103,9 @@ class ORPO(Algorithm):
 
     batch_kind: ClassVar[str] = "preference"
 
+    def __post_init__(self):
+        check_at_least(0, beta=self.beta)
+
     def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         chosen_N, rejected_N, real_N, aux = _averages(models, batch)
         loss = WeightedSum.of(losses.orpo(chosen_N, rejected_N, self.beta), real_N)
@@ -127,6 +131,8 @@ class SimPO(Algorithm):
 
     def __post_init__(self):
         _check_smoothing(self.label_smoothing)
+        check_above(0, beta=self.beta)
+        check_at_least(0, gamma=self.gamma, nll_weight=self.nll_weight)
 
     def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         chosen_N, rejected_N, real_N, aux = _averages(models, batch)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from configs.typed import check_at_least
 from model import ScalarHead, WeightedSum
 from train import losses
 from train.algorithms.algorithm import Algorithm, Metrics, pairs, real_pairs, with_aux, with_row_weights
@@ -22,12 +23,16 @@ REWARD = ScalarHead("reward")
 class RewardModel(Algorithm):
     """Bradley-Terry from preference pairs: a language model with a scalar head, read at a completion's last token.
 
-    `margin` in a pair's record, where there is one, says by how much the chosen completion is better.
+    `margin` [B] of a batch, where there is one, says by how much the chosen completion shall be better; datasets have
+    none.
     """
 
     centring: float = 0.01  # coefficient of (r_chosen + r_rejected)^2, which keeps rewards near 0
 
     batch_kind: ClassVar[str] = "preference"
+
+    def __post_init__(self):
+        check_at_least(0, centring=self.centring)
 
     def roles(self) -> dict[str, Role]:
         return {"policy": Role(trained=True, head=REWARD)}
