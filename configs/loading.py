@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import sys
 import traceback
@@ -69,7 +70,7 @@ def parse(
     source = source or default_config
     if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in argv):
         mapping = _chosen_kinds(cls, _read(cls, source) if source else overlay(cls, {}), argv)
-        print(help_text(cls, mapping, description, program, flags or {}, default_config, workdir_required))
+        _show(help_text(cls, mapping, description, program, flags or {}, default_config, workdir_required))
         raise SystemExit(0)
     if source is None:
         _refuse_unknown_flags(argv, flags or {}, program)  # --confg=FILE is misspelt, not missing
@@ -134,6 +135,14 @@ def run(
             "\nInterrupted. The same command, given again, goes on from where this stopped.", file=sys.stderr
         )
         return 130
+
+
+def _show(text: str) -> None:
+    """Prints a page whose reader may leave before its end, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the program's end
 
 
 def _chosen_kinds(cls: type, mapping: dict[str, Any], argv: list[str]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import numpy as np
 import configs
 import data
 import model
-from configs.exits import Stopped
 from data.packing import shuffled
 from model.compilation import prepare_compiler
 from model.inspect.flops import forward_flops_per_token, mfu, train_flops_per_token
@@ -34,7 +33,8 @@ from train.learner import Learner, make_plan
 from train.mesh import check_mesh, make_mesh, place_batch
 from train.metrics import MetricsLog, Progress, Window
 from train.start import policy_start
-from train.trainer import Preemption, TrainingDiverged, save_config
+from train.stopping import Stopping
+from train.trainer import TrainingDiverged, save_config
 
 
 class SamplerMismatch(RuntimeError):
@@ -52,7 +52,7 @@ def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str
 
     Raises:
       SamplerMismatch: `mismatch_kl` above `config.max_mismatch_kl`.
-      Stopped: SIGTERM came; the step in hand is saved.
+      Stopped, KeyboardInterrupt: after SIGTERM or Ctrl-C; the step in hand is saved.
       TrainingDiverged: steps in a row without a finite gradient.
     """
     if not config.init_from and not has_checkpoint(Path(workdir)):
@@ -70,7 +70,7 @@ def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str
 
 class _Run:
     def __init__(self, config: RLConfig, workdir: Path, mesh, verifiers: Verifiers):
-        self.config, self.mesh, self.stopping = config, mesh, False
+        self.config, self.mesh, self.stopping, self._saved = config, mesh, Stopping(), 0
         # A run that has begun says all about itself; the model that it began from may be gone.
         begun = workdir if has_checkpoint(workdir) else None
         self.tokenizer = data.load_tokenizer(begun or cast(str, config.init_from))
@@ -119,7 +119,7 @@ class _Run:
         else:
             self._evaluate(0)
         progress = Progress(config.steps, self.start)
-        with contextlib.closing(self.learner), Preemption(self):
+        with contextlib.closing(self.learner), self.stopping:
             for step in range(self.start + 1, stop_at + 1):
                 last = self._step(step)
                 bad_in_a_row = bad_in_a_row + 1 if last["skipped"] else 0
@@ -128,23 +128,25 @@ class _Run:
                 progress.show(step, **_shown(last))
                 end = step == config.steps
                 # Saved first: nothing that fails below may lose the steps.
-                if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-                    self.learner.save(step, {"seed": config.seed, "kl_weight": self.kl_weight})
+                if end or step == stop_at or self.stopping.asked or step % config.checkpoint.every == 0:
+                    self._save(step)
                 if end or (config.evaluate_every and step % config.evaluate_every == 0):
                     self._evaluate(step)
-                if self.stopping:
+                if self.stopping.asked:
+                    self._save(step)  # the signal may have come after this step's turn to be saved
                     break
         if self.start == config.steps:  # all steps are saved; the last evaluation may have been cut short
             self._evaluate(self.start)
         self.log.close()
-        if self.stopping and step < stop_at:
-            raise Stopped(f"stopped after step {step}; the same command goes on from here.")
-        return (
-            last
-            | self.validation
-            | {"step": int(self.learner.state.step) // self.updates}
-            | self.rate.overall()
-        )
+        done = int(self.learner.state.step) // self.updates
+        if done < stop_at:
+            self.stopping.leave(done)
+        return last | self.validation | {"step": done} | self.rate.overall()
+
+    def _save(self, step: int) -> None:
+        if step != self._saved:
+            self.learner.save(step, {"seed": self.config.seed, "kl_weight": self.kl_weight})
+            self._saved = step
 
     def _step(self, step: int) -> dict[str, float]:
         config, began = self.config, time.monotonic()

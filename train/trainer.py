@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import configs
 import data
 import model
-from configs.exits import Stopped
 from model.compilation import prepare_compiler
 from model.function import Params
 from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
@@ -28,6 +26,7 @@ from train.metrics import MetricsLog, Progress, Window
 from train.sampling import draw_samples
 from train.schedules import learning_rate
 from train.setup import Setup, prepare_run
+from train.stopping import Stopping
 from train.teacher import TeacherCache
 
 
@@ -46,7 +45,7 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
 
     Raises:
       TrainingDiverged: `config.max_bad_steps` steps in a row were not finite.
-      Stopped: after SIGTERM; the current step is saved.
+      Stopped, KeyboardInterrupt: after SIGTERM or Ctrl-C; the current step is saved.
       ValueError: mesh, data and model do not fit together; says how to fix it.
     """
     prepare_compiler()
@@ -66,7 +65,7 @@ class _Run:
         rows = self._rows_here()
         self.forgetting = Forgetting(self.config, setup.cfg, setup.mesh, workdir, rows)
         self.log = MetricsLog(workdir, self.steps_done, write=jax.process_index() == 0)
-        self.stopping = False
+        self.stopping, self._saved = Stopping(), 0
 
     @property
     def steps_done(self) -> int:
@@ -79,7 +78,7 @@ class _Run:
         pending, bad_in_a_row, last = None, 0, {}
         if not start:
             self.forgetting.before(self.learner.params)
-        with contextlib.closing(self.learner), Preemption(self):
+        with contextlib.closing(self.learner), self.stopping:
             batches = self._training_batches() if start < stop_at else iter(())
             for step in range(start + 1, stop_at + 1):
                 batch = self.learner.prepare(place_batch(next(batches), self.setup.mesh, config.sharding))
@@ -99,7 +98,8 @@ class _Run:
                     self._show(progress, step, last)
                 with clock.paused():
                     self._periodic(step, stop_at)
-                if self.stopping:
+                if self.stopping.asked:
+                    self._save(step)  # the signal may have come after this step's turn to be saved
                     break
         if start == config.steps:  # all steps are saved; the last validation may have been cut short
             self.log.forget(start, "validation")
@@ -108,15 +108,15 @@ class _Run:
         if self.steps_done == config.steps:
             final |= self.forgetting.after(self.learner.params)
         self.log.close()
-        if self.stopping and self.steps_done < stop_at:
-            raise Stopped(f"stopped after step {self.steps_done}; the same command goes on from here.")
+        if self.steps_done < stop_at:
+            self.stopping.leave(self.steps_done)
         return final | {"step": self.steps_done} | clock.overall()
 
     def _periodic(self, step: int, stop_at: int) -> None:
         config, end = self.config, step == self.config.steps
         # Save first, so that a failure below loses no steps.
-        if end or step == stop_at or self.stopping or step % config.checkpoint.every == 0:
-            self.learner.save(step, {"examples": self.examples, "seed": config.seed})
+        if end or step == stop_at or self.stopping.asked or step % config.checkpoint.every == 0:
+            self._save(step)
         if end or (config.validate_every and step % config.validate_every == 0):
             self._validate(step)
         if config.samples.prompts and (end or (config.samples.every and step % config.samples.every == 0)):
@@ -124,6 +124,11 @@ class _Run:
                 self.setup.cfg, self.learner.params, self.setup.tokenizer, config.samples
             ):
                 self.log.write_sample({"step": step} | row)
+
+    def _save(self, step: int) -> None:
+        if step != self._saved:
+            self.learner.save(step, {"examples": self.examples, "seed": self.config.seed})
+            self._saved = step
 
     def _rows_here(self) -> dict[str, int]:
         index, count = rows_here(self.setup.mesh, self.config.sharding, self.config.data.batch_size)
@@ -251,26 +256,6 @@ class _Rate:
         tokens_per_second = steps * self._tokens / max(seconds, 1e-9)
         share = mfu(tokens_per_second * self._flops, self._devices)
         return {"tokens_per_second": tokens_per_second, "mfu": share}
-
-
-class Preemption:
-    """While active, SIGTERM (a preemption notice) makes the run save and stop after the current step."""
-
-    def __init__(self, run: Any):
-        self._run = run
-
-    def __enter__(self):
-        def stop(*_):
-            self._run.stopping = True
-
-        try:
-            self._old = signal.signal(signal.SIGTERM, stop)
-        except ValueError:  # not the main thread
-            self._old = None
-
-    def __exit__(self, *_):
-        if self._old is not None:
-            signal.signal(signal.SIGTERM, self._old)
 
 
 def save_config(config: Any, workdir: Path) -> None:

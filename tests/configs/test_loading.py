@@ -330,6 +330,16 @@ def test_run_keeps_the_trace_of_a_defect(file):
         configs.run(main, Config, [f"--config={file}", "--workdir=x"])
 
 
+def test_help_whose_reader_leaves_ends_without_a_trace():
+    script = (
+        "import sys, configs\nfrom train.config import TrainConfig\nconfigs.parse(TrainConfig, ['--help'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+    process.stderr.close()
+
+
 def test_a_process_prints_one_paragraph_and_no_trace_for_a_misspelt_key(file):
     script = textwrap.dedent("""
         import dataclasses, sys, configs

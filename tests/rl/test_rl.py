@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
+import signal
 import time
 
 import jax
@@ -13,6 +14,8 @@ import pytest
 import configs
 import data
 import model
+from configs.exits import Stopped
+from configs.paths import complete_steps
 from data.tasks import Problem
 from model import decoder, init
 from model.formats.checkpoint import save_native
@@ -146,6 +149,23 @@ def test_rl_resumes_between_steps_bit_for_bit(policy, whole, tmp_path):
     ours, theirs = (jax.tree.leaves(model.load(path)[1]) for path in (tmp_path, whole[0]))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_rl_that_is_asked_to_stop_in_an_evaluation_saves_its_step(
+    policy, tmp_path, monkeypatch, sent, raised
+):
+    evaluate = loop._Run._evaluate
+
+    def interrupted(self, step):
+        if step == 1:
+            os.kill(os.getpid(), sent)
+        return evaluate(self, step)
+
+    monkeypatch.setattr(loop._Run, "_evaluate", interrupted)
+    with pytest.raises(raised):
+        run(make_config(policy, steps=2, evaluate_every=1), tmp_path)
+    assert complete_steps(tmp_path / "checkpoints") == [1]
 
 
 def test_a_run_without_a_policy_or_with_too_long_prompts_says_so(policy, tmp_path):

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import configs
 import data
 import model
+from configs.exits import Stopped
 from configs.paths import complete_steps
 from data.shards import TokenRecord, write_dataset
 from data.tokenize import write_chat_dataset
@@ -33,6 +34,7 @@ from train.metrics import MetricsLog
 from train.references import fingerprint
 from train.sampling import draw_samples
 from train.setup import prepare_run
+from train.stopping import Stopping
 from train.trainer import TrainingDiverged, train
 
 from .conftest import leaves, make_config
@@ -396,6 +398,35 @@ def test_a_killed_command_given_again_ends_like_one_that_was_not(corpus, uninter
     assert out.returncode == 0, out.stderr
     assert "going on from step" in out.stdout
     assert json.loads((workdir / "result.json").read_text())["step"] == 400
+
+
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize("during", ["step", "_validate"])
+def test_a_run_that_is_asked_to_stop_saves_its_step(corpus, tmp_path, monkeypatch, sent, raised, during):
+    config = make_config(corpus, steps=4, validate_every=2)
+    owner = Learner if during == "step" else trainer._Run
+    plain, second_step = getattr(owner, during), 2 if during == "step" else 1
+    calls = []
+
+    def interrupted(self, *args):
+        calls.append(args)
+        if len(calls) == second_step:
+            os.kill(os.getpid(), sent)
+        return plain(self, *args)
+
+    monkeypatch.setattr(owner, during, interrupted)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(raised):
+        train(config, tmp_path)
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert complete_steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_second_interrupt_ends_the_run_at_once():
+    with pytest.raises(KeyboardInterrupt), Stopping() as stopping:
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.asked == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_figure_that_is_not_known_is_null_in_the_log(tmp_path):
