@@ -36,12 +36,13 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All draws of a run, by phase; by source what packing wastes and how many documents are too long for a row and
-    left out or cut off; and how often a source may be repeated."""
+    """All draws of a run, by phase; by source what packing wastes, and how many documents are too long for a row and
+    left out (`dropped`) or cut off (`truncated`); and how often a source may be repeated."""
 
     draws: tuple[Draw, ...]
     waste: dict[str, Waste]
-    too_long: dict[str, int]
+    dropped: dict[str, int]
+    truncated: dict[str, int]
     max_epochs: float
 
     def table(self) -> str:
@@ -69,10 +70,13 @@ class Plan:
 
     def warnings(self) -> list[str]:
         last = {draw.source: draw.epochs for draw in self.draws}
+        documents = {draw.source: draw.documents for draw in self.draws}
         long = [
-            f"warning: {count:,} records of {source} are longer than a row and left out or cut off: raise seq_len."
-            for source, count in self.too_long.items()
-            if count
+            f"warning: {counts[source]:,} of {count:,} records of {source} are longer than a row and {what}: "
+            "raise seq_len."
+            for counts, what in ((self.dropped, "left out"), (self.truncated, "cut off"))
+            for source, count in documents.items()
+            if counts[source]
         ]
         return long + [
             f"warning: {source} is repeated {epochs:.1f} times, more than {self.max_epochs:g}: lower its weight, set "
@@ -105,8 +109,9 @@ def make_plan(
                 )  # fmt: skip
     packers = {folder: source.packer for folder, source in opened.sources.items()}
     waste = {folder: packer.waste() for folder, packer in packers.items()}
-    too_long = {folder: packer.dropped + packer.truncated for folder, packer in packers.items()}
-    return Plan(tuple(draws), waste, too_long, max_epochs or WORTH_REPEATING)
+    dropped = {folder: packer.dropped for folder, packer in packers.items()}
+    truncated = {folder: packer.truncated for folder, packer in packers.items()}
+    return Plan(tuple(draws), waste, dropped, truncated, max_epochs or WORTH_REPEATING)
 
 
 def make_run_plan(spec: BatchSpec, steps: int, kind: BatchKind) -> Plan:
