@@ -1,6 +1,5 @@
 """`python -m rl --config=configs/rl/sums.py --workdir=runs/sums --config.init_from=runs/chat`"""
 
-import json
 import sys
 
 import configs
@@ -15,6 +14,7 @@ given again, goes on from the newest checkpoint."""
 
 def main(config: RLConfig, workdir) -> int:
     from rl.loop import SamplerMismatch, run
+    from train.metrics import write_result
     from train.trainer import TrainingDiverged
 
     try:
@@ -22,7 +22,7 @@ def main(config: RLConfig, workdir) -> int:
     except (SamplerMismatch, TrainingDiverged) as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.FAILED
-    configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
+    write_result(workdir, final)
     print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items() if value is not None))
     return exits.DONE
 

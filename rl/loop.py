@@ -82,9 +82,9 @@ class _Run:
         policy = policy_start(config, algorithm.roles()["policy"], self.tokenizer, begun)
         check_mesh(policy.cfg, mesh, config.sharding)
         plan = make_plan(config, algorithm, policy, mesh, self.updates)
-        workdir.mkdir(parents=True, exist_ok=True)
-        save_config(config, workdir)
+        # a config that the run's state does not fit is refused here, and config.json stays as it was
         self.learner = Learner(config, plan, self.tokenizer, workdir)
+        save_config(config, workdir)
         self.cfg = self.learner.cfg
         self.start = self.learner.progress.get("step", 0)
         self.kl_weight = self.learner.progress.get("kl_weight", getattr(algorithm, "kl_weight", 0.0))
@@ -244,7 +244,10 @@ class _Run:
         if self.scorer is not None:
             figures["score"] = float(self.scorer.scores([r.trajectory for r in rollouts]).mean())
             said += f", score {figures['score']:.3f}"
+        # what the engine cached of these prompts would round the next step otherwise than in a run that begins there
+        self.engine.update_params(self.learner.params, version=step)
         self.validation = {f"validation_{name}": value for name, value in figures.items()}
+        self.log.forget(step, "validation")  # of a run that was cut off here
         self.log.write(step, "validation", figures)
         print(f"\nheld out at step {step}: {said}, of {n} (greedy)")
 

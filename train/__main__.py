@@ -1,6 +1,5 @@
 """`python -m train --config=configs/pretrain/stdlib.py --workdir=runs/stdlib [--config.key=value ...]`"""
 
-import json
 import sys
 
 import configs
@@ -18,6 +17,7 @@ def main(config: TrainConfig, workdir, plan: bool = False) -> int:
     if plan:
         print(data.make_run_plan(config.data, config.steps, config.batch_kind).table())
         return 0
+    from train.metrics import write_result
     from train.trainer import TrainingDiverged, train
 
     try:
@@ -25,7 +25,7 @@ def main(config: TrainConfig, workdir, plan: bool = False) -> int:
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
         return exits.FAILED
-    configs.atomic_write(workdir / "result.json", json.dumps(final, indent=1) + "\n")
+    write_result(workdir, final)
     print("done: " + "  ".join(f"{name} {value:.5g}" for name, value in final.items() if value is not None))
     return exits.DONE
 

@@ -14,11 +14,13 @@ from configs import ConfigError
 from configs.paths import complete_steps
 from data import Tokenizer
 from model import ModelConfig
-from model.formats.checkpoint import Checkpoints, stored_shapes
+from model.formats.checkpoint import Checkpoints, shapes_by_path, stored_shapes
 from model.function import Params
 from train.config import CheckpointSpec
 from train.mesh import state_shardings
 from train.step import State
+
+Shapes = Mapping[tuple[str, ...], tuple[int, ...]]
 
 
 class TrainCheckpoints:
@@ -55,8 +57,8 @@ class TrainCheckpoints:
             params = initial_params()
             shardings = state_shardings(jax.eval_shape(make_state, params), layouts, self._mesh)
             return jax.jit(make_state, out_shardings=shardings)(params), {}
-        saved = self._checkpoints.names_beside_params(step)
-        if "extra" not in saved:
+        saved = self._checkpoints.shapes_beside_params(step)
+        if "extra" not in {path[0] for path in saved}:
             raise ConfigError(
                 f"{self._folder}/{step} was written by an earlier version; this one does not read its optimizer "
                 f"state. Start a new run with config.init_from={self._folder.parent}."
@@ -68,9 +70,23 @@ class TrainCheckpoints:
             lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), abstract, shardings
         )
         beside = _beside_policy(wanted)
+        self._check_same_state(step, saved, shapes_by_path(beside))
         policy, rest, progress = self._checkpoints.restore(step, wanted.params["policy"], beside)
         params = {"policy": policy} | rest.pop("roles", {})
         return State(params=params, **rest), progress
+
+    def _check_same_state(self, step: int, saved: Shapes, wanted: Shapes) -> None:
+        """Refuses a state of another optimizer, or of other trained models, than the config makes."""
+        of_optimizers = lambda shapes: {path: s for path, s in shapes.items() if path[0] == "opt_state"}
+        saved, wanted = of_optimizers(saved), of_optimizers(wanted)
+        if saved == wanted:
+            return
+        found, asked = (_first_beyond(a, b) for a, b in ((saved, wanted), (wanted, saved)))
+        raise ConfigError(
+            f"{self._folder}/{step} holds the state of another optimizer, or of other models, than the config makes: "
+            f"it has {found}, and the config {asked}. Give the old config.optimizer and config.algorithm, or start a "
+            f"new run in another --workdir with config.init_from={self._folder.parent}."
+        )
 
     def progress(self) -> dict[str, Any]:
         """What the newest checkpoint says beside the state; {} without one."""
@@ -90,6 +106,12 @@ class TrainCheckpoints:
 
     def close(self) -> None:
         self._checkpoints.close()
+
+
+def _first_beyond(shapes: Shapes, others: Shapes) -> str:
+    """The first array that the others have not, or not in this shape."""
+    first = next((path for path, shape in shapes.items() if others.get(path) != shape), None)
+    return "nothing else" if first is None else f"{'/'.join(first[1:])} {list(shapes[first])}"
 
 
 def has_checkpoint(workdir: Path) -> bool:

@@ -104,7 +104,7 @@ class Learner:
         }
         if workdir is not None:
             sources = {name: plan.starts[name].source for name in self.frozen}
-            check_frozen(workdir, sources, self.frozen)
+            check_frozen(workdir, sources, self.frozen, begun=bool(self.progress))
         rounding = "nearest" if config.precision.rounding == "masters" else config.precision.rounding
         step = make_train_step(
             plan.algorithm,

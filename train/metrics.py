@@ -66,6 +66,14 @@ class MetricsLog:
             self._board.close()
 
 
+def write_result(workdir: Path, final: Mapping[str, float | None]) -> None:
+    """Write result.json; what is known of the same step stays, since a finished command given again measures little."""
+    path = workdir / "result.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = before if before.get("step") == final["step"] else {}
+    configs.atomic_write(path, json.dumps(known | _finite(final), indent=1) + "\n")
+
+
 class Window:
     """Sums of metrics between two log lines."""
 

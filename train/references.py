@@ -14,11 +14,14 @@ from configs import ConfigError, atomic_write
 from model.function import Params
 
 
-def check_frozen(workdir: Path, sources: Mapping[str, str], params: Mapping[str, Params]) -> None:
+def check_frozen(
+    workdir: Path, sources: Mapping[str, str], params: Mapping[str, Params], begun: bool = True
+) -> None:
     """Record the frozen models in `frozen.json`; a run that goes on must have the same ones.
 
     Args:
       sources: where each comes from, for messages.
+      begun: whether the run has done anything with them; what is recorded of one that has not is replaced.
 
     Raises:
       ConfigError: a source holds another model than at the run's start.
@@ -27,7 +30,7 @@ def check_frozen(workdir: Path, sources: Mapping[str, str], params: Mapping[str,
         return
     path = workdir / "frozen.json"
     found = {name: {"source": sources[name], "fingerprint": fingerprint(params[name])} for name in params}
-    noted = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    noted = json.loads(path.read_text(encoding="utf-8")) if begun and path.exists() else {}
     for name, now in found.items():
         then = noted.get(name, now)
         if then["fingerprint"] != now["fingerprint"]:

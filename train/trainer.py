@@ -57,9 +57,9 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
 class _Run:
     def __init__(self, setup: Setup, workdir: Path):
         self.setup, self.config, self.workdir = setup, setup.config, workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, workdir)
+        # a config that the run's state does not fit is refused here, and config.json stays as it was
         self.learner = Learner(self.config, setup.plan, setup.tokenizer, workdir)
+        save_config(self.config, workdir)
         self.examples = self.learner.progress.get("examples", 0)
         self.schedule = learning_rate(self.config.schedule, self.config.optimizer.peak_lr, self.config.steps)
         rows = self._rows_here()

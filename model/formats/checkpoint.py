@@ -86,9 +86,9 @@ class Checkpoints:
         """`train` of `step`, without its arrays."""
         return json.loads((self._folder / str(step) / "train" / "state.json").read_text())
 
-    def names_beside_params(self, step: int) -> set[str]:
-        """The names of what `step` holds beside the parameters."""
-        return set(ocp.metadata(str(self._folder / str(step)), "optimizer").metadata)
+    def shapes_beside_params(self, step: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """The arrays that `step` holds beside the parameters: their shapes by path."""
+        return shapes_by_path(ocp.metadata(str(self._folder / str(step)), "optimizer").metadata)
 
     def wait(self) -> None:
         """Wait until the last save is on disk under its final name."""
@@ -99,6 +99,13 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._checkpointer.close()
+
+
+def shapes_by_path(tree: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """The shapes of a tree's arrays; named tuples, which a checkpoint reads back as dicts, have the same paths."""
+    name = lambda key: str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key))))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def save_native(path: str | Path, cfg: ModelConfig, params: Params, tokenizer: Files) -> None:

@@ -144,8 +144,12 @@ def test_reward_goes_up(whole):
 
 def test_rl_resumes_between_steps_bit_for_bit(policy, whole, tmp_path):
     run(make_config(policy), tmp_path, stop_at=7)
+    run(make_config(policy), tmp_path, stop_at=20)  # where the held-out problems were asked
     final = run(make_config(policy), tmp_path)
     assert final["step"] == 24
+    assert rows_of(tmp_path, "validation") == rows_of(whole[0], "validation")
+    run(make_config(policy), tmp_path)  # asks the held-out problems again, and says it once
+    assert rows_of(tmp_path, "validation") == rows_of(whole[0], "validation")
     ours, theirs = (jax.tree.leaves(model.load(path)[1]) for path in (tmp_path, whole[0]))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -223,6 +227,25 @@ def test_a_sampler_that_disagrees_with_the_trainer_ends_the_run(policy, tmp_path
         loop.SamplerMismatch, match=r"KL\(sampler \|\| trainer\) is .* above config.max_mismatch_kl"
     ):
         run(make_config(policy, reward={"format_weight": 0.0}), tmp_path)
+
+
+def test_a_step_begins_with_nothing_that_the_evaluation_before_it_left_in_the_engine(
+    policy, tmp_path, monkeypatch
+):
+    """A run that goes on from there has not evaluated, and pages taken from a cache round otherwise."""
+    asked, sample, greedy = [], loop.Sampler.sample, loop.Sampler.greedy
+
+    def watched(method):
+        def call(self, *args, **options):
+            asked.append((method.__name__, self._engine.stats.pages_cached))
+            return method(self, *args, **options)
+
+        return call
+
+    for method in (sample, greedy):
+        monkeypatch.setattr(loop.Sampler, method.__name__, watched(method))
+    run(make_config(policy, steps=2, evaluate_every=1), tmp_path)
+    assert asked == [("greedy", 0), ("sample", 0)] * 2 + [("greedy", 0)]
 
 
 def test_a_run_that_has_begun_needs_its_first_model_no_more(policy, whole, tmp_path):

@@ -1,6 +1,8 @@
 """The trainer end to end on a tiny task: it learns, resumes bit for bit, moves to another mesh, says what is wrong."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -28,9 +30,10 @@ from model.logprobs import token_logprobs
 from rl.config import RLConfig
 from tests.policy import adamw, policy_state
 from train import checkpoints, trainer
-from train.config import SampleSpec, TrainConfig
+from train.config import Precision, SampleSpec, TrainConfig
 from train.learner import Learner
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, write_result
+from train.optimizers import Lion
 from train.references import fingerprint
 from train.sampling import draw_samples
 from train.setup import prepare_run
@@ -56,6 +59,16 @@ def test_a_finished_run_given_again_says_the_same_once(corpus, tmp_path):
     assert again["validation_loss"] == first["validation_loss"] and again["step"] == 4
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["split"] == "validation"] == [4]
+
+
+def test_a_result_stays_whole_if_the_finished_command_is_given_again(tmp_path):
+    read = lambda: json.loads((tmp_path / "result.json").read_text())
+    write_result(tmp_path, {"loss": 2.0, "mfu": None, "margin": math.nan, "step": 4})
+    assert read() == {"loss": 2.0, "mfu": None, "margin": None, "step": 4}
+    write_result(tmp_path, {"validation_loss": 3.0, "step": 4})
+    assert read() == {"loss": 2.0, "mfu": None, "margin": None, "step": 4, "validation_loss": 3.0}
+    write_result(tmp_path, {"loss": 1.0, "step": 8})
+    assert read() == {"loss": 1.0, "step": 8}
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(corpus, uninterrupted, tmp_path):
@@ -134,9 +147,20 @@ def test_a_reference_that_has_become_another_is_refused_on_resume(corpus, uninte
     mesh = {"mesh": {"data": 8, "fsdp": 1}, "sharding": {"vocab": []}}
     config = make_config(corpus, algorithm={"kind": "DPO"}, init_from=str(begun), steps=4, data=data, **mesh)
     train(config, tmp_path / "dpo", stop_at=2)
+    said = (tmp_path / "dpo" / "config.json").read_bytes()
+    for changes, refusal in (
+        ({"optimizer": Lion()}, r"holds the state of another optimizer.* has policy/1/nu/"),
+        ({"optimizer": dataclasses.replace(config.optimizer, clip_norm=0.0)}, "of another optimizer"),
+        ({"precision": Precision(params="bfloat16")}, "keeps its parameters by config.precision"),
+    ):
+        with pytest.raises(configs.ConfigError, match=refusal):
+            train(dataclasses.replace(config, **changes), tmp_path / "dpo")
     shutil.rmtree(begun / "checkpoints" / "30")  # the newest is now that of step 20
     with pytest.raises(configs.ConfigError, match="is not the reference that this run began with"):
-        train(config, tmp_path / "dpo")
+        train(dataclasses.replace(config, log_every=3), tmp_path / "dpo")
+    assert (tmp_path / "dpo" / "config.json").read_bytes() == said  # a refused config is not the run's
+    shutil.rmtree(tmp_path / "dpo" / "checkpoints")  # killed before the first checkpoint: nothing is done yet
+    assert train(config, tmp_path / "dpo", stop_at=1)["step"] == 1
 
 
 def test_a_fingerprint_is_of_names_shapes_and_bits_alone(uninterrupted):
