@@ -80,7 +80,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=[name for stage in STAGES for name in (stage, f"{stage}.*")]),
-    package_data={"": ["py.typed", "*.html", "*.css", "*.js", "*.svg", "*.jinja", "*.json"]},
+    package_data={"": ["py.typed", "*.html", "*.css", "*.js", "*.svg", "*.jinja", "*.json", "*.cc", "*.h"]},
     install_requires=CORE,
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -74,7 +74,9 @@ def packed_for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, 
     if not on_cpu or any(len(leaf.values.devices()) > 1 for leaf in on_cpu):
         return cfg, params
     if reason := native.missing():
-        said("quantized", "plain", "there are no native kernels", reason, "Each step widens all weights first.")
+        said(
+            "quantized", "plain", "there are no native kernels", reason, "Each step widens all weights first."
+        )
         return cfg, in_whole_bytes(params)
     cfg, params = relayout(cfg, params, scan=False)
     infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))

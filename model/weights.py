@@ -105,10 +105,8 @@ class Quantized:
 
     def rows(self, index: jax.Array, dtype: Any) -> jax.Array:
         """Of a weight [outputs, inputs] some outputs, dequantized: indices [...] to [..., inputs]."""
-        pick = lambda part: None if part is None else jnp.take(part, index, axis=0)
-        parts = (self.values, self.scales, self.scale_steps, self.offsets)
-        values, scales, steps, offsets = map(pick, parts)
-        return Quantized(values, scales, self.kind, (-1,), steps, offsets).dense(dtype)
+        picked = jax.tree.map(lambda part: jnp.take(part, index, axis=0), self)
+        return dataclasses.replace(picked, inputs=(-1,)).dense(dtype)
 
     def of_outputs(self, last: slice) -> Quantized:
         """A slice of the last axis, which is not an input."""
@@ -173,9 +171,14 @@ def grouped_product(
 
     On one device the grouped kernel reads 8-bit weights with one scale an output; others are dequantized first.
     """
-    if not isinstance(weight, Quantized):
+    if not isinstance(weight, (Quantized, Packed)):
         return grouped_on_mesh(split, x_MI, weight, sizes_E, names)
-    if isinstance(weight, Quantized) and not split.axes and BITS[weight.kind] == 8 and weight.scales.shape[1] == 1:
+    if (
+        isinstance(weight, Quantized)
+        and not split.axes
+        and BITS[weight.kind] == 8
+        and weight.scales.shape[1] == 1
+    ):
         return _grouped(x_MI, weight.values, weight.float_scales[:, 0], sizes_E)
     QUANTIZED_GROUPED_MATMUL.require_plain("it takes 8-bit weights with one scale an output, on one device")
     return grouped_on_mesh(split, x_MI, weight.dense(x_MI.dtype), sizes_E, names)

@@ -228,7 +228,9 @@ def weight_param(
 
 def quantized_param(module: nn.Module, name: str, shape: tuple[int, ...]) -> Weight | None:
     """The parameter `name` if it is quantized, else None."""
-    if not module.has_variable("params", name) or not is_quantized(found := module.get_variable("params", name)):
+    if not module.has_variable("params", name) or not is_quantized(
+        found := module.get_variable("params", name)
+    ):
         return None
     if found.shape != shape:
         path = "/".join((*module.path, name))

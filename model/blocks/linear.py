@@ -98,7 +98,11 @@ class LinearMap(NamedTuple):
             gain = None if adapter.gain is None else adapter.gain[..., outputs]
             adapter = LowRank(adapter.a, adapter.b[..., outputs], gain)
         weight = self.weight
-        part = weight[..., outputs] if not isinstance(weight, (Quantized, Packed)) else weight.of_outputs(outputs)
+        part = (
+            weight[..., outputs]
+            if not isinstance(weight, (Quantized, Packed))
+            else weight.of_outputs(outputs)
+        )
         return LinearMap(part, self.inputs, adapter)
 
 
@@ -144,7 +148,11 @@ def _together(maps: dict[str, LinearMap], x: jax.Array) -> dict[str, jax.Array]:
     # concatenating the weights copies them, which pays off for many tokens only
     if not backend.for_cpu() or B * T < D or any(each.adapter is not None for each in maps.values()):
         return {name: each(x) for name, each in maps.items()}
-    weights = [each.weight.reshape(D, -1) for each in maps.values() if not isinstance(each.weight, (Quantized, Packed))]
+    weights = [
+        each.weight.reshape(D, -1)
+        for each in maps.values()
+        if not isinstance(each.weight, (Quantized, Packed))
+    ]
     if len(weights) < len(maps):
         return {name: each(x) for name, each in maps.items()}
     weight = jnp.concatenate(weights, axis=1)

@@ -43,7 +43,9 @@ class Encoder:
           info: the `TokenInfo` of the encoder's tokens.
         """
         ctx = dataclasses.replace(ctx, num_blocks=len(self.blocks))
-        x_BSD = take_rows(embedding_VD, cast(jax.Array, info.tokens), ctx.dtype) * jnp.asarray(scale, ctx.dtype)
+        x_BSD = take_rows(embedding_VD, cast(jax.Array, info.tokens), ctx.dtype) * jnp.asarray(
+            scale, ctx.dtype
+        )
         module = StackModule(self.stack, ctx, self.final_norm, "what the encoder gives", name="encoder")
         x_BSD, _, aux = module(x_BSD, None, info)
         return x_BSD, aux

@@ -15,7 +15,7 @@ from model.weights import Weight, take_rows
 
 
 def embedding_table(module: nn.Module, cfg: ModelConfig, ctx: Context) -> Weight:
-    """The embedding table [V, D], which may be quantized. Call this and the other functions here within a compact method."""
+    """The embedding table [V, D], perhaps quantized. Call this and the other functions here within a compact method."""
     # With this scale tied logits start near 1, and the first blocks do not dominate the token's vector.
     init = nn.initializers.normal(ctx.width**-0.5)
     role = "a vector for each token" + (", in and out (tied head)" if cfg.tied_head else "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -17,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jaxlib
 
 SOURCES = ("panels.cc", "paged.cc")
 HEADERS = ("vectors.h",)
@@ -37,7 +37,9 @@ def missing() -> str | None:
 
 @functools.cache
 def _prepared() -> str | None:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    compiler = next(
+        filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None
+    )
     if compiler is None:
         return "there is no C++ compiler (install g++ or clang, or set CXX)"
     try:
@@ -58,7 +60,7 @@ def _compiled(compiler: str) -> Path:
         flags += ("-undefined", "dynamic_lookup")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     read = [Path(__file__).with_name(name).read_text() for name in (*SOURCES, *HEADERS)]
-    parts = [*read, *flags, version, jaxlib.__version__, _processor()]
+    parts = [*read, *flags, version, importlib.metadata.version("jaxlib"), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = root / "crucible" / "native" / f"{key}.so"

@@ -40,10 +40,19 @@ int64_t lowest_seen(const Call& c, int64_t position) {
   return low;
 }
 
-inline float dot(const float* x, const float* y, int64_t n) {
-  Floats sum = {};
-  for (int64_t i = 0; i < n; i += kLanes) sum = fma(load(x + i), load(y + i), sum);
-  return total(sum);
+// The products of a query with the keys of kLanes slots from k on; 0 beyond `slots`.
+inline Floats products(const float* q, const float* k, int64_t stride, int64_t slots, int64_t channels) {
+  Floats sums[kLanes] = {};
+  if (slots >= kLanes) {
+    for (int64_t i = 0; i < channels; i += kLanes) {
+      Floats of_q = load(q + i);
+      for (int z = 0; z < kLanes; z++) sums[z] = fma(of_q, load(k + z * stride + i), sums[z]);
+    }
+  } else {
+    for (int64_t z = 0; z < slots; z++)
+      for (int64_t i = 0; i < channels; i += kLanes) sums[z] = fma(load(q + i), load(k + z * stride + i), sums[z]);
+  }
+  return totals(sums);
 }
 
 void attend(const Call& c, const Unit& u) {
@@ -69,13 +78,19 @@ void attend(const Call& c, const Unit& u) {
       int64_t low = std::max(lowest_seen(c, position_of(j)) - page * c.Z, int64_t{0});
       int64_t high = std::min(position_of(j) - page * c.Z + 1, c.Z);
       if (low >= high) continue;
-      std::fill_n(scores, kMostSlots, kNone);
-      for (int64_t z = low; z < high; z++) {
-        float score = dot(q + j * c.C, k + z * c.K * c.C, c.C);
-        scores[z] = c.softcap ? c.softcap * std::tanh(score / c.softcap) : score;
+      Floats top = all(kNone);
+      for (int64_t z = 0; z < c.Z; z += kLanes) {
+        Floats some = all(kNone);
+        if (z < high && z + kLanes > low) {
+          some = products(q + j * c.C, k + z * c.K * c.C, c.K * c.C, c.Z - z, c.C);
+          if (c.softcap)
+            for (int i = 0; i < kLanes; i++) some[i] = c.softcap * std::tanh(some[i] / c.softcap);
+          for (int i = 0; i < kLanes; i++)
+            if (z + i < low || z + i >= high) some[i] = kNone;
+        }
+        store(scores + z, some);
+        top = larger(top, some);
       }
-      Floats top = load(scores);
-      for (int64_t z = kLanes; z < c.Z; z += kLanes) top = larger(top, load(scores + z));
       float new_most = std::max(most[j], largest(top));
       if (new_most == kNone) continue;  // every score is minus infinity
       float kept = exponential(all(most[j] - new_most))[0];

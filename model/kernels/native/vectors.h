@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -73,6 +74,24 @@ inline Floats load(const uint16_t* half) {  // float16
   }
   return wide;
 #endif
+}
+
+template <int distance, int... i>
+inline Floats add_pairs(Floats x, Floats y, std::integer_sequence<int, i...>) {
+  Floats lower = __builtin_shufflevector(x, y, (i & distance ? kLanes + i - distance : i)...);
+  Floats upper = __builtin_shufflevector(x, y, (i & distance ? kLanes + i : i + distance)...);
+  return lower + upper;
+}
+
+// The sum of each of kLanes vectors, as one vector; halves are added first. The vectors are used up.
+template <int distance = kLanes / 2>
+inline Floats totals(Floats (&x)[kLanes]) {
+  for (int i = 0; i < distance; i++)
+    x[i] = add_pairs<distance>(x[i], x[i + distance], std::make_integer_sequence<int, kLanes>());
+  if constexpr (distance > 1)
+    return totals<distance / 2>(x);
+  else
+    return x[0];
 }
 
 // The sum of a vector's numbers, halves added first.

@@ -31,7 +31,9 @@ def refusal(request: Request) -> str | None:
     if reason := native.missing():
         return reason
     if request.stored != {"k", "v"} or request.kv_layout.names != ("k", "v"):
-        return f"it reads keys and values as they are, and these pages hold {', '.join(sorted(request.stored))}"
+        return (
+            f"it reads keys and values as they are, and these pages hold {', '.join(sorted(request.stored))}"
+        )
     if request.dtypes != {"float32"}:
         return f"it reads float32, and these are {', '.join(sorted(request.dtypes))}"
     if request.page_size > MOST_SLOTS:
@@ -59,7 +61,10 @@ def native_kernel(
     k, v = cache["k"], cache["v"]
     T, H, C = q_THC.shape
     E = v.shape[-1] // kv_layout.heads
-    shapes = [jax.ShapeDtypeStruct((T, H, E), jnp.float32), *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v))]
+    shapes = [
+        jax.ShapeDtypeStruct((T, H, E), jnp.float32),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)),
+    ]
     call = jax.ffi.ffi_call("crucible_paged", shapes, input_output_aliases={3: 1, 4: 2})
     nothing = jnp.zeros(0, jnp.float32)
     new = (nothing, nothing) if stored is None else (stored["k"], stored["v"])

@@ -8,6 +8,7 @@ what it reads in fast memory, never in the chip's main memory. `QUANTIZED_MATMUL
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -46,7 +47,7 @@ def _by_kernel(x_MI: jax.Array, w: QuantizedMatrix, round_rows: bool, chosen: ba
     # here, since Pallas takes long to import and is wanted on TPUs alone
     from model.kernels.quantized_matmul.tpu import product, tiles_for
 
-    w = w.replace(scales_NO=w.scales_NO.astype(jnp.float32))
+    w = dataclasses.replace(w, scales_NO=w.scales_NO.astype(jnp.float32))
     if w.offsets_NO is None:
         return product(tiles_for(chosen), x_MI, w, round_rows)
     # (value + 8) * scale + offset: the kernel multiplies what is stored, and the rest is one number a block

@@ -9,14 +9,16 @@ depend neither on the other rows nor on the number of threads.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import struct
 
-from model.kernels import native
-from model.kernels.quantized_matmul.formats import QuantizedMatrix, widen
+from model.kernels.quantized_matmul.formats import Kind, QuantizedMatrix, widen
 
 WIDTH = 32
 BITS = {"int8": 8, "int4": 4, "uint4": 4, "mxfp4": 4, "nf4": 4, "bfloat16": 16}
@@ -79,7 +81,9 @@ def product(x_MI: jax.Array, w: Panels) -> jax.Array:
     result = jax.ShapeDtypeStruct((x_MI.shape[0], w.values_PZ.shape[0] * WIDTH), jnp.float32)
     call = jax.ffi.ffi_call("crucible_panels", result)
     table = jnp.asarray(_table(w.kind))
-    y_MO = call(x_MI.astype(jnp.float32), w.values_PZ, w.scales_PNW, w.offsets_PNW, table, bits=np.int64(BITS[w.kind]))
+    y_MO = call(
+        x_MI.astype(jnp.float32), w.values_PZ, w.scales_PNW, w.offsets_PNW, table, bits=np.int64(BITS[w.kind])
+    )
     return y_MO[:, : w.outputs].astype(x_MI.dtype)
 
 
@@ -95,7 +99,8 @@ def columns(w: Panels, output: jax.Array) -> jax.Array:
     pick = lambda x: jnp.take_along_axis(
         jnp.take(x, panel, axis=0), place[..., None, None], axis=-1
     )  # [..., n, 1]
-    kept = w.replace(
+    kept = dataclasses.replace(
+        w,
         scales_PNW=pick(w.scales_PNW) if w.scales_PNW.size else w.scales_PNW,
         offsets_PNW=pick(w.offsets_PNW) if w.offsets_PNW.size else w.offsets_PNW,
     )
@@ -119,7 +124,10 @@ def _widen(w: Panels, values: jax.Array) -> jax.Array:
     else:
         wide = values.astype(jnp.int8).astype(jnp.float32)
     *lead, I, O = wide.shape
-    wide = wide.reshape(*lead, -1, I // w.scales_PNW.shape[-2], O) * w.scales_PNW.astype(jnp.float32)[..., None, :]
+    wide = (
+        wide.reshape(*lead, -1, I // w.scales_PNW.shape[-2], O)
+        * w.scales_PNW.astype(jnp.float32)[..., None, :]
+    )
     if w.offsets_PNW.size:
         wide += w.offsets_PNW.astype(jnp.float32)[..., None, :]
     return wide.reshape(*lead, I, O)
@@ -142,4 +150,6 @@ def _table(kind: str) -> np.ndarray:
         return np.zeros(16, np.float32)
     codes = np.arange(16, dtype=np.uint8)
     with jax.ensure_compile_time_eval():
-        return np.asarray(widen(jnp.asarray(np.where(codes < 8, codes, codes.astype(int) - 16)), kind))
+        return np.asarray(
+            widen(jnp.asarray(np.where(codes < 8, codes, codes.astype(int) - 16)), cast(Kind, kind))
+        )

@@ -169,7 +169,9 @@ def test_giving_way_is_logged_once_and_warns_only_where_it_costs(caplog):
 
 
 def paged_request(chosen, bias):
-    return PagedRequest(chosen, frozenset("kv"), KVLayout(2), Mask(), bias, False, 128)
+    return PagedRequest(
+        chosen, frozenset("kv"), KVLayout(2), Mask(), bias, False, 128, 128, 16, frozenset({"float32"})
+    )
 
 
 def test_a_kernel_for_pages_that_was_named_where_none_runs_is_an_error():

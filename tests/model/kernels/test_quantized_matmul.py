@@ -66,7 +66,9 @@ def test_each_block_of_inputs_is_rounded_by_its_own_scale(kind):
     found = dequantize(quantize(jnp.asarray(w), kind, 64))
     alone = [dequantize(quantize(jnp.asarray(part), kind, 64)) for part in (w[:64], w[64:])]
     np.testing.assert_array_equal(found, np.concatenate(alone))
-    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "mxfp4": 0.25, "nf4": 0.152, "fp8": 0.04}[kind]
+    step = {"int8": 0.5 / 127, "int4": 0.5 / 7, "uint4": 1 / 15, "mxfp4": 0.25, "nf4": 0.152, "fp8": 0.04}[
+        kind
+    ]
     largest = np.abs(w.reshape(2, 64, 24)).max(1, keepdims=True)
     assert (np.abs(found - w).reshape(2, 64, 24) <= step * largest * 1.001).all()
     np.testing.assert_array_equal(dequantize(quantize(jnp.zeros((64, 3)), kind, 64)), 0)
@@ -123,7 +125,7 @@ def test_levels_of_nf4_come_back_and_between_them_the_nearest():
 
 
 def test_what_does_not_fit_is_an_error_that_says_what_does():
-    with pytest.raises(ValueError, match="Use one of int8, int4, mxfp4, nf4, fp8"):
+    with pytest.raises(ValueError, match="Use one of int8, int4, uint4, mxfp4, nf4, fp8"):
         quantize(normal(8, 8), "int3")
     with pytest.raises(ValueError, match="do not divide 100 inputs"):
         quantize(normal(100, 8), "int8")
