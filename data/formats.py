@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from data.messages import Message, not_empty, read_messages, read_tools, text_of, without_weight
-from data.row_files import RowError
+from data.row_files import RowError, has_lone_surrogates
 
 Makes = Literal["chat", "preference", "labelled", "steps", "prompt"]
 FormatName = Literal[
@@ -113,6 +113,8 @@ def read_example(row: Any, format: FormatName) -> Example:
     if not FORMATS[format].fits(row):
         keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise RowError(f"not a row of format {format!r}", f"it has {keys}; wanted {FORMATS[format].wanted}.")
+    if has_lone_surrogates(row):
+        raise RowError("the text is not valid Unicode", "a lone surrogate, half of a pair")
     if isinstance(row, Mapping) and (seen := [name for name in _NOT_TEXT if row.get(name)]):
         raise RowError(f"a row with {seen[0]}", "wanted text alone: only text models are trained here")
     return FORMATS[format].read(row)
@@ -136,9 +138,8 @@ def _hh_messages(text: str, name: str) -> list[Message]:
 
 def _read_preference(row: Mapping) -> Preference:
     tools = read_tools(row)
-    for suffix in ("", "_messages"):
-        if f"chosen{suffix}" in row:
-            chosen, rejected = row[f"chosen{suffix}"], row[f"rejected{suffix}"]
+    suffix = "_messages" if _has(row, "chosen_messages", "rejected_messages") else ""
+    chosen, rejected = row[f"chosen{suffix}"], row[f"rejected{suffix}"]
     prompt = _prompt_of(row)
     whole = [_after_prompt(prompt, _answer(x, n), n) for x, n in ((chosen, "chosen"), (rejected, "rejected"))]
     return _pair(whole[0], whole[1], tools)
@@ -189,11 +190,12 @@ def _pair(chosen: list[Message], rejected: list[Message], tools: list[Any] | Non
 
 
 def _read_kto(row: Mapping) -> Labelled:
-    label = row["label"] if "label" in row else row["kto_tag"]
+    label = row["label"] if _has(row, "label") else row["kto_tag"]
     if not isinstance(label, bool) and label not in (0, 1):
         raise RowError("label is no truth value", f"it is {label!r}; wanted true (desired) or false")
     messages = [
-        without_weight(m) for m in (read_messages(row["messages"]) if "messages" in row else _completed(row))
+        without_weight(m)
+        for m in (read_messages(row["messages"]) if _has(row, "messages") else _completed(row))
     ]
     _check_answer(messages, "the dialogue")
     return Labelled(messages[:-1], messages[-1], bool(label), read_tools(row))
@@ -226,7 +228,7 @@ def _is_oasst(row: Any) -> bool:
 
 
 def _read_messages(row: Mapping) -> Dialogue:
-    messages = read_messages(row["messages"] if "messages" in row else row["conversations"])
+    messages = read_messages(row["messages"] if _has(row, "messages") else row["conversations"])
     return _dialogue(messages, row)
 
 
@@ -246,7 +248,7 @@ def _read_alpaca(row: Mapping) -> Dialogue:
     question = text_of(row["instruction"], "instruction")
     if more := text_of(row.get("input") or "", "input"):
         question = f"{question}\n\n{more}" if question else more
-    name = "output" if "output" in row else "response"
+    name = "output" if _has(row, "output") else "response"
     messages += [
         {"role": "user", "content": question},
         {"role": "assistant", "content": text_of(row[name], name)},
@@ -326,10 +328,10 @@ def _read_steps(row: Mapping) -> Steps:
     for label in labels:
         if isinstance(label, str) or not isinstance(label, (bool, int, float)) or not 0 <= label <= 1:
             raise RowError("a label that is none", f"{label!r}; wanted true, false or a probability")
-    texts = tuple(not_empty(text_of(step, "a step"), "a step") for step in steps)
-    prompt = row["prompt"]
-    messages = read_messages(prompt) if not isinstance(prompt, str) else [{"role": "user", "content": prompt}]
-    return Steps(messages, texts, tuple(map(float, labels)), read_tools(row))
+    texts = tuple(text_of(step, "a step") for step in steps)
+    if not all(text.strip() for text in texts):
+        raise RowError("a step is empty", "wanted text in each of completions")
+    return Steps(_prompt_of(row), texts, tuple(map(float, labels)), read_tools(row))
 
 
 def _is_kto(row: Any) -> bool:

@@ -34,6 +34,15 @@ class Row(NamedTuple):
     done: float  # part of the file that has been read
 
 
+def has_lone_surrogates(value: Any) -> bool:
+    """Whether a text in a row is no valid Unicode, which escapes of JSON can spell and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """The rows of a file by its suffix, also packed. A bad line is a row with a RowError as its value.
 

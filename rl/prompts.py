@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from configs import ConfigError
 from data.formats import Dialogue, Prompt, detect, read_example
 from data.messages import Message
-from data.row_files import RowError, files_of, read_rows
+from data.row_files import RowError, files_of, has_lone_surrogates, read_rows
 from data.shards import MANIFEST, DatasetError, open_dataset
 
 
@@ -31,7 +30,7 @@ def read_prompts(source: str | os.PathLike, most: int = 0) -> list[list[Message]
     for where, messages in _prompts(Path(source)):
         if not messages or messages[-1]["role"] == "assistant":
             raise DatasetError(f"{where}: nothing is asked. Wanted messages that end with the user's.")
-        if _has_lone_surrogates(messages):
+        if has_lone_surrogates(messages):
             raise DatasetError(f"{where}: the text is not valid Unicode (a lone surrogate).")
         found.append(messages)
         if len(found) == most:
@@ -77,11 +76,3 @@ def _prompts(source: Path) -> Iterator[tuple[str, list[Message]]]:
 def _refuse_tools(tools: object, where: str) -> None:
     if tools:
         raise DatasetError(f"{where}: a prompt with tools. Answers are text here; leave such prompts out.")
-
-
-def _has_lone_surrogates(messages: list[Message]) -> bool:
-    try:
-        json.dumps(messages, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False

@@ -230,6 +230,23 @@ ROWS = [
         {"prompt": "Hi", "completion": "Hello", "label": True},
         Labelled([user("Hi")], said("Hello"), True),
     ),
+    # a table of several formats has every column in every row
+    (
+        "kto",
+        {"messages": None, "prompt": "Hi", "completion": "Hello", "label": None, "kto_tag": False},
+        Labelled([user("Hi")], said("Hello"), False),
+    ),
+    (
+        "preference",
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_messages": None, "rejected_messages": None},
+        Preference([user("Hi")], said("A"), said("B")),
+    ),
+    (
+        "preference",
+        {"prompt": "Hi", "chosen": "A", "rejected": "B", "chosen_messages": ASKED},
+        Preference([user("Hi")], said("A"), said("B")),
+    ),
+    ("alpaca", {"instruction": "Hi", "output": None, "response": "Hello"}, Dialogue(ASKED)),
     ("kto", {"messages": ASKED, "label": False}, Labelled([user("Hi")], said("Hello"), False)),
     (
         "hh",
@@ -275,7 +292,9 @@ BAD = [
     ({"prompt": "x", "completions": "y", "labels": [True]}, "no steps"),
     ({"prompt": "x", "completions": ["y"], "labels": ["+"]}, "a label that is none"),
     ({"prompt": "x", "completions": ["y"], "labels": [1.5]}, "a label that is none"),
-    ({"prompt": "x", "completions": ["y", " "], "labels": [1, 0]}, "a step is empty|a step"),
+    ({"prompt": "x", "completions": ["y", " "], "labels": [1, 0]}, "a step is empty"),
+    ({"prompt": "", "completions": ["y"], "labels": [1]}, "the prompt is empty"),
+    ({"prompt": "x", "chosen": "y \ud83d", "rejected": "z"}, "the text is not valid Unicode: a lone"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "message 1 has 'robot'; wanted one of"),
     ({"messages": [SYSTEM]}, "the assistant says nothing"),
     ({"messages": [user("x"), said(" ")]}, "an answer is empty"),
