@@ -3,7 +3,8 @@
 A row of a run is a pure function of its datasets, packing, length and seed, so a row's number is all that a student
 needs to find what the teacher said. The folder:
 
-    manifest.json         the teacher, the batches (a hash of config.data), k, rows
+    begun.json            the teacher, the batches (a hash of config.data and of the datasets' content), k, rows
+    manifest.json         the same, once all rows are there
     rows-00000000.npz     ids uint32 and logprobs float16 [rows, T, k] of the rows from this number on
 """
 
@@ -26,15 +27,17 @@ import model
 from configs import ConfigError
 from configs.files import temporary_beside
 from configs.typed import check_at_least
-from data.shards import hash_of
+from data.mixture import sources_of
+from data.shards import hash_of, read_manifest
 from model.compilation import prepare_compiler
 from train.checks import check_datasets
 from train.config import DataSpec, Execution, MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.metrics import clock
 from train.models import Model, batch_inputs
+from train.references import fingerprint
 
-FORMAT, MANIFEST = "crucible-teacher-cache", "manifest.json"
+FORMAT, MANIFEST, BEGUN = "crucible-teacher-cache", "manifest.json", "begun.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +60,12 @@ class TeacherConfig:
 
 
 def batches_key(spec: DataSpec, rows: int) -> str:
-    """A hash of what decides the rows: datasets, mixture, packing, length, seed; with phases the run's length, too."""
+    """A hash of what decides the rows: the datasets and their content, mixture, packing, length, seed; with phases the
+    run's length, too.
+    """
     said = configs.to_dict(spec) | {"batch_size": None, "validation": None, "validation_batches": None}
-    return hash_of("teacher", said | {"check_tokenizer": None}, rows if spec.phases else None)
+    content = [read_manifest(Path(folder)).get("sha256") for folder in sources_of(spec.whole_mixture())]
+    return hash_of("teacher", said | {"check_tokenizer": None}, content, rows if spec.phases else None)
 
 
 def write_cache(config: TeacherConfig, workdir: Path, log: Any = print) -> dict[str, Any]:
@@ -86,11 +92,12 @@ def write_cache(config: TeacherConfig, workdir: Path, log: Any = print) -> dict[
         "k": config.k,
     }
     manifest |= {"temperature": config.temperature, "seq_len": config.data.seq_len, "rows": rows}
-    _check_resumable(workdir, manifest)
-    workdir.mkdir(parents=True, exist_ok=True)
-    configs.save(config, workdir / "config.json")
+    manifest |= {"batch_size": config.data.batch_size}
     with jax.set_mesh(mesh):
         _, params = model.load(config.teacher, cfg=cfg, shardings=param_shardings(cfg, mesh, rules))
+        manifest |= {"fingerprint": fingerprint(params)}
+        _begin(workdir, manifest)
+        configs.save(config, workdir / "config.json")
 
         @jax.jit
         def likeliest(params, batch):
@@ -131,8 +138,8 @@ class TeacherCache:
         self.manifest = json.loads(path.read_text(encoding="utf-8"))
         if self.manifest["batches"] != batches_key(spec, rows):
             raise ConfigError(
-                f"config.algorithm.cache={folder} was written for other batches than config.data gives: datasets, "
-                "weights, packing, seq_len and seed must be the same."
+                f"config.algorithm.cache={folder} was written for other batches than config.data gives: datasets and "
+                "what is in them, weights, packing, seq_len and seed must be the same."
             )
         if self.manifest["temperature"] != temperature:
             raise ConfigError(
@@ -177,17 +184,16 @@ def _save(path: Path, ids: np.ndarray, logprobs: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def _check_resumable(workdir: Path, manifest: dict[str, Any]) -> None:
-    before = workdir / "config.json"
-    if not before.is_file():
-        return
-    old = configs.load(TeacherConfig, before)
-    rows = old.steps * old.data.batch_size
-    same = (old.teacher, batches_key(old.data, rows), old.k, old.temperature, rows)
-    if same != tuple(manifest[name] for name in ("teacher", "batches", "k", "temperature", "rows")):
+def _begin(workdir: Path, manifest: dict[str, Any]) -> None:
+    """Notes what the rows will be of. Raises ConfigError where rows of something else are."""
+    path = workdir / BEGUN
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if before != manifest and (before is not None or any(workdir.glob("rows-*.npz"))):
         raise ConfigError(
             f"{workdir} holds a cache of another teacher or of other batches. Give another --workdir."
         )
+    workdir.mkdir(parents=True, exist_ok=True)
+    configs.atomic_write(path, json.dumps(manifest, indent=1) + "\n")
 
 
 def main(config: TeacherConfig, workdir: Path) -> int:

@@ -24,7 +24,7 @@ from model.weights import is_quantized
 from train.config import TrainConfig
 from train.learner import Learner
 from train.setup import prepare_run
-from train.teacher import TeacherConfig, write_cache
+from train.teacher import TeacherCache, TeacherConfig, write_cache
 from train.trainer import train
 
 from .conftest import leaves, make_config
@@ -394,11 +394,43 @@ def test_a_narrow_student_learns_a_teachers_distribution_from_the_teacher_and_fr
     ours, theirs = ([row["divergence"] for row in run if row["split"] == "train"] for run in rows)
     np.testing.assert_allclose(theirs, ours, rtol=0.05, atol=0.01)
     assert again["step"] == 40
+    assert again["validation_loss"] == again["validation_nll"] < 3.0 and "validation_divergence" not in again
     other = make_config(
         corpus, algorithm={"kind": "Distillation", "cache": str(tmp_path / "cache")}, **base, data={"seed": 3}
     )
     with pytest.raises(configs.ConfigError, match="written for other batches"):
         train(other, tmp_path / "other")
+
+
+def test_a_cache_of_what_datasets_or_the_teacher_held_before_is_refused(corpus, uninterrupted, tmp_path):
+    def write_tokens(first):
+        rows = [TokenRecord(np.arange(s, s + 12, dtype=np.int32)) for s in range(first, first + 40)]
+        shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
+        write_dataset(tmp_path / "tokens", rows, "tokens")
+
+    write_tokens(5)
+    teacher = shutil.copytree(uninterrupted[0], tmp_path / "teacher")
+    data = {"mixture": {str(tmp_path / "tokens"): 1.0}, "validation": {}}
+    kind = {"kind": "Distillation", "cache": str(tmp_path / "cache")}
+    student = make_config(corpus, algorithm=kind, data=data, steps=2)
+    cache = TeacherConfig(
+        str(teacher), 2, k=4, data=student.data, mesh=student.mesh, sharding=student.sharding
+    )
+    write = lambda config=cache: write_cache(config, tmp_path / "cache", log=lambda line: None)
+    write()
+    TeacherCache(tmp_path / "cache", student.data, 16, 1.0)
+    # as many rows, but the files have other ones
+    with pytest.raises(configs.ConfigError, match="another teacher or of other batches"):
+        write(dataclasses.replace(cache, steps=4, data=dataclasses.replace(cache.data, batch_size=4)))
+    write_tokens(6)
+    with pytest.raises(configs.ConfigError, match="datasets and what is in them"):
+        train(student, tmp_path / "student")
+    with pytest.raises(configs.ConfigError, match="another teacher or of other batches"):
+        write()
+    write_tokens(5)
+    shutil.rmtree(teacher / "checkpoints" / "30")  # the one before is another model
+    with pytest.raises(configs.ConfigError, match="another teacher or of other batches"):
+        write()
 
 
 def test_hidden_states_of_a_wider_teacher_are_matched_through_a_map(corpus, uninterrupted, tmp_path):

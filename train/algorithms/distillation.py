@@ -28,8 +28,8 @@ class Distillation(Algorithm):
     """Generalized Jensen-Shannon divergence to a teacher, a token. Agarwal et al. 2023 (GKD), arXiv:2306.13649.
 
     The teacher runs beside the student, or its likeliest tokens are read from a folder of `python -m train.teacher`:
-    then the forward KL is over these and one more outcome for all others. Sequence-level distillation is
-    LanguageModelling on what the teacher wrote.
+    then the forward KL is over these and one more outcome for all others, and a validation loss, for which no cache has
+    rows, is that of next-token prediction. Sequence-level distillation is LanguageModelling on what the teacher wrote.
     """
 
     teacher: str | None = None  # what `init_from` takes
@@ -78,21 +78,21 @@ class Distillation(Algorithm):
     def loss(self, models: Models, batch: Batch, rng: jax.Array | None) -> tuple[WeightedSum, Metrics]:
         weights_BT = batch["loss_weights"]
         out = models["policy"](batch_inputs(batch))
-        if self.teacher is None and "teacher_ids" not in batch:  # validation rows, which no cache has
-            divergence_BT = jnp.zeros_like(weights_BT)
-        elif self.teacher is None:
+        chosen_BT = jnp.take_along_axis(out.logits, batch["targets"][..., None], axis=-1)[..., 0]
+        nll_BT = jax.nn.logsumexp(out.logits, axis=-1) - chosen_BT
+        nll = WeightedSum.of(nll_BT, weights_BT)
+        if (
+            self.teacher is None and "teacher_ids" not in batch
+        ):  # validation rows: no cache has their divergence
+            return with_aux(nll, {"nll": nll}, out.aux)
+        if self.teacher is None:
             student_BTV = jax.nn.log_softmax(out.logits / self.temperature)
             student_BTk = jnp.take_along_axis(student_BTV, batch["teacher_ids"], axis=-1)
             divergence_BT = losses.top_k_kl(student_BTk, batch["teacher_logprobs"].astype(jnp.float32))
         else:
             teacher = models["teacher"](batch_inputs(batch))
             divergence_BT = divergence(out, teacher, self.beta, self.temperature)
-        chosen_BT = jnp.take_along_axis(out.logits, batch["targets"][..., None], axis=-1)[..., 0]
-        nll_BT = jax.nn.logsumexp(out.logits, axis=-1) - chosen_BT
-        metrics = {
-            "divergence": WeightedSum.of(divergence_BT, weights_BT),
-            "nll": WeightedSum.of(nll_BT, weights_BT),
-        }
+        metrics = {"divergence": WeightedSum.of(divergence_BT, weights_BT), "nll": nll}
         loss_BT = divergence_BT + self.nll_weight * nll_BT
         if self.hidden_weight:
             hidden_BT = losses.hidden_mse(out.heads[HIDDEN], jax.lax.stop_gradient(teacher.hidden))
