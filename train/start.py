@@ -170,7 +170,13 @@ def _frozen_as(cfg: ModelConfig, params: Params, dtype: str, how: QLoRA) -> Para
     plain = cfg.replace(adapters=None)
     if any(is_quantized(leaf) for leaf in jax.tree.leaves(params, is_leaf=is_quantized)):
         return halved  # the source is quantized already
-    quantized = model.quantize(plain, params, cast(Any, dtype), how.block, double=how.double_quantized)
+    try:
+        quantized = model.quantize(plain, params, cast(Any, dtype), how.block, double=how.double_quantized)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error} All linear maps are quantized: config.adapters.block sets the block of QLoRA, and "
+            f"config.precision.frozen={dtype} has that of the format."
+        ) from None
     pick = lambda new, half: new if is_quantized(new) else half
     return jax.tree.map(pick, quantized, halved, is_leaf=is_quantized)
 

@@ -16,6 +16,8 @@ from model.adapters import merge_adapter
 from model.formats import storage
 from model.formats.lazy import LAZY, named
 from model.formats.peft import load_adapters
+from model.quantization import dequantize
+from model.weights import is_quantized
 
 FORMATS = ("huggingface", "native", "gguf")
 
@@ -50,7 +52,7 @@ def convert(
       gguf_tokenizer: maps a GGUF file to its tokenizer as files of a Hugging Face folder, for example with
         `data.load_tokenizer(path).save(folder)`; needed only from GGUF to another format.
       adapter: a PEFT folder to merge into the model.
-      slot: the slot to merge of the model's own adapters.
+      slot: the slot to merge of the model's own adapters. What is merged into quantized weights makes them dense.
 
     Returns:
       the format that was written.
@@ -75,10 +77,17 @@ def convert(
     if adapter is not None:
         cfg, params = load_adapters(cfg, params, [adapter])
     if adapter is not None or slot is not None:
+        params = _dense(params, dtype or "float32")
         cfg, params = merge_adapter(cfg, params, slot or 0)
         _check_merged(params)
     storage.save(destination, cfg, params, format, tokenizer=tokenizer)
     return format
+
+
+def _dense(params: Any, dtype: str) -> Any:
+    """Without quantized weights: a sum that is rounded to few bits again would lose most of a small adapter."""
+    read = lambda leaf: jax.tree.map(jnp.asarray, leaf) if is_quantized(leaf) else leaf
+    return dequantize(jax.tree.map(read, params, is_leaf=is_quantized), jnp.dtype(dtype))
 
 
 def _path(keys: tuple[Any, ...]) -> str:

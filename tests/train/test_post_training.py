@@ -20,6 +20,7 @@ import model
 from data.conversations import ConversationConfig, write_conversations
 from data.shards import TokenRecord, write_dataset
 from model.adapters import is_adapter
+from model.formats.convert import convert
 from model.weights import is_quantized
 from train.config import TrainConfig
 from train.learner import Learner
@@ -242,6 +243,28 @@ def test_qlora_learns_over_a_frozen_base_and_resumes_bit_for_bit(
     assert all(leaf.kind == "nf4" and leaf.scales.dtype == jnp.uint8 for leaf in weights)
     bits = 8 * sum(leaf.nbytes for leaf in weights) / sum(leaf.size for leaf in weights)
     assert 4 < bits < 4 + 8 / 16 + 32 / 32 + 0.1  # blocks of 16, and an output's step for 32 inputs or more
+
+    def logits(path):
+        cfg, params = model.load(path)
+        return model.apply(cfg.replace(dtype="float32"), params, np.arange(10, 30)[None]).logits
+
+    for dtype, bound in ((None, 1e-4), ("bfloat16", 0.05)):
+        convert(tmp_path / "whole", merged := tmp_path / f"merged_{dtype}", dtype=dtype, slot=0)
+        assert not any(map(is_quantized, jax.tree.leaves(model.load(merged)[1], is_leaf=is_quantized)))
+        np.testing.assert_allclose(logits(merged), logits(tmp_path / "whole"), rtol=bound, atol=4 * bound)
+
+
+@pytest.mark.parametrize(
+    "key", [{"adapters": {"kind": "QLoRA"}}, {"precision": {"frozen": "nf4"}}], ids=["adapters", "frozen"]
+)
+def test_blocks_that_do_not_fit_a_model_are_a_mistake_with_its_mend(
+    corpus, answers, uninterrupted, tmp_path, key
+):
+    config = tuned(corpus, answers, uninterrupted[0], {"kind": "DPO"}, steps=1, **key)
+    with pytest.raises(
+        configs.ConfigError, match="blocks of 64 do not fit its inputs.*config.adapters.block sets"
+    ):
+        train(config, tmp_path)
 
 
 @pytest.mark.parametrize("rounding", ["masters", "stochastic"])
