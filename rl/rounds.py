@@ -33,7 +33,7 @@ import configs
 from configs import ConfigError, exits
 from configs.typed import check_at_least
 from data import Tokenizer
-from data.shards import TokenRecord, hash_of, is_current, write_dataset
+from data.shards import TokenRecord, hash_of, is_current, read_manifest, write_dataset
 from data.tasks import INSTRUCTION, TaskSpec, prompt
 from data.tokenize import answer_record, describe
 from model.compilation import prepare_compiler
@@ -45,6 +45,7 @@ from rl.rollout import Rollout, Sampler
 from rl.scoring import RewardScorer
 from rl.verifiers import Verifiers
 from serve import Engine
+from train.checkpoints import has_checkpoint
 from train.config import DataSpec, TrainConfig
 from train.metrics import clock
 
@@ -159,7 +160,14 @@ def _sample(config: RoundsConfig, source: str, folder: Path, number: int, workdi
     chooser = _Chooser(config, loaded)
     key = hash_of("rounds", said, number, loaded.key, chooser.key)
     if is_current(folder, key):
+        if number not in {row["round"] for row in _rows(workdir)}:  # killed between the dataset and its row
+            _log(workdir, number, read_manifest(folder)["sampled"])
         return
+    if has_checkpoint(folder.parent / "train"):
+        raise ConfigError(
+            f"{folder.parent}/train has learned from answers of another policy than {source} is now, or that another "
+            "reward model or judge chose. Give the old models, or a new --workdir."
+        )
     figures: dict[str, Any] = {}
     tokenizer = loaded.tokenizer
     with _sampling(config, loaded) as sampler:
@@ -286,8 +294,7 @@ def _evaluate_last(config: RoundsConfig, source: str, workdir: Path) -> dict[str
         figures = _held_out(sampler, scorer, config)
     print(f"after {config.rounds} rounds: held out: {_shown(figures)}")
     _log(workdir, config.rounds + 1, figures)
-    rows = [json.loads(line) for line in (workdir / ROUNDS).read_text(encoding="utf-8").splitlines()]
-    at_start = {f"{name}_at_start": rows[0][name] for name in figures}
+    at_start = {f"{name}_at_start": _rows(workdir)[0][name] for name in figures}
     return figures | at_start | {"rounds": config.rounds}
 
 
@@ -334,11 +341,14 @@ def _shown(figures: dict[str, float]) -> str:
 
 
 def _log(workdir: Path, number: int, figures: dict[str, Any]) -> None:
+    rows = [row for row in _rows(workdir) if row["round"] < number] + [{"round": number} | figures]
+    configs.atomic_write(workdir / ROUNDS, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rows(workdir: Path) -> list[dict[str, Any]]:
     path = workdir / ROUNDS
-    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = [row for row in rows if json.loads(row)["round"] < number]
-    configs.atomic_write(
-        path, "".join(row + "\n" for row in [*rows, json.dumps({"round": number} | figures)])
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     )
 
 

@@ -35,8 +35,18 @@ def test_rounds_of_the_best_of_n_answers_raise_the_accuracy_and_go_on_where_they
         assert answer.rstrip().endswith("</answer>") or "</answer>" in answer  # and it was right
     before = (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "round-2" / "train")  # cut off in the second round's training
+    (tmp_path / "rounds.jsonl").write_text(json.dumps(rows[0]) + "\n")  # and before its row was written
     assert rounds.run(config, tmp_path)["accuracy"] == final["accuracy"]
     assert (tmp_path / "round-1" / "answers" / "manifest.json").stat().st_mtime_ns == before
+    assert [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()] == rows
+    newest = shutil.copytree(tmp_path / "round-2" / "train", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "round-1" / "train")
+    shutil.copytree(
+        newest, tmp_path / "round-1" / "train"
+    )  # the second round's policy has become another one
+    with pytest.raises(configs.ConfigError, match="round-2/train has learned from answers of another policy"):
+        rounds.run(config, tmp_path)
+    assert [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()] == rows
     with pytest.raises(configs.ConfigError, match="holds rounds of another config"):
         rounds.run(dataclasses.replace(config, keep=2), tmp_path)
     hopeless = dataclasses.replace(config, min_reward=5.0)
