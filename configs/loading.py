@@ -8,6 +8,7 @@ dataclass; overrides go through absl and ml_collections' `config_flags`, typed b
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -113,9 +114,9 @@ def run(
     """Parses the command line, calls `main(config, workdir, **flags)`, and returns the exit code for
     `sys.exit`.
 
-    What a user has to mend (ConfigError, FileNotFoundError) is one paragraph on stderr and exit code 2; an
-    interrupt says that the same command resumes, exit code 130, and so does SIGTERM, exit code 75. Any other
-    exception is a defect and keeps its trace.
+    What a user has to mend (ConfigError, a missing file, a full or read-only disk) is one paragraph on stderr and
+    exit code 2; an interrupt says that the same command resumes, exit code 130, and so does SIGTERM, exit code 75. Any
+    other exception is a defect and keeps its trace.
     """
     try:
         config, workdir, stage_flags = parse(cls, argv, description, **parse_options)
@@ -130,6 +131,12 @@ def run(
     except FileNotFoundError as error:
         print(f"error: {_missing_file(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}. {_UNWRITABLE[error.errno]}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             "\nInterrupted. The same command, given again, goes on from where this stopped.", file=sys.stderr
@@ -143,6 +150,14 @@ def _show(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the program's end
+
+
+_UNWRITABLE = {
+    errno.ENOSPC: "Free some space; the same command, given again, goes on from what is saved.",
+    errno.EDQUOT: "Free some space; the same command, given again, goes on from what is saved.",
+    errno.EROFS: "Give a --workdir that can be written.",
+    errno.EACCES: "Give a path that this user may read and write.",
+}
 
 
 def _chosen_kinds(cls: type, mapping: dict[str, Any], argv: list[str]) -> dict[str, Any]:

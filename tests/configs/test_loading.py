@@ -1,6 +1,7 @@
 """The command line: config files, overrides, --help, and errors that a user can act on."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -312,10 +313,18 @@ def test_run_turns_mistakes_into_a_paragraph_and_exit_code_2(file, capsys):
             1: configs.ConfigError("mend it"),
             2: FileNotFoundError(2, "gone", "/no/where"),
             3: KeyboardInterrupt(),
+            4: OSError(errno.EROFS, "Read-only file system", "/ro/x"),
+            5: OSError(errno.ENOSPC, "No space left on device"),
         }[config.steps]
 
     arguments = [f"--config={file}", "--workdir=x"]
-    for steps, code, message in [(1, 2, "error: mend it"), (2, 2, "/no/where"), (3, 130, "same command")]:
+    for steps, code, message in [
+        (1, 2, "error: mend it"),
+        (2, 2, "/no/where"),
+        (3, 130, "same command"),
+        (4, 2, "error: /ro/x: Read-only file system. Give a --workdir"),
+        (5, 2, "error: No space left on device. Free some space"),
+    ]:
         assert configs.run(main, Config, [*arguments, f"--config.steps={steps}"]) == code
         assert message in capsys.readouterr().err
     assert configs.run(lambda config, workdir: 7, Config, arguments) == 7
