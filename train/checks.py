@@ -56,7 +56,20 @@ def check_validation(spec: DataSpec, kind: BatchKind) -> None:
     """
     if spec.validation:
         per_step = spec.batch_size // (2 if kind == "preference" else 1)
-        open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, Reading(kind, spans=spec.spans))
+        reading = Reading(kind, spans=spec.spans)
+        opened = open_mixture(spec.validation, per_step, spec.seq_len, spec.seed, reading)
+        for folder, source in opened.sources.items():
+            if source.packer.dropped:
+                print(
+                    f"warning: {source.packer.dropped:,} of {opened.sizes[folder].documents:,} records of {folder} are "
+                    "longer than a row and left out of the validation: raise seq_len."
+                )
+
+
+def content_of(spec: DataSpec) -> dict[str, str]:
+    """A hash of what each training dataset holds, by folder."""
+    folders = sources_of(spec.whole_mixture())
+    return {folder: read_manifest(Path(folder)).get("sha256", "") for folder in folders}
 
 
 def check_same_model(stored: ModelConfig, wanted: ModelConfig, workdir: Path, spec: Preset) -> None:

@@ -80,7 +80,7 @@ class Forgetting:
             window = Window()
             for batch in self._batches(folder):
                 window.add(self._measure(params, place_batch(batch, self._mesh, self._config.sharding)))
-            nll = window.means()["nll"]
+            nll = window.means().get("nll", 0.0)
             figures[folder] = {"nll": nll}
             manifest = read_manifest(Path(folder))
             if manifest.get("kind") == "tokens" and manifest.get("bytes"):

@@ -92,10 +92,15 @@ class Window:
         return means
 
     def means(self) -> dict[str, float]:
-        """Means since the last call; starts a new window."""
-        means = {name: total / max(weight, 1e-9) for name, (total, weight) in self._sums.items()}
-        self._sums = {}
-        return means
+        """Means since the last call; starts a new window. A metric that nothing had a weight in is left out; a loss
+        without any is 0.
+        """
+        sums, self._sums = self._sums, {}
+        return {
+            name: total / max(weight, 1e-9)
+            for name, (total, weight) in sums.items()
+            if weight or name == "loss"
+        }
 
 
 class Progress:

@@ -27,10 +27,9 @@ import model
 from configs import ConfigError
 from configs.files import temporary_beside
 from configs.typed import check_at_least
-from data.mixture import sources_of
-from data.shards import hash_of, read_manifest
+from data.shards import hash_of
 from model.compilation import prepare_compiler
-from train.checks import check_datasets
+from train.checks import check_datasets, content_of
 from train.config import DataSpec, Execution, MeshSpec
 from train.mesh import make_mesh, param_shardings, place_batch
 from train.metrics import clock
@@ -64,7 +63,7 @@ def batches_key(spec: DataSpec, rows: int) -> str:
     run's length, too.
     """
     said = configs.to_dict(spec) | {"batch_size": None, "validation": None, "validation_batches": None}
-    content = [read_manifest(Path(folder)).get("sha256") for folder in sources_of(spec.whole_mixture())]
+    content = list(content_of(spec).values())
     return hash_of("teacher", said | {"check_tokenizer": None}, content, rows if spec.phases else None)
 
 

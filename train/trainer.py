@@ -18,6 +18,7 @@ import model
 from model.compilation import prepare_compiler
 from model.function import Params
 from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
+from train.checks import content_of
 from train.config import TrainConfig
 from train.forgetting import Forgetting
 from train.learner import Learner
@@ -127,7 +128,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         if step != self._saved:
-            self.learner.save(step, {"examples": self.examples, "seed": self.config.seed})
+            position = {"examples": self.examples, "seed": self.config.seed}
+            self.learner.save(step, position | {"datasets": content_of(self.config.data)})
             self._saved = step
 
     def _rows_here(self) -> dict[str, int]:
@@ -206,6 +208,13 @@ class _Run:
         print(f"{MFU_FORMULA}; {peak_text()}")
         if start:
             print(f"going on from step {start} in {self.workdir}")
+            before = self.learner.progress.get("datasets", {})
+            for folder, content in content_of(spec).items():
+                if before.get(folder, content) != content:
+                    print(
+                        f"warning: {folder} was written again since step {start}: the run goes on at the place where "
+                        "it was, so some of the data may come twice and some never."
+                    )
 
     def _show(self, progress: Progress, step: int, last: dict[str, float]) -> None:
         shown = {"loss": f"{last['loss']:.4f}"}

@@ -24,6 +24,7 @@ from configs.exits import Stopped
 from configs.paths import complete_steps
 from data.shards import TokenRecord, write_dataset
 from data.tokenize import write_chat_dataset
+from model import WeightedSum
 from model.adapters import drop_adapters, merge_adapter, split_trained
 from model.generate import generate
 from model.logprobs import token_logprobs
@@ -32,7 +33,7 @@ from tests.policy import adamw, policy_state
 from train import checkpoints, trainer
 from train.config import Precision, SampleSpec, TrainConfig
 from train.learner import Learner
-from train.metrics import MetricsLog, write_result
+from train.metrics import MetricsLog, Window, write_result
 from train.optimizers import Lion
 from train.references import fingerprint
 from train.sampling import draw_samples
@@ -451,6 +452,33 @@ def test_a_second_interrupt_ends_the_run_at_once():
         signal.raise_signal(signal.SIGINT)
         assert stopping.asked == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_resumed_run_says_that_a_dataset_was_written_again(corpus, tmp_path, capsys):
+    folder = shutil.copytree(corpus / "tokens", tmp_path / "tokens")
+    config = make_config(corpus, steps=4)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, mixture={str(folder): 1.0}))
+    train(config, tmp_path / "run", stop_at=2)
+    train(config, tmp_path / "run", stop_at=3)
+    assert "written again" not in capsys.readouterr().out
+    shutil.rmtree(folder)
+    shutil.copytree(corpus / "down", folder)
+    train(config, tmp_path / "run")
+    assert f"warning: {folder} was written again since step 3" in capsys.readouterr().out
+
+
+def test_validation_says_what_it_leaves_out(corpus, tmp_path, capsys):
+    long = [TokenRecord(np.arange(5, 5 + n, dtype=np.int32), np.arange(n) > 2) for n in (6, 30, 6, 40, 50)]
+    write_dataset(tmp_path / "chat", long, "chat")
+    prepare_run(make_config(corpus, data={"validation": {str(tmp_path / "chat"): 1.0}}))
+    said = f"3 of 5 records of {tmp_path / 'chat'} are longer than a row and left out of the validation"
+    assert said in capsys.readouterr().out
+
+
+def test_a_metric_of_nothing_is_no_zero():
+    window, nothing = Window(), WeightedSum(np.float32(0), np.float32(0))
+    window.add({"loss": nothing, "undesired_reward": nothing, "accuracy": WeightedSum.one(np.float32(1))})
+    assert window.means() == {"loss": 0.0, "accuracy": 1.0}
 
 
 def test_a_figure_that_is_not_known_is_null_in_the_log(tmp_path):
