@@ -116,7 +116,22 @@ def read_text(tp: Any, text: str, where: str) -> Any:
         value = _read_member(member, text)
         if value is not _UNREAD:
             return value
-    raise ConfigError(f"{where}={text} is ill-typed; wanted {type_name(tp)}.")
+    raise ConfigError(f"{where}={text} is ill-typed; wanted {type_name(tp)}.{_how_to_write(tp, text, where)}")
+
+
+def _how_to_write(tp: Any, text: str, where: str) -> str:
+    """The form of a value whose type does not say it, with a space before; "" for others."""
+    if names := tagged(tp):
+        name = next((name for name in names if name.lower() == text.lower()), next(iter(names)))
+        return f" Choose one by {where}.{KIND}={name}."
+    members = choices(tp)
+    if any(member is dict or typing.get_origin(member) is dict for member in members):
+        return f" For example: {where}=\"{{'NAME': 1.0}}\"."
+    options = [str(o) for m in members if typing.get_origin(m) is Literal for o in typing.get_args(m)]
+    close = [option for option in options if option.lower() == text.lower()] or nearest_strings(
+        text, options, 1
+    )
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def leaves(cls: type, mapping: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -150,13 +150,22 @@ class Dataset(Sequence):
         return self.__dict__ | {"_source": None}
 
 
+def _datasets_near(folder: Path) -> str:
+    """Those in a folder that is no dataset or, where it is not there, in the one that it would be in."""
+    inside, place = ("It", folder) if folder.is_dir() else (str(folder.parent), folder.parent)
+    if not place.is_dir():
+        return ""
+    found = [path.parent for depth in ("*", "*/*") for path in place.glob(f"{depth}/{MANIFEST}")]
+    names = sorted(str(path.relative_to(place)) for path in found)
+    more = ", ..." if len(names) > 8 else ""
+    return f" {inside} holds the datasets {', '.join(names[:8])}{more}: name one of them." if names else ""
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a dataset folder. Raises DatasetError when there is none, or none of ours."""
     path = folder / MANIFEST
     if not path.is_file():
-        inside = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
-        hint = f" It holds the datasets {', '.join(inside)}: name one of them." if inside else ""
-        raise DatasetError(f"{folder} is no dataset: there is no {MANIFEST}.{hint}")
+        raise DatasetError(f"{folder} is no dataset: there is no {MANIFEST}.{_datasets_near(folder)}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

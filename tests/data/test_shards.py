@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import DatasetError, open_dataset, write_dataset
-from data.shards import TokenRecord, is_current
+from data.shards import TokenRecord, is_current, read_manifest
 
 
 def documents(n):
@@ -125,3 +125,16 @@ def test_the_parent_of_datasets_names_them(tmp_path):
     write_dataset(tmp_path / "tokens" / "train", documents(2), "tokens")
     with pytest.raises(DatasetError, match="datasets train"):
         open_dataset(tmp_path / "tokens")
+
+
+def test_a_folder_that_is_no_dataset_names_those_near_it(tmp_path):
+    for name in ("chat/train", "chat/validation"):
+        write_dataset(tmp_path / name, [TokenRecord(np.arange(3, dtype=np.int32))], "tokens")
+    for wrong, said in (
+        ("", "It holds the datasets chat/train, chat/validation: name one"),
+        ("chat", "It holds the datasets train, validation: name one"),
+        ("chat/test", f"{tmp_path / 'chat'} holds the datasets train, validation: name one"),
+        ("none/at/all", r"there is no manifest.json\.$"),
+    ):
+        with pytest.raises(DatasetError, match=said):
+            read_manifest(tmp_path / wrong)
