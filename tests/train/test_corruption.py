@@ -116,16 +116,24 @@ def test_masked_tokens_are_their_own_targets_in_the_shares_of_the_paper():
     assert (of_chosen == old[chosen]).mean() == pytest.approx(0.1 + 0.009, abs=0.03)
 
 
-def test_label_smoothing_is_cross_entropy_with_the_smoothed_target():
+@pytest.mark.parametrize("ids", [None, 50])
+def test_label_smoothing_is_cross_entropy_with_the_smoothed_target(ids):
     params, batch = fresh(CFG), packed_batch()
     plain, _ = jit(objective_of(LanguageModelling(), CFG))(params, batch)
-    loss, metrics = jit(objective_of(LanguageModelling(label_smoothing=0.2), CFG))(params, batch)
+    smoothed = LanguageModelling(label_smoothing=0.2, smoothed_ids=ids)
+    loss, metrics = jit(objective_of(smoothed, CFG))(params, batch)
     logits = jit(lambda p, b: apply(CFG, p, Inputs.from_batch(b)).logits)(params, batch)
     logprobs = np.asarray(jax.nn.log_softmax(logits))
     chosen = np.take_along_axis(logprobs, batch["targets"][..., None], -1)[..., 0]
-    wanted = -(0.8 * chosen + 0.2 * logprobs.mean(-1)) * batch["loss_weights"]
+    wanted = -(0.8 * chosen + 0.2 * logprobs[..., :ids].mean(-1)) * batch["loss_weights"]
     assert float(loss.total) == pytest.approx(wanted.sum(), rel=1e-5)
     assert float(metrics["nll"].total) == pytest.approx(float(plain.total), rel=1e-5)
+
+
+def test_labels_are_smoothed_over_the_tokenizers_ids_without_the_models_padding():
+    tokenizer = data.train_tokenizer("bytes", [], 0)
+    found = LanguageModelling(label_smoothing=0.1).with_tokenizer(tokenizer)
+    assert found.smoothed_ids == tokenizer.vocab_size
 
 
 def test_neftune_noise_is_bounded_by_the_length_of_the_document_and_absent_from_a_measurement():

@@ -34,6 +34,9 @@ class LanguageModelling(Algorithm):
     mtp_weight: float = 0.3  # coefficient of the mean MTP loss; 0: MTP modules are not trained
     # share of a target's probability that is spread over the vocabulary; above 0 all logits are in memory
     label_smoothing: float = 0.0
+    smoothed_ids: int | None = (
+        None  # that many ids are in it; None: the tokenizer's, without the model's padding
+    )
     # NEFTune: uniform noise of at most this / sqrt(document's tokens * width) on embeddings; 5 is usual for fine-tuning
     neftune_alpha: float = 0.0
     fim_rate: float = (
@@ -54,6 +57,8 @@ class LanguageModelling(Algorithm):
             raise ValueError("label_smoothing, fim_rate and fim_spm_rate are shares: wanted 0 to 1.")
 
     def with_tokenizer(self, tokenizer: Tokenizer) -> LanguageModelling:
+        if self.label_smoothing and self.smoothed_ids is None:
+            return dataclasses.replace(self, smoothed_ids=tokenizer.vocab_size).with_tokenizer(tokenizer)
         if not self.fim_rate or self.fim_ids is not None:
             return self
         prefix, suffix, middle = (tokenizer.id_of(token) for token in self.fim_tokens)
@@ -80,7 +85,8 @@ class LanguageModelling(Algorithm):
         nll = WeightedSum.of(-scores.logprobs, weights_BT)
         loss = WeightedSum(nll.total + self.z_loss * jnp.sum(weights_BT * scores.log_z**2), nll.weight)
         if self.label_smoothing:
-            uniform = WeightedSum.of(scores.log_z - jnp.mean(out.logits, axis=-1), weights_BT)
+            mean_BT = jnp.mean(out.logits[..., : self.smoothed_ids], axis=-1)
+            uniform = WeightedSum.of(scores.log_z - mean_BT, weights_BT)
             smoothed = loss.total + self.label_smoothing * (uniform.total - nll.total)
             loss = WeightedSum(smoothed, loss.weight)
         metrics, aux = {"nll": nll}, out.aux
