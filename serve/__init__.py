@@ -17,6 +17,7 @@ _HOME = {
     "Request": "serve.request",
     "RequestError": "serve.request",
     "SamplingParams": "serve.request",
+    "Thinking": "serve.request",
     "CompilationAfterWarmup": "serve.programs",
 }
 
@@ -29,12 +30,13 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "Thinking",
 ]
 
 if TYPE_CHECKING:
     from serve.engine import Engine
     from serve.engine_config import EngineConfig
     from serve.programs import CompilationAfterWarmup
-    from serve.request import Grammar, Output, Request, RequestError, SamplingParams
+    from serve.request import Grammar, Output, Request, RequestError, SamplingParams, Thinking
 
 __getattr__, __dir__ = lazy_exports(__name__, _HOME)

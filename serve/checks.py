@@ -11,7 +11,8 @@ from serve.engine_config import EngineSizes
 from serve.request import MAX_STOP_TOKENS, Request, RequestError, SamplingParams
 
 if TYPE_CHECKING:
-    from serve.grammar import GrammarCompiler
+    from serve.grammar import GrammarCompiler, Matcher
+    from serve.thinking import ThoughtMatcher, Vocabulary
 
 
 class RequestChecks:
@@ -84,6 +85,31 @@ class RequestChecks:
                     "grammar", "min_tokens and bad_words_ids could forbid every token that a grammar allows."
                 )
             self.grammars.compile(sampling.grammar)
+        if (thinking := sampling.thinking) is not None:
+            if self._tokenizer is None:
+                raise RequestError(
+                    "thinking", "this engine has no tokenizer, so a thought's end can't be read."
+                )
+            if outside := [t for t in (*thinking.start, *thinking.end) if not 0 <= t < self._vocab_size]:
+                raise RequestError(
+                    "thinking", f"thinking names the token {outside[0]}; wanted 0 to {self._vocab_size - 1}."
+                )
+
+    def matcher(self, sampling: SamplingParams, stop_ids: tuple[int, ...]) -> Matcher | ThoughtMatcher | None:
+        """What an output must match from its start on, if anything."""
+        grammar = None if sampling.grammar is None else self.grammars.compile(sampling.grammar)
+        if sampling.thinking is None:
+            return grammar
+        from serve.thinking import ThoughtMatcher
+
+        return ThoughtMatcher(sampling.thinking, self._vocabulary, grammar, stop_ids)
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        from serve.thinking import Vocabulary
+
+        assert self._tokenizer is not None  # `check` has seen it
+        return Vocabulary(self._tokenizer, self._model_vocab_size)
 
     @functools.cached_property
     def grammars(self) -> GrammarCompiler:

@@ -128,8 +128,7 @@ class Engine:
         sequence.cache_root = self._cache_root(request)
         if self._adapters is not None:
             sequence.adapter = self._adapters.slot(request.adapter)
-        if sampling.grammar is not None:
-            sequence.matcher = self._checks.grammars.compile(sampling.grammar)
+        sequence.matcher = self._checks.matcher(sampling, stop_ids)
         self._speculation.start(sequence)
         self._sequences[id] = sequence
         self._scheduler.add(sequence)

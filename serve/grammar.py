@@ -25,6 +25,8 @@ _KEPT = 64  # compiled grammars
 class Matcher:
     """Where one output is in its grammar."""
 
+    free_steps = 0  # tokens that need no mask
+
     def __init__(self, state: llguidance.LLMatcher, stop_ids: frozenset[int], words: int):
         self._state, self._stop_ids, self._words = state, stop_ids, words
 

@@ -56,6 +56,28 @@ class Grammar:
 
 
 @dataclasses.dataclass(frozen=True)
+class Thinking:
+    """A thought before the answer. A grammar is met by what follows the thought.
+
+    Attributes:
+      end: the tokens that close it; it ends as well where their text comes in other tokens.
+      start: the tokens that open it at the start of the output, where it may also be missing; (): the prompt did.
+      budget: most tokens of the thought; then the tokens of its end come next. None: no limit.
+    """
+
+    end: tuple[int, ...]
+    start: tuple[int, ...] = ()
+    budget: int | None = None
+
+    def __post_init__(self):
+        for name in ("end", "start"):
+            object.__setattr__(self, name, _checked_tokens(f"thinking.{name}", getattr(self, name)))
+        if not self.end:
+            raise RequestError("thinking", "thinking.end is empty; wanted the tokens that close a thought.")
+        _check_int("thinking.budget", self.budget, 0, optional=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. RequestError for a value of the wrong type or range.
 
@@ -83,6 +105,7 @@ class SamplingParams:
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not contain
     min_tokens: int = 0  # no stop token is sampled before the output has so many
     grammar: Grammar | None = None  # what the output must match
+    thinking: Thinking | None = None  # a thought before it, and its budget
     seed: int | None = None  # None: derived from the engine's seed and the request's number
     stop: tuple[str, ...] = ()  # strings; the text ends before the first that appears
     stop_token_ids: tuple[int, ...] = ()  # beside the tokenizer's eos_ids
@@ -113,6 +136,10 @@ class SamplingParams:
             raise RequestError("ignore_eos", f"ignore_eos={self.ignore_eos!r}; wanted True or False.")
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise RequestError("grammar", f"grammar is {type(self.grammar).__name__}; wanted serve.Grammar.")
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            raise RequestError(
+                "thinking", f"thinking is {type(self.thinking).__name__}; wanted serve.Thinking."
+            )
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", _checked_tokens("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))

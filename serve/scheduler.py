@@ -156,9 +156,8 @@ class Scheduler:
         return [sequence for sequence in self.active if sequence.decodes]
 
     def next_decode(self, sequences: list[Sequence], steps: int) -> DecodeBatch:
-        """Up to `steps` tokens for each of `decoding`; one, where the host makes the mask of each."""
-        if any(sequence.needs_host for sequence in sequences):
-            steps = 1
+        """Up to `steps` tokens for each of `decoding`; fewer where the host must make a mask before."""
+        steps = min(steps, *(sequence.free_steps for sequence in sequences))
         budgets = [self._budget(sequence, steps) for sequence in sequences]
         return decode_batch(
             self._table, sequences, bucket_of(len(sequences), self.config.row_buckets), budgets

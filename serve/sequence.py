@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from serve.drafters import NgramIndex
     from serve.grammar import Matcher
     from serve.text import TextStream
+    from serve.thinking import ThoughtMatcher
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -36,7 +37,7 @@ class Sequence:
     limit: int
     stop_ids: tuple[int, ...]
     stream: TextStream | None  # None when no text is wanted
-    matcher: Matcher | None = None  # of the grammar
+    matcher: Matcher | ThoughtMatcher | None = None  # of the grammar, or of a thought and what follows it
     adapter: int = -1  # slot of the adapter; -1: none
     cache_root: bytes = b""
 
@@ -96,9 +97,11 @@ class Sequence:
         return self.matcher is not None or bool(self.request.sampling.bad_words_ids)
 
     @property
-    def needs_host(self) -> bool:
-        """Whether the mask of each token depends on the one before, so that the host makes it."""
-        return self.matcher is not None or any(len(word) > 1 for word in self.request.sampling.bad_words_ids)
+    def free_steps(self) -> int:
+        """How many tokens the device can sample before the host must make another mask; at least 1."""
+        if any(len(word) > 1 for word in self.request.sampling.bad_words_ids):
+            return 1
+        return self.limit if self.matcher is None else max(self.matcher.free_steps, 1)
 
     def extend(self, new: list[int]) -> tuple[int, FinishReason | None]:
         """Add tokens up to the first that ends the sequence; returns how many were kept, and why it ends there."""
