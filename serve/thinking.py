@@ -48,7 +48,9 @@ class Vocabulary:
             for id in range(tokenizer.vocab_size)
         ]
         self.size = vocab_size
-        self.spaces = frozenset(id for id, text in enumerate(self._texts) if text and not text.strip(b" \n\r\t"))
+        self.spaces = frozenset(
+            id for id, text in enumerate(self._texts) if text and not text.strip(b" \n\r\t")
+        )
         self.spaces_W = _only(self.spaces, vocab_size)
 
     def bytes_of(self, id: int) -> bytes:

@@ -15,7 +15,7 @@ from pydantic import Field
 from serve.http.body import Strict, is_int, json_object, shown, validated
 from serve.http.errors import ApiError
 from serve.http.messages import Message, Tool
-from serve.request import MAX_LOGPROBS, Grammar, SamplingParams
+from serve.request import MAX_LOGPROBS, Grammar, SamplingParams, Thinking
 
 MAX_CHOICES = 16  # answers of one HTTP request: prompts times n
 MAX_MESSAGES = 2048
@@ -188,6 +188,8 @@ class ChatBody(Body):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=0)] | None = None  # as vLLM calls it
+    thinking_budget: Annotated[int, Field(ge=0)] | None = None  # the same, as Qwen's API calls it
     include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, str | int | float | bool | None] | None = None
     continue_final_message: bool | None = None
@@ -245,7 +247,17 @@ class ChatBody(Body):
             raise ApiError(400, message, "tool_choice")
         return [tool for tool in tools if name in (None, tool.function.name)]
 
-    def choices(self, grammar: Grammar | None = None) -> list[SamplingParams]:
+    def thought_budget(self) -> int | None:
+        """Most tokens of a thought. Raises ApiError for two that differ."""
+        first, second = self.thinking_token_budget, self.thinking_budget
+        if first is not None and second is not None and first != second:
+            message = f"thinking_token_budget={first} and thinking_budget={second} differ; give one of them."
+            raise ApiError(400, message, "thinking_budget")
+        return second if first is None else first
+
+    def choices(
+        self, grammar: Grammar | None = None, thinking: Thinking | None = None
+    ) -> list[SamplingParams]:
         limit, newer = self.max_tokens, self.max_completion_tokens
         if limit is not None and newer is not None and limit != newer:
             message = f"max_tokens={limit} and max_completion_tokens={newer} differ; give one of them."
@@ -254,7 +266,8 @@ class ChatBody(Body):
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         limit = limit if newer is None else newer
-        return [self.sampling(i, logprobs, limit, grammar) for i in range(self.n or 1)]
+        every = [self.sampling(i, logprobs, limit, grammar) for i in range(self.n or 1)]
+        return [dataclasses.replace(each, thinking=thinking) for each in every]
 
 
 class CompletionBody(Body):

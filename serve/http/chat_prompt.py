@@ -16,13 +16,15 @@ from serve.http.errors import ApiError
 from serve.parsers import AnswerForm
 from serve.parsers.grammar import call_grammar
 from serve.parsers.harmony import CHANNEL, MESSAGE
-from serve.request import Grammar
+from serve.request import Grammar, Thinking
 
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch that turns reasoning on and off
 # Variables that requests don't set: they are the server's, or lead to other parts of the prompt.
 _OWN = frozenset(
     "messages tools documents add_generation_prompt continue_final_message bos_token eos_token".split()
 )
+# Most tokens of a thought by effort, for models whose template reads no effort; others think as long as they do.
+BUDGETS = {"minimal": 256, "low": 1024, "medium": 4096}
 _LONGEST_VALUE = 4096  # characters of a variable
 _END = 64  # tokens of a prompt that say how the answer begins
 
@@ -36,6 +38,7 @@ class ChatPrompt:
       tools: names of the functions that the answer may call.
       grammar: what the answer must match so that it calls one.
       continued: the answer goes on from the last message.
+      thinking: the thought that the answer may begin with, where it has a budget or comes before a grammar.
     """
 
     tokens: list[int]
@@ -43,6 +46,7 @@ class ChatPrompt:
     tools: tuple[str, ...] = ()
     grammar: Grammar | None = None
     continued: bool = False
+    thinking: Thinking | None = None
 
 
 def chat_prompt(
@@ -59,12 +63,14 @@ def chat_prompt(
         tokens, _ = tokenizer.apply_chat_template(**arguments)
     end = tokenizer.decode(tokens[-_END:], keep_special=True)
     tools = body.callable_tools()
+    thinking = _thinking(body, arguments, end, tokenizer, form)
     grammar = None
     if tools and body.must_call:
         functions = [tool.function.model_dump(exclude_none=True) for tool in tools]
         several = body.must_call == "required" and body.parallel_tool_calls is not False
-        started = form.tags is not None and _within(end, form.tags)
-        lark = call_grammar(form.calls, functions, tokenizer.special_tokens, form.tags, started, several)
+        tags = None if thinking else form.tags
+        started = tags is not None and _within(end, tags)
+        lark = call_grammar(form.calls, functions, tokenizer.special_tokens, tags, started, several)
         if lark is None:
             message = (
                 'calls can\'t be required of this model, whose form of calls has no grammar here; use "auto".'
@@ -72,7 +78,34 @@ def chat_prompt(
             raise ApiError(400, f"tool_choice={shown(body.tool_choice)}: {message}", "tool_choice")
         grammar = Grammar("lark", lark)
     names = tuple(tool.function.name for tool in tools)
-    return ChatPrompt(tokens, end, names, grammar, bool(body.continue_final_message))
+    return ChatPrompt(tokens, end, names, grammar, bool(body.continue_final_message), thinking)
+
+
+def _thinking(
+    body: ChatBody, arguments: dict[str, Any], end: str, tokenizer: Tokenizer, form: AnswerForm
+) -> Thinking | None:
+    """What the engine must know of a thought: its budget, and that a grammar begins after it."""
+    budget = body.thought_budget()
+    if form.tags is None:
+        if budget is not None:
+            message = "thinking_budget: this model's answers have no thought between tags; leave it out."
+            raise ApiError(400, message, "thinking_budget")
+        return None
+    if budget is None and "reasoning_effort" not in arguments:
+        budget = BUDGETS.get(body.reasoning_effort or "")
+    started = _within(end, form.tags)
+    off = any(arguments.get(name) is False for name in _SWITCHES)
+    if not started and (off or body.continue_final_message):
+        return None
+    if budget is None and body.grammar() is None:
+        return None
+    opening, closing = (_tokens_of(tag, tokenizer) for tag in form.tags)
+    return Thinking(closing, () if started else opening, budget)
+
+
+def _tokens_of(tag: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    special = tokenizer.special_tokens.get(tag)
+    return tuple(tokenizer.encode(tag)) if special is None else (special,)
 
 
 def template_arguments(body: ChatBody, tokenizer: Tokenizer, form: AnswerForm) -> dict[str, Any]:
@@ -98,16 +131,23 @@ def template_arguments(body: ChatBody, tokenizer: Tokenizer, form: AnswerForm) -
         if "tool_calls" in message and "tool_calls" not in template:
             name = f"messages[{i}].tool_calls"
             raise ApiError(400, "this model's chat template shows no tool calls; leave them out.", name)
-    return arguments | _reasoning(body.reasoning_effort, reads) | _variables(body.chat_template_kwargs, reads)
+    return (
+        arguments
+        | _reasoning(body.reasoning_effort, reads, form)
+        | _variables(body.chat_template_kwargs, reads)
+    )
 
 
-def _reasoning(effort: str | None, reads: frozenset[str]) -> dict[str, Any]:
-    """The variables for an effort, as vLLM gives them: the effort itself, and a switch that only "none" turns off."""
+def _reasoning(effort: str | None, reads: frozenset[str], form: AnswerForm) -> dict[str, Any]:
+    """The variables for an effort, as vLLM gives them: the effort itself, and a switch that only "none" turns off.
+
+    None are needed where a budget can hold the thought to it.
+    """
     if effort is None:
         return {}
     wanted = {"reasoning_effort": effort} | dict.fromkeys(_SWITCHES, effort != "none")
     found = {name: value for name, value in wanted.items() if name in reads}
-    if not found:
+    if not found and (form.tags is None or effort == "none"):
         message = (
             f"reasoning_effort={effort!r}: this model's chat template has no such setting; leave it out."
         )

@@ -71,7 +71,7 @@ class Service:
         except ChatTemplateError as error:
             raise ApiError(400, str(error), "messages") from None
         try:
-            return prompt, body.choices(prompt.grammar)
+            return prompt, body.choices(prompt.grammar, prompt.thinking)
         except RequestError as error:
             raise refusal(error) from None
 

@@ -1,14 +1,22 @@
 """Budgets close a thought exactly, and a grammar begins after it: with drafts, in a batch, at any temperature."""
 
+import copy
 import json
 
 import numpy as np
+import openai
 import pytest
 
 from serve import Request, RequestError, SamplingParams, Thinking
 from serve.grammar import GrammarCompiler
+from serve.http.api import ChatBody, parse_body
+from serve.http.chat_prompt import chat_prompt, template_arguments
+from serve.http.errors import ApiError
+from serve.parsers import form_of
 from serve.request import Grammar
 from serve.thinking import ThoughtMatcher, Vocabulary
+
+from .conftest import serving
 
 SIZE = 320
 SCHEMA = {
@@ -129,3 +137,59 @@ def test_what_can_not_be_is_refused(engine, make_engine, tokenizer):
     request = Request([5], SamplingParams(thinking=Thinking((10**6,))))
     with pytest.raises(RequestError, match="names the token 1000000"):
         engine.submit(request)
+
+
+ASKED = [{"role": "user", "content": "So?"}]
+TURNS = "{% for m in messages %}{{ m.content }};{% endfor %}"
+THINKS = TURNS + "<think>{# </think> #}"
+MAY_THINK = TURNS + "{# <think></think> #}{{ enable_thinking }}"
+
+
+def thinking_of(tokenizer, template, **fields):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    body = parse_body(json.dumps({"model": "tiny", "messages": ASKED} | fields).encode(), ChatBody)
+    form = form_of(template)
+    found = chat_prompt(body, template_arguments(body, tokenizer, form), tokenizer, form).thinking
+    texts = lambda ids: tokenizer.decode(list(ids), keep_special=True)
+    return found and (texts(found.start), texts(found.end), found.budget)
+
+
+def test_what_requests_say_of_thoughts_reaches_the_engine(tokenizer):
+    of = lambda template, **fields: thinking_of(tokenizer, template, **fields)
+    assert of(THINKS) is None and of(MAY_THINK) is None
+    assert of(THINKS, thinking_budget=7) == ("", "</think>", 7) == of(THINKS, thinking_token_budget=7)
+    assert of(MAY_THINK, thinking_budget=0) == ("<think>", "</think>", 0)
+    assert of(THINKS, reasoning_effort="low") == ("", "</think>", 1024)
+    assert of(THINKS, reasoning_effort="high") is None
+    form = {"response_format": {"type": "json_object"}}
+    assert of(THINKS, **form) == ("", "</think>", None) and of(MAY_THINK, **form)[2] is None
+    assert of(MAY_THINK, reasoning_effort="none", **form) is None  # no thought, so the grammar begins at once
+    for fields, param in (
+        ({"thinking_budget": 3, "thinking_token_budget": 4}, "thinking_budget"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+    ):
+        with pytest.raises(ApiError, match=param):
+            of(THINKS, **fields)
+    with pytest.raises(ApiError, match="no thought between tags"):
+        of(TURNS, thinking_budget=3)
+
+
+def test_a_client_gets_a_thought_of_its_budget_and_then_what_it_asked_for(make_engine, tokenizer):
+    engine = make_engine(draft_tokens=3)
+    engine.tokenizer = copy.copy(tokenizer)
+    engine.tokenizer.chat_template = THINKS
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    with serving(engine) as port:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(
+                model="tiny",
+                messages=ASKED,
+                max_tokens=40,
+                temperature=0,
+                response_format=schema,
+                extra_body={"thinking_budget": 6},
+            )
+    message = answer.choices[0].message
+    assert answer.choices[0].finish_reason == "stop" and 0 <= json.loads(message.content)["count"] <= 99
+    assert message.reasoning_content and "</think>" not in message.reasoning_content
