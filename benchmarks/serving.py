@@ -105,11 +105,11 @@ def measure(name: str, path: Path, options: argparse.Namespace) -> None:
                     flush=True,
                 )
     with Server(command, port, dict(os.environ)):  # its programs are kept for the next one
-        time.sleep(60 if name == "ours" else 0)
+        time.sleep(40 if name == "ours" else 0)
     with Server(command, port, dict(os.environ)) as server:
         print(f"{name}: first token after {server.first_token:.1f} s", flush=True)
         if name == "ours":
-            time.sleep(30)
+            time.sleep(15)  # until all programs are there
         for rows in map(int, options.rows.split(",")):
             rates = [decode_rate(port, rows, options.tokens) for _ in range(3)]
             print(f"{name}: {rows:>3} requests: {statistics.median(rates):7.1f} tokens/s", flush=True)

@@ -39,7 +39,9 @@ class Speculation:
             min(len(draft), sequence.draft_index.mean_accepted) if sequence.draft_index is not None else 0.0
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
-        return drafts if any(drafts) and self.payoff.pays(rows, expected) else None
+        if any(drafts) and (self.payoff.pays(rows, expected) or self.payoff.tries_again(rows)):
+            return drafts
+        return None
 
     def accept(self, sequence: Sequence, draft: list[int], tokens: list[int]) -> int:
         """How many tokens of the draft are those that the model gave in its place."""

@@ -51,3 +51,28 @@ def test_drafts_pay_where_rows_gain_by_the_geometric_mean():
         expected = np.random.default_rng(seed).uniform(0, 5, 4)
         wanted = np.prod((1 + expected) / 2.0) ** 0.25 > 1.1
         assert payoff.pays(4, expected.tolist()) == wanted
+
+
+def test_one_slow_step_does_not_end_speculation():
+    payoff = Payoff()
+    for _ in range(20):
+        payoff.record("decode", 1, 1.0)
+    payoff.record("verify", 1, 30.0)  # other work ran beside it
+    assert payoff.pays(1, [3.0])
+    for _ in range(4):
+        payoff.record("verify", 1, 2.0)
+    assert payoff.pays(1, [3.0]) and not payoff.pays(1, [1.0])
+
+
+def test_what_did_not_pay_is_tried_again_now_and_then():
+    payoff = Payoff()
+    for _ in range(9):
+        payoff.record("decode", 1, 1.0)
+        payoff.record("verify", 1, 9.0)
+    tried = []
+    for step in range(100):
+        assert not payoff.pays(1, [3.0])
+        if payoff.tries_again(1):
+            tried.append(step)
+            payoff.record("verify", 1, 9.0)
+    assert tried == [23, 47, 71, 95]
