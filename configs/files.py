@@ -6,18 +6,20 @@ What a killed process was writing stays beside its target under a name of `tempo
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.typed import to_dict
+from configs.typed import ConfigError, to_dict
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.\d+\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
 
@@ -113,3 +115,34 @@ def save(config: Any, path: str | os.PathLike) -> Path:
     if path.is_dir() or path.suffix != ".json":
         path = path / "config.json"
     return atomic_write(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+@contextmanager
+def only_one(folder: str | os.PathLike, seconds: float = 10.0) -> Iterator[int]:
+    """Holds a folder for this process, which may make it; yields the lock's file descriptor.
+
+    A child that inherits the descriptor holds the folder as well. The lock goes with its processes, however they end.
+
+    Args:
+      seconds: to wait for the last process to be gone.
+
+    Raises:
+      ConfigError: another run holds the folder.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ConfigError(
+                        f"another run holds {folder}. Wait for it, stop it, or give another --workdir."
+                    ) from None
+                time.sleep(0.2)
+        yield descriptor
+    finally:
+        os.close(descriptor)

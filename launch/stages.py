@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import psutil
 
 import configs
 from configs.exits import STOPPED, Stopped
+from configs.files import only_one
 
 # Memory in pages of 2 MB where Linux gives them on request: a train step on CPU is a tenth quicker.
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -75,7 +74,7 @@ def run_stages(stages: list[Stage], workdir: Path) -> dict[str, StageRecord]:
       Stopped: a stage was asked to stop and has saved what it did.
       ConfigError: another run holds this workdir.
     """
-    with _only_one(workdir) as lock:
+    with only_one(workdir) as lock:
         records: dict[str, StageRecord] = {}
         for number, stage in enumerate(stages, 1):
             decides = _portable(_decisive(stage.config), workdir)
@@ -259,27 +258,6 @@ def _portable(tree: Any, workdir: Path) -> Any:
     if path == root or path.startswith(root + os.sep):
         return f"WORKDIR/{os.path.relpath(path, root)}"
     return path if os.sep in tree and os.path.exists(path) else tree
-
-
-@contextlib.contextmanager
-def _only_one(workdir: Path) -> Iterator[int]:
-    """The workdir's lock, as an open file descriptor; waits a little for the last run's processes to be gone."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(workdir / ".lock", os.O_RDWR | os.O_CREAT)
-    try:
-        for attempt in range(50):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if attempt == 49:
-                    raise configs.ConfigError(
-                        f"another run holds {workdir}. Wait for it, stop it, or give another --workdir."
-                    ) from None
-                time.sleep(0.2)
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _die_with_parent() -> None:

@@ -34,7 +34,7 @@ from train.mesh import check_mesh, make_mesh, place_batch
 from train.metrics import MetricsLog, Progress, Window
 from train.start import policy_start
 from train.stopping import Stopping
-from train.trainer import TrainingDiverged, save_config
+from train.trainer import TrainingDiverged, held, save_config
 
 
 class SamplerMismatch(RuntimeError):
@@ -63,6 +63,7 @@ def run(config: RLConfig, workdir: Path, stop_at: int | None = None) -> dict[str
     mesh = make_mesh(config.mesh, jax.devices()[: _devices_wanted(config)])
     with (
         jax.set_mesh(mesh),
+        held(workdir),
         Verifiers(workers=config.reward.workers, timeout=config.reward.timeout) as verifiers,
     ):
         return _Run(config, Path(workdir), mesh, verifiers).loop(stop_at or config.steps)

@@ -31,6 +31,7 @@ import numpy as np
 
 import configs
 from configs import ConfigError, exits
+from configs.files import only_one
 from configs.typed import check_at_least
 from data import Tokenizer
 from data.shards import TokenRecord, hash_of, is_current, read_manifest, write_dataset
@@ -118,15 +119,15 @@ def run(config: RoundsConfig, workdir: Path) -> dict[str, Any]:
             "--workdir."
         )
     prepare_compiler()
-    workdir.mkdir(parents=True, exist_ok=True)
-    configs.save(config, saved)
-    source = config.init_from
-    for number in range(1, config.rounds + 1):
-        folder = workdir / f"round-{number}"
-        _sample(config, source, folder / "answers", number, workdir)
-        _fine_tune(config, source, folder)
-        source = str(folder / "train")
-    return _evaluate_last(config, source, workdir)
+    with only_one(workdir):
+        configs.save(config, saved)
+        source = config.init_from
+        for number in range(1, config.rounds + 1):
+            folder = workdir / f"round-{number}"
+            _sample(config, source, folder / "answers", number, workdir)
+            _fine_tune(config, source, folder)
+            source = str(folder / "train")
+        return _evaluate_last(config, source, workdir)
 
 
 def best(group: Sequence[Rollout], rewards: np.ndarray, config: RoundsConfig) -> list[Rollout]:

@@ -15,6 +15,7 @@ import numpy as np
 import configs
 import data
 import model
+from configs.files import only_one
 from model.compilation import prepare_compiler
 from model.function import Params
 from model.inspect.flops import MFU_FORMULA, mfu, peak_text, train_flops_per_token
@@ -51,7 +52,7 @@ def train(config: TrainConfig, workdir: Path, stop_at: int | None = None) -> dic
     """
     prepare_compiler()
     setup = prepare_run(config, Path(workdir))
-    with jax.set_mesh(setup.mesh):
+    with jax.set_mesh(setup.mesh), held(workdir):
         return _Run(setup, Path(workdir)).loop(stop_at or config.steps)
 
 
@@ -265,6 +266,11 @@ class _Rate:
         tokens_per_second = steps * self._tokens / max(seconds, 1e-9)
         share = mfu(tokens_per_second * self._flops, self._devices)
         return {"tokens_per_second": tokens_per_second, "mfu": share}
+
+
+def held(workdir: Path) -> contextlib.AbstractContextManager:
+    """Holds a run's folder, on the process that writes there. Raises ConfigError: another run holds it."""
+    return only_one(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
 
 
 def save_config(config: Any, workdir: Path) -> None:
