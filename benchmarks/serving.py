@@ -6,8 +6,8 @@ llama.cpp's `llama-server` is built once, into .venvs/llama.cpp, from the source
 carries; or give one with --llama-server. Requests are greedy and stream; their prompts are random tokens, so they share
 no prefix. Printed are:
 
-- tokens a second of all requests together, from the first token of the first to the last of the last, with prompts of 32
-  tokens, for each number of requests at once;
+- tokens a second of all requests together, from the first token of the first to the last of the last, for each number
+  of requests at once, with prompts of 32 tokens;
 - tokens of prompt a second and time to the first token, for prompts of 512 and 1500 tokens;
 - seconds from the command to the first token, with the programs of an earlier start, and for ours without them;
 - the resident memory at the end, of the server's process, its mapped files included.
