@@ -77,15 +77,19 @@ def dequantize(params: Params, dtype: Any = jnp.float32) -> Params:
 
 
 def packed_for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with quantized weights as the platform of its parameters multiplies them.
+    """The same model with its weights as the platform of its parameters multiplies them.
 
-    On one CPU they are packed (`model.packed`), in unrolled blocks, since a scan would copy each layer's. Those of
-    experts, and of kinds and shapes without panels, stay as they are, as int8 where their dtype is int4.
+    On one CPU quantized weights are packed (`model.packed`), and so are bfloat16 ones of a model that computes in
+    float32; in unrolled blocks, since a scan would copy each layer's. Weights of experts, and of kinds and shapes
+    without panels, stay as they are, as int8 where their dtype is int4.
     """
-    quantized = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
-    on_cpu = [leaf for leaf in quantized if next(iter(leaf.values.devices())).platform == "cpu"]
-    if not on_cpu or any(len(leaf.values.devices()) > 1 for leaf in on_cpu):
-        return cfg, params
+    infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))
+    flat = cast(dict[Path, Any], flatten_dict(params))
+    wanted = {
+        path for path, leaf in flat.items() if path in infos and _can_be_packed(cfg, path, leaf, infos[path])
+    }
+    if not wanted:
+        return cfg, in_whole_bytes(params)
     if reason := native.missing():
         said(
             "quantized", "plain", "there are no native kernels", reason, "Each step widens all weights first."
@@ -95,16 +99,38 @@ def packed_for_decoding(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, 
     infos = cast(dict[Path, ParamInfo], flatten_dict(param_info(cfg)))
     flat = cast(dict[Path, Any], flatten_dict(params))
     for path, leaf in flat.items():
-        if isinstance(leaf, Quantized) and "experts" not in infos[path].axes:
-            flat[path] = _packed(leaf)
+        if path in infos and _can_be_packed(cfg, path, leaf, infos[path]):
+            flat[path] = _packed(leaf, infos[path])
     return cfg, in_whole_bytes(unflatten_dict(flat))
 
 
-def _packed(weight: Quantized) -> Quantized | Packed:
-    matrix = weight.matrix()
-    if panels.refusal(matrix.values_IO.shape[0], matrix.scales_NO.shape[0], weight.kind):
-        return weight
-    return Packed(panels.pack(matrix), weight.shape, weight.inputs)
+def _can_be_packed(cfg: ModelConfig, path: Path, leaf: Any, info: ParamInfo) -> bool:
+    arrays = jax.tree.leaves(leaf)
+    if not all(isinstance(x, jax.Array) for x in arrays) or "experts" in info.axes:
+        return False
+    devices = {device for x in arrays for device in x.devices()}
+    if len(devices) > 1 or devices.pop().platform != "cpu":
+        return False
+    if isinstance(leaf, Quantized):
+        return True
+    is_map = info.is_weight or path == ("embedding",)
+    return not is_quantized(leaf) and is_map and leaf.dtype == jnp.bfloat16 and cfg.dtype == "float32"
+
+
+def _packed(weight: Quantized | jax.Array, info: ParamInfo) -> Quantized | jax.Array | Packed:
+    """In panels, if its shape allows it."""
+    if isinstance(weight, Quantized):
+        matrix = weight.matrix()
+        if panels.refusal(matrix.values_IO.shape[0], matrix.scales_NO.shape[0], weight.kind):
+            return weight
+        return Packed(panels.pack(matrix), weight.shape, weight.inputs)
+    places = list(info.input_axes) or [weight.ndim - 1]  # a table of vectors gives them as its outputs
+    inputs = math.prod(weight.shape[i] for i in places)
+    if panels.refusal(inputs, 1, "bfloat16"):
+        return weight.astype(jnp.float32)
+    order = places + [i for i in range(weight.ndim) if i not in places]
+    matrix_IO = weight.transpose(order).reshape(inputs, -1)
+    return Packed(panels.pack_bfloat16(matrix_IO), weight.shape, tuple(i - weight.ndim for i in places))
 
 
 def scale_blocks(sizes: tuple[int, ...], block: int) -> tuple[int, ...] | None:

@@ -58,7 +58,7 @@ def _options() -> argparse.ArgumentParser:
         "--weights",
         choices=("file", "dense", *WEIGHT_KINDS),
         default="file",
-        help="file: quantized tensors of a .gguf stay as they are (default); dense: widened to --dtype; or rounded to "
+        help="file: as the file has them, quantized or bfloat16 (default); dense: widened to --dtype; or rounded to "
         "this format, in memory and in each product",
     )
     parser.add_argument("--max-rows", type=int, default=8, help="requests decoded at once; default 8")
@@ -185,6 +185,7 @@ def _load(path: Path, dtype: str | None, weights: str) -> tuple[Any, Any, Any]:
     import data
     import model
     from model.compilation import prepare_compiler
+    from model.kernels import native
     from model.weights import is_quantized
 
     prepare_compiler()
@@ -192,7 +193,10 @@ def _load(path: Path, dtype: str | None, weights: str) -> tuple[Any, Any, Any]:
     cfg = model.load_config(path)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
-    cfg, params = model.load(path, cfg=cfg.replace(dtype=dtype), dtype=dtype, packed=weights == "file")
+    # bfloat16 weights of a model that computes in float32 stay so where a kernel widens them as it reads
+    kept = weights == "file" and dtype == "float32" and cfg.param_dtype == "bfloat16" and not native.missing()
+    stored = "bfloat16" if kept else dtype
+    cfg, params = model.load(path, cfg=cfg.replace(dtype=dtype), dtype=stored, packed=weights == "file")
     tokenizer = data.load_tokenizer(path)
     if weights in WEIGHT_KINDS:
         from model.quantization import quantize_fitting

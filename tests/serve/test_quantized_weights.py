@@ -4,6 +4,9 @@ import jax
 import pytest
 
 from model import dequantize, quantize
+from model.kernels import native
+from model.packed import Packed
+from model.quantization import packed_for_decoding
 from model.weights import is_quantized
 from serve import Request, SamplingParams
 
@@ -31,3 +34,18 @@ def test_new_quantized_weights_take_the_place_of_old_ones(cfg, params, make_engi
     assert engine.generate([request()])[0].tokens == make_engine(params=new).generate([request()])[0].tokens
     with pytest.raises(ValueError):
         engine.update_params(params, version=2)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_bfloat16_weights_stay_so_and_are_computed_in_float32(cfg, params, make_engine):
+    assert cfg.dtype == "float32"
+    halves = jax.tree.map(lambda x: x.astype("bfloat16"), params)
+    packed = packed_for_decoding(cfg, halves)[1]
+    assert isinstance(packed["embedding"], Packed) and isinstance(packed["block_1"]["mixer"]["o"], Packed)
+    sampling = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
+    requests = lambda: [Request([3 + i, 5, 8], sampling) for i in range(3)]
+    wide = jax.tree.map(lambda x: x.astype("float32"), halves)
+    found, wanted = (make_engine(params=tree).generate(requests()) for tree in (halves, wide))
+    assert [out.tokens for out in found] == [out.tokens for out in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
