@@ -66,6 +66,7 @@ DEV = [
     "chex",  # assertions about arrays
     "httpx",  # requests to the server under test
     "openai",  # the official client against our API
+    "anthropic",  # the same for the Messages API
     "playwright",  # the chat page in a real browser
     "nbformat",  # reading notebooks
     "nbclient",  # running them

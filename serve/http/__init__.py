@@ -1,1 +1,1 @@
-"""The HTTP server over an engine: OpenAI's API, limits on all that clients send, metrics."""
+"""The HTTP server over an engine: OpenAI's and Anthropic's API, limits on all that clients send, metrics."""

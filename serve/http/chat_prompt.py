@@ -113,9 +113,7 @@ def template_arguments(body: ChatBody, tokenizer: Tokenizer, form: AnswerForm) -
     body.check_continuation()
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
     arguments: dict[str, Any] = {"messages": body.dialogue(), "tools": tools}
-    template = tokenizer.chat_template
-    if tools and tokenizer.tool_template:
-        template = tokenizer.tool_template
+    template = _template(tokenizer, bool(tools))
     if template is None:
         return arguments  # which is refused there
     reads = variables_of(template)
@@ -136,6 +134,16 @@ def template_arguments(body: ChatBody, tokenizer: Tokenizer, form: AnswerForm) -
         | _reasoning(body.reasoning_effort, reads, form)
         | _variables(body.chat_template_kwargs, reads)
     )
+
+
+def thinking_switches(tokenizer: Tokenizer, tools: bool) -> list[str]:
+    """The variables of the chat template that turn thinking on and off."""
+    reads = variables_of(_template(tokenizer, tools) or "")
+    return [name for name in _SWITCHES if name in reads]
+
+
+def _template(tokenizer: Tokenizer, tools: bool) -> str | None:
+    return tokenizer.tool_template if tools and tokenizer.tool_template else tokenizer.chat_template
 
 
 def _reasoning(effort: str | None, reads: frozenset[str], form: AnswerForm) -> dict[str, Any]:

@@ -138,7 +138,8 @@ async def unless_disconnected(work: Awaitable[Any], receive: Receive) -> Any:
 
 
 class KeyCheck:
-    """Lets nothing but `open_paths` through without the key. Keys are compared in constant time."""
+    """Lets nothing but `open_paths` through without the key, as a bearer key or as Anthropic's clients send it
+    (X-Api-Key). Keys are compared in constant time."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, open_paths: frozenset[str] = OPEN_PATHS):
         self._app, self._open_paths = app, open_paths
@@ -146,13 +147,20 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._wanted is not None and scope["path"] not in self._open_paths:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, key = given.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._wanted):
+            matches = [hmac.compare_digest(_digest(key), self._wanted) for key in _keys(scope)]
+            if not any(matches):
                 error = ApiError(401, "Incorrect API key provided.", None, "invalid_api_key")
-                response = JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})
+                response = JSONResponse(error.body_for(scope["path"]), 401, {"WWW-Authenticate": "Bearer"})
                 return await response(scope, receive, send)
         await self._app(scope, receive, send)
+
+
+def _keys(scope: Scope) -> list[bytes]:
+    """What a request gives as its key, by either header; of each the first."""
+    headers = dict(reversed(scope["headers"]))
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    bearer = [key.strip()] if scheme.lower() == b"bearer" else []
+    return [*bearer, headers[b"x-api-key"].strip()] if b"x-api-key" in headers else bearer
 
 
 _PROCESS_KEY = secrets.token_bytes(32)

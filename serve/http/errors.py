@@ -1,4 +1,4 @@
-"""Answers that are errors, in OpenAI's shape."""
+"""Answers that are errors, in the shape of the API that was asked: OpenAI's or Anthropic's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_ANTHROPIC_KINDS = _KINDS | {413: "request_too_large", 504: "timeout_error"}
+ANTHROPIC_PATH = "/v1/messages"  # and all below it
 
 
 class ApiError(Exception):
@@ -34,6 +36,16 @@ class ApiError(Exception):
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": _KINDS.get(self.status, kind)}
         return {"error": {**error, "param": self.param, "code": self.code}}
+
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "api_error"
+        error = {"type": _ANTHROPIC_KINDS.get(self.status, kind), "message": self.message}
+        return {"type": "error", "error": error}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The body that clients of the API at this path read."""
+        anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+        return self.anthropic_body() if anthropic else self.body()
 
 
 def refusal(error: RequestError) -> ApiError:

@@ -29,7 +29,8 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (error := self._refusal(scope)) is not None:
-            return await JSONResponse(error.body(), error.status)(scope, receive, send)
+            body = error.body_for(scope["path"])
+            return await JSONResponse(body, error.status)(scope, receive, send)
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:

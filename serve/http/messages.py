@@ -15,7 +15,7 @@ from serve.http.errors import ApiError
 _LABELS = frozenset(("id", "object", "created", "status", "index"))
 
 
-def _without(labels: Iterable[str]) -> Any:
+def without(labels: Iterable[str]) -> Any:
     """Drops labels and nulls from an object before it is checked."""
 
     def drop(value: Any) -> Any:
@@ -32,7 +32,7 @@ class FunctionCall(Strict):
 
 
 class ToolCall(Strict):
-    _prepare = _without({"index"})
+    _prepare = without({"index"})
 
     id: str
     type: Literal["function"] = "function"
@@ -42,7 +42,7 @@ class ToolCall(Strict):
 class Message(Strict):
     """A message as clients send it, and as they send back what they were answered."""
 
-    _prepare = _without(_LABELS)
+    _prepare = without(_LABELS)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from data import StreamDecoder, Tokenizer
+from serve.http.api import StreamOptions
+from serve.http.errors import ApiError
+from serve.http.loop import EngineFailed, Ticket
 from serve.http.reader import Reader
 from serve.parsers import Piece
 from serve.request import Output
@@ -37,6 +41,37 @@ class Reply(abc.ABC):
             self._count(i, out)
             choices.append(self._whole_choice(i, out))
         return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
+
+    async def stream(self, tickets: list[Ticket], options: StreamOptions | None) -> AsyncGenerator[bytes]:
+        """Server-sent events of all choices, as their outputs come in."""
+        usage = bool(options and options.include_usage)
+        continuous = bool(options and options.continuous_usage_stats)
+        counts = {"usage": None} if usage and not continuous else {}
+        waiting = {asyncio.ensure_future(ticket.next()): i for i, ticket in enumerate(tickets)}
+        try:
+            for i in range(len(tickets)):
+                if (opening := self.opening(i)) is not None:
+                    yield event(opening | counts)
+            while waiting:
+                ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for future in ready:
+                    i, out = waiting.pop(future), future.result()
+                    for chunk in self.chunks(i, out):
+                        yield event(chunk | ({"usage": self.usage()} if continuous else counts))
+                    if not out.finished:
+                        waiting[asyncio.ensure_future(tickets[i].next())] = i
+            if usage:
+                yield event(self.last())
+        except EngineFailed as error:
+            yield event(ApiError(error.status, str(error)).body())
+        finally:
+            for future in waiting:
+                future.cancel()
+        yield DONE
+
+    def cut_off(self, error: ApiError) -> bytes:
+        """The last events of a stream that ends with an error."""
+        return event(error.body()) + DONE
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a stream says before the first token of a choice."""

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API, the chat page, health and metrics, with limits on all that a client can send."""
+"""The HTTP server: APIs of OpenAI and Anthropic, the chat page, health, metrics, and limits on what clients send."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from serve.engine import Engine
+from serve.http.anthropic import MessagesApi
 from serve.http.connections import OPEN_PATHS, KeyCheck, ServerConfig
 from serve.http.errors import ApiError
 from serve.http.hosts import HostCheck
@@ -67,6 +68,9 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
 
     app.post("/v1/chat/completions")(service.chat)
     app.post("/v1/completions")(service.complete)
+    messages = MessagesApi(service)
+    app.post("/v1/messages")(messages.create)
+    app.post("/v1/messages/count_tokens")(messages.count)
     app.exception_handler(ApiError)(_answer_api_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     app.exception_handler(Exception)(_answer_defect)
@@ -77,7 +81,7 @@ def _guarded(app: ASGIApp, config: ServerConfig) -> ASGIApp:
     """The application behind the checks, outermost last."""
     app = KeyCheck(app, config.api_key, OPEN_PATHS | {"/metrics"} if config.open_metrics else OPEN_PATHS)
     if config.cors_origins:
-        headers = ["Authorization", "Content-Type"]
+        headers = ["Authorization", "Content-Type", "X-Api-Key", "Anthropic-Version", "Anthropic-Beta"]
         origins = list(config.cors_origins)
         app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers)
     if config.allowed_hosts is not None:
@@ -85,15 +89,15 @@ def _guarded(app: ASGIApp, config: ServerConfig) -> ASGIApp:
     return PlainTargets(app)
 
 
-async def _answer_api_error(_: fastapi.Request, error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, error.headers)
+async def _answer_api_error(http: fastapi.Request, error: ApiError) -> Response:
+    return JSONResponse(error.body_for(http.url.path), error.status, error.headers)
 
 
-async def _answer_http_exception(_: fastapi.Request, error: HTTPException) -> Response:
-    return JSONResponse(
-        ApiError(error.status_code, str(error.detail)).body(), error.status_code, error.headers
-    )
+async def _answer_http_exception(http: fastapi.Request, error: HTTPException) -> Response:
+    body = ApiError(error.status_code, str(error.detail)).body_for(http.url.path)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
-async def _answer_defect(_: fastapi.Request, error: Exception) -> Response:
-    return JSONResponse(ApiError(500, f"a defect in the server: {type(error).__name__}.").body(), 500)
+async def _answer_defect(http: fastapi.Request, error: Exception) -> Response:
+    body = ApiError(500, f"a defect in the server: {type(error).__name__}.").body_for(http.url.path)
+    return JSONResponse(body, 500)

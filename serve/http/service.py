@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Protocol
 
 import fastapi
 from fastapi.responses import JSONResponse, Response
 
 from data import ChatTemplateError, Tokenizer
 from serve.engine import Engine
-from serve.http.api import Body, ChatBody, CompletionBody, parse_body
+from serve.http.api import Body, ChatBody, CompletionBody, StreamOptions, parse_body
 from serve.http.chat_prompt import ChatPrompt, chat_prompt, template_arguments
 from serve.http.connections import EventStream, ServerConfig, read_body, unless_disconnected
 from serve.http.errors import ApiError, refusal
 from serve.http.loop import EngineFailed, EngineLoop, Overloaded, Ticket
 from serve.http.reader import Reader
-from serve.http.replies import DONE, ChatReply, CompletionReply, Reply, event
+from serve.http.replies import ChatReply, CompletionReply
 from serve.parsers import form_of
-from serve.request import Output, Request, RequestError, SamplingParams
+from serve.request import Output, Request, RequestError
+
+
+class Answer(Protocol):
+    """What an API makes of the engine's outputs."""
+
+    id: str
+
+    def whole(self, outputs: list[Output]) -> dict[str, Any]: ...
+
+    def stream(self, tickets: list[Ticket], options: StreamOptions | None) -> AsyncGenerator[bytes]: ...
+
+    def cut_off(self, error: ApiError) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatRequests:
+    """What a chat asks of the engine, and how each of its answers is read."""
+
+    prompt: ChatPrompt
+    requests: list[Request]
+    new_reader: Callable[[], Reader]
 
 
 class Service:
@@ -51,28 +72,37 @@ class Service:
     async def chat(self, http: fastapi.Request) -> Response:
         body = parse_body(await read_body(http, self.config), ChatBody)
         self.check_model(body.model)
-        prompt, params = await asyncio.to_thread(self._chat_prompt, body)
+        chat = await asyncio.to_thread(self.chat_requests, body)
+        shown = body.include_reasoning is not False
+        counts = len(chat.prompt.tokens), bool(body.logprobs)
+        reply = ChatReply(self.config.model_name, self.tokenizer, *counts, chat.new_reader, shown)
+        return await self.answer(http, body, reply, chat.requests)
+
+    def chat_requests(self, body: ChatBody) -> ChatRequests:
+        """Raises ApiError with status 400; slow for long texts, so it runs in a thread."""
+        prompt = self.chat_prompt(body)
+        try:
+            params = body.choices(prompt.grammar, prompt.thinking)
+        except RequestError as error:
+            raise refusal(error) from None
         requests = [Request(prompt.tokens, each, continuation=prompt.continued) for each in params]
 
         def new_reader() -> Reader:
             return Reader(self.form, self.tokenizer, requests[0], prompt.end, prompt.tools)
 
-        shown = body.include_reasoning is not False
-        counts = len(prompt.tokens), bool(body.logprobs)
-        reply = ChatReply(self.config.model_name, self.tokenizer, *counts, new_reader, shown)
-        return await self._answer(http, body, reply, requests)
+        return ChatRequests(prompt, requests, new_reader)
 
-    def _chat_prompt(self, body: ChatBody) -> tuple[ChatPrompt, list[SamplingParams]]:
-        arguments = template_arguments(body, self.tokenizer, self.form)
-        self._check_text("messages", _characters(arguments["messages"]))
-        self._check_text("tools", _characters(arguments["tools"]))
+    def chat_prompt(self, body: ChatBody, bounded: bool = True) -> ChatPrompt:
+        """`bounded`: refuse texts that can't fit the context before they are encoded."""
         try:
-            prompt = chat_prompt(body, arguments, self.tokenizer, self.form)
+            arguments = template_arguments(body, self.tokenizer, self.form)
+            if bounded:
+                self._check_text("messages", _characters(arguments["messages"]))
+                self._check_text("tools", _characters(arguments["tools"]))
+            return chat_prompt(body, arguments, self.tokenizer, self.form)
         except ChatTemplateError as error:
             raise ApiError(400, str(error), "messages") from None
-        try:
-            return prompt, body.choices(prompt.grammar, prompt.thinking)
-        except RequestError as error:
+        except RequestError as error:  # of a grammar that is asked for
             raise refusal(error) from None
 
     async def complete(self, http: fastapi.Request) -> Response:
@@ -86,7 +116,7 @@ class Service:
             requests = [Request(prompt, each, continuation=True) for prompt in prompts for each in params]
         except RequestError as error:
             raise refusal(error) from None
-        return await self._answer(http, body, reply, requests)
+        return await self.answer(http, body, reply, requests)
 
     def _encode(self, body: CompletionBody) -> list[list[int]]:
         bos = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
@@ -109,9 +139,10 @@ class Service:
             )
             raise ApiError(400, message, field, "context_length_exceeded")
 
-    async def _answer(
-        self, http: fastapi.Request, body: Body, reply: Reply, requests: list[Request]
+    async def answer(
+        self, http: fastapi.Request, body: Body, reply: Answer, requests: list[Request]
     ) -> Response:
+        """The answer to a checked request, whole or as a stream."""
         adapter = body.model if body.model in self.engine.adapters else None
         more = {"detokenize": True, "adapter": adapter, "cache_salt": body.cache_salt or ""}
         requests = [dataclasses.replace(request, **more) for request in requests]
@@ -125,10 +156,7 @@ class Service:
         except EngineFailed as error:
             raise ApiError(503, str(error)) from None
         if body.stream:
-            options = body.stream_options
-            usage = bool(options and options.include_usage)
-            events = _events(tickets, reply, usage, bool(options and options.continuous_usage_stats))
-            too_late = event(self._too_late().body()) + DONE
+            events, too_late = reply.stream(tickets, body.stream_options), reply.cut_off(self._too_late())
             return EventStream(events, lambda: self._cancel(tickets), self.config.request_seconds, too_late)
         return await self._whole(http, tickets, reply)
 
@@ -140,7 +168,7 @@ class Service:
         except RequestError as error:
             raise refusal(error) from None
 
-    async def _whole(self, http: fastapi.Request, tickets: list[Ticket], reply: Reply) -> Response:
+    async def _whole(self, http: fastapi.Request, tickets: list[Ticket], reply: Answer) -> Response:
         async def collect() -> list[Output]:
             return list(await asyncio.gather(*(_last_output(ticket) for ticket in tickets)))
 
@@ -176,31 +204,3 @@ async def _last_output(ticket: Ticket) -> Output:
     while not (out := await ticket.next()).finished:
         pass
     return out
-
-
-async def _events(
-    tickets: list[Ticket], reply: Reply, usage: bool, continuous: bool
-) -> AsyncGenerator[bytes]:
-    """Server-sent events of all choices, as their outputs come in."""
-    counts = {"usage": None} if usage and not continuous else {}
-    waiting = {asyncio.ensure_future(ticket.next()): i for i, ticket in enumerate(tickets)}
-    try:
-        for i in range(len(tickets)):
-            if (opening := reply.opening(i)) is not None:
-                yield event(opening | counts)
-        while waiting:
-            ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for future in ready:
-                i, out = waiting.pop(future), future.result()
-                for chunk in reply.chunks(i, out):
-                    yield event(chunk | ({"usage": reply.usage()} if continuous else counts))
-                if not out.finished:
-                    waiting[asyncio.ensure_future(tickets[i].next())] = i
-        if usage:
-            yield event(reply.last())
-    except EngineFailed as error:
-        yield event(ApiError(error.status, str(error)).body())
-    finally:
-        for future in waiting:
-            future.cancel()
-    yield DONE

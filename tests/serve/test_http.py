@@ -204,7 +204,6 @@ BAD_CHATS = [
     {"tools": [{"type": "custom", "custom": {"name": "f"}}], "tool_choice": "none"},
     {"tools": [NESTED_TOOL], "tool_choice": "none"},
     {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-    {"reasoning_effort": "low"},
     {"reasoning_effort": "none"},
     {"reasoning_effort": "enormous"},
     {"verbosity": "low"},
