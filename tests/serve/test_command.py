@@ -7,10 +7,14 @@ import subprocess
 import sys
 import threading
 
+import jax
 import openai
 import pytest
 
 from configs import ConfigError
+from model.adapters import add_adapters
+from model.blocks.lora import LoRA
+from model.formats.peft import save_adapter
 from serve.__main__ import main, model_path
 from serve.http.connections import bind
 from serve.http.hosts import shown_host
@@ -35,7 +39,8 @@ def start(*arguments, **environment):
 
 
 def test_the_command_says_what_it_loads_serves_and_drains_when_terminated(run_folder):
-    process = start(f"--model={run_folder}", "--port=0", "--max-rows=1", CRUCIBLE_API_KEY="secret")
+    sizes = ("--port=0", "--max-rows=1", "--compile-first")
+    process = start(f"--model={run_folder}", *sizes, CRUCIBLE_API_KEY="secret")
     lines, url = [], None
     for line in process.stderr:
         lines.append(line)
@@ -72,6 +77,49 @@ def test_the_command_says_what_it_loads_serves_and_drains_when_terminated(run_fo
     finally:
         process.kill()
         process.wait()
+
+
+def test_flags_for_weights_drafts_and_adapters_and_an_end_while_programs_are_compiled(
+    cfg, params, run_folder, tmp_path
+):
+    adapted_cfg, adapted = add_adapters(cfg, params, LoRA(3, 6.0, ("q",)), jax.random.key(0))
+    save_adapter(tmp_path / "pirate", adapted_cfg, adapted)
+    flags = [
+        "--weights=int8",
+        "--draft-tokens=3",
+        "--prompt-logprobs",
+        f"--adapter=pirate={tmp_path / 'pirate'}",
+    ]
+    process = start(f"--model={run_folder}", "--port=0", "--max-rows=2", *flags)
+    lines: list[str] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if "OpenAI API" in line:
+                break
+        said = "".join(lines)
+        assert "weights in" in said and "int8" in said and "Adapter pirate" in said, said
+        url = next(line.split()[-1] for line in lines if "Chat with" in line)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        for name in ("small-model", "pirate"):
+            answer = client.completions.create(
+                model=name, prompt="Hi there", max_tokens=2, echo=True, logprobs=0
+            )
+            scores = answer.choices[0].logprobs.token_logprobs
+            assert scores[0] is None and all(score <= 0 for score in scores[1:])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("flag", ["--adapter=pirate", "--adapter==x", "--adapter=a=nowhere"])
+def test_an_adapter_that_is_none_is_an_error_before_anything_is_loaded(flag, run_folder, capsys):
+    assert main([f"--model={run_folder}", "--port=0", flag]) == 2
+    message = capsys.readouterr().err
+    assert flag in message and "Loading" not in message
 
 
 def test_a_port_in_use_is_an_error_before_anything_is_loaded(run_folder, capsys):
