@@ -20,6 +20,7 @@ from serve.http.loop import EngineLoop
 from serve.http.metrics import CONTENT_TYPE, Metrics
 from serve.http.service import Service
 from serve.http.targets import PlainTargets
+from serve.http.tokens import TokensApi
 from serve.page import chat_page
 
 
@@ -71,6 +72,9 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
     messages = MessagesApi(service)
     app.post("/v1/messages")(messages.create)
     app.post("/v1/messages/count_tokens")(messages.count)
+    tokens = TokensApi(service)
+    app.post("/tokenize")(tokens.tokenize)
+    app.post("/detokenize")(tokens.detokenize)
     app.exception_handler(ApiError)(_answer_api_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     app.exception_handler(Exception)(_answer_defect)

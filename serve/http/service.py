@@ -119,17 +119,19 @@ class Service:
         return await self.answer(http, body, reply, requests)
 
     def _encode(self, body: CompletionBody) -> list[list[int]]:
-        bos = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
-        start = bos if self.tokenizer.around is None else self.tokenizer.around[0]
-        if body.add_special_tokens is False:
-            start = ()
         prompts = []
         for prompt in body.prompts():
             if isinstance(prompt, str):
                 self._check_text("prompt", len(prompt))
-                prompt = [*start, *self.tokenizer.encode(prompt)]
+                prompt = self.text_tokens(prompt, body.add_special_tokens is not False)
             prompts.append(prompt)
         return prompts
+
+    def text_tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """`add_special_tokens`: begin the text as the tokenizer's files have it."""
+        bos = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
+        start = bos if self.tokenizer.around is None else self.tokenizer.around[0]
+        return [*(start if add_special_tokens else ()), *self.tokenizer.encode(text)]
 
     def _check_text(self, field: str, characters: int) -> None:
         if characters > self._longest_text:
