@@ -26,7 +26,7 @@ _LAST_EVENT_SECONDS = 1.0
 
 _FAREWELL_SECONDS = 3  # to send the errors of answers that did not end while the server drained
 _BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
-OPEN_PATHS = frozenset({"/", "/health"})  # all others need the key, when there is one
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # all others need the key, when there is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +183,7 @@ def make_server(
 
         async def shutdown(self, sockets=None) -> None:
             give_up = self.lifespan.state["give_up"]
+            self.lifespan.state["drain"]()
             timer = asyncio.get_running_loop().call_later(config.drain_seconds, give_up)
             await super().shutdown(sockets)
             timer.cancel()

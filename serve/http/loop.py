@@ -59,6 +59,7 @@ class EngineLoop:
         self.engine = engine
         self.capacity = engine.config.max_rows + max_waiting
         self.failed: str | None = None  # why the thread has ended, when it should not have
+        self._draining = False
         self._on_output = on_output
         self._tickets: dict[str, Ticket] = {}
         self._commands: collections.deque[Callable[[], object]] = collections.deque()
@@ -98,9 +99,26 @@ class EngineLoop:
         if not ticket.done:
             self._command(lambda: self.engine.cancel(ticket.id))
 
+    def drain(self) -> None:
+        """The server ends: from now on it is not ready for requests, though those that come in time are served."""
+        self._draining = True
+
     def give_up(self) -> None:
         """Ends all answers under way with an error, when the server has drained for long enough."""
         self._fail_all(ServerStopping("the server is stopping and this answer took too long; ask again."))
+
+    @property
+    def unready(self) -> str | None:
+        """Why a new request would not be taken, or None."""
+        if self.failed is not None:
+            return self.failed
+        if self._draining or self._stopping:
+            return "the server is stopping."
+        if not self._thread.is_alive():
+            return "the engine's thread does not run."
+        if self.under_way >= self.capacity:
+            return f"{self.under_way} requests are under way and {self.capacity} are the most."
+        return None
 
     @property
     def under_way(self) -> int:

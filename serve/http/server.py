@@ -32,7 +32,7 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_):
         service.loop.start()
-        yield {"give_up": service.loop.give_up}
+        yield {"drain": service.loop.drain, "give_up": service.loop.give_up}
         await service.loop.stop()
 
     app = fastapi.FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -53,6 +53,12 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
         return JSONResponse(
             {"status": "failed", "reason": failed} if failed else {"status": "ok"}, 503 if failed else 200
         )
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if (reason := service.loop.unready) is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "2"})
 
     @app.get("/metrics")
     async def show_metrics() -> Response:

@@ -1,5 +1,6 @@
 """Who reaches the server, how connections end, and what it answers when it stops."""
 
+import asyncio
 import gzip
 import http.client
 import json
@@ -9,6 +10,9 @@ import time
 
 import openai
 import pytest
+
+from serve import Request, SamplingParams
+from serve.http.loop import EngineLoop
 
 from .conftest import CHAT, JSON, post, serving
 
@@ -36,6 +40,51 @@ def test_every_route_but_health_and_the_page_needs_the_key(make_engine):
         assert response.status == 200 and b"<html" in response.read()
         assert "unsafe-inline" not in response.headers["Content-Security-Policy"]
         connection.close()
+
+
+def test_ready_says_whether_a_new_request_would_be_taken(make_engine):
+    engine = make_engine()
+    step, gate = engine.step, threading.Event()
+    engine.step = lambda: gate.wait(60) and step()
+    ready = lambda: post(port, b"", "/ready", method="GET")
+    with serving(engine, api_key="k", max_waiting=0) as port:
+        assert ready() == (200, {"status": "ready"})
+        body = CHAT | {"max_tokens": 1, "n": engine.config.max_rows}
+        thread = threading.Thread(target=post, args=(port, body), kwargs={"headers": {"X-Api-Key": "k"}})
+        thread.start()
+        while not engine.has_work:
+            time.sleep(0.005)
+        status, answer = ready()
+        assert status == 503 and "4 are the most" in answer["reason"]
+        gate.set()
+        thread.join(20)
+        assert ready()[0] == 200
+
+        def ends():
+            raise SystemExit("the driver is gone")
+
+        engine.step = ends
+        assert post(port, CHAT, headers={"X-Api-Key": "k"})[0] == 500
+        status, answer = ready()
+        assert status == 503 and "the driver is gone" in answer["reason"]
+
+
+def test_a_server_that_drains_is_not_ready_and_finishes_its_answers(make_engine):
+    loop = EngineLoop(make_engine(), 0)
+    assert loop.unready == "the engine's thread does not run."
+
+    async def run():
+        loop.start()
+        before = loop.unready
+        [ticket] = loop.submit({"a": Request([5], SamplingParams(max_tokens=20, ignore_eos=True))})
+        loop.drain()
+        while not (out := await ticket.next()).finished:
+            pass
+        after = loop.unready
+        await loop.stop()
+        return before, after, out.finish_reason
+
+    assert asyncio.run(run()) == (None, "the server is stopping.", "length")
 
 
 def test_answers_under_way_finish_when_the_server_is_told_to_stop(make_engine):
