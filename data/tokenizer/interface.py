@@ -237,6 +237,23 @@ class StreamDecoder:
             piece, self._at_start = self._tokenizer._first_piece(piece), False
         return self._text(self._utf8.decode(piece))
 
+    def start_of(self, token_id: int) -> int:
+        """Where the text of a token that is not pushed yet will begin: so many characters after all that was returned.
+        A character that began in an earlier token begins there.
+        """
+        piece = self._tokenizer.bytes_of(token_id)
+        if self._at_start:
+            piece = self._tokenizer._first_piece(piece)
+        held, _ = self._utf8.getstate()
+        first = codecs.getincrementaldecoder("utf-8")("replace")
+        text = first.decode(held + piece[:1])  # may end with the character of the first byte, or before it
+        ends = bool(piece) and not first.getstate()[0]
+        for old, new in self._tokenizer._late_replacements:
+            text = text.replace(old, new)
+        if self._tokenizer._cleans_up:
+            text = cleaned_up(self._held + text)
+        return max(len(text) - ends, 0)
+
     def finish(self) -> str:
         """What is still held back: an incomplete character as U+FFFD."""
         return self._text(self._utf8.decode(b"", final=True), last=True)

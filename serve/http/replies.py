@@ -216,7 +216,7 @@ class CompletionReply(Reply):
     ):
         super().__init__(model, tokenizer, sum(map(len, prompts)), logprobs)
         self._prompts, self._n, self._echo = prompts, n, echo
-        self._offsets: dict[int, _Offsets] = {}
+        self._offsets: dict[int, Offsets] = {}
 
     def _whole_choice(self, index: int, out: Output) -> dict[str, Any]:
         places: list[Any] | None = self._places(out, 0) if self._logprobs else None
@@ -249,7 +249,10 @@ class CompletionReply(Reply):
     def _columns(self, index: int, places: Any) -> dict[str, Any] | None:
         if places is None:
             return None
-        offsets = self._offsets.setdefault(index, _Offsets(self._tokenizer, continuation=not self._echo))
+        if index not in self._offsets:
+            echoed = len(self._prompts[index // self._n]) if self._echo else 0
+            self._offsets[index] = Offsets(self._tokenizer, echoed)
+        offsets = self._offsets[index]
         return {
             "tokens": [self._spelling(token) for token, _, _ in places],
             "token_logprobs": [value for _, value, _ in places],
@@ -261,16 +264,24 @@ class CompletionReply(Reply):
         }
 
 
-class _Offsets:
-    """Where in the text each token's first character is; of one whose bytes end a character, where that begins."""
+class Offsets:
+    """Where in a text each token begins; of one that goes on with a character of the tokens before, where that does.
 
-    def __init__(self, tokenizer: Tokenizer, continuation: bool):
-        self._decoder = StreamDecoder(tokenizer, continuation=continuation)
+    The first `echoed` tokens are a prompt, whose text ends before the answer's begins, within a character too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, echoed: int):
+        self._tokenizer, self._echoed = tokenizer, echoed
+        self._decoder = StreamDecoder(tokenizer, continuation=echoed == 0)
         self._length = 0
 
     def of(self, token: int) -> int:
-        start = self._length
+        start = self._length + self._decoder.start_of(token)
         self._length += len(self._decoder.push(token))
+        self._echoed -= 1
+        if self._echoed == 0:
+            self._length += len(self._decoder.finish())
+            self._decoder = StreamDecoder(self._tokenizer, continuation=True)
         return start
 
 
