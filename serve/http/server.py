@@ -11,9 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from serve.embedder import Embedder
 from serve.engine import Engine
 from serve.http.anthropic import MessagesApi
 from serve.http.connections import OPEN_PATHS, KeyCheck, ServerConfig
+from serve.http.embeddings import EmbeddingsApi
 from serve.http.errors import ApiError
 from serve.http.hosts import HostCheck
 from serve.http.loop import EngineLoop
@@ -24,9 +26,10 @@ from serve.http.tokens import TokensApi
 from serve.page import chat_page
 
 
-def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
-    """The ASGI application; its lifespan starts and stops the engine's thread."""
+def make_app(engine: Engine, config: ServerConfig, embedder: Embedder | None = None) -> ASGIApp:
+    """The ASGI application; its lifespan starts and stops the engine's thread. `embedder`: for /v1/embeddings."""
     metrics = Metrics(config.model_name, lambda: engine.stats)
+    embeddings = EmbeddingsApi(config, embedder)
     service = Service(engine, config, EngineLoop(engine, config.max_waiting, metrics.observe))
 
     @contextlib.asynccontextmanager
@@ -66,10 +69,15 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.model_card(name) for name in service.names]}
+        cards = [service.model_card(name) for name in service.names]
+        if embedder is not None and embedder.name not in service.names:
+            cards.append(embeddings.card())
+        return {"object": "list", "data": cards}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
+        if embedder is not None and name == embedder.name and name not in service.names:
+            return embeddings.card()
         service.check_model(name)
         return service.model_card(name)
 
@@ -78,6 +86,8 @@ def make_app(engine: Engine, config: ServerConfig) -> ASGIApp:
     messages = MessagesApi(service)
     app.post("/v1/messages")(messages.create)
     app.post("/v1/messages/count_tokens")(messages.count)
+    app.post("/v1/embeddings")(embeddings.embed)
+    app.post("/v1/score")(embeddings.score)
     tokens = TokensApi(service)
     app.post("/tokenize")(tokens.tokenize)
     app.post("/detokenize")(tokens.detokenize)

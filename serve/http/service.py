@@ -61,8 +61,7 @@ class Service:
         return (self.config.model_name, *self.config.aliases, *self.engine.adapters)
 
     def model_card(self, name: str) -> dict[str, Any]:
-        card = {"id": name, "object": "model", "created": 0, "owned_by": "crucible"}
-        return card | {"max_model_len": self.engine.config.max_length}
+        return model_card(name, self.engine.config.max_length)
 
     def check_model(self, name: str) -> None:
         if name not in self.names:
@@ -191,6 +190,12 @@ class Service:
     def _cancel(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             self.loop.cancel(ticket)
+
+
+def model_card(name: str, max_length: int) -> dict[str, Any]:
+    """A model in /v1/models."""
+    card = {"id": name, "object": "model", "created": 0, "owned_by": "crucible"}
+    return card | {"max_model_len": max_length}
 
 
 def _characters(value: Any) -> int:

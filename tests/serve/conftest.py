@@ -73,7 +73,7 @@ def engine(shared_engine):
 
 
 @contextlib.contextmanager
-def serving(engine, **options):
+def serving(engine, embedder=None, **options):
     """A server in a thread; gives its port."""
     from serve.http.connections import ServerConfig, bind, make_server
     from serve.http.server import make_app
@@ -81,7 +81,7 @@ def serving(engine, **options):
     config = ServerConfig(**({"model_name": "tiny", "max_waiting": 8} | options))
     sock = bind("127.0.0.1", 0)
     ready = threading.Event()
-    server = make_server(make_app(engine, config), config, ready.set)
+    server = make_server(make_app(engine, config, embedder), config, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     assert ready.wait(20)
