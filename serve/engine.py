@@ -86,7 +86,8 @@ class Engine:
                 f"the tokenizer has {self.vocab_size} tokens and the model {cfg.vocab_size}: "
                 "they do not belong together."
             )
-        self._given_cfg, sizes = cfg, self.config
+        shape_of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        self._given, sizes = jax.tree.map(shape_of, params), self.config
         cfg, params = packed_for_decoding(cfg, params)
         self._adapters = None
         if sizes.adapter_slots:
@@ -205,8 +206,8 @@ class Engine:
         Raises:
           ValueError: another tree, shape or dtype than the engine was made with.
         """
-        _, params = packed_for_decoding(self._given_cfg, params)
-        _check_same(self._params if self._adapters is None else self._adapters.without(self._params), params)
+        _check_same(self._given, params)
+        _, params = packed_for_decoding(self.cfg, params)
         if self._adapters is not None:
             params = self._adapters.join(params, self._params)
         self._scheduler.forget_all()
