@@ -277,7 +277,9 @@ def in_anthropic_words(error: ApiError) -> ApiError:
     name = _NAMES.get(error.param or "")
     if name is None:
         return error
-    return ApiError(error.status, f"{name}: {error.message}", name, error.code, error.headers)
+    rest = error.message.removeprefix(error.param or "")
+    message = f"{name}{rest}" if rest != error.message else f"{name}: {rest}"
+    return ApiError(error.status, message, name, error.code, error.headers)
 
 
 def _blocks(turn: Turn, where: str) -> list[Block]:

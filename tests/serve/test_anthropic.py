@@ -185,8 +185,12 @@ def test_tools_choices_thoughts_and_forms_become_those_of_a_chat():
     form = chat(output_config={"format": {"type": "json_schema", "schema": SCHEMA}})["response_format"]
     assert form["json_schema"]["schema_"] == SCHEMA
     assert "stop" not in chat(kind=CountBody)
-    refused = in_anthropic_words(ApiError(400, "no such setting.", "reasoning_effort"))
-    assert refused.message == "output_config.effort: no such setting."
+    for given, shown in (
+        ("no such setting.", ": no such setting."),
+        ("reasoning_effort='low' is wrong.", "='low' is wrong."),
+    ):
+        refused = in_anthropic_words(ApiError(400, given, "reasoning_effort"))
+        assert refused.message == f"output_config.effort{shown}"
 
 
 @pytest.mark.parametrize("streamed", [False, True])
