@@ -254,14 +254,22 @@ class CompletionReply(Reply):
             self._offsets[index] = Offsets(self._tokenizer, echoed)
         offsets = self._offsets[index]
         return {
-            "tokens": [self._spelling(token) for token, _, _ in places],
+            "tokens": [self._name(token) for token, _, _ in places],
             "token_logprobs": [value for _, value, _ in places],
             "top_logprobs": [
-                None if others is None else {self._spelling(t): v for t, v in [*others, (token, value)]}
+                None if others is None else {self._name(t): v for t, v in [*others, (token, value)]}
                 for token, value, others in places
             ],
             "text_offset": [offsets.of(token) for token, _, _ in places],
         }
+
+    def _name(self, token: int) -> str:
+        """The token's text; its bytes, as OpenAI spells them, where they are no whole characters: names must differ."""
+        piece = self._bytes(token)
+        try:
+            return piece.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 class Offsets:

@@ -109,6 +109,17 @@ def test_a_stream_has_the_offsets_of_the_whole(tokenizer):
         assert streamed == offsets
 
 
+def test_alternatives_that_are_parts_of_characters_keep_names_of_their_own(tokenizer):
+    parts = [token for token in range(tokenizer.vocab_size) if tokenizer.bytes_of(token)[:1] >= b"\x80"]
+    parts = [token for token in parts if "\ufffd" in tokenizer.bytes_of(token).decode("utf-8", "replace")][:5]
+    out = output([parts[0]], [1]) | {"top_logprobs": [[(token, -float(i)) for i, token in enumerate(parts)]]}
+    reply = CompletionReply("tiny", tokenizer, [[1]], True)
+    [choice] = reply.whole([SimpleNamespace(**out | {"model_logprobs": [0.0], "text": ""})])["choices"]
+    names = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.bytes_of(token)) for token in parts]
+    assert choice["logprobs"]["top_logprobs"] == [dict(zip(names, (0.0, -1.0, -2.0, -3.0, -4.0)))]
+    assert choice["logprobs"]["tokens"] == names[:1]
+
+
 def test_an_echoed_prompt_that_ends_within_a_character_keeps_its_offsets(make_engine, tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("a 🙂")][:-1]
     with serving(make_engine(prompt_logprobs=True)) as port:
