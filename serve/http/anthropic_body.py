@@ -18,6 +18,7 @@ from serve.http.messages import text_of, without
 from serve.parsers import AnswerForm
 from serve.request import MAX_STOP_CHARS, MAX_STOP_STRINGS
 
+_MOST = 2**31 - 1  # tokens
 _GAP = "\n\n"  # between the texts of two turns of one role, which are one turn
 # Fields that change no answer here: labels, where it is computed, and what is cached.
 _IGNORED = frozenset("metadata service_tier cache_control inference_geo user_profile_id workspace_id".split())
@@ -109,7 +110,7 @@ class ThinkingConfig(Strict):
     _prepare = without(())
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    budget_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -227,7 +228,7 @@ class CountBody(Strict):
 
 
 class MessagesBody(CountBody):
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=_MOST)]
     stream: bool | None = None
     stop_sequences: (
         Annotated[
@@ -323,11 +324,7 @@ def _told(role: str, blocks: list[Block]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for block in blocks:
         if isinstance(block, ToolResultBlock):
-            result = (
-                ""
-                if block.content in (None, [])
-                else _text(block.content, f"tool_result {block.tool_use_id}")
-            )
+            result = "" if block.content in (None, []) else _text(block.content, "tool_result.content")
             found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
         elif isinstance(block, TextBlock) and found and found[-1]["role"] == role:
             found[-1]["content"] += block.text

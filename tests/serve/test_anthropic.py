@@ -246,7 +246,7 @@ def image(kind="image"):
 
 USE = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
 BAD = {
-    "max_tokens": [{"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": None}, {"max_tokens": "9"}],
+    "max_tokens": [{"max_tokens": 0}, {"max_tokens": 2**31}, {"max_tokens": True}, {"max_tokens": "9"}],
     '"image" is not served': [{"messages": image()}],
     '"document" is not served': [{"messages": image("document")}],
     "messages": [
@@ -256,6 +256,9 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
         {"messages": [*HI["messages"], {"role": "assistant", "content": [USE]}]},
         {"messages": [{"role": "user", "content": "hi"}] * 3000},
+    ],
+    "tool_result.content": [
+        {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x" * 5000, "content": 5}]}]},
     ],
     "system": [{"system": 5}, {"system": [{"type": "image"}]}],
     "tool_choice": [
@@ -286,6 +289,7 @@ def test_malformed_requests_are_refused_in_anthropics_form_and_by_name(port):
             assert status == (413 if len(json.dumps(change)) > 20_000 else 400), (change, answer)
             assert set(answer) == {"type", "error"} and answer["type"] == "error", answer
             error = answer["error"]
+            assert len(error["message"]) < 1000, error["message"]
             if status == 400:
                 assert error["type"] == "invalid_request_error" and words in error["message"], (
                     change,
