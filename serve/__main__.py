@@ -82,6 +82,11 @@ def _options() -> argparse.ArgumentParser:
         help="a LoRA adapter (PEFT folder) that requests name as their model; may be given several times",
     )
     parser.add_argument(
+        "--embedder",
+        metavar="PATH",
+        help="an embedding model for /v1/embeddings and /v1/score: a path, or all-MiniLM-L6-v2",
+    )
+    parser.add_argument(
         "--prompt-logprobs",
         action="store_true",
         help="let requests ask for log-probabilities of their prompts",
@@ -118,6 +123,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from serve.embedder import embedder
     from serve.http.connections import ServerConfig, bind, make_server
     from serve.http.hosts import shown_host
     from serve.http.server import make_app
@@ -131,6 +137,7 @@ def _serve(options: argparse.Namespace) -> int:
     _say(f"Loading {path} ...")
     cfg, params, tokenizer = _load(path, options.dtype, options.weights)
     engine = _engine(cfg, params, tokenizer, options, adapters)
+    beside = embedder(options.embedder) if options.embedder else None
     engine.warmup(_progress if options.compile_first else _compiled_behind, wait=options.compile_first)
     name = options.name or (path.stem if path.is_file() else path.resolve().name)
     hosts = None if api_key or "*" in options.allow_host else tuple(options.allow_host)
@@ -146,7 +153,7 @@ def _serve(options: argparse.Namespace) -> int:
     url = f"http://{shown_host(options.host)}:{sock.getsockname()[1]}"
     key = "needs the API key" if api_key else "needs no key (set one with --api-key or CRUCIBLE_API_KEY)"
     ready = f"Ready. Chat with {name}: {url}\nOpenAI API: {url}/v1 ({key}). Ctrl-C stops."
-    server = make_server(make_app(engine, config), config, lambda: _say(ready))
+    server = make_server(make_app(engine, config, beside), config, lambda: _say(ready))
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then raises the signal again
     server.run(sockets=[sock])
     _say("Stopped.")
