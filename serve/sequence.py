@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from serve.text import TextStream
     from serve.thinking import ThoughtMatcher
 
+UNBOUNDED = 1 << 30  # more steps than any text has
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Sequence:
@@ -101,7 +103,7 @@ class Sequence:
         """How many tokens the device can sample before the host must make another mask; at least 1."""
         if any(len(word) > 1 for word in self.request.sampling.bad_words_ids):
             return 1
-        return self.limit if self.matcher is None else max(self.matcher.free_steps, 1)
+        return UNBOUNDED if self.matcher is None else max(self.matcher.free_steps, 1)
 
     def extend(self, new: list[int]) -> tuple[int, FinishReason | None]:
         """Add tokens up to the first that ends the sequence; returns how many were kept, and why it ends there."""

@@ -12,9 +12,9 @@ from data import Tokenizer
 from serve.grammar import Matcher
 from serve.logits import all_allowed, forbid
 from serve.request import Thinking
+from serve.sequence import UNBOUNDED
 
 _GAP = 4  # tokens of white space between a thought and what a grammar says
-_UNBOUNDED = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ThoughtMatcher:
         if self._grammar is not None:
             return 0
         if budget is None or place.phase in ("gap", "rest"):
-            return _UNBOUNDED
+            return UNBOUNDED
         if place.closed:
             return 0
         return (

@@ -349,11 +349,11 @@ def attend_pages(
     Args:
       new: the arrays that `kv_layout` names, for these tokens; None: the cache holds them already.
     """
-    request = request_for(q_BTHC, cache, kv_layout, mask, scores)
-    on_cpu = backend.for_one_cpu() and PAGED_ATTENTION.chosen_name(request) == "native"
-    if backend.current().name == "tpu" or on_cpu:
-        plain = scores.bias is None and not mask.listed()
-        if plain and info.cached is not None and info.page_table is not None:
+    platform = backend.current().name
+    if scores.bias is None and not mask.listed() and (platform == "tpu" or backend.for_one_cpu()):
+        request = request_for(q_BTHC, cache, kv_layout, mask, scores)
+        by_kernel = platform == "tpu" or PAGED_ATTENTION.chosen_name(request) == "native"
+        if by_kernel and info.cached is not None and info.page_table is not None:
             T = q_BTHC.shape[1]
             first_B, count_B = None, jnp.full_like(info.cached, T)
             if info.segment_ids is not None:
