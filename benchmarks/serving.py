@@ -66,37 +66,14 @@ def main() -> None:
 
 
 def measure(name: str, path: Path, options: argparse.Namespace) -> None:
-    threads = os.cpu_count() or 1
     port = free_port()
     if name == "ours":
-        command = [
-            sys.executable,
-            "-m",
-            "serve",
-            f"--model={path}",
-            f"--port={port}",
-            f"--max-rows={MOST_ROWS}",
-        ]
-        command += [
-            f"--max-length={LENGTH}",
-            "--kv-memory=2",
-            f"--weights={options.weights}",
-            "--alias=model",
-        ]
+        command = [sys.executable, "-m", "serve", f"--model={path}", f"--port={port}", "--alias=model"]
+        sizes = f"--max-rows={MOST_ROWS} --max-length={LENGTH} --kv-memory=2 --weights={options.weights}"
     else:
-        server = options.llama_server or built_server()
-        command = [
-            str(server),
-            "-m",
-            str(path),
-            "--port",
-            str(port),
-            "-np",
-            str(MOST_ROWS),
-            "-t",
-            str(threads),
-        ]
-        command += ["-c", str(MOST_ROWS * LENGTH), "--no-webui"]
+        command = [str(options.llama_server or built_server()), "-m", str(path), "--port", str(port)]
+        sizes = f"-np {MOST_ROWS} -t {os.cpu_count() or 1} -c {MOST_ROWS * LENGTH} --no-webui"
+    command += sizes.split()
     if name == "ours" and options.cold:
         with tempfile.TemporaryDirectory() as folder:
             with Server(command, port, os.environ | {"XDG_CACHE_HOME": folder}) as server:
@@ -201,18 +178,8 @@ def built_server() -> Path:
         return program
     print(f"Building {program} from {SOURCES}; this takes some minutes.", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        fetch = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            SOURCES,
-        ]
-        subprocess.run(fetch, cwd=folder, check=True)
+        download = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        subprocess.run([sys.executable, *download, SOURCES], cwd=folder, check=True)
         archive = next(Path(folder).glob("*.tar.gz"))
         shutil.unpack_archive(archive, folder, filter="data")
         source = next(Path(folder).glob("*/vendor/llama.cpp"))

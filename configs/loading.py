@@ -145,7 +145,7 @@ def run(
 
 
 def _show(text: str) -> None:
-    """Prints a page whose reader may leave before its end, as `head` does."""
+    """Prints a page; the program that reads it, such as `head`, may close the pipe early."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -120,7 +120,7 @@ def read_text(tp: Any, text: str, where: str) -> Any:
 
 
 def _how_to_write(tp: Any, text: str, where: str) -> str:
-    """The form of a value whose type does not say it, with a space before; "" for others."""
+    """An example of a value of a type that users often write wrong, with a space before; "" for other types."""
     if names := tagged(tp):
         name = next((name for name in names if name.lower() == text.lower()), next(iter(names)))
         return f" Choose one by {where}.{KIND}={name}."

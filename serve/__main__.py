@@ -89,7 +89,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt-logprobs",
         action="store_true",
-        help="let requests ask for log-probabilities of their prompts",
+        help="serve log-probabilities of prompts (vLLM's prompt_logprobs, echo)",
     )
     parser.add_argument(
         "--compile-first",

@@ -90,6 +90,8 @@ class RequestChecks:
                 raise RequestError(
                     "thinking", "this engine has no tokenizer, so a thought's end can't be read."
                 )
+            if sampling.bad_words_ids:
+                raise RequestError("thinking", "bad_words_ids could forbid the tokens that close a thought.")
             if outside := [t for t in (*thinking.start, *thinking.end) if not 0 <= t < self._vocab_size]:
                 raise RequestError(
                     "thinking", f"thinking names the token {outside[0]}; wanted 0 to {self._vocab_size - 1}."

@@ -32,7 +32,7 @@ class EngineConfig:
     # keep the pages of prefixes for requests that begin with the same tokens; default: where the model allows it
     prefix_cache: bool | None = None
     draft_tokens: int = 0  # most tokens that prompt lookup guesses for one step of a row; 0: no speculation
-    prompt_logprobs: bool = False  # whether requests may ask for log-probabilities of their prompts
+    prompt_logprobs: bool = False  # whether log-probabilities of prompts are served
     adapter_slots: int = 0  # LoRA adapters that can be loaded at one time
     adapter_rank: int = 16  # the largest of them; smaller ones are padded
     adapter_targets: tuple[str, ...] = ("*",)  # linear maps that they may change, see model.blocks.lora

@@ -53,12 +53,14 @@ class Forgetting:
         found = json.loads(self._path.read_text(encoding="utf-8")) | {"after": self._figures(params)}
         rises = []
         for folder, before in found["before"].items():
+            if folder not in found["after"]:
+                continue
             unit = "bits_per_byte" if "bits_per_byte" in before else "nll"
             rises.append(found["after"][folder][unit] - before[unit])
             shown = f"{before[unit]:.4f} -> {found['after'][folder][unit]:.4f} {unit.replace('_', ' ')}"
             print(f"forgetting on {folder}: {shown} ({rises[-1] / max(before[unit], 1e-9):+.1%})")
         self._write(found)
-        return {"forgetting": sum(rises) / len(rises)}
+        return {"forgetting": sum(rises) / len(rises)} if rises else {}
 
     def _can_read(self, folder: str) -> bool:
         spec = self._config.data
@@ -80,7 +82,10 @@ class Forgetting:
             window = Window()
             for batch in self._batches(folder):
                 window.add(self._measure(params, place_batch(batch, self._mesh, self._config.sharding)))
-            nll = window.means().get("nll", 0.0)
+            nll = window.means().get("nll")
+            if nll is None:
+                print(f"forgetting is not measured on {folder}: no token of it counts in the loss")
+                continue
             figures[folder] = {"nll": nll}
             manifest = read_manifest(Path(folder))
             if manifest.get("kind") == "tokens" and manifest.get("bytes"):

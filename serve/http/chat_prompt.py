@@ -23,7 +23,7 @@ _SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch th
 _OWN = frozenset(
     "messages tools documents add_generation_prompt continue_final_message bos_token eos_token".split()
 )
-# Most tokens of a thought by effort, for models whose template reads no effort; others think as long as they do.
+# Token budget of a thought by effort, where the chat template has no effort setting; higher efforts have no budget.
 BUDGETS = {"minimal": 256, "low": 1024, "medium": 4096}
 _LONGEST_VALUE = 4096  # characters of a variable
 _END = 64  # tokens of a prompt that say how the answer begins

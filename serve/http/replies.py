@@ -275,7 +275,7 @@ class CompletionReply(Reply):
 class Offsets:
     """Where in a text each token begins; of one that goes on with a character of the tokens before, where that does.
 
-    The first `echoed` tokens are a prompt, whose text ends before the answer's begins, within a character too.
+    The first `echoed` tokens are the prompt. The answer's text begins after the prompt's, even within a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, echoed: int):

@@ -38,7 +38,7 @@ def client(port):
 
 @pytest.fixture(scope="module")
 def thinker(cfg, params, tokenizer):
-    """A client of a model whose template has tools and a switch for thinking."""
+    """A client of a model with a chat template that has tools and a switch for thinking."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = TEMPLATE
     sizes = {"max_rows": 2, "page_size": 8, "num_pages": 80, "prefill_chunk": 16, "decode_steps": 5}
@@ -207,20 +207,20 @@ def test_a_thought_and_a_required_call_are_blocks(thinker, streamed):
     }
     options |= {"messages": HI["messages"]}
 
-    def ask(**more):
+    def send(**more):
         if not streamed:
             return thinker.messages.create(**options | more)
         with thinker.messages.stream(**options | more) as stream:
             return stream.get_final_message()
 
-    message = ask()
+    message = send()
     assert [block.type for block in message.content] == ["thinking", "tool_use"]
     thought, call = message.content
     assert thought.thinking and "think" not in thought.thinking and thought.signature == ""
     assert (call.name, call.input, message.stop_reason) == ("f", {"a": 7}, "tool_use") and call.id
     result = {"type": "tool_result", "tool_use_id": call.id, "content": "8"}
     said = {"role": "assistant", "content": message.content}
-    again = ask(
+    again = send(
         messages=[*HI["messages"], said, {"role": "user", "content": [result]}],
         thinking=thinking | {"display": "omitted"},
     )

@@ -212,7 +212,7 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error(make_engine, stream,
 
     engine.step = slow_step
 
-    def ask(port):
+    def send(port):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         body = CHAT | {"max_tokens": 24, "ignore_eos": True, "stream": stream}
         connection.request("POST", "/v1/chat/completions", json.dumps(body), JSON)
@@ -220,7 +220,7 @@ def test_an_answer_longer_than_the_drain_ends_with_an_error(make_engine, stream,
         answers.append((response.status, response.read().decode()))
 
     with serving(engine, drain_seconds=1) as port:
-        thread = threading.Thread(target=ask, args=(port,))
+        thread = threading.Thread(target=send, args=(port,))
         thread.start()
         time.sleep(1)
     thread.join(10)

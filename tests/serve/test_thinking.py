@@ -57,7 +57,7 @@ def test_a_used_up_budget_closes_the_thought_and_then_comes_what_the_grammar_say
 ):
     engine, end = make_engine(draft_tokens=drafts), list(tags[1])
 
-    def ask(budget, grammar=None, seed=0):
+    def request(budget, grammar=None, seed=0):
         thinking = None if budget is None else Thinking(tags[1], budget=budget)
         return Request(
             tokenizer.encode("x = 1; <t>"),
@@ -71,14 +71,14 @@ def test_a_used_up_budget_closes_the_thought_and_then_comes_what_the_grammar_say
             ),
         )
 
-    requests = [ask(0), ask(5), ask(11, GRAMMAR), ask(4, GRAMMAR, 1), ask(None)]
+    requests = [request(0), request(5), request(11, GRAMMAR), request(4, GRAMMAR, 1), request(None)]
     told = engine.generate(requests)
     for out, budget in zip(told[:4], (0, 5, 11, 4), strict=True):
         assert out.tokens[budget : budget + len(end)] == end
     for out, budget in ((told[2], 11), (told[3], 4)):
         answer = tokenizer.decode([t for t in out.tokens[budget + len(end) :] if t not in tokenizer.eos_ids])
         assert out.finish_reason == "stop" and 0 <= json.loads(answer)["count"] <= 99
-    plain = engine.generate([ask(None)])[0]
+    plain = engine.generate([request(None)])[0]
     assert told[4].tokens == plain.tokens  # the batch changes nothing
     assert told[1].tokens[:5] == plain.tokens[:5]  # the budget changes nothing before it is used up
 
@@ -134,9 +134,12 @@ def test_what_can_not_be_is_refused(engine, make_engine, tokenizer):
         Thinking(())
     with pytest.raises(RequestError, match="budget=-1"):
         Thinking((5,), budget=-1)
-    request = Request([5], SamplingParams(thinking=Thinking((10**6,))))
-    with pytest.raises(RequestError, match="names the token 1000000"):
-        engine.submit(request)
+    for sampling, words in (
+        (SamplingParams(thinking=Thinking((10**6,))), "names the token 1000000"),
+        (SamplingParams(thinking=Thinking((5,)), bad_words_ids=((5,),)), "could forbid the tokens"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            engine.submit(Request([5], sampling))
 
 
 ASKED = [{"role": "user", "content": "So?"}]

@@ -6,12 +6,12 @@ import dataclasses
 
 import optax
 
-from configs.typed import check_at_least
 from model import ModelConfig
+from train.optimizers.checks import Checked
 
 
 @dataclasses.dataclass(frozen=True)
-class Adafactor:
+class Adafactor(Checked):
     """Adam's second moment, factored for the two largest axes of an array; without `b1` it has no first moment."""
 
     peak_lr: float = 1e-3
@@ -22,9 +22,6 @@ class Adafactor:
     eps: float = 1e-30
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # global gradient norm; 0: no clipping
-
-    def __post_init__(self):
-        check_at_least(0, peak_lr=self.peak_lr, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     def direction(self, cfg: ModelConfig) -> optax.GradientTransformation:
         parts = [

@@ -6,12 +6,12 @@ import dataclasses
 
 import optax
 
-from configs.typed import check_at_least
 from model import ModelConfig
+from train.optimizers.checks import Checked
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(Checked):
     """Adam with decoupled weight decay of matrices."""
 
     peak_lr: float = 1e-3
@@ -20,9 +20,6 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-
-    def __post_init__(self):
-        check_at_least(0, peak_lr=self.peak_lr, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     def direction(self, cfg: ModelConfig) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)

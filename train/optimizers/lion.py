@@ -6,12 +6,12 @@ import dataclasses
 
 import optax
 
-from configs.typed import check_at_least
 from model import ModelConfig
+from train.optimizers.checks import Checked
 
 
 @dataclasses.dataclass(frozen=True)
-class Lion:
+class Lion(Checked):
     """The sign of a momentum; its learning rate is 3 to 10 times lower than AdamW's, its weight decay higher."""
 
     peak_lr: float = 2e-4
@@ -19,9 +19,6 @@ class Lion:
     b2: float = 0.99
     weight_decay: float = 0.5
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-
-    def __post_init__(self):
-        check_at_least(0, peak_lr=self.peak_lr, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     def direction(self, cfg: ModelConfig) -> optax.GradientTransformation:
         return optax.scale_by_lion(self.b1, self.b2)

@@ -15,15 +15,15 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from configs.typed import check_at_least
 from model import ModelConfig
 from model.function import Params
 from model.parameters import ParamInfo
+from train.optimizers.checks import Checked
 from train.optimizers.decay import trained_info
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon:
+class Muon(Checked):
     """Muon for matrices of blocks, Adam for everything else."""
 
     peak_lr: float = 1e-3
@@ -36,9 +36,6 @@ class Muon:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-
-    def __post_init__(self):
-        check_at_least(0, peak_lr=self.peak_lr, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     def direction(self, cfg: ModelConfig) -> optax.GradientTransformation:
         info = trained_info(cfg)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import hutchinson_estimator_diag_hessian
 
-from configs.typed import check_at_least
 from model import ModelConfig
+from train.optimizers.checks import Checked
 
 
 class SophiaState(NamedTuple):
@@ -22,7 +22,7 @@ class SophiaState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sophia:
+class Sophia(Checked):
     """Sophia-H: every `interval` steps one Hessian-vector product on a part of the batch estimates the diagonal.
 
     Hutchinson's estimator differentiates the loss twice, so it runs on CPUs, and elsewhere where `config.run.kernels`
@@ -38,9 +38,6 @@ class Sophia:
     seed: int = 0  # of the estimator's signs
     weight_decay: float = 0.2
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-
-    def __post_init__(self):
-        check_at_least(0, peak_lr=self.peak_lr, weight_decay=self.weight_decay, clip_norm=self.clip_norm)
 
     def direction(self, cfg: ModelConfig) -> optax.GradientTransformationExtraArgs:
         key = jax.random.key_data(jax.random.key(self.seed))

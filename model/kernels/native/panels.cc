@@ -143,9 +143,9 @@ inline void widen(const Weight<Scale>& w, int64_t panel, int64_t input, int64_t 
   }
 }
 
-// `rows` rows from `x` on times a panel.
+// A few rows times a panel, which is widened as it is read.
 template <int rows, typename Format, typename Scale>
-inline void few(const Weight<Scale>& w, int64_t panel, const float* x, float* y) {
+inline void rows_by_panel(const Weight<Scale>& w, int64_t panel, const float* x, float* y) {
   Floats sum[rows][kVectors] = {};
   widen<Format>(w, panel, 0, w.inputs, [&](int64_t i, Floats(&first)[kVectors], Floats(&second)[kVectors]) {
     for (int r = 0; r < rows; r++) {
@@ -158,8 +158,9 @@ inline void few(const Weight<Scale>& w, int64_t panel, const float* x, float* y)
     for (int v = 0; v < kVectors; v++) store(y + r * w.outputs + panel * kWidth + v * kLanes, sum[r][v]);
 }
 
+// Rows times inputs `begin` to `end` of a panel that is widened already.
 template <int rows>
-inline void of_wide(const float* wide, int64_t begin, int64_t end, int64_t inputs, int64_t outputs, const float* x,
+inline void rows_by_wide(const float* wide, int64_t begin, int64_t end, int64_t inputs, int64_t outputs, const float* x,
                     float* y) {
   Floats sum[rows][kVectors];
   for (int r = 0; r < rows; r++)
@@ -176,18 +177,18 @@ inline void of_wide(const float* wide, int64_t begin, int64_t end, int64_t input
 
 // Calls f with the number of rows as a constant, for all rows, the most at once.
 template <int most, typename F>
-inline void by_rows(int64_t rows, F f) {
+inline void in_row_groups(int64_t rows, F f) {
   int64_t row = 0;
   for (; row + most <= rows; row += most) f(std::integral_constant<int, most>(), row);
   if constexpr (most > 1)
-    if (row < rows) by_rows<most / 2>(rows - row, [&](auto n, int64_t more) { f(n, row + more); });
+    if (row < rows) in_row_groups<most / 2>(rows - row, [&](auto n, int64_t more) { f(n, row + more); });
 }
 
 template <typename Format, typename Scale>
-void of_panel(const Weight<Scale>& w, int64_t panel, int64_t rows, const float* x, float* y) {
+void panel_product(const Weight<Scale>& w, int64_t panel, int64_t rows, const float* x, float* y) {
   if (rows < kManyRows) {
-    by_rows<kRows>(rows, [&](auto n, int64_t row) {
-      few<n, Format>(w, panel, x + row * w.inputs, y + row * w.outputs);
+    in_row_groups<kRows>(rows, [&](auto n, int64_t row) {
+      rows_by_panel<n, Format>(w, panel, x + row * w.inputs, y + row * w.outputs);
     });
     return;
   }
@@ -200,8 +201,8 @@ void of_panel(const Weight<Scale>& w, int64_t panel, int64_t rows, const float* 
         store(wide + (i - begin + 1) * kWidth + v * kLanes, second[v]);
       }
     });
-    by_rows<kRows>(rows, [&](auto n, int64_t row) {
-      of_wide<n>(wide, begin, end, w.inputs, w.outputs, x + row * w.inputs, y + row * w.outputs + panel * kWidth);
+    in_row_groups<kRows>(rows, [&](auto n, int64_t row) {
+      rows_by_wide<n>(wide, begin, end, w.inputs, w.outputs, x + row * w.inputs, y + row * w.outputs + panel * kWidth);
     });
   }
 }
@@ -209,11 +210,11 @@ void of_panel(const Weight<Scale>& w, int64_t panel, int64_t rows, const float* 
 template <typename Format, typename Scale>
 void product(ffi::ThreadPool& pool, Weight<Scale> w, int64_t rows, const float* x, float* y) {
   in_parallel(pool, w.outputs / kWidth, rows * w.inputs * kWidth,
-              [=](int64_t panel) { of_panel<Format>(w, panel, rows, x, y); });
+              [=](int64_t panel) { panel_product<Format>(w, panel, rows, x, y); });
 }
 
 template <typename Scale>
-ffi::Error of_bits(ffi::ThreadPool& pool, int64_t bits, Weight<Scale> w, int64_t rows, const float* x, float* y) {
+ffi::Error product_of_bits(ffi::ThreadPool& pool, int64_t bits, Weight<Scale> w, int64_t rows, const float* x, float* y) {
   if (bits == 4) product<Bits4>(pool, w, rows, x, y);
   else if (bits == 8) product<Bits8>(pool, w, rows, x, y);
   else if (bits == 16) product<Bits16>(pool, w, rows, x, y);
@@ -242,8 +243,8 @@ ffi::Error panels(ffi::ThreadPool pool, int64_t bits, ffi::Buffer<ffi::F32> x, f
                          table.typed_data(), inputs, outputs, block};
   };
   if (scales.element_type() == ffi::F16)
-    return of_bits(pool, bits, weight((uint16_t*)nullptr), rows, x.typed_data(), y->typed_data());
-  return of_bits(pool, bits, weight((float*)nullptr), rows, x.typed_data(), y->typed_data());
+    return product_of_bits(pool, bits, weight((uint16_t*)nullptr), rows, x.typed_data(), y->typed_data());
+  return product_of_bits(pool, bits, weight((float*)nullptr), rows, x.typed_data(), y->typed_data());
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ inline Floats exponential(Floats x) {
   return x > all(-87.0f) ? p * power : Floats{};
 }
 
-// Calls of_one(0) to of_one(count - 1), which this thread shares with those of XLA that come to help. `cost` is the
+// Calls task(0) to task(count - 1), which this thread shares with those of XLA that come to help. `cost` is the
 // number of multiplications of one.
 struct Work {
   std::atomic<int64_t> next{0}, done{0};
@@ -145,22 +145,22 @@ struct Work {
 };
 
 template <typename F>
-void in_parallel(ffi::ThreadPool& pool, int64_t count, int64_t cost, F of_one) {
+void in_parallel(ffi::ThreadPool& pool, int64_t count, int64_t cost, F task) {
   int64_t threads = std::min<int64_t>(pool.num_threads(), std::max<int64_t>(1, count * cost / kGrain));
   if (threads <= 1) {
-    for (int64_t i = 0; i < count; i++) of_one(i);
+    for (int64_t i = 0; i < count; i++) task(i);
     return;
   }
   auto work = std::make_shared<Work>();
   work->count = count;
   work->grain = std::max<int64_t>(1, count / (threads * 4));
   // A thread that comes late finds no work left and touches nothing of this call.
-  auto help = [work, of_one] {
+  auto help = [work, task] {
     for (;;) {
       int64_t begin = work->next.fetch_add(work->grain);
       if (begin >= work->count) return;
       int64_t end = std::min(begin + work->grain, work->count);
-      for (int64_t i = begin; i < end; i++) of_one(i);
+      for (int64_t i = begin; i < end; i++) task(i);
       work->done.fetch_add(end - begin, std::memory_order_release);
     }
   };
